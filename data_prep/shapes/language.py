@@ -1,0 +1,196 @@
+"""What is said about a scene: captions, edit instructions, questions with answers, and GenEval-format prompts."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from random import Random
+
+from data_prep.shapes.scene import (
+    BACKGROUNDS,
+    COLORS,
+    GLYPHS,
+    Item,
+    Scene,
+    free_cells,
+    in_reading_order,
+    place,
+)
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+OPENINGS = ("", "a photo of ", "a picture of ", "an image with ")
+EDIT_TYPES = ("add", "remove", "replace", "recolor", "move", "background")
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def plural(shape: str) -> str:
+    if shape.startswith("letter "):
+        return "letters " + shape.split()[1]
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def noun(item: Item, with_color: bool = True) -> str:
+    return f"{item.color} {item.shape}" if with_color else item.shape
+
+
+def relation(first: Item, second: Item) -> list[str]:
+    """The relations of which the first object stands to the second, clearest first."""
+    dx, dy = first.column - second.column, first.row - second.row
+    found = []
+    if dx:
+        found.append((abs(dx), "left of" if dx < 0 else "right of"))
+    if dy:
+        found.append((abs(dy), "above" if dy < 0 else "below"))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def long_caption(scene: Scene) -> str:
+    """Everything in the scene: background, then each object with its colour and place, in reading order."""
+    parts = [f"a {noun(i)} at the {i.place}" for i in scene.items]
+    return f"on a {scene.background} background: " + ", ".join(parts) if parts else f"a {scene.background} background"
+
+
+def listing(scene: Scene, with_color: bool, order: list[Item]) -> str:
+    """The objects as counted groups, such as "three red squares and a circle"."""
+    groups = Counter(noun(i, with_color) for i in order)
+    parts = []
+    for item in order:
+        name = noun(item, with_color)
+        if name in groups:
+            n = groups.pop(name)
+            color = f"{item.color} " if with_color else ""
+            parts.append(f"a {name}" if n == 1 else f"{NUMBERS[n]} {color}{plural(item.shape)}")
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def short_caption(rng: Random, scene: Scene) -> str:
+    """One short phrasing: a listing with or without colours, or a relation of two objects."""
+    order = rng.sample(scene.items, len(scene.items))
+    with_color = len(order) > 3 or rng.random() < 0.6
+    body = listing(scene, with_color, order)
+    if len(order) == 2 and order[0].shape != order[1].shape and rng.random() < 0.6:
+        body = f"a {noun(order[0], with_color)} {rng.choice(relation(*order))} a {noun(order[1], with_color)}"
+    if rng.random() < 0.15:
+        body += f" on a {scene.background} background"
+    return rng.choice(OPENINGS) + body
+
+
+def caption(rng: Random, scene: Scene) -> str:
+    return long_caption(scene) if rng.random() < 0.25 else short_caption(rng, scene)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction that turns one scene into another."""
+
+    kind: str
+    instruction: str
+    source: Scene
+    target: Scene
+
+
+def sample_edit(rng: Random, source: Scene) -> Edit:
+    """Draw an edit of the scene; the object meant is always named without ambiguity."""
+    names = Counter(noun(i) for i in source.items)
+    unique = [i for i in source.items if names[noun(i)] == 1]
+    kinds = ["background"]
+    if unique:
+        kinds += ["replace", "recolor"] + (["remove"] if len(source.items) > 1 else [])
+    if free_cells(source.items):
+        kinds += (["move"] if unique else []) + (["add"] if len(source.items) < 6 else [])
+    kind = rng.choice(kinds)
+    items = list(source.items)
+    background = source.background
+    if kind == "background":
+        background = rng.choice([b for b in BACKGROUNDS if b != source.background])
+        instruction = rng.choice((f"change the background to {background}", f"make the background {background}"))
+    elif kind == "add":
+        place(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
+        where = f" at the {items[-1].place}" if rng.random() < 0.5 else ""
+        instruction = rng.choice(("add", "put")) + f" a {noun(items[-1])}" + where
+    else:
+        chosen = rng.choice(unique)
+        items.remove(chosen)
+        if kind == "remove":
+            instruction = rng.choice(("remove", "delete")) + f" the {noun(chosen)}"
+        elif kind == "replace":
+            shape = rng.choice([s for s in GLYPHS if s != chosen.shape])
+            items.append(replace(chosen, shape=shape))
+            instruction = f"replace the {noun(chosen)} with a {noun(items[-1])}"
+        elif kind == "recolor":
+            color = rng.choice([c for c in COLORS if c != chosen.color])
+            items.append(replace(chosen, color=color))
+            form = rng.choice(("make the {} {}", "change the color of the {} to {}"))
+            instruction = form.format(noun(chosen), color)
+        else:
+            row, column = rng.choice(free_cells(source.items))
+            items.append(replace(chosen, row=row, column=column))
+            instruction = f"move the {noun(chosen)} to the {items[-1].place}"
+    return Edit(kind, instruction, source, in_reading_order(background, items))
+
+
+def sample_question(rng: Random, scene: Scene) -> tuple[str, str]:
+    """Draw a question about the scene and its answer."""
+    shapes = Counter(i.shape for i in scene.items)
+    colors = Counter(i.color for i in scene.items)
+    kind = rng.choice(("color", "count", "exists", "shape", "background"))
+    if kind == "color" and (single := [i for i in scene.items if shapes[i.shape] == 1]):
+        item = rng.choice(single)
+        return f"what color is the {item.shape}?", item.color
+    if kind == "shape" and (single := [i for i in scene.items if colors[i.color] == 1]):
+        item = rng.choice(single)
+        return f"what is the {item.color} object?", item.shape
+    if kind == "count":
+        shape = rng.choice(list(shapes)) if rng.random() < 0.7 else rng.choice(list(GLYPHS))
+        return f"how many {plural(shape)} are there?", NUMBERS[shapes[shape]]
+    if kind == "exists":
+        item = rng.choice(scene.items)
+        name = noun(item)
+        if rng.random() < 0.5:
+            name = f"{rng.choice(list(COLORS))} {rng.choice(list(GLYPHS))}"
+        return f"is there a {name}?", "yes" if name in {noun(i) for i in scene.items} else "no"
+    return "what color is the background?", scene.background
+
+
+def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
+    """Prompts in the format of GenEval's `evaluation_metadata.jsonl`, `per_tag` for each of its six tags."""
+    shapes, colors = list(GLYPHS), list(COLORS)
+    rows = []
+    for tag in GENEVAL_TAGS:
+        seen: set[str] = set()
+        for index in range(per_tag * 50):
+            a, b = rng.sample(shapes, 2)
+            color_a, color_b = rng.sample(colors, 2)
+            row: dict = {"tag": tag}
+            if tag == "single_object":
+                a = shapes[index % len(shapes)]
+                row["include"] = [{"class": a, "count": 1}]
+                body = f"a {a}"
+            elif tag == "two_object":
+                row["include"] = [{"class": a, "count": 1}, {"class": b, "count": 1}]
+                body = f"a {a} and a {b}"
+            elif tag == "counting":
+                n = rng.randint(2, 4)
+                row["include"] = [{"class": a, "count": n}]
+                row["exclude"] = [{"class": a, "count": n + 1}]
+                body = f"{NUMBERS[n]} {plural(a)}"
+            elif tag == "colors":
+                row["include"] = [{"class": a, "count": 1, "color": color_a}]
+                body = f"a {color_a} {a}"
+            elif tag == "position":
+                where = rng.choice(RELATIONS)
+                row["include"] = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [where, 0]}]
+                body = f"a {a} {where} a {b}"
+            else:
+                row["include"] = [
+                    {"class": a, "count": 1, "color": color_a},
+                    {"class": b, "count": 1, "color": color_b},
+                ]
+                body = f"a {color_a} {a} and a {color_b} {b}"
+            opening = OPENINGS[1] if tag != "single_object" else OPENINGS[1 + index // len(shapes) % 3]
+            row["prompt"] = opening + body
+            if row["prompt"] not in seen:
+                seen.add(row["prompt"])
+                rows.append(row)
+            if len(seen) == per_tag:
+                break
+    return rows

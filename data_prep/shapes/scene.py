@@ -1,0 +1,118 @@
+"""Scenes of coloured shapes and letters: what is in a picture, and how it is drawn.
+
+A picture is 32 x 32 pixels, divided into 4 x 4 cells of 8. An object is a 7 x 7 glyph in one cell; no two objects are in
+cells that share an edge, so that objects stand apart. Everything is a function of a `random.Random`, so a seed gives the
+same world on every machine.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+CELLS = 4
+CELL_SIZE = 8
+IMAGE_SIZE = CELLS * CELL_SIZE
+
+COLORS = {
+    "red": (224, 48, 48),
+    "green": (40, 168, 64),
+    "blue": (48, 80, 232),
+    "yellow": (240, 208, 32),
+    "purple": (168, 56, 200),
+    "cyan": (64, 208, 224),
+}
+BACKGROUNDS = {"black": (16, 16, 16), "gray": (120, 120, 120), "white": (240, 240, 240)}
+
+_GLYPH_ROWS = {
+    "circle": "..###.. .#####. ####### ####### ####### .#####. ..###..",
+    "square": "####### ####### ####### ####### ####### ####### #######",
+    "triangle": "...#... ...#... ..###.. ..###.. .#####. .#####. #######",
+    "cross": "##...## ###.### .#####. ..###.. .#####. ###.### ##...##",
+    "letter L": "##..... ##..... ##..... ##..... ##..... ####### #######",
+    "letter T": "####### ####### ...#... ...#... ...#... ...#... ...#...",
+}
+GLYPHS = {name: np.array([[c == "#" for c in row] for row in rows.split()]) for name, rows in _GLYPH_ROWS.items()}
+GLYPH_SIZE = 7
+
+ROW_NAMES = ("top", "upper", "lower", "bottom")
+COLUMN_NAMES = ("far left", "left", "right", "far right")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object: a shape (a key of `GLYPHS`) of a colour, in a cell."""
+
+    shape: str
+    color: str
+    row: int
+    column: int
+
+    @property
+    def place(self) -> str:
+        return f"{ROW_NAMES[self.row]} {COLUMN_NAMES[self.column]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and up to six objects, in reading order."""
+
+    background: str
+    items: tuple[Item, ...]
+
+
+def in_reading_order(background: str, items: list[Item]) -> Scene:
+    return Scene(background, tuple(sorted(items, key=lambda i: (i.row, i.column))))
+
+
+def free_cells(items: list[Item] | tuple[Item, ...]) -> list[tuple[int, int]]:
+    """Cells that hold no object and share no edge with one that does."""
+    taken = {(i.row, i.column) for i in items}
+    return [
+        (r, c)
+        for r in range(CELLS)
+        for c in range(CELLS)
+        if not taken & {(r, c), (r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)}
+    ]
+
+
+def place(rng: Random, items: list[Item], shape: str, color: str) -> bool:
+    """Put one more object into a random free cell; False when none is left."""
+    cells = free_cells(items)
+    if not cells:
+        return False
+    row, column = rng.choice(cells)
+    items.append(Item(shape, color, row, column))
+    return True
+
+
+def sample_scene(rng: Random) -> Scene:
+    """Draw a scene of 1 to 6 objects: singles, pairs, groups of one shape, and mixtures."""
+    shapes, colors = list(GLYPHS), list(COLORS)
+    kind = rng.random()
+    if kind < 0.15:
+        wanted = [(rng.choice(shapes), rng.choice(colors))]
+    elif kind < 0.55:
+        wanted = list(zip(rng.sample(shapes, 2), rng.sample(colors, 2), strict=True))
+    elif kind < 0.85:
+        shape, count = rng.choice(shapes), rng.randint(2, 4)
+        one_color, one_palette = rng.choice(colors), rng.random() < 0.7
+        wanted = [(shape, one_color if one_palette else rng.choice(colors)) for _ in range(count)]
+    else:
+        wanted = [(rng.choice(shapes), rng.choice(colors)) for _ in range(rng.randint(3, 6))]
+    background = rng.choice(list(BACKGROUNDS))
+    while True:
+        items: list[Item] = []
+        if all(place(rng, items, shape, color) for shape, color in wanted):
+            return in_reading_order(background, items)
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw the scene as an RGB picture of `IMAGE_SIZE` pixels a side."""
+    pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    pixels[:] = BACKGROUNDS[scene.background]
+    for item in scene.items:
+        top, left = item.row * CELL_SIZE, item.column * CELL_SIZE
+        pixels[top : top + GLYPH_SIZE, left : left + GLYPH_SIZE][GLYPHS[item.shape]] = COLORS[item.color]
+    return Image.fromarray(pixels)

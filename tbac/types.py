@@ -1,0 +1,85 @@
+"""What travels between the rooms of the library: samples, batches and conditions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One training example, decoded.
+
+    Attributes:
+        key: name of the sample in its shard (`__key__`).
+        text: caption or edit instruction.
+        sources: input images (empty for text-to-image).
+        target: image to generate; None where only its latents are stored.
+        latents: scaled latents of the target (channel, height, width), where the shard holds them.
+        origin: path of the shard that it came from.
+    """
+
+    key: str
+    text: str
+    sources: list[Image.Image] = field(default_factory=list)
+    target: Image.Image | None = None
+    latents: Tensor | None = None
+    origin: str = ""
+
+
+@dataclass
+class Batch:
+    """Samples of one training step, collated.
+
+    Attributes:
+        prompt: what the model's prompt code made of texts and input images: a mapping of tensors.
+        keys: `__key__` of each sample.
+        pixels: target images (batch, 3, height, width) in [-1, 1], or None where latents are given.
+        latents: scaled latents (batch, channel, height, width), or None.
+        texts: captions after dropout, for logs.
+    """
+
+    prompt: Any
+    keys: list[str]
+    pixels: Tensor | None = None
+    latents: Tensor | None = None
+    texts: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        prompt = type(self.prompt)({k: move(v) for k, v in self.prompt.items()})
+        return Batch(prompt, self.keys, move(self.pixels), move(self.latents), self.texts)
+
+
+@dataclass
+class Condition:
+    """One cross-attention context per denoiser block.
+
+    Attributes:
+        states: (tap, batch, query, channel); entry i is the context of block i.
+        mask: (batch, query), 1 where a query takes part, or None when all do.
+    """
+
+    states: Tensor
+    mask: Tensor | None = None
+
+    def __getitem__(self, rows: Any) -> "Condition":
+        """The condition of some rows of the batch."""
+        return Condition(self.states[:, rows], None if self.mask is None else self.mask[rows])
+
+    @staticmethod
+    def cat(conditions: list["Condition"]) -> "Condition":
+        """Join conditions along the batch."""
+        masks = [c.mask for c in conditions if c.mask is not None]
+        if masks and len(masks) != len(conditions):
+            raise ValueError("either all conditions carry a mask or none does")
+        return Condition(torch.cat([c.states for c in conditions], dim=1), torch.cat(masks) if masks else None)

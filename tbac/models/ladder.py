@@ -11,6 +11,25 @@ from tbac.models.taps import TapPlan
 CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
 
 
+def check_ladder(
+    num_queries: int,
+    hidden_size: int,
+    connector: str = "shared_mlp",
+    num_layers: int = 2,
+    num_heads: int = 8,
+    query_std: float = 0.02,
+) -> None:
+    """Raise ValueError for options that no `Ladder` can be built from; arguments as there."""
+    if num_queries < 1:
+        raise ValueError(f"model.num_queries must be at least 1, got {num_queries}")
+    if connector not in CONNECTORS:
+        raise ValueError(f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {connector!r}")
+    if connector == "transformer" and (num_heads < 1 or hidden_size % num_heads):
+        raise ValueError(f"ladder.num_heads={num_heads} must divide the MLLM's hidden size {hidden_size}")
+    if num_layers < 1 or query_std < 0:
+        raise ValueError(f"ladder.num_layers must be at least 1 and ladder.query_std at least 0, got {num_layers}, {query_std}")
+
+
 class ConnectorMLP(nn.Sequential):
     """Linear, GELU (tanh), Linear, RMSNorm with weight sqrt(5.5), as released.
 
@@ -39,8 +58,6 @@ class TransformerConnector(nn.Module):
 
     def __init__(self, hidden_size: int, channels: int, num_layers: int = 2, num_heads: int = 8) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"ladder.num_heads={num_heads} must divide the MLLM's hidden size {hidden_size}")
         layer = nn.TransformerEncoderLayer(
             hidden_size, num_heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -78,10 +95,7 @@ class Ladder(nn.Module):
         query_std: float = 0.02,
     ) -> None:
         super().__init__()
-        if num_queries < 1:
-            raise ValueError(f"model.num_queries must be at least 1, got {num_queries}")
-        if connector not in CONNECTORS:
-            raise ValueError(f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {connector!r}")
+        check_ladder(num_queries, hidden_size, connector, num_layers, num_heads, query_std)
         self.plan = plan
         self.queries = nn.Parameter(query_std * torch.randn(num_queries, hidden_size))
         if connector == "per_tap_mlp":

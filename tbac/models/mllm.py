@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 
@@ -33,6 +33,13 @@ class Prefix:
     next_position: Tensor
 
 
+def check_mllm(config: Qwen2_5_VLConfig) -> None:
+    """Raise ValueError when the split pass isn't exact for this config."""
+    text = config.text_config
+    if text.use_sliding_window or text.attention_dropout:
+        raise ValueError("the MLLM must use neither sliding-window attention nor attention dropout")
+
+
 class FrozenMLLM(nn.Module):
     """A Qwen2.5-VL that reads but never learns.
 
@@ -45,9 +52,7 @@ class FrozenMLLM(nn.Module):
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
         super().__init__()
-        text = model.config.text_config
-        if text.use_sliding_window or text.attention_dropout:
-            raise ValueError("the MLLM must use neither sliding-window attention nor attention dropout")
+        check_mllm(model.config)
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "FrozenMLLM":

@@ -1,0 +1,195 @@
+"""Samples of the shapes world: training sets of the three stages, and the files of its benchmarks."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
+from data_prep.shapes.scene import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    COLORS,
+    GLYPH_SIZE,
+    GLYPHS,
+    Item,
+    Scene,
+    render,
+    sample_scene,
+)
+from data_prep.shards import write_shards
+
+Encode = Callable[[list[Image.Image]], Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything is drawn.
+
+    Args:
+        t2i: text-to-image training samples.
+        edit: edit training triplets.
+        curated: training samples of each kind for fine-tuning.
+        val: validation samples of each set.
+        samples_per_shard: of training tars.
+        prompts_per_tag: GenEval-format prompts for each of the six tags.
+        questions: of the answering benchmark.
+        edits: of the editing benchmark.
+    """
+
+    t2i: int = 12000
+    edit: int = 8000
+    curated: int = 2000
+    val: int = 256
+    samples_per_shard: int = 1000
+    prompts_per_tag: int = 16
+    questions: int = 200
+    edits: int = 48
+
+
+@dataclass(frozen=True)
+class World:
+    """All that is drawn from one seed; no scene of a held-out list appears in training."""
+
+    sizes: Sizes
+    seed: int
+    val_scenes: list[Scene]
+    val_edits: list[Edit]
+    held_out: frozenset[Scene]
+
+    @classmethod
+    def draw(cls, seed: int, sizes: Sizes) -> "World":
+        rng = Random(f"held out/{seed}")
+        scenes = [sample_scene(rng) for _ in range(max(sizes.val, sizes.questions))]
+        edits = [sample_edit(rng, sample_scene(rng)) for _ in range(max(sizes.val, sizes.edits))]
+        held_out = frozenset([*scenes, *(s for e in edits for s in (e.source, e.target))])
+        return cls(sizes, seed, scenes, edits, held_out)
+
+    def training_scenes(self, name: str, count: int) -> Iterator[tuple[Random, Scene]]:
+        """Scenes that aren't held out, each with a generator for what is said of it."""
+        rng = Random(f"{name}/{self.seed}")
+        while count:
+            scene = sample_scene(rng)
+            if scene not in self.held_out:
+                count -= 1
+                yield rng, scene
+
+    def training_edits(self, name: str, count: int) -> Iterator[Edit]:
+        """Edits whose source and target aren't held out."""
+        for rng, scene in self.training_scenes(name, 10**12):
+            edit = sample_edit(rng, scene)
+            if edit.target not in self.held_out:
+                yield edit
+                count -= 1
+                if not count:
+                    return
+
+
+def _chunked(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def t2i_samples(prefix: str, drawn: Iterator[tuple[str, Scene]], encode: Encode) -> Iterator[tuple[str, dict]]:
+    """Text-to-image samples with cached latents."""
+    index = 0
+    for chunk in _chunked(drawn, 256):
+        images = [render(scene) for _, scene in chunk]
+        for (text, _), image, latents in zip(chunk, images, encode(images), strict=True):
+            yield f"{prefix}_{index:06d}", {"png": image, "txt": text, "latent.safetensors": latents}
+            index += 1
+
+
+def edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Iterator[tuple[str, dict]]:
+    """Edit triplets with cached latents of the target."""
+    index = 0
+    for chunk in _chunked(edits, 256):
+        targets = [render(e.target) for e in chunk]
+        for edit, target, latents in zip(chunk, targets, encode(targets), strict=True):
+            yield (
+                f"{prefix}_{index:06d}",
+                {
+                    "source.png": render(edit.source),
+                    "target.png": target,
+                    "json": {"instruction": edit.instruction, "kind": edit.kind},
+                    "target.latent.safetensors": latents,
+                },
+            )
+            index += 1
+
+
+def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_digest: str) -> None:
+    """Shards of the three stages: `t2i`, `edit`, and the curated `finetune_t2i` and `finetune_edit`."""
+    sizes = world.sizes
+    facts = {"provenance": {"world": "shapes", "seed": world.seed}, "autoencoder_digest": autoencoder_digest}
+    rng = Random(f"val captions/{world.seed}")
+    val_t2i = [(caption(rng, s), s) for s in world.val_scenes[: sizes.val]]
+    val_edits = world.val_edits[: sizes.val]
+    for name, count in (("t2i", sizes.t2i), ("finetune_t2i", sizes.curated)):
+        drawn = ((caption(r, s), s) for r, s in world.training_scenes(name, count))
+        write_shards(out / name, "train", t2i_samples(name, drawn, encode), sizes.samples_per_shard, facts)
+        write_shards(out / name, "val", t2i_samples(f"{name}_val", iter(val_t2i), encode), sizes.val, facts)
+    for name, count in (("edit", sizes.edit), ("finetune_edit", sizes.curated)):
+        edits = world.training_edits(name, count)
+        write_shards(out / name, "train", edit_samples(name, edits, encode), sizes.samples_per_shard, facts)
+        write_shards(out / name, "val", edit_samples(f"{name}_val", iter(val_edits), encode), sizes.val, facts)
+
+
+def scene_to_json(scene: Scene) -> dict[str, Any]:
+    """The scene as a detector would read it."""
+
+    def box(item: Item) -> list[int]:
+        rows, columns = GLYPHS[item.shape].any(1).nonzero()[0], GLYPHS[item.shape].any(0).nonzero()[0]
+        top, left = item.row * CELL_SIZE, item.column * CELL_SIZE
+        return [left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1]
+
+    objects = [{"name": i.shape, "color": i.color, "box": box(i)} for i in scene.items]
+    return {"background": scene.background, "objects": objects}
+
+
+def write_benchmarks(world: World, out: Path) -> None:
+    """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures."""
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    assert GLYPH_SIZE < CELL_SIZE
+    glyphs = {name: ["".join(".#"[int(v)] for v in row) for row in mask] for name, mask in GLYPHS.items()}
+    described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": glyphs}
+    (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
+    rng = Random(f"benchmarks/{world.seed}")
+    _write_rows(out / "geneval.jsonl", geneval_prompts(rng, world.sizes.prompts_per_tag))
+    rows = []
+    for index, scene in enumerate(world.val_scenes[: world.sizes.questions]):
+        name = f"pictures/question_{index:04d}.png"
+        render(scene).save(out / name)
+        question, answer = sample_question(rng, scene)
+        rows.append({"image": name, "question": question, "answer": answer, "scene": scene_to_json(scene)})
+    _write_rows(out / "questions.jsonl", rows)
+    rows = []
+    for index, edit in enumerate(world.val_edits[: world.sizes.edits]):
+        name = f"pictures/edit_{index:04d}.png"
+        render(edit.source).save(out / name)
+        rows.append(
+            {
+                "image": name,
+                "instruction": edit.instruction,
+                "kind": edit.kind,
+                "source": scene_to_json(edit.source),
+                "target": scene_to_json(edit.target),
+                "anywhere": edit.kind == "add" and " at the " not in edit.instruction,
+            }
+        )
+    _write_rows(out / "edits.jsonl", rows)
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,71 @@
+"""Between decoding and collation: condition dropout, and target images to tensors."""
+
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tbac.types import Sample
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Drop conditions at random, so that the model learns to be guided.
+
+    At most one of the three happens to a sample. A dropped caption is "", a dropped image is black.
+
+    Args:
+        caption_drop_prob: only the caption.
+        image_drop_prob: only the input images; for samples without any this one is never drawn.
+        both_drop_prob: caption and input images; ditto.
+
+    Raises:
+        ValueError: when a probability is outside [0, 1], or their sum above 1.
+    """
+
+    caption_drop_prob: float = 0.1
+    image_drop_prob: float = 0.0
+    both_drop_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("caption_drop_prob", "image_drop_prob", "both_drop_prob"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"stage.dropout.{name} must be between 0 and 1, got {value}")
+        if (total := self.caption_drop_prob + self.image_drop_prob + self.both_drop_prob) > 1:
+            raise ValueError(f"the probabilities of stage.dropout sum to {total}; at most 1 is possible")
+
+    def __call__(self, sample: Sample, rng: Random) -> Sample:
+        """The sample with what `rng` says dropped."""
+        draw = rng.random()
+        caption = draw < self.caption_drop_prob
+        image = both = False
+        if sample.sources:
+            draw -= self.caption_drop_prob
+            both = 0 <= draw < self.both_drop_prob
+            image = 0 <= draw - self.both_drop_prob < self.image_drop_prob
+        text = "" if caption or both else sample.text
+        sources = [black_like(i) for i in sample.sources] if image or both else sample.sources
+        return replace(sample, text=text, sources=sources)
+
+
+def black_like(image: Image.Image) -> Image.Image:
+    """A black RGB image of the same size: the image condition of unconditional guidance."""
+    return Image.new("RGB", image.size)
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """RGB, the largest central square, resized to `size` pixels a side."""
+    image = image.convert("RGB")
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """(3, height, width) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,192 @@
+"""UniImagePipeline: prompts and images in, pictures or answers out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tbac.models import UniImage
+from tbac.sampling.guidance import Guidance
+from tbac.sampling.solver import solve
+from tbac.types import Condition
+
+Images = Image.Image | Sequence[Image.Image]
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+@dataclass
+class UniImageOutput:
+    """What a call of the pipeline makes.
+
+    Attributes:
+        images: PIL images; or pixels (image, 3, height, width) in [0, 1]; or scaled latents. Images of one prompt follow
+            each other.
+    """
+
+    images: Any
+
+
+class UniImagePipeline:
+    """Generates and answers with one model.
+
+    Args:
+        model: in evaluation mode after this.
+    """
+
+    def __init__(self, model: UniImage) -> None:
+        self.model = model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        **options: Any,
+    ) -> "UniImagePipeline":
+        """Load an exported folder; options as `UniImage.from_pretrained`."""
+        return cls(UniImage.from_pretrained(folder, dtype=dtype, **options).to(device))
+
+    def _branch_inputs(
+        self, branch: str, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str]
+    ) -> tuple[list[str], list[list[Image.Image] | None]]:
+        """Texts and images that a guidance branch reads."""
+        if branch == "full":
+            return prompts, images
+        if branch == "image":
+            return negatives, images
+        black = [[Image.new("RGB", i.size) for i in group] if group else None for group in images]
+        return negatives, black
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str], guidance: Guidance
+    ) -> Condition:
+        """Conditions of all guidance branches, read in one batch: rows (branch * prompt)."""
+        texts: list[str] = []
+        pictures: list[list[Image.Image] | None] = []
+        for branch in guidance.branches:
+            branch_texts, branch_images = self._branch_inputs(branch, prompts, images, negatives)
+            texts += branch_texts
+            pictures += branch_images
+        return self.model.encode_condition(self.model.prompt(texts, pictures).to(self.model.device))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Images | Sequence[Images | None] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.5,
+        image_guidance_scale: float = 1.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        height: int | None = None,
+        width: int | None = None,
+        progress: bool = False,
+    ) -> UniImageOutput:
+        """Generate.
+
+        Args:
+            prompt: one text or several.
+            image: input image(s) to edit: for one prompt an image or a list of images; for several prompts one entry per
+                prompt (an image, a list, or None; a batch is either all edits or all text-to-image).
+            negative_prompt: what the unconditional branch reads; one for all or one per prompt.
+            num_inference_steps: solver steps.
+            guidance_scale: text guidance; 1 turns it off for text-to-image.
+            image_guidance_scale: image guidance, for edits.
+            num_images_per_prompt: pictures of each prompt.
+            generator: source of the starting noise, or one per picture.
+            latents: starting noise (prompt * num_images_per_prompt, channel, height, width) instead.
+            output_type: `pil`, `pt` or `latent`.
+            height: pixels; default: the denoiser's own size.
+            width: ditto.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: for numbers that don't fit each other or values that aren't accepted, before anything runs.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        images = group_images(image, len(prompts))
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
+        if num_inference_steps < 1 or num_images_per_prompt < 1:
+            raise ValueError(
+                "num_inference_steps and num_images_per_prompt must be at least 1, got "
+                f"{num_inference_steps} and {num_images_per_prompt}"
+            )
+        edits = [bool(group) for group in images]
+        if any(edits) and not all(edits):
+            raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
+        shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
+        noise = self._noise(shape, generator) if latents is None else latents
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
+
+        guidance = Guidance(guidance_scale, image_guidance_scale if any(edits) else None)
+        condition = self.encode(prompts, images, negatives, guidance)
+        # Rows (branch, prompt) -> (branch, prompt, picture): each picture keeps the condition of its own prompt.
+        rows = torch.arange(condition.states.shape[1], device=self.model.device)
+        condition = condition[rows.repeat_interleave(num_images_per_prompt)]
+        single = generator if isinstance(generator, torch.Generator) else None
+        noise = noise.to(self.model.device)
+        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress)
+        if output_type == "latent":
+            return UniImageOutput(solved)
+        pixels = (self.model.autoencoder.decode(solved) + 1) / 2
+        return UniImageOutput(pixels if output_type == "pt" else to_pil(pixels))
+
+    def answer(self, question: str, image: Images | None = None, max_new_tokens: int = 64) -> str:
+        """Answer a question, about an image or several if given, with the untouched MLLM."""
+        return self.model.answer([question], group_images(image, 1), max_new_tokens)[0]
+
+    def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        config, factor = self.model.denoiser.transformer.config, self.model.autoencoder.compression
+        sides = []
+        for name, pixels in (("height", height), ("width", width)):
+            step = factor * config.patch_size
+            pixels = config.sample_size * factor if pixels is None else pixels
+            if pixels < step or pixels % step:
+                raise ValueError(f"{name} must be a positive multiple of {step} pixels, got {pixels}")
+            sides.append(pixels // factor)
+        return count, config.in_channels, sides[0], sides[1]
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+        """Standard normal, drawn on the generator's device (the CPU without one) and in float32."""
+        if generator is None or isinstance(generator, torch.Generator):
+            device = generator.device if generator else "cpu"
+            return torch.randn(shape, generator=generator, device=device)
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one, or one per picture")
+        return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
+
+
+def group_images(image: Any, prompts: int) -> list[list[Image.Image] | None]:
+    """Input images as one list (or None) per prompt."""
+    if image is None:
+        return [None] * prompts
+    if isinstance(image, Image.Image):
+        image = [image]
+    entries = list(image)
+    if prompts == 1 and all(isinstance(e, Image.Image) for e in entries):
+        return [entries or None]
+    if len(entries) != prompts:
+        raise ValueError(f"{len(entries)} input images for {prompts} prompts; give one entry per prompt")
+    return [[e] if isinstance(e, Image.Image) else (list(e) if e else None) for e in entries]
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(image, 3, height, width) in [0, 1] -> PIL images."""
+    arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]

@@ -1,0 +1,70 @@
+"""Optimizers and learning-rate schedules, as factories that Hydra makes partials of."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+    """Two groups: matrices with weight decay; norms, biases, queries and other tables without.
+
+    Args:
+        modules: whose trainable parameters are taken.
+        weight_decay: of the first group.
+    """
+    decayed, plain = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                table = name.endswith(("queries", "mix_logits", "scale_shift_table"))
+                (plain if parameter.ndim < 2 or table else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def adamw(
+    groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, fused by default."""
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+
+
+def adamw8bit(
+    groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with 8-bit state."""
+    import bitsandbytes  # takes seconds to import and looks for CUDA libraries, so only where it is wanted
+
+    return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(betas), eps=eps)
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float
+) -> LambdaLR:
+    """Linear warm-up to the optimizer's rate, then a cosine down to `min_lr`, where it stays.
+
+    Args:
+        optimizer: whose rates are scaled.
+        total_steps: step at which the floor is reached.
+        warmup_steps: step at which the peak is reached.
+        min_lr: the floor, absolute.
+
+    Raises:
+        ValueError: when the warm-up doesn't fit into the run, or the floor is above the peak.
+    """
+    peak = optimizer.param_groups[0]["lr"]
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"stage.warmup_steps={warmup_steps} must be between 0 and stage.steps={total_steps}")
+    if not 0 <= min_lr <= peak:
+        raise ValueError(f"stage.min_lr={min_lr} must be between 0 and stage.lr={peak}")
+    return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, total_steps, warmup_steps, min_lr / peak))
+
+
+def warmup_cosine_factor(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
+    """Share of the peak rate at `step`, counted from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

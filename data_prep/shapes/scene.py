@@ -1,7 +1,8 @@
 """Scenes of coloured shapes and letters: what is in a picture, and how it is drawn.
 
 A picture is 32 x 32 pixels, divided into 4 x 4 cells of 8. An object is a 7 x 7 glyph in one cell; no two objects are in
-cells that share an edge, so that objects stand apart. Everything is a function of a `random.Random`, so a seed gives the
+cells that share an edge, so that objects stand apart. The light is uneven, as in photographs: red grows from top to bottom
+and blue from left to right in the background, so that a single patch tells where it is. Everything is a function of a `random.Random`, so a seed gives the
 same world on every machine.
 """
 
@@ -25,6 +26,12 @@ COLORS = {
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (120, 120, 120), "white": (240, 240, 240)}
 
+# What the light adds to the background: (row, column, channel), at most 15 levels either way.
+_SLOPE = np.repeat(np.linspace(-15, 15, CELLS), CELL_SIZE).round().astype(int)
+LIGHT = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), int)
+LIGHT[:, :, 0] = _SLOPE[:, None]
+LIGHT[:, :, 2] = _SLOPE[None, :]
+
 _GLYPH_ROWS = {
     "circle": "..###.. .#####. ####### ####### ####### .#####. ..###..",
     "square": "####### ####### ####### ####### ####### ####### #######",
@@ -37,7 +44,7 @@ GLYPHS = {name: np.array([[c == "#" for c in row] for row in rows.split()]) for 
 GLYPH_SIZE = 7
 
 ROW_NAMES = ("top", "upper", "lower", "bottom")
-COLUMN_NAMES = ("far left", "left", "right", "far right")
+COLUMN_NAMES = ("left", "midleft", "midright", "right")
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,8 @@ def sample_scene(rng: Random) -> Scene:
 
 def render(scene: Scene) -> Image.Image:
     """Draw the scene as an RGB picture of `IMAGE_SIZE` pixels a side."""
-    pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pixels[:] = BACKGROUNDS[scene.background]
+    pixels = BACKGROUNDS[scene.background] + LIGHT
     for item in scene.items:
         top, left = item.row * CELL_SIZE, item.column * CELL_SIZE
         pixels[top : top + GLYPH_SIZE, left : left + GLYPH_SIZE][GLYPHS[item.shape]] = COLORS[item.color]
-    return Image.fromarray(pixels)
+    return Image.fromarray(pixels.astype(np.uint8))

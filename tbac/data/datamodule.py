@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tbac.data.collation import Collator, PromptCode
-from tbac.data.shards import DataError, Source, read_manifest
+from tbac.data.shards import DataError, Source, parse_source, read_manifest
 from tbac.data.stream import ShardStream
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch
@@ -60,8 +60,8 @@ class ShardDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"stage.batch_size must be at least 1, got {batch_size}")
-        self.sources = [Source(**s) for s in sources]
-        self.val_sources = [Source(**s) for s in val_sources]
+        self.sources = [parse_source(s) for s in sources]
+        self.val_sources = [parse_source(s) for s in val_sources]
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.val_samples, self.image_size, self.num_workers = val_samples, image_size, num_workers
         self.train_options = {"seed": seed, "shuffle_buffer": shuffle_buffer, "dropout": dropout}

@@ -1,6 +1,7 @@
 """Shards on disk: finding them, and what their manifest says of them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ class Source:
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"the weight of source {self.path} must be positive, got {self.weight}")
+
+
+def parse_source(fields: Mapping[str, Any]) -> Source:
+    """A `Source` from a config entry.
+
+    Raises:
+        ValueError: for an entry without `path` or with an unknown field.
+    """
+    known = {"path", "split", "weight"}
+    if "path" not in fields or not set(fields) <= known:
+        raise ValueError(f"a source needs path and may have split and weight; got {dict(fields)}")
+    return Source(**fields)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -169,13 +169,18 @@ def run_edits(pipeline: Any, path: str | Path, detector: Detector, options: Samp
     }
 
 
+def read_questions(path: str | Path) -> list[dict]:
+    """Rows with `image` (file beside the list), `question` and `answer`."""
+    return read_rows(path, {"image": str, "question": str, "answer": str})
+
+
 def run_answers(model: Any, path: str | Path, batch_size: int = 50) -> dict[str, Any]:
     """Ask the questions of a list.
 
     Returns:
         `accuracy`, and the `answers` in order.
     """
-    rows = read_rows(path, {"image": str, "question": str, "answer": str})
+    rows = read_questions(path)
     answers: list[str] = []
     for _, part in _chunks(rows, batch_size):
         images = [[Image.open(Path(path).parent / row["image"]).convert("RGB")] for row in part]

@@ -142,7 +142,7 @@ class UniImage(nn.Module):
         self.load_state_dict(state, strict=False)
 
     def frozen_digests(self) -> dict[str, str]:
-        """sha256 of names and bytes of every tensor of the frozen parts."""
+        """sha256 of names and bytes of every tensor of the frozen parts, computed anew."""
         return {"mllm": tensor_digest(self.mllm), "autoencoder": tensor_digest(self.autoencoder)}
 
     def describe(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The LightningModule of ladder tuning: prepare, compute the loss, log."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
+from tbac.training.checkpoints import FACTS, check_frozen
 from tbac.training.optimizers import parameter_groups
 from tbac.types import Batch
 
@@ -48,6 +49,7 @@ class LadderTuningModule(L.LightningModule):
         weight_decay: of matrices; norms, biases and queries have none.
         total_steps: optimizer steps of this stage.
         seed: of noise and noise levels.
+        facts: what checkpoints say of the model besides tensors (`tbac.training.checkpoints.describe_model`).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LadderTuningModule(L.LightningModule):
         weight_decay: float,
         total_steps: int,
         seed: int = 42,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._shared = Shared(model)
@@ -66,6 +69,7 @@ class LadderTuningModule(L.LightningModule):
         self.denoiser = model.denoiser
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.flow, self.weight_decay, self.total_steps, self.seed = flow, weight_decay, total_steps, seed
+        self.facts = dict(facts or {})
         self._generator: torch.Generator | None = None
 
     @property
@@ -79,6 +83,14 @@ class LadderTuningModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self.model.to(self.device)
         self._generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FACTS] = self.facts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on other frozen parts."""
+        if FACTS in checkpoint and checkpoint[FACTS].get("frozen"):
+            check_frozen(checkpoint[FACTS], self.model, "the checkpoint")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)

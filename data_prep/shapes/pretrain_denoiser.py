@@ -1,0 +1,45 @@
+"""Pre-training of the shapes world's denoiser without prompts: what pictures look like."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tbac.flow import NUM_TIMESTEPS, interpolate, sample_sigma, velocity_loss
+
+
+def pretrain_denoiser(
+    architecture: dict[str, Any], latents: Tensor, steps: int, batch_size: int, lr: float, seed: int
+) -> SanaTransformer2DModel:
+    """Train a `SanaTransformer2DModel` on latents with an all-zero context.
+
+    Args:
+        architecture: constructor arguments.
+        latents: scaled latents (picture, channel, height, width).
+        steps: optimizer steps.
+        batch_size: pictures per step.
+        lr: peak learning rate.
+        seed: of weights, data order and noise.
+    """
+    torch.manual_seed(seed)
+    model = SanaTransformer2DModel(**architecture)
+    context = torch.zeros(batch_size, 1, model.config.caption_channels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    bar = tqdm(range(steps), desc="denoiser", mininterval=5)
+    for step in bar:
+        scale = min(1.0, (step + 1) / 50) * max(0.1, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * scale
+        batch = latents[torch.randint(len(latents), (batch_size,))]
+        path = interpolate(batch, torch.randn_like(batch), sample_sigma(batch_size))
+        predicted = model(path.noisy, context, NUM_TIMESTEPS * path.sigma, return_dict=False)[0]
+        loss = velocity_loss(predicted, path.velocity)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()

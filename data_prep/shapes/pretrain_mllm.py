@@ -1,0 +1,333 @@
+"""Pre-training of the shapes world's MLLM: to see, to describe, to carry out edits in words, to answer.
+
+What makes it learn within minutes on one core:
+- The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the embeddings of
+  what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then, so that its
+  features are computed once.
+- Several questions share one picture: they are branches that see the prefix but not each other, at the positions that
+  they would have alone.
+- The pictures grow: first one or two cells, then more. Looking something up is learned among few cells.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
+from data_prep.shapes.language import OPENINGS, caption, long_caption, sample_edit, sample_question
+from data_prep.shapes.pretrain_autoencoder import dense_scene
+from data_prep.shapes.scene import (
+    BACKGROUNDS,
+    CELLS,
+    COLORS,
+    COLUMN_NAMES,
+    GLYPHS,
+    ROW_NAMES,
+    Item,
+    Scene,
+    in_reading_order,
+    render,
+    sample_scene,
+)
+from tbac.models.prompt import SYSTEM_PROMPT, VISION_END, VISION_START
+from tbac.models.uniimage import ANSWER_SYSTEM
+
+GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the MLLM is pre-trained.
+
+    Args:
+        vision_steps: steps of the vision tower on dense scenes.
+        steps: steps of the language model.
+        batch_size: conversations per step.
+        lr: peak learning rate of the language model.
+        vision_lr: that of the vision tower.
+        embedding_std: of the word embeddings at the start.
+        pictures: different pictures that conversations are about.
+    """
+
+    vision_steps: int = 250
+    steps: int = 1200
+    batch_size: int = 16
+    lr: float = 2e-3
+    vision_lr: float = 3e-3
+    embedding_std: float = 0.1
+    pictures: int = 6000
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Tokens, labels (-100 = none), branch of each token (0 = prefix), rotary positions (3, token), visible cells."""
+
+    tokens: list[int]
+    labels: list[int]
+    branches: list[int]
+    positions: list[list[int]]
+    picture: int
+    cells: list[int]
+
+
+def last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> Tensor:
+    """Token id of the last word of each name, as it reads within a sentence."""
+    return torch.tensor([tokenizer(" " + w.split()[-1], add_special_tokens=False)["input_ids"][-1] for w in words])
+
+
+class VisionTeacher:
+    """What each image token should say: a sum of word embeddings."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, embeddings: Tensor) -> None:
+        names = {"shape": GLYPHS, "color": COLORS, "background": BACKGROUNDS, "row": ROW_NAMES, "column": COLUMN_NAMES}
+        self.words = {k: dict(zip(v, embeddings[last_ids(tokenizer, list(v))], strict=True)) for k, v in names.items()}
+
+    def __call__(self, scene: Scene) -> Tensor:
+        """(cell, hidden)."""
+        rows = []
+        items = {(i.row, i.column): i for i in scene.items}
+        for row in range(CELLS):
+            for column in range(CELLS):
+                said = self.words["background"][scene.background] + self.words["row"][ROW_NAMES[row]]
+                said = said + self.words["column"][COLUMN_NAMES[column]]
+                if item := items.get((row, column)):
+                    said = said + self.words["shape"][item.shape] + self.words["color"][item.color]
+                rows.append(said)
+        return torch.stack(rows)
+
+
+def patches_of(processor: Qwen2VLImageProcessorPil, scenes: Sequence[Scene]) -> Tensor:
+    """Vision patches (scene, patch, channel)."""
+    values = processor(images=[render(s) for s in scenes], return_tensors="pt")["pixel_values"]
+    return values.view(len(scenes), GRID * GRID, -1)
+
+
+def image_features(model: Qwen2_5_VLForConditionalGeneration, patches: Tensor) -> Tensor:
+    """(scene, cell, hidden) from patches (scene, patch, channel)."""
+    grids = torch.tensor([[1, GRID, GRID]]).expand(len(patches), -1)
+    features = model.model.get_image_features(patches.flatten(0, 1), grids).pooler_output
+    return torch.stack(list(features))
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak rate: linear warm-up, flat, cosine over the last 60 %."""
+    progress = max(0.0, step / steps - 0.4) / 0.6
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+
+
+def teach_vision(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    processor: Qwen2VLImageProcessorPil,
+    recipe: Recipe,
+    rng: Random,
+) -> None:
+    """Fit image tokens to the embeddings of what they show."""
+    embeddings = model.get_input_embeddings().weight.data
+    teacher = VisionTeacher(tokenizer, embeddings)
+    scenes = [dense_scene(rng) for _ in range(1500)]
+    patches = patches_of(processor, scenes)
+    targets = torch.stack([teacher(s) for s in scenes])
+    optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=recipe.vision_lr, fused=True)
+    bar = tqdm(range(recipe.vision_steps), desc="mllm vision", mininterval=5)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = recipe.vision_lr * schedule(step, recipe.vision_steps, 20)
+        chosen = torch.tensor(rng.sample(range(len(scenes)), 32))
+        error = image_features(model, patches[chosen]) - targets[chosen]
+        loss = error.square().mean() / recipe.embedding_std**2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.model.visual.requires_grad_(False)
+
+
+def visible_part(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int], int]:
+    """A window of `side` x `side` cells that shows an object: what is in it, its cells, its side."""
+    if side >= CELLS:
+        return scene, list(range(CELLS * CELLS)), CELLS
+    item = rng.choice(scene.items)
+    top = rng.randint(max(0, item.row - side + 1), min(item.row, CELLS - side))
+    left = rng.randint(max(0, item.column - side + 1), min(item.column, CELLS - side))
+    inside = [i for i in scene.items if top <= i.row < top + side and left <= i.column < left + side]
+    cells = [r * CELLS + c for r in range(top, top + side) for c in range(left, left + side)]
+    return in_reading_order(scene.background, inside), cells, side
+
+
+class Conversations:
+    """Draws conversations about pictures, and about captions alone."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, scenes: Sequence[Scene], rng: Random) -> None:
+        self.scenes, self.rng = scenes, rng
+        self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
+        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def draw(self, kind: str, side: int) -> Conversation:
+        """One conversation of a kind (`answer`, `describe`, `text`) about a window of `side` cells."""
+        rng = self.rng
+        picture = rng.randrange(len(self.scenes))
+        scene, cells, side = visible_part(rng, self.scenes[picture], side)
+        if kind == "answer":
+            turns = [sample_question(rng, scene) for _ in range(6)]
+        elif kind == "describe":
+            turns = [("", long_caption(scene))]
+            if side == CELLS:
+                edits = (sample_edit(rng, scene) for _ in range(2))
+                turns += [(e.instruction, long_caption(e.target)) for e in edits]
+        else:
+            cells, turns = [], []
+            for _ in range(4):
+                said = caption(rng, sample_scene(rng))
+                opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
+                turns.append((said, said.removeprefix(opening)))
+        return self._assemble(ANSWER_SYSTEM if kind == "answer" else SYSTEM_PROMPT, turns, picture, cells, side)
+
+    def _assemble(
+        self, system: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
+    ) -> Conversation:
+        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
+        tokens = list(before)
+        positions = [list(range(len(before))) for _ in range(3)]
+        start = len(before)
+        if cells:
+            opening, closing = self.encode(VISION_START), self.encode(VISION_END)
+            first = start + 1
+            tokens += [*opening, *[self.image_token] * len(cells), *closing]
+            offsets = ([0] * len(cells), [c // side for c in range(len(cells))], [c % side for c in range(len(cells))])
+            for axis, offset in zip(positions, offsets, strict=True):
+                axis += [start, *[first + o for o in offset], first + side]
+            start = first + side + 1
+        labels, branches = [-100] * len(tokens), [0] * len(tokens)
+        for number, (asked, said) in enumerate(turns, start=1):
+            question = self.encode(asked + "<|im_end|>\n<|im_start|>assistant\n")
+            answer = self.encode(said + "<|im_end|>")
+            length = len(question) + len(answer)
+            tokens += [*question, *answer]
+            labels += [*[-100] * len(question), *answer]
+            branches += [number] * length
+            for axis in positions:
+                axis += range(start, start + length)
+        return Conversation(tokens, labels, branches, positions, picture, cells)
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """Additive attention mask (batch, 1, token, token): causal; a token sees the prefix and its own branch."""
+    length = branches.shape[1]
+    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
+
+
+def conversation_loss(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
+) -> Tensor:
+    """Mean cross-entropy of the answers' tokens; `features` are those of all pictures (picture, cell, hidden)."""
+    length = max(len(c.tokens) for c in batch)
+    tokens = torch.full((len(batch), length), pad)
+    labels = torch.full((len(batch), length), -100)
+    branches = torch.full((len(batch), length), -1)
+    positions = torch.zeros(3, len(batch), length, dtype=torch.long)
+    seen = []
+    for row, c in enumerate(batch):
+        end = len(c.tokens)
+        tokens[row, :end], labels[row, :end] = torch.tensor(c.tokens), torch.tensor(c.labels)
+        branches[row, :end], positions[:, row, :end] = torch.tensor(c.branches), torch.tensor(c.positions)
+        if c.cells:
+            seen.append(features[c.picture, c.cells])
+    embeddings = model.get_input_embeddings()(tokens)
+    if seen:
+        places = (tokens == model.config.image_token_id).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(places, torch.cat(seen))
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings, position_ids=positions, attention_mask=branch_mask(branches), use_cache=False
+    ).last_hidden_state
+    said = labels[:, 1:] >= 0
+    return cross_entropy(model.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
+
+
+def side_at(rng: Random, progress: float) -> int:
+    """Side of the visible window: grows with progress, and smaller ones stay in the mixture."""
+    largest = 1 if progress < 0.1 else 2 if progress < 0.4 else CELLS
+    return largest if rng.random() < 0.8 else rng.randint(1, largest)
+
+
+def pretrain_mllm(
+    architecture: dict[str, Any],
+    tokenizer: Qwen2Tokenizer,
+    processor: Qwen2VLImageProcessorPil,
+    recipe: Recipe,
+    seed: int,
+    held_out: frozenset[Scene] = frozenset(),
+    seconds: float | None = None,
+    report: Any = None,
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Train a Qwen2.5-VL from scratch on the shapes world.
+
+    Args:
+        architecture: config of the model; vocabulary and special token ids are taken from the tokenizer.
+        tokenizer: of `train_tokenizer`.
+        processor: image processor.
+        recipe: how long and how fast.
+        seed: of weights and data.
+        held_out: scenes that are never shown.
+    """
+    torch.manual_seed(seed)
+    rng = Random(f"mllm/{seed}")
+    model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer))
+    model.get_input_embeddings().weight.data.normal_(0, recipe.embedding_std)
+    teach_vision(model, tokenizer, processor, recipe, rng)
+    scenes: list[Scene] = []
+    while len(scenes) < recipe.pictures:
+        scene = sample_scene(rng)
+        if scene not in held_out:
+            scenes.append(scene)
+    with torch.no_grad():
+        features = torch.cat(
+            [image_features(model, patches_of(processor, scenes[i : i + 256])) for i in range(0, len(scenes), 256)]
+        )
+    draw = Conversations(tokenizer, scenes, rng).draw
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    bar = tqdm(range(recipe.steps), desc="mllm language", mininterval=5)
+    model.train()
+    for step in bar:
+        progress = step / recipe.steps
+        optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe.steps, 40)
+        kind = rng.choices(("answer", "describe", "text"), (3, 1.5, 1))[0]
+        side = side_at(rng, progress)
+        count = recipe.batch_size * (1 if side == CELLS or kind == "text" else 2)
+        loss = conversation_loss(model, [draw(kind, side) for _ in range(count)], features, tokenizer.pad_token_id)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if report:
+            report(model, step, kind, side, loss.item())
+        if step % 25 == 0:
+            bar.set_postfix({kind: f"{loss.item():.3f}"})
+    return model.eval().requires_grad_(False)
+
+
+def make_config(architecture: dict[str, Any], tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """The architecture with the tokenizer's vocabulary and special tokens."""
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        **architecture["text_config"],
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": ids("<|im_end|>"),
+        "pad_token_id": ids("<|endoftext|>"),
+    }
+    special = {f"{k}_token_id": ids(f"<|{v}|>") for k, v in (("image", "image_pad"), ("video", "video_pad"))}
+    special |= {f"vision_{k}_token_id": ids(f"<|vision_{k}|>") for k in ("start", "end")}
+    return Qwen2_5_VLConfig(**{**architecture, "text_config": text}, **special)

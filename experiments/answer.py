@@ -1,0 +1,18 @@
+"""Ask the frozen MLLM: python experiments/answer.py checkpoint=PATH 'question="what color is the circle?"' image=scene.png"""
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments.common import open_model, user_errors
+from experiments.generate import read_image
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="answer")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    image = read_image(cfg.image) if cfg.image else None
+    print(open_model(cfg.checkpoint, cfg.device, cfg.dtype).answer(cfg.question, image, cfg.max_new_tokens))
+
+
+if __name__ == "__main__":
+    main()

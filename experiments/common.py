@@ -1,0 +1,93 @@
+"""What the applications share: clear errors, finding models, run folders."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
+
+
+def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """End in one message and exit status 1 for a user's mistake; TBAC_TRACEBACK=1 shows where it was noticed."""
+
+    @wraps(main)
+    def guarded(cfg: DictConfig) -> Any:
+        quiet_libraries()
+        try:
+            return main(cfg)
+        except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+            if os.environ.get("TBAC_TRACEBACK"):
+                raise
+            print(f"error: {innermost(error)}", file=sys.stderr)
+            sys.exit(1)
+
+    return guarded
+
+
+def innermost(error: BaseException) -> str:
+    """The message of the error that a configuration library wrapped."""
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip()
+
+
+def quiet_libraries() -> None:
+    """Silence notices that no user can act on."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+    for name in ("alembic", "mlflow", "torchao", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def output_dir() -> Path:
+    """The run folder that Hydra made."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as built-in types, interpolations resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def open_model(path: str | None, device: str, dtype: str) -> Any:
+    """A `UniImagePipeline` from an exported folder, a run folder, or a training checkpoint.
+
+    Raises:
+        ValueError: when nothing usable is there.
+    """
+    from tbac.models import UniImage
+    from tbac.sampling import UniImagePipeline
+    from tbac.training.checkpoints import FACTS, load_weights, read_checkpoint
+
+    if not path:
+        raise ValueError("give checkpoint=PATH: an exported folder, a run folder of outputs/train, or a .ckpt file")
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        model = UniImage.from_pretrained(folder, dtype=dtype)
+    else:
+        checkpoint = read_checkpoint(folder)
+        model = instantiate(OmegaConf.create(checkpoint[FACTS]["config"]["model"]))
+        load_weights(checkpoint, model, str(folder))
+    return UniImagePipeline(model.to(pick_device(device)))

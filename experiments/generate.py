@@ -1,0 +1,99 @@
+"""Pictures from prompts: python experiments/generate.py checkpoint=PATH 'prompts=["a photo of a red circle"]'"""
+
+import json
+import logging
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from PIL import Image, UnidentifiedImageError
+
+from experiments.common import open_model, user_errors
+
+log = logging.getLogger(__name__)
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file: one a line, or JSON lines with `prompt`.
+
+    Raises:
+        ValueError: naming file and line, when it isn't of that form.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"prompt_file={path} doesn't exist")
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt_file={path} is not UTF-8 text; give one prompt a line, or JSON lines") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            prompts.append(line.strip())
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompt_file={path}, line {number} is not JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f"prompt_file={path}, line {number} needs a 'prompt' that is a string, got {line.strip()}")
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise ValueError(f"prompt_file={path} holds no prompt")
+    return prompts
+
+
+def read_image(path: str) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        ValueError: when the file is absent or not an image.
+    """
+    try:
+        return Image.open(Path(path).expanduser()).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image {path} can't be read ({error})") from None
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="generate")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    prompts = [str(p) for p in cfg.prompts] + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
+    if not prompts:
+        raise ValueError("nothing to draw: give prompts=[...] or prompt_file=PATH")
+    images = [read_image(p) for p in cfg.images]
+    if images and len(images) not in (1, len(prompts)):
+        raise ValueError(f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt")
+    if cfg.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    sources = images * len(prompts) if len(images) == 1 else images
+    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(prompts), cfg.batch_size):
+        part = prompts[start : start + cfg.batch_size]
+        count = len(part) * cfg.num_images_per_prompt
+        first = start * cfg.num_images_per_prompt
+        made = pipeline(
+            part,
+            image=sources[start : start + len(part)] or None,
+            negative_prompt=cfg.negative_prompt,
+            num_inference_steps=cfg.num_inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            image_guidance_scale=cfg.image_guidance_scale,
+            num_images_per_prompt=cfg.num_images_per_prompt,
+            generator=[torch.Generator().manual_seed(cfg.seed + first + i) for i in range(count)],
+            progress=True,
+        ).images
+        for index, image in enumerate(made):
+            image.save(out / f"{first + index:05d}.png")
+    rows = [{"prompt": p, "index": i * cfg.num_images_per_prompt} for i, p in enumerate(prompts)]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.info("%d pictures in %s", len(prompts) * cfg.num_images_per_prompt, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Slim training checkpoints: finding, reading and checking them."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tbac.models import UniImage
+
+FACTS = "tbac"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training checkpoint, with `weights_only`.
+
+    Args:
+        path: the file, or a run folder whose `checkpoints/last.ckpt` is meant.
+
+    Raises:
+        ValueError: when it doesn't exist or isn't a checkpoint of this project.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file} doesn't exist")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} can't be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError(f"{file} isn't a training checkpoint of tbac")
+    return checkpoint
+
+
+def newest_checkpoint(root: str | Path, stage: str) -> Path | None:
+    """The checkpoint of `stage` that was written last, anywhere under `root`."""
+    found = [p for p in Path(root).glob(f"**/checkpoints/{stage}-step=*.ckpt") if p.is_file()]
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+
+
+def check_frozen(facts: Mapping[str, Any], model: UniImage, origin: str) -> None:
+    """Compare the frozen parts that a checkpoint was trained on with those of `model`.
+
+    Raises:
+        ValueError: naming the part that differs.
+    """
+    for part, digest in model.frozen_digests().items():
+        if facts["frozen"][part] != digest:
+            raise ValueError(
+                f"{origin} was trained on another {part} (digest {facts['frozen'][part][:12]}…) than this model's "
+                f"({digest[:12]}…)"
+            )
+
+
+def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) -> None:
+    """Load the trained weights of a checkpoint into `model`.
+
+    Raises:
+        ValueError: for other frozen parts, other taps, or any missing, unexpected or misshapen tensor, by name.
+    """
+    facts = checkpoint[FACTS]
+    check_frozen(facts, model, origin)
+    plan = model.ladder.plan
+    taps = {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed}
+    if facts["taps"] != taps:
+        raise ValueError(f"{origin} was trained with taps {facts['taps']}, this model has {taps}")
+    model.load_trained_state(checkpoint["state_dict"], origin)
+
+
+def describe_model(model: UniImage, stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the model besides its tensors."""
+    plan = model.ladder.plan
+    return {
+        "stage": stage,
+        "frozen": model.frozen_digests(),
+        "taps": {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed},
+        "sources": {"mllm": model.provenance.mllm, "denoiser": model.provenance.denoiser},
+        "config": dict(config),
+    }

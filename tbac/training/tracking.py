@@ -1,0 +1,118 @@
+"""Experiment tracking with MLflow; the only file that knows of it."""
+
+import contextlib
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "diffusers",
+    "webdataset",
+    "hydra-core",
+    "bitsandbytes",
+    "torchmetrics",
+    "mlflow",
+)
+
+
+def prepare_store(tracking_uri: str) -> None:
+    """Make the folder that a sqlite store lives in."""
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
+
+
+def make_mlflow_logger(
+    tracking_uri: str, experiment_name: str = "tbac", run_name: str | None = None, parent_run_id: str | None = None
+) -> MLFlowLogger:
+    """Lightning's MLflow logger; with a parent, the run appears as its child.
+
+    Args:
+        tracking_uri: where runs are stored.
+        experiment_name: MLflow experiment.
+        run_name: shown in the UI.
+        parent_run_id: run that this one belongs to.
+    """
+    prepare_store(tracking_uri)
+    tags = {"mlflow.parentRunId": parent_run_id} if parent_run_id else None
+    return MLFlowLogger(experiment_name, run_name=run_name, tracking_uri=tracking_uri, tags=tags)
+
+
+def git_revision() -> str:
+    """Commit of the working tree, with `-dirty` for uncommitted changes; "unknown" outside a repository."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def run_facts() -> dict[str, str]:
+    """Git revision and package versions."""
+    facts = {"git_revision": git_revision()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            facts[f"version/{package}"] = version(package)
+    return facts
+
+
+def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """Write the full config as parameters and as a file, and the facts as tags."""
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger):
+            run_id = logger.run_id
+            assert run_id is not None
+            logger.log_hyperparams(dict(config))
+            logger.experiment.log_dict(run_id, dict(config), "config.yaml")
+            for name, value in facts.items():
+                logger.experiment.set_tag(run_id, name, value)
+
+
+def log_picture(loggers: Iterable[Logger], path: Path) -> None:
+    """Add a picture file to the run's artifacts."""
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(path), "samples")
+
+
+class ParentRun:
+    """A run that holds stage runs as children, with its own metrics and artifacts."""
+
+    def __init__(self, tracking_uri: str, experiment_name: str, run_name: str) -> None:
+        self._logger = make_mlflow_logger(tracking_uri, experiment_name, run_name)
+        run_id = self._logger.run_id
+        assert run_id is not None
+        self.run_id: str = run_id
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Write the full config and the facts of the run."""
+        log_run([self._logger], config, run_facts())
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self._logger.log_metrics(dict(metrics))
+
+    def log_file(self, path: Path) -> None:
+        self._logger.experiment.log_artifact(self.run_id, str(path))
+
+    def finish(self, failed: bool = False) -> None:
+        self._logger.finalize("failed" if failed else "success")
+
+
+@contextlib.contextmanager
+def parent_run(tracking_uri: str, experiment_name: str, run_name: str) -> Iterator[ParentRun]:
+    """A `ParentRun` that is closed as finished, or as failed when the block raises."""
+    run = ParentRun(tracking_uri, experiment_name, run_name)
+    try:
+        yield run
+    except BaseException:
+        run.finish(failed=True)
+        raise
+    run.finish()

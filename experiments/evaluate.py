@@ -54,7 +54,9 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"benchmark.name must be one of {', '.join(READERS)}; got {cfg.benchmark.name!r}")
     READERS[cfg.benchmark.name](cfg.benchmark.file)
     detector = instantiate(cfg.judge)
-    scores = evaluate(open_model(cfg.checkpoint, cfg.device, cfg.dtype), detector, cfg.benchmark, output_dir() / "samples")
+    scores = evaluate(
+        open_model(cfg.checkpoint, cfg.device, cfg.dtype), detector, cfg.benchmark, output_dir() / "samples"
+    )
     scores.pop("answers", None)
     (output_dir() / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
     log.info("%s: %s", cfg.benchmark.name, json.dumps(scores))

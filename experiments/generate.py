@@ -66,7 +66,9 @@ def main(cfg: DictConfig) -> None:
         raise ValueError("nothing to draw: give prompts=[...] or prompt_file=PATH")
     images = [read_image(p) for p in cfg.images]
     if images and len(images) not in (1, len(prompts)):
-        raise ValueError(f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt")
+        raise ValueError(
+            f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt"
+        )
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
     sources = images * len(prompts) if len(images) == 1 else images

@@ -16,7 +16,7 @@ from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_run, run_facts
 
 log = logging.getLogger(__name__)
-RUNS = "outputs"
+RUNS = "outputs/train"
 
 
 def find_init(cfg: DictConfig) -> str | None:

@@ -65,7 +65,8 @@ def make_tokenizer(folder: Path, seed: int) -> None:
     for _ in range(3000):
         scene = sample_scene(rng)
         texts += [caption(rng, scene), long_caption(scene), sample_edit(rng, scene).instruction]
-        texts.append(" ".join(sample_question(rng, scene)))
+        question, answer = sample_question(rng, scene)
+        texts += [question, answer, f"{question} {answer}"]
     train_tokenizer(texts).save_pretrained(folder)
     Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096).save_pretrained(folder)
 

@@ -129,25 +129,24 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
 
 
 def sample_question(rng: Random, scene: Scene) -> tuple[str, str]:
-    """Draw a question about the scene and its answer."""
+    """Draw a question about the scene and its answer. What is asked for is named last, just before the question mark."""
     shapes = Counter(i.shape for i in scene.items)
     colors = Counter(i.color for i in scene.items)
-    kind = rng.choice(("color", "count", "exists", "shape", "background"))
-    if kind == "color" and (single := [i for i in scene.items if shapes[i.shape] == 1]):
+    kind = rng.choice(("color", "where", "shape", "count", "exists", "background"))
+    if kind in ("color", "where") and (single := [i for i in scene.items if shapes[i.shape] == 1]):
         item = rng.choice(single)
+        if kind == "where":
+            return f"where is the {item.shape}?", item.place
         return f"what color is the {item.shape}?", item.color
     if kind == "shape" and (single := [i for i in scene.items if colors[i.color] == 1]):
         item = rng.choice(single)
-        return f"what is the {item.color} object?", item.shape
-    if kind == "count":
+        return f"what shape is {item.color}?", item.shape
+    if kind == "count" and shapes:
         shape = rng.choice(list(shapes)) if rng.random() < 0.7 else rng.choice(list(GLYPHS))
-        return f"how many {plural(shape)} are there?", NUMBERS[shapes[shape]]
+        return f"what is the number of {plural(shape)}?", NUMBERS[shapes[shape]]
     if kind == "exists":
-        item = rng.choice(scene.items)
-        name = noun(item)
-        if rng.random() < 0.5:
-            name = f"{rng.choice(list(COLORS))} {rng.choice(list(GLYPHS))}"
-        return f"is there a {name}?", "yes" if name in {noun(i) for i in scene.items} else "no"
+        shape = rng.choice(list(GLYPHS) + list(shapes) * 2)
+        return f"is there a {shape}?", "yes" if shapes[shape] else "no"
     return "what color is the background?", scene.background
 
 

@@ -1,17 +1,19 @@
-"""Pre-training of the shapes world's MLLM: to see, to describe, to carry out edits in words, to answer.
+"""Pre-training of the shapes world's MLLM: to see, to name, to answer, to describe, to carry out edits in words.
 
 What makes it learn within minutes on one core:
 - The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the embeddings of
   what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then, so that its
   features are computed once.
+- Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the words.
+- Small batches and many steps: looking something up is a circuit that needs steps, not samples.
 - Several questions share one picture: they are branches that see the prefix but not each other, at the positions that
   they would have alone.
-- The pictures grow: first one or two cells, then more. Looking something up is learned among few cells.
+- Naming comes first: the answer directly after the word that is asked for. Answering after the assistant's header comes then.
+- The pictures grow: first one cell, then four, then all.
 """
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -32,7 +34,6 @@ from data_prep.shapes.scene import (
     COLUMN_NAMES,
     GLYPHS,
     ROW_NAMES,
-    Item,
     Scene,
     in_reading_order,
     render,
@@ -51,7 +52,7 @@ class Recipe:
     Args:
         vision_steps: steps of the vision tower on dense scenes.
         steps: steps of the language model.
-        batch_size: conversations per step.
+        batch_size: conversations per step, twice as many while pictures are small.
         lr: peak learning rate of the language model.
         vision_lr: that of the vision tower.
         embedding_std: of the word embeddings at the start.
@@ -59,12 +60,12 @@ class Recipe:
     """
 
     vision_steps: int = 250
-    steps: int = 1200
-    batch_size: int = 16
+    steps: int = 2800
+    batch_size: int = 4
     lr: float = 2e-3
     vision_lr: float = 3e-3
-    embedding_std: float = 0.1
-    pictures: int = 6000
+    embedding_std: float = 1.0
+    pictures: int = 4000
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,12 @@ class Conversations:
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def draw(self, kind: str, side: int) -> Conversation:
-        """One conversation of a kind (`answer`, `describe`, `text`) about a window of `side` cells."""
+        """One conversation of a kind (`name`, `answer`, `describe`, `text`) about a window of `side` cells."""
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
         scene, cells, side = visible_part(rng, self.scenes[picture], side)
-        if kind == "answer":
-            turns = [sample_question(rng, scene) for _ in range(6)]
+        if kind in ("name", "answer"):
+            turns = [sample_question(rng, scene) for _ in range(8 if kind == "name" else 6)]
         elif kind == "describe":
             turns = [("", long_caption(scene))]
             if side == CELLS:
@@ -190,11 +191,12 @@ class Conversations:
                 said = caption(rng, sample_scene(rng))
                 opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
                 turns.append((said, said.removeprefix(opening)))
-        return self._assemble(ANSWER_SYSTEM if kind == "answer" else SYSTEM_PROMPT, turns, picture, cells, side)
+        return self._assemble(kind, turns, picture, cells, side)
 
     def _assemble(
-        self, system: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
+        self, kind: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
     ) -> Conversation:
+        system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
         before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
         tokens = list(before)
         positions = [list(range(len(before))) for _ in range(3)]
@@ -209,8 +211,11 @@ class Conversations:
             start = first + side + 1
         labels, branches = [-100] * len(tokens), [0] * len(tokens)
         for number, (asked, said) in enumerate(turns, start=1):
-            question = self.encode(asked + "<|im_end|>\n<|im_start|>assistant\n")
-            answer = self.encode(said + "<|im_end|>")
+            if kind == "name":
+                question, answer = self.encode(asked.removesuffix("?")), self.encode(" " + said)
+            else:
+                question = self.encode(asked + "<|im_end|>\n<|im_start|>assistant\n")
+                answer = self.encode(said + "<|im_end|>")
             length = len(question) + len(answer)
             tokens += [*question, *answer]
             labels += [*[-100] * len(question), *answer]
@@ -228,10 +233,10 @@ def branch_mask(branches: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
 
 
-def conversation_loss(
+def conversation_states(
     model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
-) -> Tensor:
-    """Mean cross-entropy of the answers' tokens; `features` are those of all pictures (picture, cell, hidden)."""
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states (batch, token, hidden) and labels (batch, token); `features` are (picture, cell, hidden)."""
     length = max(len(c.tokens) for c in batch)
     tokens = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), -100)
@@ -251,14 +256,31 @@ def conversation_loss(
     hidden = model.model.language_model(
         inputs_embeds=embeddings, position_ids=positions, attention_mask=branch_mask(branches), use_cache=False
     ).last_hidden_state
+    return hidden, labels
+
+
+def conversation_loss(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
+) -> Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    hidden, labels = conversation_states(model, batch, features, pad)
     said = labels[:, 1:] >= 0
     return cross_entropy(model.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
 
 
 def side_at(rng: Random, progress: float) -> int:
     """Side of the visible window: grows with progress, and smaller ones stay in the mixture."""
-    largest = 1 if progress < 0.1 else 2 if progress < 0.4 else CELLS
-    return largest if rng.random() < 0.8 else rng.randint(1, largest)
+    largest = 1 if progress < 0.12 else 2 if progress < 0.3 else CELLS
+    return largest if rng.random() < 0.8 else rng.randint(1, 2)
+
+
+def kind_at(rng: Random, progress: float) -> str:
+    """Kind of conversation: naming, then answering with it, then the rest."""
+    if progress < 0.1:
+        return "name"
+    if progress < 0.3:
+        return rng.choices(("name", "answer"), (7, 3))[0]
+    return rng.choices(("name", "answer", "describe", "text"), (5, 12, 2, 1))[0]
 
 
 def pretrain_mllm(
@@ -268,8 +290,7 @@ def pretrain_mllm(
     recipe: Recipe,
     seed: int,
     held_out: frozenset[Scene] = frozenset(),
-    seconds: float | None = None,
-    report: Any = None,
+    report: Callable[..., None] | None = None,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Train a Qwen2.5-VL from scratch on the shapes world.
 
@@ -280,6 +301,7 @@ def pretrain_mllm(
         recipe: how long and how fast.
         seed: of weights and data.
         held_out: scenes that are never shown.
+        report: called after each step with (model, step, kind, side, loss).
     """
     torch.manual_seed(seed)
     rng = Random(f"mllm/{seed}")
@@ -303,7 +325,7 @@ def pretrain_mllm(
     for step in bar:
         progress = step / recipe.steps
         optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe.steps, 40)
-        kind = rng.choices(("answer", "describe", "text"), (3, 1.5, 1))[0]
+        kind = kind_at(rng, progress)
         side = side_at(rng, progress)
         count = recipe.batch_size * (1 if side == CELLS or kind == "text" else 2)
         loss = conversation_loss(model, [draw(kind, side) for _ in range(count)], features, tokenizer.pad_token_id)

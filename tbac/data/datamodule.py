@@ -75,12 +75,8 @@ class ShardDataModule(L.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
         if train:
-            return ShardStream(
-                self.sources, rank=rank, world_size=world_size, **self.train_options, **self.common
-            )
-        return ShardStream(
-            self.val_sources, seed=0, rank=rank, world_size=world_size, repeat=False, **self.common
-        )
+            return ShardStream(self.sources, rank=rank, world_size=world_size, **self.train_options, **self.common)
+        return ShardStream(self.val_sources, seed=0, rank=rank, world_size=world_size, repeat=False, **self.common)
 
     def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None) -> None:
         """Collate with this model's prompt code.

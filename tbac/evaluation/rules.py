@@ -24,9 +24,7 @@ def relations(first: Detection, second: Detection) -> set[str]:
     """Where `first` stands relative to `second`: any of `RELATIONS`; empty when too close to tell (GenEval)."""
     offset = [a - b for a, b in zip(first.center, second.center, strict=True)]
     sides = [first.box[i + 2] - first.box[i] + second.box[i + 2] - second.box[i] for i in (0, 1)]
-    clear = [
-        math.copysign(max(abs(o) - POSITION_MARGIN * side, 0.0), o) for o, side in zip(offset, sides, strict=True)
-    ]
+    clear = [math.copysign(max(abs(o) - POSITION_MARGIN * side, 0.0), o) for o, side in zip(offset, sides, strict=True)]
     if all(abs(c) < 1e-3 for c in clear):
         return set()
     length = math.hypot(*offset)

@@ -27,7 +27,9 @@ def check_ladder(
     if connector == "transformer" and (num_heads < 1 or hidden_size % num_heads):
         raise ValueError(f"ladder.num_heads={num_heads} must divide the MLLM's hidden size {hidden_size}")
     if num_layers < 1 or query_std < 0:
-        raise ValueError(f"ladder.num_layers must be at least 1 and ladder.query_std at least 0, got {num_layers}, {query_std}")
+        raise ValueError(
+            f"ladder.num_layers must be at least 1 and ladder.query_std at least 0, got {num_layers}, {query_std}"
+        )
 
 
 class ConnectorMLP(nn.Sequential):

@@ -45,7 +45,9 @@ class Architecture:
     @classmethod
     def from_dicts(cls, parts: Mapping[str, Any]) -> "Architecture":
         """From plain mappings, such as the `architecture` of a model config."""
-        return cls(Qwen2_5_VLConfig(**parts["mllm"]), *(dict(parts[k]) for k in ("transformer", "autoencoder", "scheduler")))
+        return cls(
+            Qwen2_5_VLConfig(**parts["mllm"]), *(dict(parts[k]) for k in ("transformer", "autoencoder", "scheduler"))
+        )
 
     @classmethod
     def from_pretrained(cls, mllm: str, denoiser: str) -> "Architecture":
@@ -159,7 +161,9 @@ def load_model(
     return UniImage(
         FrozenMLLM(Qwen2_5_VLForConditionalGeneration.from_pretrained(mllm, dtype=frozen, attn_implementation="sdpa")),
         built,
-        LadderDenoiser(SanaTransformer2DModel.from_pretrained(denoiser, subfolder="transformer", torch_dtype=torch.float32)),
+        LadderDenoiser(
+            SanaTransformer2DModel.from_pretrained(denoiser, subfolder="transformer", torch_dtype=torch.float32)
+        ),
         FrozenAutoencoder(AutoencoderDC.from_pretrained(denoiser, subfolder="vae", torch_dtype=frozen)),
         prompt,
         Provenance(mllm, denoiser, dict(ladder), parts.scheduler),
@@ -240,6 +244,8 @@ def load_export(cls: type[UniImage], folder: Path, mllm: str | None, denoiser: s
     if frozen == torch.float32:
         for part, digest in model.frozen_digests().items():
             if digest != config["frozen_digests"][part]:
-                raise ValueError(f"{folder} was trained on another {part}: its digest is not that of {mllm if part == 'mllm' else denoiser}")
+                raise ValueError(
+                    f"{folder} was trained on another {part}: its digest is not that of {mllm if part == 'mllm' else denoiser}"
+                )
     model.load_trained_state(read_trained_state(folder), str(folder / "model.safetensors"))
     return model.to(dtype=frozen) if frozen != torch.float32 else model

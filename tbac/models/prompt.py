@@ -56,9 +56,7 @@ class PromptProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "PromptProcessor":
         """Read tokenizer and image processor from a folder or hub id."""
-        return cls(
-            AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options
-        )
+        return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
 
     def resize(self, image: Image.Image) -> Image.Image:
         """RGB of about `image_pixels` pixels in area, aspect ratio kept."""
@@ -126,7 +124,9 @@ class PromptProcessor:
                 self._sequence(text, counts[start:end], self.system_prompt if system is None else system, ending)
             )
             start = end
-        data: dict[str, Tensor] = dict(zip(("input_ids", "attention_mask"), self._pad(sequences, padding_side), strict=True))
+        data: dict[str, Tensor] = dict(
+            zip(("input_ids", "attention_mask"), self._pad(sequences, padding_side), strict=True)
+        )
         return PromptInputs({**data, **{k: vision[k] for k in ("pixel_values", "image_grid_thw") if flat}})
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:

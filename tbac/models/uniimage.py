@@ -16,7 +16,7 @@ from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.denoiser import LadderDenoiser
 from tbac.models.ladder import Ladder
 from tbac.models.mllm import FrozenMLLM
-from tbac.models.prompt import VISION_START, PromptInputs, PromptProcessor
+from tbac.models.prompt import PromptInputs, PromptProcessor
 from tbac.types import Condition
 
 FORMAT = "tbac-uniimage-1"

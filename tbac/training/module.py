@@ -112,9 +112,7 @@ class LadderTuningModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         latents = self.latents(batch)
         noise = torch.randn(latents.shape, generator=self._generator, device=self.device)
-        sigma = sample_sigma(
-            len(batch), self._generator, self.device, scheme=self.flow.scheme, shift=self.flow.shift
-        )
+        sigma = sample_sigma(len(batch), self._generator, self.device, scheme=self.flow.scheme, shift=self.flow.shift)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

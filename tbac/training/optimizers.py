@@ -40,9 +40,7 @@ def adamw8bit(
     return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(betas), eps=eps)
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float
-) -> LambdaLR:
+def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> LambdaLR:
     """Linear warm-up to the optimizer's rate, then a cosine down to `min_lr`, where it stays.
 
     Args:

@@ -1,0 +1,51 @@
+# Every target that runs Python depends on the environment, so each works on a fresh machine by itself.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+MACHINE ?= local
+ARGS ?=
+SWEEP ?= taps_x_lr
+PORT ?= 5000
+READY := .venv/.ready
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help env demo test test-slow stage1 stage2 stage3 lint ui
+
+help: ## print this help
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY) ## make .venv and install the pinned dependencies
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer (15 min on 2 cores)
+	$(BIN)/python experiments/demo.py $(ARGS)
+
+test: $(READY) ## the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## the test suite with the tests that take minutes or several processes
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="model=shapes ..." pass through
+	$(BIN)/python experiments/train.py stage=t2i_pretrain machine=$(MACHINE) $(ARGS)
+
+stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 checkpoint or INIT=...
+	$(BIN)/python experiments/train.py stage=ti2i_pretrain machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+
+stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoint or INIT=...
+	$(BIN)/python experiments/train.py stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+
+ui: $(READY) ## compare runs in the MLflow UI on 127.0.0.1:$(PORT)
+	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db} --host 127.0.0.1 --port $(PORT)
+
+lint: $(READY) ## ruff, mypy, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py

@@ -1,0 +1,170 @@
+"""The split pass of the frozen MLLM against the plain one: whole sequence, every hidden state, gradient through all."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tbac.models import UniImage
+from tbac.types import Condition
+from tests.conftest import prompt_cases, small_model
+
+
+def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
+    """All hidden states of the queries by the library's own forward: (state, batch, query, hidden).
+
+    The queries follow each prompt's real tokens, and the padding comes last.
+    """
+    mllm = model.mllm.model
+    ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(queries)
+    lengths = mask.sum(1)
+    width = ids.shape[1] + count
+    vision_end = mllm.config.vision_end_token_id
+    tokens = torch.full((len(ids), width), vision_end)
+    tokens[:, : ids.shape[1]] = torch.where(mask.bool(), ids, vision_end)
+    whole_mask = (torch.arange(width) < (lengths + count)[:, None]).long()
+    kinds = (tokens == mllm.config.image_token_id).int()
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        positions = (whole_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    else:
+        positions = mllm.model.get_rope_index(tokens, kinds, grids, attention_mask=whole_mask)[0]
+    places = (torch.arange(width) >= lengths[:, None]) & whole_mask.bool()
+    embeddings = mllm.get_input_embeddings()(tokens)
+    if grids is not None:
+        features = torch.cat(list(mllm.model.get_image_features(inputs["pixel_values"], grids).pooler_output))
+        embeddings = embeddings.masked_scatter((kinds == 1).unsqueeze(-1), features)
+    embeddings = embeddings.masked_scatter(places.unsqueeze(-1), queries.repeat(len(ids), 1))
+    output = mllm.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=whole_mask,
+        position_ids=positions,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    hidden = list(output.hidden_states)
+    return torch.stack([state[places].view(len(ids), count, -1) for state in hidden])
+
+
+@pytest.mark.parametrize("case", ["text", "one_image", "several_images", "mixed"])
+def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str) -> None:
+    texts, images = prompt_cases()[case]
+    inputs = model.prompt(texts, images)
+    torch.manual_seed(5)
+    latents = torch.randn(2, len(texts), 8, 8, 8)
+    sigma = torch.rand(len(texts))
+
+    def loss_of(taps: Tensor) -> Tensor:
+        condition = model.ladder(taps)
+        predicted = model.denoiser(latents[0], 1000 * sigma, Condition(condition))
+        return (predicted - latents[1]).square().mean()
+
+    trained = {**dict(model.ladder.named_parameters()), **dict(model.denoiser.named_parameters())}
+    results = []
+    for plain in (True, False):
+        model.zero_grad()
+        if plain:
+            taps = plain_taps(model, inputs, model.ladder.queries)[list(model.ladder.plan.layers)]
+        else:
+            prefix = model.mllm.prefix(inputs, model.ladder.plan.deepest)
+            taps = model.mllm.read_queries(model.ladder.queries, prefix, model.ladder.plan.layers)
+        loss = loss_of(taps)
+        loss.backward()
+        results.append((taps, loss, {k: p.grad.clone() for k, p in trained.items() if p.grad is not None}))
+    (taps, loss, gradients), (our_taps, our_loss, our_gradients) = results
+    torch.testing.assert_close(our_taps, taps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == our_gradients.keys()
+    assert gradients["queries"].abs().max() > 1e-6
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+
+
+
+
+
+
+@pytest.mark.parametrize("case", ["text", "mixed"])
+def test_exact_in_float64(model: UniImage, case: str) -> None:
+    texts, images = prompt_cases()[case]
+    inputs = model.prompt(texts, images)
+    mllm = model.mllm.double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    queries = model.ladder.queries.detach().double()
+    layers = list(range(mllm.num_layers + 1))
+    ours = mllm.read_queries(queries, mllm.prefix(inputs, mllm.num_layers), layers)
+    # Rotary tables stay in float32 in the library, hence not 1e-15.
+    torch.testing.assert_close(ours, plain_taps(model, inputs, queries), rtol=1e-6, atol=1e-7)
+
+
+def test_padding_and_company_change_nothing(model: UniImage) -> None:
+    texts, images = prompt_cases()["mixed"]
+    together = model.encode_condition(model.prompt(texts, images)).states
+    for row, (text, group) in enumerate(zip(texts, images, strict=True)):
+        alone = model.encode_condition(model.prompt([text], [group])).states
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    model = small_model(in_world, "taps=explicit", "taps.layers=[1,2,2,1]")
+    ran = []
+    for index, layer in enumerate(model.mllm.model.model.language_model.layers):
+        layer.self_attn.q_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
+    model.encode_condition(model.prompt(["a red circle"]))
+    assert ran == [0, 1, 0, 1]  # prompt, then queries
+
+
+def test_only_the_queries_carry_gradient(model: UniImage) -> None:
+    model.encode_condition(model.prompt(["a red circle"])).states.sum().backward()
+    assert model.ladder.queries.grad is not None
+    assert all(p.grad is None and not p.requires_grad for p in model.mllm.parameters())
+
+
+def test_training_mode_never_reaches_the_frozen_parts(model: UniImage) -> None:
+    model.train()
+    assert not any(m.training for part in (model.mllm, model.autoencoder) for m in part.modules())
+
+
+def test_queries_are_a_parameter_of_their_own(model: UniImage) -> None:
+    assert model.ladder.queries.shape == (16, 96)
+    vocabulary = model.mllm.model.get_input_embeddings().weight.shape[0]
+    assert vocabulary == len(model.prompt.tokenizer)
+
+
+def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
+    prefix = model.mllm.prefix(model.prompt(["a red circle"]), model.ladder.plan.deepest)
+    first, second = (model.mllm.read_queries(model.ladder.queries, prefix, (2, 5)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
+    texts, images = prompt_cases()["mixed"]
+    untouched = copy.deepcopy(model.mllm.model)
+    inputs = model.prompt(texts, images, system="You are a helpful assistant.", ending="", padding_side="left")
+    kinds = (inputs["input_ids"] == untouched.config.image_token_id).int()
+    expected = untouched.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=5, do_sample=False)
+    expected = expected[:, inputs["input_ids"].shape[1] :]
+    model.encode_condition(model.prompt(texts, images))  # generation and conditioning may alternate
+    tokenizer = model.prompt.tokenizer
+    assert model.answer(texts, images, 5) == [
+        t.strip() for t in tokenizer.batch_decode(expected, skip_special_tokens=True)
+    ]
+
+
+def test_answering_one_by_one_equals_answering_together(model: UniImage) -> None:
+    texts, images = prompt_cases()["mixed"]
+    alone = [model.answer([t], [i], 4)[0] for t, i in zip(texts, images, strict=True)]
+    assert model.answer(texts, images, 4) == alone
+
+
+@pytest.mark.parametrize("change", [{"use_sliding_window": True}, {"attention_dropout": 0.1}])
+def test_a_model_that_can_t_be_split_is_refused(model: UniImage, change: dict) -> None:
+    from tbac.models.mllm import FrozenMLLM
+
+    for name, value in change.items():
+        setattr(model.mllm.model.config.text_config, name, value)
+    with pytest.raises(ValueError, match="sliding-window"):
+        FrozenMLLM(model.mllm.model)

@@ -66,7 +66,8 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
     """
     key, origin = raw["__key__"], raw.get("__url__", "")
     text = decode_text(raw)
-    names = sorted({f.rsplit(".", 1)[0] for f in raw if f.startswith("source") and f.endswith(IMAGE_EXTENSIONS)})
+    found_names = {f.rsplit(".", 1)[0] for f in raw if f.startswith("source") and f.endswith(IMAGE_EXTENSIONS)}
+    names = sorted(found_names, key=lambda name: (len(name), name))  # source_2 before source_10
     sources = []
     for name in names:
         found = find_image(raw, name)

@@ -1,0 +1,156 @@
+"""The data module on the shards of a real stage."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from data_prep.shards import write_shards
+from hydra.utils import instantiate
+from tbac.data.shards import DataError
+from tbac.data.transforms import ConditionDropout, to_pixels, to_square
+from tbac.models import UniImage
+from tbac.types import Sample
+from tests.conftest import composed, noise_image
+
+
+def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniImage) -> None:
+    data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
+    data.bind(model.prompt, model.frozen_digests()["autoencoder"])
+    batch = next(iter(data.train_dataloader()))
+    assert batch.latents.shape == (64, 8, 8, 8)
+    edits = sum(key.startswith("edit") for key in batch.keys)
+    assert 0 < edits < 64
+    assert len(batch.prompt["image_grid_thw"]) == edits
+
+
+def test_validation_is_the_same_every_time_and_bounded(model: UniImage) -> None:
+    data = instantiate(composed("train", "run_dir=.", "stage.val_samples=12", "stage.batch_size=8").data)
+    data.bind(model.prompt)
+    first, second = ([k for b in data.val_dataloader() for k in b.keys] for _ in range(2))
+    assert first == second
+    assert len(first) == 16  # whole batches
+
+
+def test_cached_latents_of_another_autoencoder_are_refused(model: UniImage) -> None:
+    data = instantiate(composed("train", "run_dir=.").data)
+    with pytest.raises(DataError, match=r"another autoencoder.*data.use_latents=false"):
+        data.bind(model.prompt, "0" * 64)
+    online = instantiate(composed("train", "run_dir=.", "data.use_latents=false").data)
+    online.bind(model.prompt, "0" * 64)
+    assert next(iter(online.train_dataloader())).pixels.shape == (64, 3, 32, 32)
+
+
+def test_cached_latents_equal_those_encoded_online(model: UniImage) -> None:
+    def read(use: str) -> dict:
+        config = composed("train", "run_dir=.", f"data.use_latents={use}", "stage.batch_size=16")
+        data = instantiate(config.data)
+        data.bind(model.prompt)
+        return next(iter(data.val_dataloader()))
+
+    cached, online = read("true"), read("false")
+    assert cached.keys == online.keys
+    torch.testing.assert_close(model.autoencoder.encode(online.pixels), cached.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_data_errors_read_the_same_from_workers(in_world: Path, model: UniImage, tmp_path: Path) -> None:
+    good = noise_image(0, (8, 8))
+    samples = [(f"k{i}", {"png": good if i % 2 else b"garbage", "txt": "x"}) for i in range(8)]
+    write_shards(tmp_path / "bad", "train", samples, 2)
+    source = f"stage.sources=[{{path: {tmp_path / 'bad'}}}]"
+    for workers in (0, 2):
+        data = instantiate(composed("train", "run_dir=.", source, f"data.num_workers={workers}").data)
+        data.bind(model.prompt)
+        with pytest.raises(DataError, match=r"^\d of \d samples were corrupt"):
+            next(iter(data.train_dataloader()))
+
+
+def test_splits_share_no_scene(in_world: Path) -> None:
+    """Validation pictures never occur in training, as targets or as sources."""
+    import tarfile
+
+    def pictures(name: str, split: str) -> set[bytes]:
+        found = set()
+        for tar in (in_world / "data" / name).glob(f"{split}-*.tar"):
+            with tarfile.open(tar) as files:
+                found |= {files.extractfile(m).read() for m in files if m.name.endswith(".png")}  # type: ignore
+        return found
+
+    names = ("t2i", "edit", "finetune_t2i", "finetune_edit")
+    training = set().union(*(pictures(n, "train") for n in names))
+    validation = set().union(*(pictures(n, "val") for n in names))
+    assert validation
+    assert not training & validation
+
+
+@pytest.mark.parametrize("broken", ['{"shards": {}}', "[]", "nonsense", '{"schema_version": 99, "shards": {}}'])
+def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str) -> None:
+    write_shards(tmp_path / "a", "train", [("k", {"png": noise_image(0), "txt": "x"})], 1)
+    (tmp_path / "a" / "manifest.json").write_text(broken)
+    with pytest.raises(Exception, match="manifest.json"):
+        instantiate(composed("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
+
+
+def test_the_manifest_says_what_the_shards_hold(in_world: Path) -> None:
+    import hashlib
+
+    manifest = json.loads((in_world / "data" / "t2i" / "manifest.json").read_text())
+    shards = sorted((in_world / "data" / "t2i").glob("*.tar"))
+    assert {s.name for s in shards} == set(manifest["shards"])
+    for shard in shards:
+        entry = manifest["shards"][shard.name]
+        assert entry["bytes"] == shard.stat().st_size
+        assert entry["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert sum(e["samples"] for n, e in manifest["shards"].items() if n.startswith("train")) == 96
+
+
+def test_dropout_has_the_stated_probabilities() -> None:
+    dropout = ConditionDropout(0.1, 0.2, 0.3)
+    edit = Sample("k", "go", [noise_image(0, (4, 4))])
+    outcomes: Counter = Counter()
+    for i in range(6000):
+        sample = dropout(edit, Random(f"x/{i}"))
+        black = not any(sample.sources[0].tobytes())
+        outcomes[sample.text == "", black] += 1
+    # Standard deviations are below 0.0065.
+    assert abs(outcomes[True, False] / 6000 - 0.1) < 0.02
+    assert abs(outcomes[False, True] / 6000 - 0.2) < 0.025
+    assert abs(outcomes[True, True] / 6000 - 0.3) < 0.025
+
+
+def test_text_to_image_samples_lose_only_captions() -> None:
+    dropout = ConditionDropout(0.1, 0.4, 0.4)
+    texts = [dropout(Sample("k", "go"), Random(f"x/{i}")).text for i in range(6000)]
+    assert abs(texts.count("") / 6000 - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("bad", [(-0.1, 0, 0), (1.2, 0, 0), (0.5, 0.4, 0.2)])
+def test_impossible_probabilities_are_refused(bad: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="stage.dropout"):
+        ConditionDropout(*bad)
+
+
+def test_targets_become_the_central_square() -> None:
+    image = noise_image(0, (40, 20))
+    square = to_square(image, 20)
+    assert square.tobytes() == image.crop((10, 0, 30, 20)).tobytes()
+    pixels = to_pixels(square)
+    assert pixels.shape == (3, 20, 20)
+    assert -1 <= pixels.min() < -0.9
+    assert 0.9 < pixels.max() <= 1
+
+
+def test_several_sources_keep_their_order(tmp_path: Path) -> None:
+    from tbac.data.shards import Source
+    from tbac.data.stream import ShardStream
+
+    fields = {f"source_{i}.png": noise_image(i, (4, 4)) for i in (10, 2, 1)}
+    fields = {"source.png": noise_image(0, (4, 4)), **fields, "target.png": noise_image(99, (4, 4))}
+    write_shards(tmp_path / "a", "train", [("k", {**fields, "json": {"instruction": "go"}})], 1)  # type: ignore[dict-item]
+    sample = next(itertools.islice(ShardStream([Source(str(tmp_path / "a"))], seed=0, repeat=False), 1))
+    assert [s.tobytes() for s in sample.sources] == [noise_image(i, (4, 4)).tobytes() for i in (0, 1, 2, 10)]
+    assert sample.target.tobytes() == noise_image(99, (4, 4)).tobytes()  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from data_prep.shapes.scene import (
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 OPENINGS = ("", "a photo of ", "a picture of ", "an image with ")
 EDIT_TYPES = ("add", "remove", "replace", "recolor", "move", "background")
+QUESTION_KINDS = ("color", "where", "shape", "count", "exists", "background")
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -128,11 +129,11 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
     return Edit(kind, instruction, source, in_reading_order(background, items))
 
 
-def sample_question(rng: Random, scene: Scene) -> tuple[str, str]:
+def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION_KINDS) -> tuple[str, str]:
     """Draw a question about the scene and its answer. What is asked for is named last, just before the question mark."""
     shapes = Counter(i.shape for i in scene.items)
     colors = Counter(i.color for i in scene.items)
-    kind = rng.choice(("color", "where", "shape", "count", "exists", "background"))
+    kind = rng.choice(kinds)
     if kind in ("color", "where") and (single := [i for i in scene.items if shapes[i.shape] == 1]):
         item = rng.choice(single)
         if kind == "where":
@@ -144,7 +145,7 @@ def sample_question(rng: Random, scene: Scene) -> tuple[str, str]:
     if kind == "count" and shapes:
         shape = rng.choice(list(shapes)) if rng.random() < 0.7 else rng.choice(list(GLYPHS))
         return f"what is the number of {plural(shape)}?", NUMBERS[shapes[shape]]
-    if kind == "exists":
+    if kind == "exists" or "background" not in kinds:
         shape = rng.choice(list(GLYPHS) + list(shapes) * 2)
         return f"is there a {shape}?", "yes" if shapes[shape] else "no"
     return "what color is the background?", scene.background

@@ -25,7 +25,15 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.language import OPENINGS, caption, long_caption, sample_edit, sample_question
+from data_prep.shapes.language import (
+    OPENINGS,
+    QUESTION_KINDS,
+    caption,
+    listing,
+    long_caption,
+    sample_edit,
+    sample_question,
+)
 from data_prep.shapes.pretrain_autoencoder import dense_scene
 from data_prep.shapes.scene import (
     BACKGROUNDS,
@@ -42,6 +50,7 @@ from data_prep.shapes.scene import (
 from tbac.models.prompt import SYSTEM_PROMPT, VISION_END, VISION_START
 from tbac.models.uniimage import ANSWER_SYSTEM
 
+LISTED_KINDS = ("color", "shape", "count", "exists")  # what a listing of coloured objects tells
 GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
 
 
@@ -57,6 +66,7 @@ class Recipe:
         vision_lr: that of the vision tower.
         embedding_std: of the word embeddings at the start.
         pictures: different pictures that conversations are about.
+        told: share of questions about scenes that are told in words instead of seen.
     """
 
     vision_steps: int = 250
@@ -66,6 +76,7 @@ class Recipe:
     vision_lr: float = 3e-3
     embedding_std: float = 1.0
     pictures: int = 4000
+    told: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -173,13 +184,25 @@ class Conversations:
         self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
-    def draw(self, kind: str, side: int) -> Conversation:
-        """One conversation of a kind (`name`, `answer`, `describe`, `text`) about a window of `side` cells."""
+    def draw(self, kind: str, side: int, seen: bool = True) -> Conversation:
+        """One conversation of a kind (`name`, `answer`, `describe`, `text`) about a window of `side` cells.
+
+        Questions can also be about a scene that is told instead of seen.
+        """
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
         scene, cells, side = visible_part(rng, self.scenes[picture], side)
+        text = ""
         if kind in ("name", "answer"):
-            turns = [sample_question(rng, scene) for _ in range(8 if kind == "name" else 6)]
+            kinds = QUESTION_KINDS
+            if not seen:  # the same questions about a scene that is told
+                cells, scene = [], sample_scene(rng)
+                text = long_caption(scene)
+                if rng.random() < 0.7:
+                    order = rng.sample(scene.items, len(scene.items))
+                    text, kinds = rng.choice(OPENINGS) + listing(scene, True, order), LISTED_KINDS
+                text += "\n"
+            turns = [sample_question(rng, scene, kinds) for _ in range(8 if kind == "name" else 6)]
         elif kind == "describe":
             turns = [("", long_caption(scene))]
             if side == CELLS:
@@ -191,13 +214,13 @@ class Conversations:
                 said = caption(rng, sample_scene(rng))
                 opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
                 turns.append((said, said.removeprefix(opening)))
-        return self._assemble(kind, turns, picture, cells, side)
+        return self._assemble(kind, text, turns, picture, cells, side)
 
     def _assemble(
-        self, kind: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
+        self, kind: str, text: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
     ) -> Conversation:
         system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
-        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
+        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") + self.encode(text)
         tokens = list(before)
         positions = [list(range(len(before))) for _ in range(3)]
         start = len(before)
@@ -280,7 +303,7 @@ def kind_at(rng: Random, progress: float) -> str:
         return "name"
     if progress < 0.3:
         return rng.choices(("name", "answer"), (7, 3))[0]
-    return rng.choices(("name", "answer", "describe", "text"), (5, 12, 2, 1))[0]
+    return rng.choices(("name", "answer", "describe", "text"), (5, 12, 2, 3))[0]
 
 
 def pretrain_mllm(
@@ -327,8 +350,10 @@ def pretrain_mllm(
         optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe.steps, 40)
         kind = kind_at(rng, progress)
         side = side_at(rng, progress)
+        seen = progress < 0.12 or rng.random() > recipe.told
         count = recipe.batch_size * (1 if side == CELLS or kind == "text" else 2)
-        loss = conversation_loss(model, [draw(kind, side) for _ in range(count)], features, tokenizer.pad_token_id)
+        batch = [draw(kind, side, seen) for _ in range(count)]
+        loss = conversation_loss(model, batch, features, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -30,6 +30,14 @@ class Tally:
     bad: int = 0
 
 
+def ends_properly(shard: Path) -> bool:
+    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
+    with shard.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(-min(file.tell(), 1024), 2)
+        return file.read() == bytes(1024)
+
+
 class ShardStream(IterableDataset):
     """An endless (or one-pass) stream of decoded samples.
 
@@ -155,6 +163,8 @@ class ShardStream(IterableDataset):
                 if previous is not None:
                     yield previous
                 previous = raw
+            if not broken and not ends_properly(shard):
+                broken.append(EOFError("it has no end mark"))
             if broken:
                 tally.seen += 1
                 self._refuse(tally, f"the end of {shard}", f"the tar breaks off: {broken[0]}")

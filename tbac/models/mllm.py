@@ -2,15 +2,18 @@
 
 Attention is causal and the queries come last, so nothing of the prompt depends on them. The prompt runs once without
 gradient and leaves its keys and values; the query rows then run with gradient against these, which are only read. The
-prompt is padded on the right, so its pass needs no mask and stays on the causal fast path. Nothing above the deepest tap
+prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts of a batch
+begin with runs once. Nothing above the deepest tap
 runs. The layers are called part by part (projections, norms, MLP), never through the library's cache.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
@@ -96,19 +99,44 @@ class FrozenMLLM(nn.Module):
         """
         mask = inputs["attention_mask"].bool()
         positions = self.positions(inputs)
-        hidden = self.embed(inputs)
-        rotary = self.model.model.language_model.rotary_emb(hidden, positions)
+        embeddings = self.embed(inputs)
+        rotary_of = self.model.model.language_model.rotary_emb
+        shared = self._shared_length(inputs)
+        # What all prompts begin with (the system message) runs once, as one row; each then runs the rest of its own.
+        common, own = embeddings[:1, :shared], embeddings[:, shared:]
+        common_rotary = rotary_of(common, positions[:, :1, :shared])
+        own_rotary = rotary_of(own, positions[:, :, shared:])
+        causal = causal_lower_right(own.shape[1], mask.shape[1])
         keys, values = [], []
         layers = self.model.model.language_model.layers[:depth]
         for index, layer in enumerate(layers):
-            query, key, value = _project(layer, hidden, rotary)
+            last = index + 1 == len(layers)
+            query, key, value = _project(layer, own, own_rotary)
+            if shared:
+                first = _project(layer, common, common_rotary)
+                if not last:
+                    attended = scaled_dot_product_attention(*first, is_causal=True, enable_gqa=True)
+                    common = _finish_layer(layer, common, attended)
+                key = torch.cat([first[1].expand(len(key), -1, -1, -1), key], dim=2)
+                value = torch.cat([first[2].expand(len(value), -1, -1, -1), value], dim=2)
             keys.append(key)
             values.append(value)
-            if index + 1 < len(layers):
-                attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-                hidden = _finish_layer(layer, hidden, attended)
+            if not last:
+                kind: dict[str, Any] = {"attn_mask": causal} if shared else {"is_causal": True}
+                own = _finish_layer(
+                    layer, own, scaled_dot_product_attention(query, key, value, enable_gqa=True, **kind)
+                )
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
         return Prefix(keys, values, mask, next_position)
+
+    def _shared_length(self, inputs: dict[str, Tensor]) -> int:
+        """How many tokens all prompts begin with; images don't count, and each prompt keeps a token of its own."""
+        ids = inputs["input_ids"]
+        if len(ids) == 1:
+            return 0
+        same = (ids == ids[:1]).all(0) & (ids[0] != self.model.config.image_token_id)
+        same &= inputs["attention_mask"].bool().all(0)
+        return min(int(same.long().cumprod(0).sum()), ids.shape[1] - 1)
 
     def read_queries(self, queries: Tensor, prefix: Prefix, layers: Sequence[int]) -> Tensor:
         """Run the queries after a prompt, with gradient.

@@ -76,7 +76,8 @@ def short_caption(rng: Random, scene: Scene) -> str:
 
 
 def caption(rng: Random, scene: Scene) -> str:
-    return long_caption(scene) if rng.random() < 0.25 else short_caption(rng, scene)
+    """A short caption, or for up to three objects sometimes the long one."""
+    return long_caption(scene) if len(scene.items) <= 3 and rng.random() < 0.2 else short_caption(rng, scene)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} can't be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file} isn't a training checkpoint of tbac")
     return checkpoint

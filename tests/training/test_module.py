@@ -1,0 +1,113 @@
+"""The training module: what it trains, what it never touches, what it repeats exactly."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hydra.utils import instantiate
+from tbac.models import UniImage
+from tbac.training.checkpoints import describe_model
+from tbac.training.module import FlowOptions, LadderTuningModule, fixed_noise
+from tbac.training.optimizers import adamw, warmup_cosine
+from tests.conftest import composed
+
+
+def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
+    return LadderTuningModule(
+        model,
+        optimizer=lambda groups: adamw(groups, lr=1e-2),
+        scheduler=lambda optimizer, total_steps: warmup_cosine(optimizer, total_steps, 1, 1e-3),
+        flow=FlowOptions(),
+        weight_decay=0.05,
+        total_steps=4,
+        facts=describe_model(model, "t2i_pretrain", {}),
+        **options,
+    )
+
+
+def trainer_of(steps: int, **options: Any) -> Any:
+    import lightning as L
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **quiet, **options)
+
+
+def data_of(model: UniImage, *overrides: str) -> Any:
+    data = instantiate(composed("train", "run_dir=.", "stage.batch_size=4", "stage.val_samples=8", *overrides).data)
+    data.bind(model.prompt)
+    return data
+
+
+def test_no_bit_of_the_frozen_parts_changes_and_all_others_train(model: UniImage) -> None:
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    digests = model.frozen_digests()
+    answers = model.answer(["what color is the circle?"], None, 4)
+    module = module_of(model)
+    trainer_of(4).fit(module, datamodule=data_of(model, "stage=ti2i_pretrain"))
+    after = model.state_dict()
+    for name, value in after.items():
+        if name.startswith(("mllm.", "autoencoder.")):
+            assert torch.equal(value, before[name]), name
+    assert model.frozen_digests() == digests
+    assert model.answer(["what color is the circle?"], None, 4) == answers
+    unmoved = [k for k in after if k.startswith(("ladder.", "denoiser.")) and torch.equal(after[k], before[k])]
+    assert unmoved == []
+
+
+def test_only_queries_connector_and_denoiser_are_registered(model: UniImage) -> None:
+    module = module_of(model)
+    assert {name.split(".")[0] for name in module.state_dict()} == {"ladder", "denoiser"}
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for part in (model.ladder, model.denoiser) for p in part.parameters()
+    )
+
+
+def test_the_step_is_its_equation(model: UniImage) -> None:
+    module = module_of(model)
+    batch = next(iter(data_of(model).train_dataloader()))
+    noise, sigma = torch.randn_like(batch.latents), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    scale = sigma.view(-1, 1, 1, 1)
+    noisy = (1 - scale) * batch.latents + scale * noise
+    predicted = model.denoiser(noisy, 1000 * sigma, model.encode_condition(batch.prompt))
+    expected = (predicted - (noise - batch.latents)).square().mean()
+    torch.testing.assert_close(module.loss(batch, noise, sigma, batch.latents), expected)
+
+
+def test_validation_noise_follows_from_the_keys_alone() -> None:
+    latents = torch.zeros(3, 2, 4, 4)
+    noise, sigma = fixed_noise(["a", "b", "c"], latents)
+    again, sigma_again = fixed_noise(["c", "a"], latents[:2])
+    assert torch.equal(noise[[2, 0]], again)
+    assert torch.equal(sigma[[2, 0]], sigma_again)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_validation_repeats_exactly_and_whatever_the_batch_size(model: UniImage) -> None:
+    losses = []
+    for size in (4, 4, 8):
+        result = trainer_of(1).validate(module_of(model), data_of(model, f"stage.batch_size={size}"), verbose=False)
+        losses.append(result[0]["val/loss"])
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_two_runs_of_one_seed_are_equal(in_world: Any) -> None:
+    from tests.conftest import small_model
+
+    states = []
+    for _ in range(2):
+        model = small_model(in_world)
+        trainer_of(3).fit(module_of(model), datamodule=data_of(model))
+        states.append(model.trained_state())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_training_learns(model: UniImage) -> None:
+    data = data_of(model, "stage.batch_size=16")
+    first = trainer_of(1).validate(module_of(model), data, verbose=False)[0]["val/loss"]
+    module = module_of(model)
+    module.total_steps = 30
+    trainer_of(30, gradient_clip_val=1.0).fit(module, datamodule=data)
+    last = trainer_of(1).validate(module, data, verbose=False)[0]["val/loss"]
+    assert last < 0.9 * first

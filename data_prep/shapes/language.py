@@ -1,5 +1,6 @@
 """What is said about a scene: captions, edit instructions, questions with answers, and GenEval-format prompts."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
@@ -34,14 +35,11 @@ def noun(item: Item, with_color: bool = True) -> str:
 
 
 def relation(first: Item, second: Item) -> list[str]:
-    """The relations of which the first object stands to the second, clearest first."""
+    """The relations in which the first object clearly stands to the second: at most 60 degrees off the axis, as GenEval."""
     dx, dy = first.column - second.column, first.row - second.row
-    found = []
-    if dx:
-        found.append((abs(dx), "left of" if dx < 0 else "right of"))
-    if dy:
-        found.append((abs(dy), "above" if dy < 0 else "below"))
-    return [name for _, name in sorted(found, reverse=True)]
+    distance = math.hypot(dx, dy)
+    named = ((dx, "left of", "right of"), (dy, "above", "below"))
+    return [(less if d < 0 else more) for d, less, more in named if abs(d) > 0.5 * distance]
 
 
 def long_caption(scene: Scene) -> str:

@@ -12,9 +12,7 @@ from PIL import Image
 from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
 from data_prep.shapes.scene import (
     BACKGROUNDS,
-    CELL_SIZE,
     COLORS,
-    GLYPH_SIZE,
     GLYPHS,
     Item,
     Scene,
@@ -150,7 +148,7 @@ def scene_to_json(scene: Scene) -> dict[str, Any]:
 
     def box(item: Item) -> list[int]:
         rows, columns = GLYPHS[item.shape].any(1).nonzero()[0], GLYPHS[item.shape].any(0).nonzero()[0]
-        top, left = item.row * CELL_SIZE, item.column * CELL_SIZE
+        top, left = item.corner
         return [left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1]
 
     objects = [{"name": i.shape, "color": i.color, "box": box(i)} for i in scene.items]
@@ -161,7 +159,6 @@ def write_benchmarks(world: World, out: Path) -> None:
     """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures."""
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    assert GLYPH_SIZE < CELL_SIZE
     glyphs = {name: ["".join(".#"[int(v)] for v in row) for row in mask] for name, mask in GLYPHS.items()}
     described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": glyphs}
     (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -19,10 +19,23 @@ from tbac.types import Batch
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """How noise levels are drawn in training; see `tbac.flow.sample_sigma`."""
+    """How noise is drawn in training.
+
+    Args:
+        scheme: of noise levels; see `tbac.flow.sample_sigma`.
+        shift: of noise levels, ditto.
+        noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of them.
+    """
 
     scheme: str = "uniform"
     shift: float = 1.0
+    noise_samples_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if self.noise_samples_per_prompt < 1:
+            raise ValueError(
+                f"flow.noise_samples_per_prompt must be at least 1, got {self.noise_samples_per_prompt}"
+            )
 
 
 class Shared:
@@ -103,16 +116,26 @@ class LadderTuningModule(L.LightningModule):
         return self.model.autoencoder.encode(batch.pixels).float()
 
     def loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
-        """Flow-matching loss of a batch at given noise (as latents) and sigma (batch,)."""
+        """Flow-matching loss of a batch.
+
+        Args:
+            batch: its prompts are read once.
+            noise: as `latents`.
+            sigma: one per row of `latents`.
+            latents: (batch * k, channel, height, width), k rows per sample, next to each other.
+        """
         path = interpolate(latents, noise, sigma)
         condition = self.model.encode_condition(batch.prompt)
+        if len(latents) != len(batch):
+            rows = torch.arange(len(batch), device=self.device)
+            condition = condition[rows.repeat_interleave(len(latents) // len(batch))]
         prediction = self.model.predict_velocity(path.noisy, sigma, condition)
         return velocity_loss(prediction, path.velocity)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        latents = self.latents(batch)
+        latents = self.latents(batch).repeat_interleave(self.flow.noise_samples_per_prompt, dim=0)
         noise = torch.randn(latents.shape, generator=self._generator, device=self.device)
-        sigma = sample_sigma(len(batch), self._generator, self.device, scheme=self.flow.scheme, shift=self.flow.shift)
+        sigma = sample_sigma(len(latents), self._generator, self.device, scheme=self.flow.scheme, shift=self.flow.shift)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

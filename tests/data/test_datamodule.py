@@ -22,9 +22,9 @@ def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniIm
     data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
     data.bind(model.prompt, model.frozen_digests()["autoencoder"])
     batch = next(iter(data.train_dataloader()))
-    assert batch.latents.shape == (64, 8, 8, 8)
+    assert batch.latents.shape == (16, 8, 6, 6)
     edits = sum(key.startswith("edit") for key in batch.keys)
-    assert 0 < edits < 64
+    assert 0 < edits < 16
     assert len(batch.prompt["image_grid_thw"]) == edits
 
 
@@ -42,7 +42,7 @@ def test_cached_latents_of_another_autoencoder_are_refused(model: UniImage) -> N
         data.bind(model.prompt, "0" * 64)
     online = instantiate(composed("train", "run_dir=.", "data.use_latents=false").data)
     online.bind(model.prompt, "0" * 64)
-    assert next(iter(online.train_dataloader())).pixels.shape == (64, 3, 32, 32)
+    assert next(iter(online.train_dataloader())).pixels.shape == (16, 3, 24, 24)
 
 
 def test_cached_latents_equal_those_encoded_online(model: UniImage) -> None:

@@ -42,10 +42,10 @@ def test_the_detector_stands_noise_and_finds_nothing_in_noise_alone(detector: Te
     rng, generator = Random(12), torch.Generator().manual_seed(0)
     for _ in range(50):
         scene = sample_scene(rng)
-        pixels = torch.tensor(list(render(scene).tobytes())).view(32, 32, 3)
-        noisy = (pixels + 12 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte()
+        pixels = torch.tensor(list(render(scene).tobytes())).view(24, 24, 3)
+        noisy = (pixels + 12 * torch.randn(24, 24, 3, generator=generator)).clamp(0, 255).byte()
         assert said(detector(Image.fromarray(noisy.numpy()))) == said(scan_from_json(scene_to_json(scene)))
-    noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+    noise = torch.randint(0, 256, (24, 24, 3), dtype=torch.uint8, generator=generator)
     assert detector(Image.fromarray(noise.numpy())).detections == ()
 
 

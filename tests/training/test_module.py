@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hydra.utils import instantiate
+from tbac.flow import sample_sigma
 from tbac.models import UniImage
 from tbac.training.checkpoints import describe_model
 from tbac.training.module import FlowOptions, LadderTuningModule, fixed_noise
@@ -72,6 +73,36 @@ def test_the_step_is_its_equation(model: UniImage) -> None:
     predicted = model.denoiser(noisy, 1000 * sigma, model.encode_condition(batch.prompt))
     expected = (predicted - (noise - batch.latents)).square().mean()
     torch.testing.assert_close(module.loss(batch, noise, sigma, batch.latents), expected)
+
+
+def test_several_noises_per_prompt_are_the_mean_of_single_ones(model: UniImage) -> None:
+    module = module_of(model)
+    batch = next(iter(data_of(model).train_dataloader()))
+    count, size = 3, len(batch)
+    latents = batch.latents.repeat_interleave(count, dim=0)
+    noise, sigma = torch.randn_like(latents), torch.rand(size * count)
+    together = module.loss(batch, noise, sigma, latents)
+    together.backward()
+    gradient = model.ladder.queries.grad.clone()
+    model.zero_grad()
+    alone = sum(
+        module.loss(batch, noise[i::count], sigma[i::count], batch.latents) / count for i in range(count)
+    )
+    alone.backward()
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(gradient, model.ladder.queries.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_one_noise_per_prompt_is_the_plain_step(model: UniImage) -> None:
+    module = module_of(model)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = next(iter(data_of(model).train_dataloader()))
+    module.on_fit_start()
+    stepped = module.training_step(batch, 0)
+    generator = torch.Generator().manual_seed(42)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    sigma = sample_sigma(len(batch), generator)
+    assert torch.equal(stepped, module.loss(batch, noise, sigma, batch.latents))
 
 
 def test_validation_noise_follows_from_the_keys_alone() -> None:

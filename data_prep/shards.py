@@ -51,7 +51,9 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / MANIFEST
-    manifest = json.loads(file.read_text()) if file.is_file() else {"schema_version": SCHEMA_VERSION, "shards": {}}
+    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "shards": {}}
+    if file.is_file():
+        manifest = json.loads(file.read_text())
     manifest.update(facts or {})
     batch: list[tuple[str, Mapping[str, Any]]] = []
     index = 0

@@ -1,13 +1,16 @@
-"""Ask the frozen MLLM: python experiments/answer.py checkpoint=PATH 'question="what color is the circle?"' image=scene.png"""
+"""Ask the frozen MLLM.
+
+python experiments/answer.py checkpoint=PATH 'question="what color is the circle?"' image=scene.png
+"""
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import open_model, user_errors
+from experiments.common import CONF, open_model, user_errors
 from experiments.generate import read_image
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="answer")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="answer")
 @user_errors
 def main(cfg: DictConfig) -> None:
     image = read_image(cfg.image) if cfg.image else None

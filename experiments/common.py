@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
+CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: applications run as files and as modules
+USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
 
 
 def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -27,20 +29,21 @@ def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
         quiet_libraries()
         try:
             return main(cfg)
-        except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
-            if os.environ.get("TBAC_TRACEBACK"):
+        except USER_ERRORS as error:
+            cause = innermost(error)
+            if os.environ.get("TBAC_TRACEBACK") or not isinstance(cause, USER_ERRORS):
                 raise
-            print(f"error: {innermost(error)}", file=sys.stderr)
+            print(f"error: {str(cause).strip()}", file=sys.stderr)
             sys.exit(1)
 
     return guarded
 
 
-def innermost(error: BaseException) -> str:
-    """The message of the error that a configuration library wrapped."""
+def innermost(error: BaseException) -> BaseException:
+    """The error that a configuration library wrapped."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip()
+    return error
 
 
 def quiet_libraries() -> None:
@@ -48,7 +51,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
-    for name in ("alembic", "mlflow", "torchao", "httpx"):
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
+    for name in ("alembic", "mlflow", "torchao", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_prep.shapes.build import build
 from data_prep.shapes.pretrain_autoencoder import pixels_of
-from experiments.common import open_model, output_dir, plain, user_errors
+from experiments.common import CONF, open_model, output_dir, plain, user_errors
 from experiments.evaluate import evaluate
 from experiments.train import train
 from tbac.evaluation.benchmarks import read_edits, read_geneval, read_questions, scan_from_json
@@ -143,14 +143,14 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     reading = reading_accuracy(detector, cfg.answers.file, pipeline)
     before = evaluate(pipeline, detector, cfg.answers)
     geneval = {"untrained": score(pipeline, detector, cfg, "untrained", run)}
-    stages = []
-    checkpoint = None
+    stages: list[dict[str, Any]] = []
+    checkpoint = ""
     for stage in cfg.stages:
         folder = output_dir() / stage
         folder.mkdir(parents=True, exist_ok=True)
-        init = [f"init='{checkpoint}'"] if checkpoint else []
+        start = [f"init='{checkpoint}'"] if checkpoint else []
         tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'"]
-        result = train(train_config(cfg, stage, folder, *init, *tracked), folder)
+        result = train(train_config(cfg, stage, folder, *start, *tracked), folder)
         checkpoint = result.pop("checkpoint")
         stages.append(result)
         pipeline = open_model(checkpoint, "cpu", "float32")
@@ -175,7 +175,7 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="demo")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="demo")
 @user_errors
 def main(cfg: DictConfig) -> None:
     started = time.monotonic()

@@ -9,7 +9,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.common import open_model, output_dir, user_errors
+from experiments.common import CONF, open_model, output_dir, user_errors
 from tbac.evaluation.benchmarks import (
     SamplingOptions,
     read_edits,
@@ -27,7 +27,7 @@ READERS = {"geneval": read_geneval, "edits": read_edits, "answers": read_questio
 
 def evaluate(pipeline: Any, detector: Any, benchmark: DictConfig, folder: Path | None = None) -> dict[str, Any]:
     """Run one benchmark; returns its scores and writes its pictures as one sheet."""
-    options = SamplingOptions(**{k: v for k, v in benchmark.items() if k not in ("name", "file")})
+    options = SamplingOptions(**{str(k): v for k, v in benchmark.items() if k not in ("name", "file")})
     if benchmark.name == "answers":
         result = run_answers(pipeline.model, benchmark.file)
         return {"accuracy": result["accuracy"], "answers": result["answers"]}
@@ -47,7 +47,7 @@ def evaluate(pipeline: Any, detector: Any, benchmark: DictConfig, folder: Path |
     return scores
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @user_errors
 def main(cfg: DictConfig) -> None:
     if cfg.benchmark.name not in READERS:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image, UnidentifiedImageError
 
-from experiments.common import open_model, user_errors
+from experiments.common import CONF, open_model, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"image {path} can't be read ({error})") from None
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="generate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
 @user_errors
 def main(cfg: DictConfig) -> None:
     prompts = [str(p) for p in cfg.prompts] + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])

@@ -1,4 +1,7 @@
-"""What a model needs, without building it: python experiments/plan.py model=qwen2_5_vl_3b_sana_1600m model.random_init=true"""
+"""What a model needs, without building it.
+
+python experiments/plan.py model=qwen2_5_vl_3b_sana_1600m model.random_init=true
+"""
 
 import json
 from typing import Any
@@ -9,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.common import output_dir, user_errors
+from experiments.common import CONF, output_dir, user_errors
 from tbac.models import UniImage
 
 
@@ -50,7 +53,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="plan")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="plan")
 @user_errors
 def main(cfg: DictConfig) -> None:
     report = plan(cfg)

@@ -10,7 +10,7 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.common import output_dir, plain, user_errors
+from experiments.common import CONF, output_dir, plain, user_errors
 from tbac.training.checkpoints import describe_model, load_weights, newest_checkpoint, read_checkpoint
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_run, run_facts
@@ -84,7 +84,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return report
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
     report = train(cfg, output_dir())

@@ -1,8 +1,8 @@
 """Build the shapes world: python data_prep/shapes/build.py
 
 Everything is made from one seed: benchmarks, tokenizer, pre-trained backbones in the real formats, shards with cached
-latents. Finished parts are kept: a part is made in a folder of its own and renamed when it is complete, and `recipe.json`
-beside it says what it was made from; with another recipe it is made again.
+latents. Finished parts are kept: a part is made in a folder of its own and renamed when it is complete, and
+`recipe.json` beside it says what it was made from; with another recipe it is made again.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data_prep.shapes.language import caption, long_caption, sample_edit, sample_question
 from data_prep.shapes.pretrain_autoencoder import pixels_of, pretrain_autoencoder
-from data_prep.shapes.pretrain_denoiser import pretrain_denoiser
+from data_prep.shapes.pretrain_denoiser import lone_scenes, pretrain_denoiser
 from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
-from experiments.common import plain, user_errors
+from experiments.common import CONF, plain, user_errors
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.uniimage import ANSWER_SYSTEM, tensor_digest
@@ -75,13 +75,9 @@ def make_mllm(folder: Path, tokenizer_folder: Path, architecture: dict, recipe: 
     """The MLLM with its tokenizer, as a Hugging Face folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(tokenizer_folder)
-    model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed, world.held_out)
+    model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
-
-
-def training_pictures(world: World, count: int) -> list[Image.Image]:
-    return [render(scene) for _, scene in world.training_scenes("denoiser", count)]
 
 
 def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: dict[str, dict]) -> None:
@@ -89,7 +85,7 @@ def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: d
     autoencoder = pretrain_autoencoder(parts["autoencoder"], **recipes["autoencoder"], seed=world.seed)
     autoencoder.save_pretrained(folder / "vae")
     frozen = FrozenAutoencoder(autoencoder)
-    pictures = training_pictures(world, 6000)
+    pictures = [render(scene) for scene in lone_scenes(Random(f"denoiser/{world.seed}"), 6000)]
     latents = torch.cat([frozen.encode(pixels_of(pictures[i : i + 256])) for i in range(0, len(pictures), 256)])
     denoiser = pretrain_denoiser(parts["transformer"], latents, **recipes["denoiser"], seed=world.seed)
     denoiser.save_pretrained(folder / "transformer")
@@ -154,7 +150,7 @@ def build(cfg: DictConfig) -> Path:
     made_from = [sizes, cfg.seed, source_digest()]
     make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
     make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed))
-    branches = [
+    branches: list[tuple[Callable[..., None], tuple]] = [
         (_language_branch, (out, parts["mllm"], sizes, cfg.seed, instantiate(cfg.mllm))),
         (_pictures_branch, (out, parts, sizes, cfg.seed, recipes)),
     ]
@@ -171,7 +167,7 @@ def build(cfg: DictConfig) -> Path:
     return out
 
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="shapes")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="shapes")
 @user_errors
 def main(cfg: DictConfig) -> None:
     log.info("the shapes world is in %s", build(cfg))

@@ -9,6 +9,7 @@ from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
     GLYPHS,
+    STACKED,
     Item,
     Scene,
     free_cells,
@@ -35,7 +36,7 @@ def noun(item: Item, with_color: bool = True) -> str:
 
 
 def relation(first: Item, second: Item) -> list[str]:
-    """The relations in which the first object clearly stands to the second: at most 60 degrees off the axis, as GenEval."""
+    """Relations in which the first object clearly stands to the second: at most 60 degrees off the axis (GenEval)."""
     dx, dy = first.column - second.column, first.row - second.row
     distance = math.hypot(dx, dy)
     named = ((dx, "left of", "right of"), (dy, "above", "below"))
@@ -48,11 +49,16 @@ def long_caption(scene: Scene) -> str:
     return f"on a {scene.background} background: " + ", ".join(parts) if parts else f"a {scene.background} background"
 
 
-def listing(scene: Scene, with_color: bool, order: list[Item]) -> str:
-    """The objects as counted groups, such as "three red squares and a circle"."""
-    groups = Counter(noun(i, with_color) for i in order)
+def stacked(scene: Scene) -> bool:
+    """Whether two different shapes stand one above the other, as pairs in composed pictures may."""
+    return scene.cells == STACKED and scene.items[0].shape != scene.items[1].shape
+
+
+def listing(scene: Scene, with_color: bool) -> str:
+    """The objects in reading order as counted groups, such as "three red squares and a circle"."""
+    groups = Counter(noun(i, with_color) for i in scene.items)
     parts = []
-    for item in order:
+    for item in scene.items:
         name = noun(item, with_color)
         if name in groups:
             n = groups.pop(name)
@@ -62,20 +68,22 @@ def listing(scene: Scene, with_color: bool, order: list[Item]) -> str:
 
 
 def short_caption(rng: Random, scene: Scene) -> str:
-    """One short phrasing: a listing with or without colours, or a relation of two objects."""
-    order = rng.sample(scene.items, len(scene.items))
-    with_color = len(order) > 3 or rng.random() < 0.6
-    body = listing(scene, with_color, order)
-    if len(order) == 2 and order[0].shape != order[1].shape and rng.random() < 0.6:
-        body = f"a {noun(order[0], with_color)} {rng.choice(relation(*order))} a {noun(order[1], with_color)}"
-    if rng.random() < 0.15:
+    """A caption that leaves places out: a listing in reading order, or for two objects how they stand to each other."""
+    items = list(scene.items)
+    with_color = rng.random() < 0.7
+    body = listing(scene, with_color)
+    if stacked(scene) or (len(items) == 2 and items[0].shape != items[1].shape and rng.random() < 0.5):
+        first, second = rng.sample(items, 2)
+        body = f"a {noun(first, with_color)} {rng.choice(relation(first, second))} a {noun(second, with_color)}"
+    if rng.random() < 0.1:
         body += f" on a {scene.background} background"
     return rng.choice(OPENINGS) + body
 
 
 def caption(rng: Random, scene: Scene) -> str:
-    """A short caption, or for up to three objects sometimes the long one."""
-    return long_caption(scene) if len(scene.items) <= 3 and rng.random() < 0.2 else short_caption(rng, scene)
+    """A short caption where the places follow from it as pictures are composed; else, or sometimes, the long one."""
+    follows = scene.composed or stacked(scene)
+    return short_caption(rng, scene) if follows and rng.random() > 0.1 else long_caption(scene)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
         instruction = rng.choice((f"change the background to {background}", f"make the background {background}"))
     elif kind == "add":
         place(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
-        where = f" at the {items[-1].place}" if rng.random() < 0.5 else ""
+        where = f" at the {items[-1].place}" if rng.random() < 0.75 else ""
         instruction = rng.choice(("add", "put")) + f" a {noun(items[-1])}" + where
     else:
         chosen = rng.choice(unique)
@@ -129,7 +137,7 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
 
 
 def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION_KINDS) -> tuple[str, str]:
-    """Draw a question about the scene and its answer. What is asked for is named last, just before the question mark."""
+    """Draw a question about the scene and its answer; what is asked for is named last, before the question mark."""
     shapes = Counter(i.shape for i in scene.items)
     colors = Counter(i.color for i in scene.items)
     kind = rng.choice(kinds)
@@ -185,9 +193,9 @@ def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
                     {"class": b, "count": 1, "color": color_b},
                 ]
                 body = f"a {color_a} {a} and a {color_b} {b}"
-            opening = OPENINGS[1] if tag != "single_object" else OPENINGS[1 + index // len(shapes) % 3]
-            row["prompt"] = opening + body
-            if row["prompt"] not in seen:
+            # "a photo of" as GenEval has it; the other openings only where all such prompts are taken.
+            row["prompt"] = next((p for p in (o + body for o in (*OPENINGS[1:], "")) if p not in seen), "")
+            if row["prompt"]:
                 seen.add(row["prompt"])
                 rows.append(row)
             if len(seen) == per_tag:

@@ -30,7 +30,7 @@ def pixels_of(images: list[Image.Image]) -> Tensor:
 def pretrain_autoencoder(
     architecture: dict[str, Any], steps: int, batch_size: int, lr: float, seed: int, pictures: int = 6000
 ) -> AutoencoderDC:
-    """Train an `AutoencoderDC` to reconstruct dense scenes, and set its `scaling_factor` so that latents have unit variance.
+    """Train an `AutoencoderDC` to reconstruct dense scenes; its `scaling_factor` gives latents unit variance.
 
     Args:
         architecture: constructor arguments.

@@ -1,6 +1,10 @@
-"""Pre-training of the shapes world's denoiser without prompts: what pictures look like."""
+"""Pre-training of the shapes world's denoiser without prompts, on pictures of one object: what objects look like.
+
+How many there are, of what kind and where, is left for the prompts to say.
+"""
 
 import math
+from random import Random
 from typing import Any
 
 import torch
@@ -8,7 +12,19 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, GLYPHS, Item, Scene
 from tbac.flow import NUM_TIMESTEPS, interpolate, sample_sigma, velocity_loss
+
+
+def lone_scenes(rng: Random, count: int) -> list[Scene]:
+    """Scenes of one object anywhere, none of them held out."""
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        item = Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), rng.randrange(CELLS), rng.randrange(CELLS))
+        scene = Scene(rng.choice(list(BACKGROUNDS)), (item,))
+        if not scene.held_out:
+            scenes.append(scene)
+    return scenes
 
 
 def pretrain_denoiser(

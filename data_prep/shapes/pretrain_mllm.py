@@ -1,19 +1,22 @@
 """Pre-training of the shapes world's MLLM: to see, to name, to answer, to describe, to carry out edits in words.
 
 What makes it learn within minutes on one core:
-- The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the embeddings of
+- The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the
+  embeddings of
   what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then, so that its
   features are computed once.
-- Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the words.
+- Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the
+  words.
 - Small batches and many steps: looking something up is a circuit that needs steps, not samples.
 - Several questions share one picture: they are branches that see the prefix but not each other, at the positions that
   they would have alone.
-- Naming comes first: the answer directly after the word that is asked for. Answering after the assistant's header comes then.
+- Naming comes first: the answer directly after the word that is asked for. Answering after the assistant's header comes
+  then, and laying out, cell by cell, a picture that is told or that an edit makes.
 - The pictures grow: first one cell, then four, then all.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -29,7 +32,6 @@ from data_prep.shapes.language import (
     OPENINGS,
     QUESTION_KINDS,
     caption,
-    listing,
     long_caption,
     sample_edit,
     sample_question,
@@ -50,7 +52,10 @@ from data_prep.shapes.scene import (
 from tbac.models.prompt import SYSTEM_PROMPT, VISION_END, VISION_START
 from tbac.models.uniimage import ANSWER_SYSTEM
 
-LISTED_KINDS = ("color", "shape", "count", "exists")  # what a listing of coloured objects tells
+TOLD_KINDS = ("where", "count", "exists")  # questions that every caption answers
+COLOR_KINDS = ("color", "shape")  # and those that need one with colours
+BLUR = 0.5
+REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
 
 
@@ -67,21 +72,27 @@ class Recipe:
         embedding_std: of the word embeddings at the start.
         pictures: different pictures that conversations are about.
         told: share of questions about scenes that are told in words instead of seen.
+        told_imagined: share of imagined pictures that are told; the others are edits of seen ones.
     """
 
     vision_steps: int = 250
-    steps: int = 2800
-    batch_size: int = 4
-    lr: float = 2e-3
+    steps: int = 2600
+    batch_size: int = 8
+    lr: float = 1.5e-3
     vision_lr: float = 3e-3
     embedding_std: float = 1.0
     pictures: int = 4000
     told: float = 0.35
+    told_imagined: float = 0.65
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Tokens, labels (-100 = none), branch of each token (0 = prefix), rotary positions (3, token), visible cells."""
+    """Tokens, labels (-100 = none), branch of each token (0 = prefix), rotary positions (3, token), visible cells.
+
+    Where a picture is imagined, the last tokens stand for its cells: each is the sum of the words for its row and its
+    column, `rows` has the former, and `imagined` the two words that it should say of what stands there.
+    """
 
     tokens: list[int]
     labels: list[int]
@@ -89,19 +100,28 @@ class Conversation:
     positions: list[list[int]]
     picture: int
     cells: list[int]
+    rows: Sequence[int] = ()
+    imagined: Sequence[tuple[int, int]] = ()
 
 
-def last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> Tensor:
+def last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> list[int]:
     """Token id of the last word of each name, as it reads within a sentence."""
-    return torch.tensor([tokenizer(" " + w.split()[-1], add_special_tokens=False)["input_ids"][-1] for w in words])
+    return [tokenizer(" " + w.split()[-1], add_special_tokens=False)["input_ids"][-1] for w in words]
 
 
 class VisionTeacher:
     """What each image token should say: a sum of word embeddings."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, embeddings: Tensor) -> None:
-        names = {"shape": GLYPHS, "color": COLORS, "background": BACKGROUNDS, "row": ROW_NAMES, "column": COLUMN_NAMES}
-        self.words = {k: dict(zip(v, embeddings[last_ids(tokenizer, list(v))], strict=True)) for k, v in names.items()}
+        kinds: dict[str, Iterable[str]] = {
+            "shape": GLYPHS,
+            "color": COLORS,
+            "background": BACKGROUNDS,
+            "row": ROW_NAMES,
+            "column": COLUMN_NAMES,
+        }
+        names = {kind: list(named) for kind, named in kinds.items()}
+        self.words = {k: dict(zip(v, embeddings[last_ids(tokenizer, v)], strict=True)) for k, v in names.items()}
 
     def __call__(self, scene: Scene) -> Tensor:
         """(cell, hidden)."""
@@ -183,44 +203,73 @@ class Conversations:
         self.scenes, self.rng = scenes, rng
         self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        words = [*GLYPHS, *COLORS, *BACKGROUNDS, "nothing"]
+        self.word = dict(zip(words, last_ids(tokenizer, words), strict=True))
+        self.places = [(r, c) for r in last_ids(tokenizer, ROW_NAMES) for c in last_ids(tokenizer, COLUMN_NAMES)]
 
     def draw(self, kind: str, side: int, seen: bool = True) -> Conversation:
-        """One conversation of a kind (`name`, `answer`, `describe`, `text`) about a window of `side` cells.
+        """One conversation about a window of `side` cells.
 
-        Questions can also be about a scene that is told instead of seen.
+        Args:
+            kind: `name` and `answer` ask questions; `imagine` lays out the picture that a caption tells, or that an
+                edit of a seen one makes; `describe` says it in words; `text` repeats captions.
+            side: of the visible window.
+            seen: False = what is asked or imagined is told by a caption.
         """
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
-        scene, cells, side = visible_part(rng, self.scenes[picture], side)
-        text = ""
+        scene, cells, side = visible_part(rng, self.scenes[picture], CELLS if kind == "imagine" else side)
+        text, colored = "", True
+        kinds: tuple[str, ...] = QUESTION_KINDS
+        if kind in ("name", "answer", "imagine") and not seen:
+            cells, scene = [], sample_scene(rng)
+            text = caption(rng, scene)
+            colored = any(color in text for color in COLORS)
+            kinds = TOLD_KINDS + (COLOR_KINDS if colored else ())
+        turns: list[tuple[str, str]] = []
+        imagined: tuple[tuple[int, int], ...] = ()
         if kind in ("name", "answer"):
-            kinds = QUESTION_KINDS
-            if not seen:  # the same questions about a scene that is told
-                cells, scene = [], sample_scene(rng)
-                text = long_caption(scene)
-                if rng.random() < 0.7:
-                    order = rng.sample(scene.items, len(scene.items))
-                    text, kinds = rng.choice(OPENINGS) + listing(scene, True, order), LISTED_KINDS
-                text += "\n"
+            text += "\n" if text else ""
             turns = [sample_question(rng, scene, kinds) for _ in range(8 if kind == "name" else 6)]
+        elif kind == "imagine":
+            if seen:
+                edit = sample_edit(rng, scene)
+                text, scene = edit.instruction, edit.target
+            imagined = self._layout(scene, colored, "background" in text or seen)
         elif kind == "describe":
             turns = [("", long_caption(scene))]
             if side == CELLS:
                 edits = (sample_edit(rng, scene) for _ in range(2))
                 turns += [(e.instruction, long_caption(e.target)) for e in edits]
         else:
-            cells, turns = [], []
+            cells = []
             for _ in range(4):
                 said = caption(rng, sample_scene(rng))
                 opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
                 turns.append((said, said.removeprefix(opening)))
-        return self._assemble(kind, text, turns, picture, cells, side)
+        return self._assemble(kind, text, turns, imagined, picture, cells, side)
+
+    def _layout(self, scene: Scene, colored: bool, lit: bool) -> tuple[tuple[int, int], ...]:
+        """Two words for each cell: colour and shape, or twice the shape, the background or "nothing"."""
+        nothing = self.word[scene.background if lit else "nothing"]
+        said = {}
+        for item in scene.items:
+            shape = self.word[item.shape]
+            said[item.row * CELLS + item.column] = (self.word[item.color] if colored else shape, shape)
+        return tuple(said.get(cell, (nothing, nothing)) for cell in range(CELLS * CELLS))
 
     def _assemble(
-        self, kind: str, text: str, turns: list[tuple[str, str]], picture: int, cells: list[int], side: int
+        self,
+        kind: str,
+        text: str,
+        turns: list[tuple[str, str]],
+        imagined: tuple[tuple[int, int], ...],
+        picture: int,
+        cells: list[int],
+        side: int,
     ) -> Conversation:
         system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
-        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") + self.encode(text)
+        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
         tokens = list(before)
         positions = [list(range(len(before))) for _ in range(3)]
         start = len(before)
@@ -232,20 +281,26 @@ class Conversations:
             for axis, offset in zip(positions, offsets, strict=True):
                 axis += [start, *[first + o for o in offset], first + side]
             start = first + side + 1
+        told = [*self.encode(text), *(self.encode(REPLY + VISION_START) if imagined else ())]
+        told += [column for _, column in self.places] if imagined else []
+        tokens += told
+        for axis in positions:
+            axis += range(start, start + len(told))
+        start += len(told)
         labels, branches = [-100] * len(tokens), [0] * len(tokens)
         for number, (asked, said) in enumerate(turns, start=1):
             if kind == "name":
                 question, answer = self.encode(asked.removesuffix("?")), self.encode(" " + said)
             else:
-                question = self.encode(asked + "<|im_end|>\n<|im_start|>assistant\n")
-                answer = self.encode(said + "<|im_end|>")
+                question, answer = self.encode(asked + REPLY), self.encode(said + "<|im_end|>")
             length = len(question) + len(answer)
             tokens += [*question, *answer]
             labels += [*[-100] * len(question), *answer]
             branches += [number] * length
             for axis in positions:
                 axis += range(start, start + length)
-        return Conversation(tokens, labels, branches, positions, picture, cells)
+        rows = [row for row, _ in self.places] if imagined else []
+        return Conversation(tokens, labels, branches, positions, picture, cells, rows, imagined)
 
 
 def branch_mask(branches: Tensor) -> Tensor:
@@ -257,25 +312,46 @@ def branch_mask(branches: Tensor) -> Tensor:
 
 
 def conversation_states(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
+    model: Qwen2_5_VLForConditionalGeneration,
+    batch: Sequence[Conversation],
+    features: Tensor,
+    pad: int,
+    blur: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Last hidden states (batch, token, hidden) and labels (batch, token); `features` are (picture, cell, hidden)."""
+    """Last hidden states (batch, token, hidden) and labels (batch, token).
+
+    Args:
+        model: the language model.
+        batch: conversations.
+        features: (picture, cell, hidden) of the vision tower.
+        pad: id of the padding token.
+        blur: standard deviation of the noise on the embeddings of imagined cells, so that learnable queries that come
+            near them read as cells too.
+    """
     length = max(len(c.tokens) for c in batch)
     tokens = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), -100)
     branches = torch.full((len(batch), length), -1)
     positions = torch.zeros(3, len(batch), length, dtype=torch.long)
-    seen = []
+    pictured = []
     for row, c in enumerate(batch):
         end = len(c.tokens)
         tokens[row, :end], labels[row, :end] = torch.tensor(c.tokens), torch.tensor(c.labels)
         branches[row, :end], positions[:, row, :end] = torch.tensor(c.branches), torch.tensor(c.positions)
         if c.cells:
-            seen.append(features[c.picture, c.cells])
-    embeddings = model.get_input_embeddings()(tokens)
-    if seen:
+            pictured.append(features[c.picture, c.cells])
+    embed = model.get_input_embeddings()
+    embeddings = embed(tokens)
+    if pictured:
         places = (tokens == model.config.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(places, torch.cat(seen))
+        embeddings = embeddings.masked_scatter(places, torch.cat(pictured))
+    if batch[0].imagined:
+        mixed = embeddings.clone()
+        for row, c in enumerate(batch):
+            cells = slice(len(c.tokens) - len(c.rows), len(c.tokens))
+            mixed[row, cells] = embeddings[row, cells] + embed(torch.tensor(c.rows))
+            mixed[row, cells] += blur * torch.rand(1) * torch.randn_like(mixed[row, cells])
+        embeddings = mixed
     hidden = model.model.language_model(
         inputs_embeds=embeddings, position_ids=positions, attention_mask=branch_mask(branches), use_cache=False
     ).last_hidden_state
@@ -285,8 +361,14 @@ def conversation_states(
 def conversation_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
 ) -> Tensor:
-    """Mean cross-entropy of the answers' tokens."""
-    hidden, labels = conversation_states(model, batch, features, pad)
+    """Mean cross-entropy of the answers' tokens, or of the words for imagined cells."""
+    hidden, labels = conversation_states(model, batch, features, pad, BLUR)
+    if batch[0].imagined:
+        ends = [(row, len(c.tokens) - len(c.imagined), len(c.tokens)) for row, c in enumerate(batch)]
+        cells = torch.cat([hidden[row, first:end] for row, first, end in ends])
+        words = torch.tensor([pair for c in batch for pair in c.imagined])
+        scores = model.lm_head(cells)
+        return (cross_entropy(scores, words[:, 0]) + cross_entropy(scores, words[:, 1])) / 2
     said = labels[:, 1:] >= 0
     return cross_entropy(model.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
 
@@ -302,8 +384,8 @@ def kind_at(rng: Random, progress: float) -> str:
     if progress < 0.1:
         return "name"
     if progress < 0.3:
-        return rng.choices(("name", "answer"), (7, 3))[0]
-    return rng.choices(("name", "answer", "describe", "text"), (5, 12, 2, 3))[0]
+        return rng.choices(("name", "answer", "imagine"), (5, 3, 3))[0]
+    return rng.choices(("name", "answer", "imagine", "describe", "text"), (4, 9, 11, 1, 1))[0]
 
 
 def pretrain_mllm(
@@ -312,7 +394,6 @@ def pretrain_mllm(
     processor: Qwen2VLImageProcessorPil,
     recipe: Recipe,
     seed: int,
-    held_out: frozenset[Scene] = frozenset(),
     report: Callable[..., None] | None = None,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Train a Qwen2.5-VL from scratch on the shapes world.
@@ -323,7 +404,6 @@ def pretrain_mllm(
         processor: image processor.
         recipe: how long and how fast.
         seed: of weights and data.
-        held_out: scenes that are never shown.
         report: called after each step with (model, step, kind, side, loss).
     """
     torch.manual_seed(seed)
@@ -334,7 +414,7 @@ def pretrain_mllm(
     scenes: list[Scene] = []
     while len(scenes) < recipe.pictures:
         scene = sample_scene(rng)
-        if scene not in held_out:
+        if not scene.held_out:
             scenes.append(scene)
     with torch.no_grad():
         features = torch.cat(
@@ -350,7 +430,7 @@ def pretrain_mllm(
         optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe.steps, 40)
         kind = kind_at(rng, progress)
         side = side_at(rng, progress)
-        seen = progress < 0.12 or rng.random() > recipe.told
+        seen = progress < 0.12 or rng.random() > (recipe.told_imagined if kind == "imagine" else recipe.told)
         count = recipe.batch_size * (1 if side == CELLS or kind == "text" else 2)
         batch = [draw(kind, side, seen) for _ in range(count)]
         loss = conversation_loss(model, batch, features, tokenizer.pad_token_id)

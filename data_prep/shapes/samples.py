@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
@@ -44,57 +46,49 @@ class Sizes:
     curated: int = 2000
     val: int = 256
     samples_per_shard: int = 1000
-    prompts_per_tag: int = 16
+    prompts_per_tag: int = 20
     questions: int = 200
     edits: int = 48
 
 
 @dataclass(frozen=True)
 class World:
-    """All that is drawn from one seed; no scene of a held-out list appears in training."""
+    """All that is drawn from one seed; validation and benchmarks hold held-out scenes only, training none of these."""
 
     sizes: Sizes
     seed: int
     val_scenes: list[Scene]
     val_edits: list[Edit]
-    held_out: frozenset[Scene]
 
     @classmethod
     def draw(cls, seed: int, sizes: Sizes) -> "World":
         rng = Random(f"held out/{seed}")
-        scenes = [sample_scene(rng) for _ in range(max(sizes.val, sizes.questions))]
-        edits = [sample_edit(rng, sample_scene(rng)) for _ in range(max(sizes.val, sizes.edits))]
-        held_out = frozenset([*scenes, *(s for e in edits for s in (e.source, e.target))])
-        return cls(sizes, seed, scenes, edits, held_out)
+        scenes = _take(max(sizes.val, sizes.questions), (s for s in _scenes(rng) if s.held_out))
+        edits = (sample_edit(rng, s) for s in _scenes(rng) if s.held_out)
+        return cls(sizes, seed, scenes, _take(max(sizes.val, sizes.edits), (e for e in edits if e.target.held_out)))
 
-    def training_scenes(self, name: str, count: int) -> Iterator[tuple[Random, Scene]]:
-        """Scenes that aren't held out, each with a generator for what is said of it."""
+    def training_scenes(self, name: str) -> Iterator[tuple[Random, Scene]]:
+        """Endless scenes that aren't held out, each with a generator for what is said of it."""
         rng = Random(f"{name}/{self.seed}")
-        while count:
-            scene = sample_scene(rng)
-            if scene not in self.held_out:
-                count -= 1
-                yield rng, scene
+        return ((rng, scene) for scene in _scenes(rng) if not scene.held_out)
 
-    def training_edits(self, name: str, count: int) -> Iterator[Edit]:
-        """Edits whose source and target aren't held out."""
-        for rng, scene in self.training_scenes(name, 10**12):
-            edit = sample_edit(rng, scene)
-            if edit.target not in self.held_out:
-                yield edit
-                count -= 1
-                if not count:
-                    return
+    def training_edits(self, name: str) -> Iterator[Edit]:
+        """Endless edits whose source and target aren't held out."""
+        edits = (sample_edit(rng, scene) for rng, scene in self.training_scenes(name))
+        return (edit for edit in edits if not edit.target.held_out)
+
+
+def _scenes(rng: Random) -> Iterator[Scene]:
+    while True:
+        yield sample_scene(rng)
+
+
+def _take(count: int, items: Iterator[Any]) -> list[Any]:
+    return list(islice(items, count))
 
 
 def _chunked(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    while chunk := _take(size, items):
         yield chunk
 
 
@@ -134,11 +128,11 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
     val_t2i = [(caption(rng, s), s) for s in world.val_scenes[: sizes.val]]
     val_edits = world.val_edits[: sizes.val]
     for name, count in (("t2i", sizes.t2i), ("finetune_t2i", sizes.curated)):
-        drawn = ((caption(r, s), s) for r, s in world.training_scenes(name, count))
+        drawn = ((caption(r, s), s) for r, s in islice(world.training_scenes(name), count))
         write_shards(out / name, "train", t2i_samples(name, drawn, encode), sizes.samples_per_shard, facts)
         write_shards(out / name, "val", t2i_samples(f"{name}_val", iter(val_t2i), encode), sizes.val, facts)
     for name, count in (("edit", sizes.edit), ("finetune_edit", sizes.curated)):
-        edits = world.training_edits(name, count)
+        edits = islice(world.training_edits(name), count)
         write_shards(out / name, "train", edit_samples(name, edits, encode), sizes.samples_per_shard, facts)
         write_shards(out / name, "val", edit_samples(f"{name}_val", iter(val_edits), encode), sizes.val, facts)
 
@@ -147,9 +141,11 @@ def scene_to_json(scene: Scene) -> dict[str, Any]:
     """The scene as a detector would read it."""
 
     def box(item: Item) -> list[int]:
-        rows, columns = GLYPHS[item.shape].any(1).nonzero()[0], GLYPHS[item.shape].any(0).nonzero()[0]
+        rows, columns = np.nonzero(GLYPHS[item.shape])
         top, left = item.corner
-        return [left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1]
+        return [
+            int(v) for v in (left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1)
+        ]
 
     objects = [{"name": i.shape, "color": i.color, "box": box(i)} for i in scene.items]
     return {"background": scene.background, "objects": objects}
@@ -171,11 +167,11 @@ def write_benchmarks(world: World, out: Path) -> None:
         question, answer = sample_question(rng, scene)
         rows.append({"image": name, "question": question, "answer": answer, "scene": scene_to_json(scene)})
     _write_rows(out / "questions.jsonl", rows)
-    rows = []
+    edits: list[dict[str, Any]] = []
     for index, edit in enumerate(world.val_edits[: world.sizes.edits]):
         name = f"pictures/edit_{index:04d}.png"
         render(edit.source).save(out / name)
-        rows.append(
+        edits.append(
             {
                 "image": name,
                 "instruction": edit.instruction,
@@ -185,7 +181,7 @@ def write_benchmarks(world: World, out: Path) -> None:
                 "anywhere": edit.kind == "add" and " at the " not in edit.instruction,
             }
         )
-    _write_rows(out / "edits.jsonl", rows)
+    _write_rows(out / "edits.jsonl", edits)
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

@@ -1,11 +1,19 @@
 """Scenes of coloured shapes and letters: what is in a picture, and how it is drawn.
 
-A picture is 24 x 24 pixels, divided into 3 x 3 cells of 8. An object is a 6 x 6 glyph in the middle of a cell, so that two
-pixels of background are between neighbours. The light is uneven, as in photographs: red grows from top to bottom and blue
-from left to right in the background, so that a single patch tells where it is. Everything is a function of a
-`random.Random`, so a seed gives the same world on every machine.
+A picture is 24 x 24 pixels, divided into 3 x 3 cells of 8. An object is a 6 x 6 glyph in the middle of a cell, so that
+two
+pixels of background are between neighbours. The light is uneven, as in photographs: red grows from top to bottom and
+blue from left to right in the background, so that a single patch tells where it is.
+
+Most pictures are composed, as photographs are: one object stands in the centre, two stand side by side or one above the
+other, more stand in a row, in the corners, in two rows. A caption may then leave the places out. In the other pictures
+objects stand anywhere, and captions say where.
+
+Everything is a function of a `random.Random`, so a seed gives the same world on every machine. A tenth of all possible
+scenes, by a hash of the scene itself, is held out of training.
 """
 
+import hashlib
 from dataclasses import dataclass
 from random import Random
 
@@ -44,6 +52,17 @@ MARGIN = (CELL_SIZE - GLYPH_SIZE) // 2
 ROW_NAMES = ("top", "middle", "bottom")
 COLUMN_NAMES = ("left", "center", "right")
 
+# Cells (row, column) of composed pictures by their number of objects; two objects also stand one above the other.
+COMPOSED = {
+    1: ((1, 1),),
+    2: ((1, 0), (1, 2)),
+    3: ((1, 0), (1, 1), (1, 2)),
+    4: ((0, 0), (0, 2), (2, 0), (2, 2)),
+    5: ((0, 0), (0, 2), (1, 1), (2, 0), (2, 2)),
+    6: ((0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2)),
+}
+STACKED = ((0, 1), (2, 1))
+
 
 @dataclass(frozen=True)
 class Item:
@@ -71,6 +90,21 @@ class Scene:
     background: str
     items: tuple[Item, ...]
 
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """(row, column) of each object."""
+        return tuple((i.row, i.column) for i in self.items)
+
+    @property
+    def composed(self) -> bool:
+        """Whether the objects stand where the number of them alone would put them."""
+        return self.cells == COMPOSED.get(len(self.items))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the scene belongs to the tenth that is never trained on."""
+        return hashlib.sha256(repr(self).encode()).digest()[0] % 10 == 0
+
 
 def in_reading_order(background: str, items: list[Item]) -> Scene:
     return Scene(background, tuple(sorted(items, key=lambda i: (i.row, i.column))))
@@ -89,23 +123,26 @@ def place(rng: Random, items: list[Item], shape: str, color: str) -> None:
 
 
 def sample_scene(rng: Random) -> Scene:
-    """Draw a scene of 1 to 6 objects: singles, pairs, groups of one shape, and mixtures."""
+    """Draw a scene of 1 to 6 objects: single, pair, group of one kind, or mixture; up to three may stand anywhere."""
     shapes, colors = list(GLYPHS), list(COLORS)
     kind = rng.random()
     if kind < 0.25:
         wanted = [(rng.choice(shapes), rng.choice(colors))]
     elif kind < 0.65:
         wanted = list(zip(rng.sample(shapes, 2), rng.sample(colors, 2), strict=True))
-    elif kind < 0.88:
-        shape, count = rng.choice(shapes), rng.randint(2, 4)
-        one_color, one_palette = rng.choice(colors), rng.random() < 0.7
-        wanted = [(shape, one_color if one_palette else rng.choice(colors)) for _ in range(count)]
+    elif kind < 0.9:
+        wanted = [(rng.choice(shapes), rng.choice(colors))] * rng.randint(2, 4)
     else:
         wanted = [(rng.choice(shapes), rng.choice(colors)) for _ in range(rng.randint(3, 6))]
     background = rng.choice(list(BACKGROUNDS))
     items: list[Item] = []
-    for shape, color in wanted:
-        place(rng, items, shape, color)
+    if len(wanted) <= 3 and rng.random() < 0.3:
+        for shape, color in wanted:
+            place(rng, items, shape, color)
+        return in_reading_order(background, items)
+    cells = STACKED if kind < 0.65 and len(wanted) == 2 and rng.random() < 0.5 else COMPOSED[len(wanted)]
+    for (shape, color), (row, column) in zip(wanted, cells, strict=True):
+        items.append(Item(shape, color, row, column))
     return in_reading_order(background, items)
 
 

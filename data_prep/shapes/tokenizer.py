@@ -25,7 +25,8 @@ SPECIAL_TOKENS = (
 # One turn per message; images stand for themselves before the text. The same form as Qwen2.5-VL's.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}"

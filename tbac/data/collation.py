@@ -37,8 +37,8 @@ class Collator:
             batch.latents = torch.stack([s.latents for s in samples if s.latents is not None])
         elif missing := [s for s in samples if s.target is None]:
             raise ValueError(
-                f"sample {missing[0].key} of {missing[0].origin} has cached latents and no image, but others of the same "
-                "batch have no latents; cache latents for every source of the mixture"
+                f"sample {missing[0].key} of {missing[0].origin} has cached latents and no image, but others of the "
+                "same batch have no latents; cache latents for every source of the mixture"
             )
         else:
             batch.pixels = torch.stack(

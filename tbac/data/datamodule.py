@@ -64,8 +64,12 @@ class ShardDataModule(L.LightningDataModule):
         self.val_sources = [parse_source(s) for s in val_sources]
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.val_samples, self.image_size, self.num_workers = val_samples, image_size, num_workers
-        self.train_options = {"seed": seed, "shuffle_buffer": shuffle_buffer, "dropout": dropout}
-        self.common = {"max_bad_share": max_bad_share, "use_latents": use_latents, "check_manifest": check_manifest}
+        self.train_options: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer, "dropout": dropout}
+        self.common: dict[str, Any] = {
+            "max_bad_share": max_bad_share,
+            "use_latents": use_latents,
+            "check_manifest": check_manifest,
+        }
         self.collator: Collator | None = None
         self._stream(train=True)
         if self.val_sources:
@@ -96,7 +100,8 @@ class ShardDataModule(L.LightningDataModule):
             if cached and cached != autoencoder_digest:
                 raise DataError(
                     f"the cached latents of {source.path} come from another autoencoder ({cached[:12]}…) than this "
-                    f"model's ({autoencoder_digest[:12]}…); cache them again, or encode online with data.use_latents=false"
+                    f"model's ({autoencoder_digest[:12]}…); cache them again, or encode online with "
+                    "data.use_latents=false"
                 )
 
     def manifest_digests(self) -> dict[str, str]:

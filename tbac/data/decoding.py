@@ -14,7 +14,7 @@ from tbac.types import Sample
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-class CorruptSample(ValueError):
+class CorruptSampleError(ValueError):
     """A sample that is incomplete or can't be decoded; the message says why."""
 
 
@@ -24,7 +24,7 @@ def decode_image(data: bytes, field: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptSample(f"{field} is not a readable image ({error})") from None
+        raise CorruptSampleError(f"{field} is not a readable image ({error})") from None
     return image
 
 
@@ -37,11 +37,11 @@ def decode_text(raw: Mapping[str, Any]) -> str:
             fields = json.loads(raw["json"])
             text = fields.get("instruction", fields.get("caption")) if isinstance(fields, dict) else None
         else:
-            raise CorruptSample("neither txt nor json")
+            raise CorruptSampleError("neither txt nor json")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptSample(f"text can't be read ({error})") from None
+        raise CorruptSampleError(f"text can't be read ({error})") from None
     if not isinstance(text, str) or not text.strip():
-        raise CorruptSample("the caption or instruction is missing or empty")
+        raise CorruptSampleError("the caption or instruction is missing or empty")
     return text
 
 
@@ -62,7 +62,7 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
         use_latents: take cached latents where the shard has them, instead of the target image.
 
     Raises:
-        CorruptSample: when a part is missing or unreadable.
+        CorruptSampleError: when a part is missing or unreadable.
     """
     key, origin = raw["__key__"], raw.get("__url__", "")
     text = decode_text(raw)
@@ -75,16 +75,16 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
         sources.append(decode_image(found[1], found[0]))
     has_target = any(f.startswith("target.") for f in raw)
     if has_target and not sources:
-        raise CorruptSample("an edit sample without a source image")
+        raise CorruptSampleError("an edit sample without a source image")
     if use_latents and (packed := raw.get("target.latent.safetensors", raw.get("latent.safetensors"))):
         try:
             latents = load_safetensors(packed)["latents"]
         except (SafetensorError, KeyError) as error:
-            raise CorruptSample(f"cached latents can't be read ({error})") from None
+            raise CorruptSampleError(f"cached latents can't be read ({error})") from None
         if not latents.isfinite().all():
-            raise CorruptSample("cached latents aren't finite")
+            raise CorruptSampleError("cached latents aren't finite")
         return Sample(key, text, sources, None, latents.float(), origin)
     found = find_image(raw, "target" if has_target or sources else "")
     if found is None:
-        raise CorruptSample("no target image")
+        raise CorruptSampleError("no target image")
     return Sample(key, text, sources, decode_image(found[1], found[0]), None, origin)

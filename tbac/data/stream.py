@@ -1,7 +1,7 @@
 """Streaming samples: shards split over readers, shuffled, mixed; corrupt samples skipped and counted.
 
-The order is a function of the seed, the shards and the reader (rank and worker). Every reader opens only its own shards.
-What is dropped from a sample's condition depends on seed, pass and key alone, so not on the world size.
+The order is a function of the seed, the shards and the reader (rank and worker). Every reader opens only its own
+shards. What is dropped from a sample's condition depends on seed, pass and key alone, so not on the world size.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tbac.data.decoding import CorruptSample, decode_sample
+from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import DataError, Source, list_shards
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Sample
@@ -134,7 +134,7 @@ class ShardStream(IterableDataset):
                     continue
                 try:
                     sample = decode_sample(raw, self.use_latents)
-                except CorruptSample as error:
+                except CorruptSampleError as error:
                     self._refuse(tally, f"sample {raw['__key__']} of {raw['__url__']}", str(error))
                     continue
                 if self.dropout is not None:

@@ -36,8 +36,9 @@ def relations(first: Detection, second: Detection) -> set[str]:
 def judge_geneval(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> Verdict:
     """GenEval's rules for one picture.
 
-    Every entry of `include` needs at least `count` objects of its class, of its colour where it has one, standing in its
-    relation to the objects of the entry it points at where it has a position; no entry of `exclude` may reach its count.
+    Every entry of `include` needs at least `count` objects of its class, of its colour where it has one, standing in
+    its relation to the objects of the entry it points at where it has a position; no entry of `exclude` may reach its
+    count.
 
     Args:
         detections: what a detector found.

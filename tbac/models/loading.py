@@ -4,7 +4,7 @@ Everything that can be wrong is checked on configs, which are small, before any 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -119,6 +120,7 @@ def load_model(
     ladder: Mapping[str, Any],
     num_queries: int,
     image_pixels: int,
+    query_phrases: Sequence[str] | None = None,
     max_text_tokens: int = 256,
     system_prompt: str = SYSTEM_PROMPT,
     dtype: str = "float32",
@@ -135,6 +137,8 @@ def load_model(
         ladder: options of `Ladder` besides plan and sizes.
         num_queries: number of learnable queries.
         image_pixels: area of each input image.
+        query_phrases: words that the queries start from, one phrase each (prompt tuning's initialisation from text,
+            Lester et al. 2021, arXiv 2104.08691); None starts from noise, as released. Ignored with `random_init`.
         max_text_tokens: longest prompt text.
         system_prompt: system message of generation prompts.
         dtype: type of the frozen parts' weights; trained parts stay in float32.
@@ -149,6 +153,11 @@ def load_model(
         raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     parts = configs_of(mllm, denoiser, random_init, architecture)
     plan = check_model(parts, taps, ladder, num_queries)
+    if query_phrases is not None and len(query_phrases) != num_queries:
+        raise ValueError(
+            f"model.query_phrases has {len(query_phrases)} phrases for model.num_queries={num_queries}; give one "
+            "phrase per query, or model.query_phrases=null"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_init:
@@ -158,8 +167,11 @@ def load_model(
         mllm, image_pixels=image_pixels, max_text_tokens=max_text_tokens, system_prompt=system_prompt
     )
     frozen = DTYPES[dtype]
+    language = Qwen2_5_VLForConditionalGeneration.from_pretrained(mllm, dtype=frozen, attn_implementation="sdpa")
+    if query_phrases is not None:
+        start_queries(built, query_phrases, prompt, language.get_input_embeddings().weight)
     return UniImage(
-        FrozenMLLM(Qwen2_5_VLForConditionalGeneration.from_pretrained(mllm, dtype=frozen, attn_implementation="sdpa")),
+        FrozenMLLM(language),
         built,
         LadderDenoiser(
             SanaTransformer2DModel.from_pretrained(denoiser, subfolder="transformer", torch_dtype=torch.float32)
@@ -168,6 +180,18 @@ def load_model(
         prompt,
         Provenance(mllm, denoiser, dict(ladder), parts.scheduler),
     )
+
+
+def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
+    """Set each query to the sum of its phrase's word embeddings, as the words read within a sentence.
+
+    Raises:
+        ValueError: for a phrase without any token.
+    """
+    if empty := [p for p in phrases if not p.strip()]:
+        raise ValueError(f"every phrase of model.query_phrases needs a word, got {empty[0]!r}")
+    sums = [table[prompt.text_ids(f" {phrase}")].float().sum(0) for phrase in phrases]
+    ladder.queries.data.copy_(torch.stack(sums))
 
 
 def configs_of(mllm: str, denoiser: str, random_init: bool, architecture: Mapping[str, Any] | None) -> Architecture:
@@ -245,7 +269,8 @@ def load_export(cls: type[UniImage], folder: Path, mllm: str | None, denoiser: s
         for part, digest in model.frozen_digests().items():
             if digest != config["frozen_digests"][part]:
                 raise ValueError(
-                    f"{folder} was trained on another {part}: its digest is not that of {mllm if part == 'mllm' else denoiser}"
+                    f"{folder} was trained on another {part}: its digest is not that of "
+                    f"{mllm if part == 'mllm' else denoiser}"
                 )
     model.load_trained_state(read_trained_state(folder), str(folder / "model.safetensors"))
     return model.to(dtype=frozen) if frozen != torch.float32 else model

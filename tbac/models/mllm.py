@@ -185,7 +185,7 @@ class FrozenMLLM(nn.Module):
         return output[:, inputs["input_ids"].shape[1] :]
 
 
-def _project(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised, projected and rotated (query, key, value), each (batch, head, token, head channel)."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -194,10 +194,10 @@ def _project(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) ->
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, *rotary)
-    return query, key.to(value.dtype), value
+    return query.to(value.dtype), key.to(value.dtype), value  # under autocast the rotary tables are float32
 
 
-def _finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, MLP, residual."""
     hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

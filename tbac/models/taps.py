@@ -94,8 +94,8 @@ class TapRule:
         if self.assignment is None:
             if len(self.layers) != num_blocks:
                 raise ValueError(
-                    f"taps.layers has {len(self.layers)} taps for {num_blocks} denoiser blocks; give {num_blocks} taps, "
-                    f"or taps.assignment with {num_blocks} positions in taps.layers"
+                    f"taps.layers has {len(self.layers)} taps for {num_blocks} denoiser blocks; give {num_blocks} "
+                    f"taps, or taps.assignment with {num_blocks} positions in taps.layers"
                 )
             return list(self.layers)
         if len(self.assignment) != num_blocks or not all(0 <= i < len(self.layers) for i in self.assignment):
@@ -132,6 +132,6 @@ class TapRule:
         bad = [tap for tap in layers if not 0 <= tap <= num_layers]
         if bad:
             raise ValueError(
-                f"tap index {bad[0]} is out of range: the MLLM has {num_layers} layers, so taps run from 0 (embeddings) "
-                f"to {num_layers} (final state)"
+                f"tap index {bad[0]} is out of range: the MLLM has {num_layers} layers, so taps run from 0 "
+                f"(embeddings) to {num_layers} (final state)"
             )

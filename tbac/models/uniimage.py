@@ -200,7 +200,8 @@ class UniImage(nn.Module):
             dtype: of all weights.
 
         Raises:
-            ValueError: when the folder isn't an export, a part can't be found, its digest differs, or tensors don't fit.
+            ValueError: when the folder isn't an export, a part can't be found, its digest differs, or tensors don't
+                fit.
         """
         from tbac.models.loading import load_export  # the loaders build UniImage, so they import this module
 

@@ -24,8 +24,8 @@ class UniImageOutput:
     """What a call of the pipeline makes.
 
     Attributes:
-        images: PIL images; or pixels (image, 3, height, width) in [0, 1]; or scaled latents. Images of one prompt follow
-            each other.
+        images: PIL images; or pixels (image, 3, height, width) in [0, 1]; or scaled latents. Images of one prompt
+            follow each other.
     """
 
     images: Any
@@ -97,8 +97,8 @@ class UniImagePipeline:
 
         Args:
             prompt: one text or several.
-            image: input image(s) to edit: for one prompt an image or a list of images; for several prompts one entry per
-                prompt (an image, a list, or None; a batch is either all edits or all text-to-image).
+            image: input image(s) to edit: for one prompt an image or a list of images; for several prompts one entry
+                per prompt (an image, a list, or None; a batch is either all edits or all text-to-image).
             negative_prompt: what the unconditional branch reads; one for all or one per prompt.
             num_inference_steps: solver steps.
             guidance_scale: text guidance; 1 turns it off for text-to-image.

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from tbac.flow import interpolate, sample_sigma, velocity_loss
@@ -24,7 +25,8 @@ class FlowOptions:
     Args:
         scheme: of noise levels; see `tbac.flow.sample_sigma`.
         shift: of noise levels, ditto.
-        noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of them.
+        noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of
+            them.
     """
 
     scheme: str = "uniform"
@@ -33,9 +35,7 @@ class FlowOptions:
 
     def __post_init__(self) -> None:
         if self.noise_samples_per_prompt < 1:
-            raise ValueError(
-                f"flow.noise_samples_per_prompt must be at least 1, got {self.noise_samples_per_prompt}"
-            )
+            raise ValueError(f"flow.noise_samples_per_prompt must be at least 1, got {self.noise_samples_per_prompt}")
 
 
 class Shared:
@@ -51,8 +51,8 @@ class Shared:
 class LadderTuningModule(L.LightningModule):
     """Trains queries, connector and denoiser of a `UniImage`.
 
-    Only these are parameters of this module: the frozen MLLM and autoencoder are held by reference, so that checkpoints,
-    weight averages and gradient synchronisation never touch them.
+    Only these are parameters of this module: the frozen MLLM and autoencoder are held by reference, so that
+    checkpoints, weight averages and gradient synchronisation never touch them.
 
     Args:
         model: the whole model.
@@ -147,7 +147,7 @@ class LadderTuningModule(L.LightningModule):
         loss = self.loss(batch, noise, sigma, latents)
         self.log("val/loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(parameter_groups([self.ladder, self.denoiser], self.weight_decay))
         scheduler = self.make_scheduler(optimizer, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -15,7 +15,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
         modules: whose trainable parameters are taken.
         weight_decay: of the first group.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -28,7 +29,7 @@ def adamw(
     groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, fused: bool = True
 ) -> torch.optim.Optimizer:
     """AdamW, fused by default."""
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
 def adamw8bit(

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from data_prep.shards import write_shards
-from hydra.utils import instantiate
 from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, to_pixels, to_square
 from tbac.models import UniImage
@@ -91,7 +91,7 @@ def test_splits_share_no_scene(in_world: Path) -> None:
 def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str) -> None:
     write_shards(tmp_path / "a", "train", [("k", {"png": noise_image(0), "txt": "x"})], 1)
     (tmp_path / "a" / "manifest.json").write_text(broken)
-    with pytest.raises(Exception, match="manifest.json"):
+    with pytest.raises(Exception, match=r"manifest\.json"):
         instantiate(composed("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
 
 
@@ -130,7 +130,7 @@ def test_text_to_image_samples_lose_only_captions() -> None:
 
 @pytest.mark.parametrize("bad", [(-0.1, 0, 0), (1.2, 0, 0), (0.5, 0.4, 0.2)])
 def test_impossible_probabilities_are_refused(bad: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="stage.dropout"):
+    with pytest.raises(ValueError, match=r"stage\.dropout"):
         ConditionDropout(*bad)
 
 

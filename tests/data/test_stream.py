@@ -6,6 +6,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -108,9 +109,7 @@ def test_dropout_depends_on_the_sample_and_not_on_the_reader(tmp_path: Path) -> 
     }
     halves = {}
     for rank in range(2):
-        stream = ShardStream(
-            [source], seed=5, shuffle_buffer=0, dropout=ConditionDropout(0.5), rank=rank, world_size=2
-        )
+        stream = ShardStream([source], seed=5, shuffle_buffer=0, dropout=ConditionDropout(0.5), rank=rank, world_size=2)
         halves |= {s.key: s.text for s in itertools.islice(stream, 20)}
     assert halves == whole
     assert 0 < sum(text == "" for text in whole.values()) < 40
@@ -149,7 +148,7 @@ def test_too_many_corrupt_samples_stop_training(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 30, 10)
     break_members(tmp_path / "a" / "train-000000.tar", {f"s{i:04d}.png": b"no" for i in range(3)})
     stream = ShardStream([source], seed=0, max_bad_share=0.05, check_manifest=False)
-    with pytest.raises(DataError, match="3 of 30 samples.*data.max_bad_share=0.05"):
+    with pytest.raises(DataError, match=r"3 of 30 samples.*data\.max_bad_share=0\.05"):
         keys(stream, 100)
     assert keys(ShardStream([source], seed=0, max_bad_share=0.2, check_manifest=False), 100)
 
@@ -158,7 +157,7 @@ def test_a_source_without_any_good_sample_stops(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 4, 2)
     for tar in (tmp_path / "a").glob("*.tar"):
         break_members(tar, {f"s{i:04d}.png": b"no" for i in range(4)})
-    with pytest.raises(DataError, match="no usable sample|4 of 4 samples"):
+    with pytest.raises(DataError, match=r"no usable sample|4 of 4 samples"):
         keys(ShardStream([source], seed=0, max_bad_share=1.0, check_manifest=False), 1)
 
 
@@ -188,7 +187,7 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, caplog: pytest.LogCa
         (lambda folder: write(folder, 4, 2, "val"), "holds no train-"),
     ],
 )
-def test_absent_and_empty_folders_are_named(tmp_path: Path, make, words: str) -> None:  # noqa: ANN001
+def test_absent_and_empty_folders_are_named(tmp_path: Path, make, words: str) -> None:
     make(tmp_path / "a")
     with pytest.raises(DataError, match=words) as error:
         ShardStream([Source(str(tmp_path / "a"))], seed=0)
@@ -198,7 +197,7 @@ def test_absent_and_empty_folders_are_named(tmp_path: Path, make, words: str) ->
 def test_an_altered_or_absent_shard_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 20, 10)
     (tmp_path / "a" / "train-000001.tar").unlink()
-    with pytest.raises(DataError, match="train-000001.tar is in the manifest but absent"):
+    with pytest.raises(DataError, match=r"train-000001\.tar is in the manifest but absent"):
         ShardStream([source], seed=0)
 
 
@@ -213,4 +212,6 @@ def test_jpeg_and_webp_are_read(tmp_path: Path) -> None:
     samples = [(f"k{i}", {ext: picture, "txt": "x"}) for i, ext in enumerate(("jpg", "webp", "png"))]
     write_shards(tmp_path / "a", "train", samples, 10)
     for sample in ShardStream([Source(str(tmp_path / "a"))], seed=0, repeat=False):
-        assert max(abs(a - b) for a, b in zip(sample.target.convert("RGB").getpixel((4, 4)), (10, 200, 30))) < 8  # type: ignore
+        assert sample.target is not None
+        pixel = np.asarray(sample.target.convert("RGB"), int)[4, 4]
+        assert np.abs(pixel - (10, 200, 30)).max() < 8

@@ -1,11 +1,13 @@
 """Tokenizer and pre-training conversations of the shapes MLLM."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from data_prep.shapes.pretrain_mllm import (
     Conversation,
@@ -16,10 +18,12 @@ from data_prep.shapes.pretrain_mllm import (
     pretrain_mllm,
     visible_part,
 )
-from data_prep.shapes.scene import sample_scene
+from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
 from tests.conftest import composed, plain
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from tests.data_prep.test_scene import said_objects
+
+PLACES = [f"{row} {column}" for row in ROW_NAMES for column in COLUMN_NAMES]
 
 
 @pytest.fixture
@@ -55,8 +59,8 @@ def test_branches_of_one_picture_equal_separate_conversations(tokenizer: Qwen2To
     scenes = [sample_scene(rng) for _ in range(4)]
     architecture = plain(composed("train", "run_dir=.").model)["architecture"]["mllm"]
     model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer)).eval()
-    features = torch.randn(4, 16, architecture["text_config"]["hidden_size"])
-    together = Conversations(tokenizer, scenes, rng).draw(kind, 4)
+    features = torch.randn(4, CELLS * CELLS, architecture["text_config"]["hidden_size"])
+    together = Conversations(tokenizer, scenes, rng).draw(kind, CELLS)
     hidden, _ = conversation_states(model, [together], features, tokenizer.pad_token_id)
     assert max(together.branches) >= 1
     for branch in range(1, max(together.branches) + 1):
@@ -73,17 +77,48 @@ def test_branches_of_one_picture_equal_separate_conversations(tokenizer: Qwen2To
         torch.testing.assert_close(own[0], hidden[0, kept], rtol=1e-4, atol=1e-4)
 
 
+def test_an_imagined_picture_is_the_one_that_is_told(tokenizer: Qwen2Tokenizer) -> None:
+    rng = Random(0)
+    conversations = Conversations(tokenizer, [sample_scene(rng) for _ in range(4)], rng)
+    shapes = {conversations.word[shape]: shape for shape in GLYPHS}
+    colors = {conversations.word[color]: color for color in COLORS}
+    for _ in range(100):
+        imagined = conversations.draw("imagine", CELLS, seen=False)
+        assert len(imagined.imagined) == len(imagined.rows) == CELLS * CELLS
+        told = tokenizer.decode(imagined.tokens).split("user\n")[1].split("<|im_end|>")[0]
+        found = Counter((colors.get(c), shapes[s]) for c, s in imagined.imagined if s in shapes)
+        assert found == said_objects(told), told
+        if " at the " in told:  # the places are told too
+            for place, (color, shape) in zip(PLACES, imagined.imagined, strict=True):
+                assert (f"{colors.get(color)} {shapes.get(shape)} at the {place}" in told) == (shape in shapes)
+
+
+def test_an_imagined_edit_is_its_target(tokenizer: Qwen2Tokenizer) -> None:
+    rng = Random(0)
+    scenes = [sample_scene(rng) for _ in range(4)]
+    conversations = Conversations(tokenizer, scenes, rng)
+    names = {conversations.word[name]: name for name in (*GLYPHS, *COLORS, *BACKGROUNDS)}
+    for _ in range(100):
+        drawn = conversations.draw("imagine", CELLS)
+        said = {i: (names[c], names[s]) for i, (c, s) in enumerate(drawn.imagined) if c != s}
+        source = {i.row * CELLS + i.column: (i.color, i.shape) for i in scenes[drawn.picture].items}
+        changed = {cell for cell in {*said, *source} if said.get(cell) != source.get(cell)}
+        instruction = tokenizer.decode(drawn.tokens)
+        moved = re.search(r"\bmove\b", instruction) is not None
+        assert len(changed) == (0 if "background" in instruction else 2 if moved else 1)
+
+
 def test_windows_show_what_is_inside_them() -> None:
     rng = Random(0)
-    for side in (1, 2, 4):
+    for side in (1, 2, CELLS):
         for _ in range(50):
             scene = sample_scene(rng)
             part, cells, shown = visible_part(rng, scene, side)
             assert shown == side
             assert len(cells) == side * side
             assert part.items
-            assert {i.row * 4 + i.column for i in part.items} == {
-                i.row * 4 + i.column for i in scene.items if i.row * 4 + i.column in cells
+            assert {i.row * CELLS + i.column for i in part.items} == {
+                cell for i in scene.items if (cell := i.row * CELLS + i.column) in cells
             }
 
 

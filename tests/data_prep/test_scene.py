@@ -27,7 +27,9 @@ SCENES = [sample_scene(Random(i)) for i in range(300)]
 def test_a_seed_gives_the_same_world() -> None:
     def draw(seed: int) -> list:
         rng = Random(seed)
-        return [(s := sample_scene(rng), caption(rng, s), sample_edit(rng, s), sample_question(rng, s)) for _ in range(50)]
+        return [
+            (s := sample_scene(rng), caption(rng, s), sample_edit(rng, s), sample_question(rng, s)) for _ in range(50)
+        ]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
@@ -57,7 +59,9 @@ def said_objects(text: str) -> Counter:
             text = text.removeprefix(opening)
     found: Counter = Counter()
     names = {plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
-    pattern = rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
+    pattern = (
+        rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
+    )
     for count, color, shape in re.findall(pattern, text):
         found[color or None, names[shape]] += 1 if count == "a" else NUMBERS.index(count)
     return found
@@ -106,9 +110,7 @@ def test_edits_do_what_they_say_and_leave_the_rest() -> None:
         assert (edit.source.background != edit.target.background) == (edit.kind == "background")
         if changes == (1, 1):
             (old,), (changed,) = gone, new
-            fields = {
-                f for f in ("shape", "color", "place") if getattr(old, f) != getattr(changed, f)
-            }
+            fields = {f for f in ("shape", "color", "place") if getattr(old, f) != getattr(changed, f)}
             assert fields == {{"replace": "shape", "recolor": "color", "move": "place"}[edit.kind]}
             assert f"{old.color} {old.shape}" in edit.instruction
         for item in new:
@@ -148,7 +150,7 @@ def test_answers_are_true() -> None:
     assert len(asked) >= 5
 
 
-@pytest.mark.parametrize("per_tag", [1, 16])
+@pytest.mark.parametrize("per_tag", [1, 20])
 def test_geneval_prompts_say_what_their_metadata_ask(per_tag: int) -> None:
     rows = geneval_prompts(Random(0), per_tag)
     assert Counter(r["tag"] for r in rows) == dict.fromkeys(GENEVAL_TAGS, per_tag)

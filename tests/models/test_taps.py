@@ -72,11 +72,11 @@ def test_fewer_taps_with_a_stated_assignment() -> None:
     ],
 )
 def test_what_doesn_t_fit_is_an_error_that_says_how_many_of_which(rule: TapRule, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="taps|tap index") as error:
+    with pytest.raises(ValueError, match=r"taps|tap index") as error:
         rule.resolve(6, 4)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_more_blocks_than_states_is_an_error() -> None:
-    with pytest.raises(ValueError, match="needs 6 taps.*has 5 states"):
+    with pytest.raises(ValueError, match=r"needs 6 taps.*has 5 states"):
         TapRule("last_n").resolve(6, 6)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tests.conftest import noise_image, small_model
+from tests.conftest import composed, noise_image, small_model
 
 
 def same_tensors(first: UniImage, second: UniImage) -> bool:
@@ -24,7 +26,7 @@ def test_an_export_loads_bit_for_bit(model: UniImage, tmp_path: Path, standalone
     again = UniImage.from_pretrained(tmp_path / "export")
     assert same_tensors(model, again)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["num_queries"] == 16
+    assert config["num_queries"] == 9
     assert config["image_pixels"] == 576
     first, second = (m.encode_condition(m.prompt(["a circle"], [[noise_image(0)]])).states for m in (model, again))
     assert torch.equal(first, second)
@@ -98,6 +100,18 @@ def test_the_seed_decides_the_ladder(in_world: Path) -> None:
     assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
 
 
+def test_queries_start_from_their_phrases_or_from_noise(in_world: Path) -> None:
+    model = instantiate(composed("train", "run_dir=.").model)
+    embeddings, tokenizer = model.mllm.model.get_input_embeddings(), model.prompt.tokenizer
+    for query, phrase in zip(model.ladder.queries, ("top left", "top center", "top right"), strict=False):
+        ids = tokenizer(f" {phrase}")["input_ids"]
+        torch.testing.assert_close(query, embeddings(torch.tensor(ids)).sum(0))
+    noise = instantiate(composed("train", "run_dir=.", "model.query_phrases=null").model).ladder.queries
+    assert noise.std().item() == pytest.approx(0.02, rel=0.2)
+    with pytest.raises((ValueError, InstantiationException), match="needs a word"):
+        instantiate(composed("train", "run_dir=.", "model.num_queries=1", "model.query_phrases=[' ']").model)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -105,6 +119,7 @@ def test_the_seed_decides_the_ladder(in_world: Path) -> None:
         (["taps=explicit", "taps.layers=[1,2,3,99]"], ["tap index 99", "6 layers"]),
         (["model.dtype=float8"], ["model.dtype", "float8", "bfloat16"]),
         (["model.num_queries=0"], ["model.num_queries", "0"]),
+        (["model.query_phrases=[one,two]"], ["2 phrases", "model.num_queries=9"]),
         (["model.mllm=/nowhere"], ["model.mllm=/nowhere", "local folder"]),
         (["model.denoiser=owner/absent"], ["model.denoiser=owner/absent", "local folder", "hub"]),
     ],
@@ -113,8 +128,6 @@ def test_bad_models_are_refused_before_weights_are_read(
     in_world: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: list[str]
 ) -> None:
     from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from hydra.errors import InstantiationException
 
     monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("read"))
     with pytest.raises((ValueError, InstantiationException)) as error:

@@ -98,14 +98,10 @@ def test_a_batch_of_edits_equals_one_by_one(pipeline: UniImagePipeline) -> None:
 
 
 @pytest.mark.parametrize("edit", [False, True])
-def test_several_pictures_per_prompt_keep_their_prompt_and_their_image(
-    pipeline: UniImagePipeline, edit: bool
-) -> None:
+def test_several_pictures_per_prompt_keep_their_prompt_and_their_image(pipeline: UniImagePipeline, edit: bool) -> None:
     noise = noise_for(6)
     images = [noise_image(1), noise_image(2), noise_image(3)] if edit else [None] * 3
-    together = latents_of(
-        pipeline, PROMPTS, image=images if edit else None, latents=noise, num_images_per_prompt=2
-    )
+    together = latents_of(pipeline, PROMPTS, image=images if edit else None, latents=noise, num_images_per_prompt=2)
     for index in range(6):
         row = index // 2
         alone = latents_of(pipeline, PROMPTS[row], image=images[row], latents=noise[index : index + 1])

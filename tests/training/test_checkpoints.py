@@ -69,9 +69,7 @@ def _break(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
         ("autoencoder", "another autoencoder"),
     ],
 )
-def test_a_mismatch_is_refused_by_name_and_changes_nothing(
-    saved: Path, model: UniImage, what: str, words: str
-) -> None:
+def test_a_mismatch_is_refused_by_name_and_changes_nothing(saved: Path, model: UniImage, what: str, words: str) -> None:
     before = {k: v.clone() for k, v in model.trained_state().items()}
     with pytest.raises(ValueError, match=words):
         load_weights(_break(read_checkpoint(saved), what), model, "x.ckpt")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from hydra.utils import instantiate
+
 from tbac.flow import sample_sigma
 from tbac.models import UniImage
 from tbac.training.checkpoints import describe_model
@@ -30,7 +30,12 @@ def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
 def trainer_of(steps: int, **options: Any) -> Any:
     import lightning as L
 
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **quiet, **options)
 
 
@@ -85,9 +90,7 @@ def test_several_noises_per_prompt_are_the_mean_of_single_ones(model: UniImage) 
     together.backward()
     gradient = model.ladder.queries.grad.clone()
     model.zero_grad()
-    alone = sum(
-        module.loss(batch, noise[i::count], sigma[i::count], batch.latents) / count for i in range(count)
-    )
+    alone = sum(module.loss(batch, noise[i::count], sigma[i::count], batch.latents) / count for i in range(count))
     alone.backward()
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(gradient, model.ladder.queries.grad, rtol=1e-4, atol=1e-7)

@@ -1,6 +1,7 @@
 """Parameter groups, optimizers and the schedule."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_warm_up_then_cosine_to_the_floor() -> None:
     middle = 10 + 90 // 2
     assert rates[middle] == pytest.approx(1e-5 + 9e-5 * 0.5 * (1 + math.cos(math.pi * 0.5)))
     assert rates[100:] == pytest.approx([1e-5] * 30)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
-    for name in ("alembic", "mlflow", "torchao", "httpx", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("alembic", "mlflow", "torchao", "httpx", "lightning.pytorch.utilities.rank_zero", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -43,8 +44,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(init) if init else None
     if cfg.resume:
         read_checkpoint(cfg.resume)
+    instantiate(cfg.model, _target_="tbac.models.loading.check_config")
     data = instantiate(cfg.data)
     flow = instantiate(cfg.flow)
+    schedule = instantiate(cfg.schedule)
+    schedule(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=cfg.stage.steps)  # tried on nothing
 
     model = instantiate(cfg.model)
     if checkpoint is not None:
@@ -56,7 +60,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     module = LadderTuningModule(
         model,
         optimizer=instantiate(cfg.optim),
-        scheduler=instantiate(cfg.schedule),
+        scheduler=schedule,
         flow=flow,
         weight_decay=cfg.stage.weight_decay,
         total_steps=cfg.stage.steps,

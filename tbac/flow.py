@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
+SCHEMES = ("uniform", "logit_normal")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class NoisyLatents:
     noisy: Tensor
     velocity: Tensor
     sigma: Tensor
+
+
+def check_scheme(scheme: str, shift: float) -> None:
+    """Raise ValueError for options that `sample_sigma` can't draw from."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"flow.scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
+    if shift <= 0:
+        raise ValueError(f"flow.shift must be positive, got {shift}")
 
 
 def sample_sigma(
@@ -49,15 +58,12 @@ def sample_sigma(
     Raises:
         ValueError: for an unknown scheme or a shift that isn't positive.
     """
-    if shift <= 0:
-        raise ValueError(f"flow shift must be positive, got {shift}")
+    check_scheme(scheme, shift)
     if scheme == "uniform":
         u = torch.rand(batch_size, generator=generator, device=device)
         sigma = 1 - (u * NUM_TIMESTEPS).floor() / NUM_TIMESTEPS
-    elif scheme == "logit_normal":
-        sigma = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
     else:
-        raise ValueError(f"flow scheme must be uniform or logit_normal, got {scheme!r}")
+        sigma = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

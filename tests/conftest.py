@@ -1,6 +1,9 @@
 """What the tests share: small models of the real classes, saved in the real formats, and a small shapes world."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; the libraries look at it when they are imported
+
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,8 @@ SIZES = Sizes(t2i=96, edit=48, curated=48, val=16, samples_per_shard=24, prompts
 
 @pytest.fixture(autouse=True)
 def _away_from_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a test writes lands in the repository, and no hub is asked."""
+    """Nothing that a test writes lands in the repository."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
 
 

@@ -68,12 +68,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def ends_properly(shard: Path) -> bool:
+    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
+    with shard.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(-min(file.tell(), 1024), 2)
+        return file.read() == bytes(1024)
+
+
 def list_shards(source: Source, check_manifest: bool = True) -> list[Path]:
     """The tars of a source in order of their names.
 
     Args:
         source: where to look.
-        check_manifest: compare names and bytes with the manifest, where there is one.
+        check_manifest: compare names and bytes with the manifest; shards that it doesn't list must end as tars do.
 
     Raises:
         DataError: when the folder is absent or holds no shard of the split, or a shard isn't as the manifest says.
@@ -84,12 +92,15 @@ def list_shards(source: Source, check_manifest: bool = True) -> list[Path]:
     shards = sorted(folder.glob(f"{source.split}-*.tar"))
     if not shards:
         raise DataError(f"shard folder {folder} holds no {source.split}-*.tar")
-    if check_manifest and (manifest := read_manifest(folder)):
+    if check_manifest:
+        manifest = read_manifest(folder) or {"shards": {}}
         listed = {k: v for k, v in manifest["shards"].items() if k.startswith(f"{source.split}-")}
         hint = "restore it, or read what is there with data.check_manifest=false"
         for name in sorted(set(listed) - {s.name for s in shards}):
             raise DataError(f"{folder / name} is in the manifest but absent; {hint}")
         for shard in shards:
+            if shard.name not in listed and not ends_properly(shard):
+                raise DataError(f"shard {shard} is truncated: it lacks the end mark of a tar; {hint}")
             if shard.name in listed and (size := shard.stat().st_size) != (stated := listed[shard.name]["bytes"]):
                 state = "truncated" if size < stated else "changed"
                 raise DataError(f"shard {shard} is {state}: it has {size} bytes, its manifest says {stated}; {hint}")

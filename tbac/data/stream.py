@@ -15,7 +15,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import DataError, Source, list_shards
+from tbac.data.shards import DataError, Source, ends_properly, list_shards
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Sample
 
@@ -28,14 +28,6 @@ class Tally:
 
     seen: int = 0
     bad: int = 0
-
-
-def ends_properly(shard: Path) -> bool:
-    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
-    with shard.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(-min(file.tell(), 1024), 2)
-        return file.read() == bytes(1024)
 
 
 class ShardStream(IterableDataset):
@@ -52,7 +44,7 @@ class ShardStream(IterableDataset):
         use_latents: take cached latents instead of target images where there are any.
         max_bad_share: greatest share of refused samples that is tolerated.
         min_seen: samples to see before the share is judged (it is always judged at the end of a pass).
-        check_manifest: compare shards with their manifest at the start.
+        check_manifest: compare shards with their manifest at the start; without one, whether they end as tars do.
 
     Raises:
         DataError: for absent, empty or altered sources, too few shards for the readers, or too many bad samples.

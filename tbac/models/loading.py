@@ -58,6 +58,7 @@ class Architecture:
             ValueError: naming the folder or hub id that can't be found, and how to give a local path.
         """
         problems: list[str] = []
+        unreachable = False  # asking a hub that doesn't answer takes long, so it is asked once
         found: dict[str, dict[str, Any]] = {}
         for part, (option, source, path) in {
             "mllm": ("model.mllm", mllm, "config.json"),
@@ -65,11 +66,13 @@ class Architecture:
             "autoencoder": ("model.denoiser", denoiser, "vae/config.json"),
             "scheduler": ("model.denoiser", denoiser, "scheduler/scheduler_config.json"),
         }.items():
+            if any(p.startswith(f"{option}=") for p in problems):
+                continue  # one message per option
             try:
-                found[part] = read_config(option, source, path)
+                found[part] = read_config(option, source, path, local_only=unreachable)
             except ValueError as error:
-                if not any(p.startswith(f"{option}=") for p in problems):
-                    problems.append(str(error))
+                unreachable = unreachable or isinstance(error, HubUnreachableError)
+                problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
         transformer = {k: v for k, v in found["transformer"].items() if not k.startswith("_")}
@@ -89,8 +92,12 @@ class Architecture:
         return self.transformer["num_layers"]
 
 
-def read_config(option: str, source: str, path: str) -> dict[str, Any]:
-    """A JSON file of a local folder or a hub repository."""
+class HubUnreachableError(ValueError):
+    """A file that isn't cached, while the hub doesn't answer."""
+
+
+def read_config(option: str, source: str, path: str, local_only: bool = False) -> dict[str, Any]:
+    """A JSON file of a local folder or a hub repository; with `local_only` the hub isn't asked."""
     folder = Path(source).expanduser()
     hint = f"give a local folder with {option}=/path/to/folder"
     if folder.is_dir():
@@ -99,9 +106,10 @@ def read_config(option: str, source: str, path: str) -> dict[str, Any]:
             raise ValueError(f"{option}={source}: the folder has no {path}; {hint} that has one")
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         try:
-            file = Path(hf_hub_download(source, path))
+            file = Path(hf_hub_download(source, path, local_files_only=local_only))
         except (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(
+            kind = HubUnreachableError if isinstance(error, LocalEntryNotFoundError) else ValueError
+            raise kind(
                 f"{option}={source}: no such local folder, and {path} of the hub repository {source} is neither cached "
                 f"nor to be downloaded ({type(error).__name__}); {hint}"
             ) from None
@@ -149,15 +157,9 @@ def load_model(
     Raises:
         ValueError: for anything that doesn't fit, before a weight is read.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    parts = configs_of(mllm, denoiser, random_init, architecture)
-    plan = check_model(parts, taps, ladder, num_queries)
-    if query_phrases is not None and len(query_phrases) != num_queries:
-        raise ValueError(
-            f"model.query_phrases has {len(query_phrases)} phrases for model.num_queries={num_queries}; give one "
-            "phrase per query, or model.query_phrases=null"
-        )
+    parts, plan = check_config(
+        mllm, denoiser, taps, ladder, num_queries, query_phrases, dtype, random_init, architecture
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_init:
@@ -182,14 +184,42 @@ def load_model(
     )
 
 
-def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
-    """Set each query to the sum of its phrase's word embeddings, as the words read within a sentence.
+def check_config(
+    mllm: str,
+    denoiser: str,
+    taps: TapRule,
+    ladder: Mapping[str, Any],
+    num_queries: int,
+    query_phrases: Sequence[str] | None = None,
+    dtype: str = "float32",
+    random_init: bool = False,
+    architecture: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> tuple[Architecture, TapPlan]:
+    """What `load_model` checks before it reads a weight; arguments as there.
+
+    Returns:
+        The configs of all parts, and which layer feeds which block.
 
     Raises:
-        ValueError: for a phrase without any token.
+        ValueError: for anything that doesn't fit or isn't there.
     """
-    if empty := [p for p in phrases if not p.strip()]:
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    parts = configs_of(mllm, denoiser, random_init, architecture)
+    plan = check_model(parts, taps, ladder, num_queries)
+    if query_phrases is not None and len(query_phrases) != num_queries:
+        raise ValueError(
+            f"model.query_phrases has {len(query_phrases)} phrases for model.num_queries={num_queries}; give one "
+            "phrase per query, or model.query_phrases=null"
+        )
+    if empty := [p for p in query_phrases or () if not p.strip()]:
         raise ValueError(f"every phrase of model.query_phrases needs a word, got {empty[0]!r}")
+    return parts, plan
+
+
+def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
+    """Set each query to the sum of its phrase's word embeddings, as the words read within a sentence."""
     sums = [table[prompt.text_ids(f" {phrase}")].float().sum(0) for phrase in phrases]
     ladder.queries.data.copy_(torch.stack(sums))
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from tbac.flow import interpolate, sample_sigma, velocity_loss
+from tbac.flow import check_scheme, interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
 from tbac.training.optimizers import parameter_groups
@@ -34,6 +34,7 @@ class FlowOptions:
     noise_samples_per_prompt: int = 1
 
     def __post_init__(self) -> None:
+        check_scheme(self.scheme, self.shift)
         if self.noise_samples_per_prompt < 1:
             raise ValueError(f"flow.noise_samples_per_prompt must be at least 1, got {self.noise_samples_per_prompt}")
 

@@ -23,7 +23,7 @@ def test_the_chat_form_is_the_released_one(model: UniImage) -> None:
 
 def test_images_come_before_the_text_with_one_token_per_merged_patch(model: UniImage) -> None:
     text = decoded(model, ["go"], [[noise_image(0), noise_image(1)]])[0]
-    picture = "<|vision_start|>" + IMAGE_PAD * 16 + "<|vision_end|>"
+    picture = "<|vision_start|>" + IMAGE_PAD * 9 + "<|vision_end|>"
     assert f"<|im_start|>user\n{picture}{picture}go<|im_end|>" in text
 
 

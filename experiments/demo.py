@@ -82,7 +82,7 @@ def contact_sheet(pipeline: UniImagePipeline, cfg: DictConfig, answers: list[str
     pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
     titles = [text for instruction in instructions for text in ("source", instruction)]
     sections = [
-        picture_grid(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=16)
+        picture_grid(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=12)
         for images, captions in ((drawn, prompts), (pairs, titles), (asked, said))
     ]
     sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")

@@ -1,10 +1,11 @@
 """Experiment tracking with MLflow; the only file that knows of it."""
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger
@@ -64,6 +65,11 @@ def run_facts() -> dict[str, str]:
     return facts
 
 
+def tag_name(path: str) -> str:
+    """A path as MLflow takes it for the name of a tag: relative, without dots for folders or unusual characters."""
+    return re.sub(r"[^\w\-. /:]", "_", "/".join(p for p in PurePath(path).parts if p.strip("./")))
+
+
 def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
     """Write the full config as parameters and as a file, and the facts as tags."""
     for logger in loggers:
@@ -73,7 +79,7 @@ def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping
             logger.log_hyperparams(dict(config))
             logger.experiment.log_dict(run_id, dict(config), "config.yaml")
             for name, value in facts.items():
-                logger.experiment.set_tag(run_id, name, value)
+                logger.experiment.set_tag(run_id, tag_name(name), value)
 
 
 def log_picture(loggers: Iterable[Logger], path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The applications as their users run them, on untrained backbones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from PIL import Image
+
+from tbac.training.checkpoints import read_checkpoint
+from tests.conftest import noise_image
+from tests.experiments.test_errors import run_app
+
+pytestmark = pytest.mark.usefixtures("in_world")
+FEW = ["model=shapes", "debug=few_steps", "stage.steps=2"]
+
+
+def ran(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The text of a run that succeeds."""
+    status, text = run_app(name, capfd, *arguments)
+    assert status == 0, text
+    return text
+
+
+def only(pattern: str) -> Path:
+    (found,) = Path().glob(pattern)
+    return found
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("t2i_pretrain", "ti2i_pretrain", "finetune")
+    for number, name in enumerate(names):
+        text = ran("train", capfd, *FEW, f"stage={name}", f"hydra.run.dir=outputs/train/{number}")
+        report = json.loads(Path(f"outputs/train/{number}/report.json").read_text())
+        assert (report["name"], report["steps"]) == (name, 2)
+        assert report["val_loss_last"] > 0
+        assert Path(f"outputs/train/{number}/samples").glob("*.png")
+        if number:
+            assert f"outputs/train/{number - 1}/checkpoints/{names[number - 1]}-step=2.ckpt" in text
+    first, second = (read_checkpoint(f"outputs/train/{n}/checkpoints/{names[n]}-step=2.ckpt") for n in (0, 1))
+    assert not same(first["state_dict"], second["state_dict"])
+
+
+def test_a_stage_of_no_step_keeps_the_weights_it_starts_from(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "hydra.run.dir=one")
+    ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=one")
+    first, second = (read_checkpoint(f"{f}/checkpoints/t2i_pretrain-step=2.ckpt")["state_dict"] for f in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_resuming_goes_on_from_the_step_that_was_reached(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "hydra.run.dir=one")
+    checkpoint = only("one/checkpoints/t2i_pretrain-step=2.ckpt")
+    ran("train", capfd, *FEW, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
+    assert json.loads(Path("two/report.json").read_text())["steps"] == 4
+    assert read_checkpoint(only("two/checkpoints/t2i_pretrain-step=4.ckpt"))["global_step"] == 4
+
+
+def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, "-m", *FEW, "taps=last_n,final", "stage.lr=1e-3,2e-3", "hydra.sweep.dir=sweep")
+    checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
+    assert len(checkpoints) == 4
+    points = {
+        (tuple(c["tbac"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
+        for c in map(read_checkpoint, checkpoints)
+    }
+    assert points == {(taps, lr) for taps in ((2, 3, 4, 5), (6,)) for lr in (1e-3, 2e-3)}
+
+
+def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "logger=mlflow", "hydra.run.dir=run")
+    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["stage/lr"] == "0.002"
+    assert run.data.metrics["val/loss"] > 0
+    assert {"git_revision", "version/torch"} <= run.data.tags.keys()
+    assert any(name.startswith("data/") and len(digest) == 64 for name, digest in run.data.tags.items())
+    artifacts = [a.path for a in client.list_artifacts(run.info.run_id)]
+    assert "config.yaml" in artifacts
+    assert [a.path for a in client.list_artifacts(run.info.run_id, "samples")]
+
+
+def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "hydra.run.dir=run")
+    noise_image(0, (24, 24)).save("scene.png")
+    few = ["checkpoint=run", "num_inference_steps=2", "device=cpu"]
+    prompts = "prompts=[a red circle,two squares,a letter T]"
+    ran("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=2", "out=drawn")
+    drawn = sorted(Path("drawn").glob("*.png"))
+    assert [d.name for d in drawn] == [f"{i:05d}.png" for i in range(6)]
+    ran("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=3", "out=again")
+    for picture in drawn:  # whatever the batch size
+        first, second = (torch.tensor(list(Image.open(f).getdata())) for f in (picture, Path("again") / picture.name))
+        assert (first - second).abs().max() <= 2
+    ran("generate", capfd, *few, "prompts=[remove the circle]", "images=[scene.png]", "out=edited")
+    assert Image.open("edited/00000.png").size == (24, 24)
+    assert ran(
+        "answer", capfd, "checkpoint=run", "question='what color is the circle?'", "image=scene.png", "device=cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "fields"),
+    [
+        ("geneval", {"overall", "single_object", "color_attr"}),
+        ("edits", {"score", "happened", "kept"}),
+        ("answers", {"accuracy"}),
+    ],
+)
+def test_a_run_folder_is_scored(benchmark: str, fields: set[str], capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "hydra.run.dir=run")
+    steps = [] if benchmark == "answers" else ["benchmark.num_inference_steps=2"]
+    ran("evaluate", capfd, "checkpoint=run", f"benchmark={benchmark}", "hydra.run.dir=scored", "device=cpu", *steps)
+    report = json.loads(Path("scored/report.json").read_text())
+    assert fields <= report.keys()
+    assert all(0 <= report[name] <= 1 for name in fields)

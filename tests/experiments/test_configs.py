@@ -1,0 +1,77 @@
+"""Every shipped YAML composes, and what it describes can be built."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT, composed
+
+ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
+OPTIONS = sorted(
+    (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
+    for f in (ROOT / "conf").glob("*/*.yaml")
+    if f.parent.name not in ("benchmark", "judge", "local", "debug")
+)
+REQUIRED = {
+    "answer": ["checkpoint=x", "question=x"],
+    "evaluate": ["checkpoint=x"],
+    "generate": ["checkpoint=x", "out=."],
+    "train": ["run_dir=."],
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_every_application_composes(name: str) -> None:
+    config = composed(name, *REQUIRED.get(name, []))
+    assert not OmegaConf.missing_keys(config)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_its_parts_can_be_built(group: str, option: str, in_world: Path) -> None:
+    layers = ["taps.layers=[1,2,3,4]"] if option == "explicit" else []
+    config = composed("train", "run_dir=.", f"{group}={option}", *layers)
+    OmegaConf.to_container(config, resolve=True)
+    part = config[group]
+    if group == "model":
+        instantiate(part, _target_="tbac.models.loading.check_config", random_init=True)
+    elif group == "callbacks":
+        assert len([instantiate(c) for c in part.values()]) == len(part)
+    elif "_target_" in part and group not in ("data", "trainer"):
+        assert instantiate(part) is not None
+
+
+def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> None:
+    config = composed("train", "run_dir=.")
+    assert instantiate(config.data).batch_size == config.stage.batch_size
+    assert instantiate(config.trainer, logger=False, callbacks=[]).max_steps == config.stage.steps
+
+
+def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
+    config = composed("train", "run_dir=.", "debug=few_steps", "stage=finetune")
+    assert (config.stage.name, config.stage.steps, config.stage.warmup_steps) == ("finetune", 4, 0)
+
+
+@pytest.mark.parametrize("name", ["geneval", "edits", "answers"])
+def test_every_benchmark_composes(name: str, in_world: Path) -> None:
+    config = composed("evaluate", "checkpoint=x", f"benchmark={name}")
+    assert Path(config.benchmark.file).is_file()
+    assert instantiate(config.judge) is not None
+
+
+def test_the_released_recipe_is_the_default_of_the_real_model() -> None:
+    config = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m")
+    stage = config.stage
+    assert (stage.steps, stage.batch_size, stage.lr, stage.min_lr) == (150000, 16, 1e-4, 1e-5)
+    assert (stage.warmup_steps, stage.weight_decay, stage.clip) == (5000, 0.05, 0.5)
+    assert (config.model.num_queries, config.model.image_pixels) == (64, 200704)
+    dropout = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m", "stage=ti2i_pretrain").stage.dropout
+    assert [dropout[f"{k}_drop_prob"] for k in ("caption", "image", "both")] == [0.1, 0.1, 0.1]
+
+
+def test_no_yaml_names_a_path_of_one_machine() -> None:
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        yaml.safe_load(file.read_text())
+        assert not any(path in file.read_text() for path in ("/home/", "/root/", "/mnt/")), file

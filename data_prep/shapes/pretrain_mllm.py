@@ -2,9 +2,8 @@
 
 What makes it learn within minutes on one core:
 - The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the
-  embeddings of
-  what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then, so that its
-  features are computed once.
+  embeddings of what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then,
+  so that its features are computed once.
 - Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the
   words.
 - Small batches and many steps: looking something up is a circuit that needs steps, not samples.
@@ -54,7 +53,7 @@ from tbac.models.uniimage import ANSWER_SYSTEM
 
 TOLD_KINDS = ("where", "count", "exists")  # questions that every caption answers
 COLOR_KINDS = ("color", "shape")  # and those that need one with colours
-BLUR = 0.5
+BLUR = 0.5  # greatest standard deviation of the noise on imagined cells; embeddings have 1
 REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
 

@@ -1,9 +1,8 @@
 """Scenes of coloured shapes and letters: what is in a picture, and how it is drawn.
 
 A picture is 24 x 24 pixels, divided into 3 x 3 cells of 8. An object is a 6 x 6 glyph in the middle of a cell, so that
-two
-pixels of background are between neighbours. The light is uneven, as in photographs: red grows from top to bottom and
-blue from left to right in the background, so that a single patch tells where it is.
+two pixels of background are between neighbours. The light is uneven, as in photographs: red grows from top to bottom
+and blue from left to right in the background, so that a single patch tells where it is.
 
 Most pictures are composed, as photographs are: one object stands in the centre, two stand side by side or one above the
 other, more stand in a row, in the corners, in two rows. A caption may then leave the places out. In the other pictures

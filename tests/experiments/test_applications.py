@@ -40,7 +40,7 @@ def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pyte
         report = json.loads(Path(f"outputs/train/{number}/report.json").read_text())
         assert (report["name"], report["steps"]) == (name, 2)
         assert report["val_loss_last"] > 0
-        assert Path(f"outputs/train/{number}/samples").glob("*.png")
+        assert list(Path(f"outputs/train/{number}/samples").glob("*.png"))
         if number:
             assert f"outputs/train/{number - 1}/checkpoints/{names[number - 1]}-step=2.ckpt" in text
     first, second = (read_checkpoint(f"outputs/train/{n}/checkpoints/{names[n]}-step=2.ckpt") for n in (0, 1))

@@ -2,8 +2,8 @@
 
 What makes it learn within minutes on one core:
 - The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the
-  embeddings of what its cell shows (background, row, column, and colour and shape of an object). It stays as it is then,
-  so that its features are computed once.
+  embeddings of what its cell shows (background, row, column, and colour and shape of an object). It stays as it is
+  then, so that its features are computed once.
 - Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the
   words.
 - Small batches and many steps: looking something up is a circuit that needs steps, not samples.

@@ -22,7 +22,7 @@ def count(module: nn.Module) -> int:
 
 def count_parts(model: UniImage) -> dict[str, int]:
     """Parameters of every part; tied tables are counted once."""
-    mllm = model.mllm.model.model
+    mllm = model.mllm.body
     layers = mllm.language_model
     embeddings = count(layers.embed_tokens)
     return {

@@ -61,10 +61,20 @@ def sample_sigma(
     check_scheme(scheme, shift)
     if scheme == "uniform":
         u = torch.rand(batch_size, generator=generator, device=device)
-        sigma = 1 - (u * NUM_TIMESTEPS).floor() / NUM_TIMESTEPS
+        sigma = (NUM_TIMESTEPS - (u * NUM_TIMESTEPS).floor()) / NUM_TIMESTEPS
     else:
         sigma = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """The denoiser's timestep, `1000 * sigma`, in float32; what rounding alone keeps from a whole number becomes one.
+
+    A sigma of the training grid is a whole number over 1000, and in float32 ten of the thousand don't come back whole.
+    """
+    timestep = NUM_TIMESTEPS * sigma.float()
+    whole = timestep.round()
+    return torch.where((timestep - whole).abs() < 2e-4, whole, timestep)
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyLatents:

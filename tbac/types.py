@@ -1,5 +1,6 @@
 """What travels between the rooms of the library: samples, batches and conditions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,20 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with every tensor on `device`."""
+        """The same batch with its tensors on `device`; the prompt says itself which of its own stay."""
+        return self._each(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking),
+            self.prompt.to(device, non_blocking=non_blocking),
+        )
 
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to the device don't wait."""
+        pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.prompt.items()}
+        return self._each(lambda tensor: tensor.pin_memory(), type(self.prompt)(pinned))
 
-        prompt = type(self.prompt)({k: move(v) for k, v in self.prompt.items()})
-        return Batch(prompt, self.keys, move(self.pixels), move(self.latents), self.texts)
+    def _each(self, change: Callable[[Tensor], Tensor], prompt: Any) -> "Batch":
+        pixels, latents = (None if t is None else change(t) for t in (self.pixels, self.latents))
+        return Batch(prompt, self.keys, pixels, latents, self.texts)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_train
 from experiments.common import plain
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.uniimage import tensor_digest
+from tbac.models.weights import autoencoder_digest
 
 ROOT = Path(__file__).parent.parent
 SIZES = Sizes(t2i=96, edit=48, curated=48, val=16, samples_per_shard=24, prompts_per_tag=2, questions=12, edits=6)
@@ -65,7 +65,9 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = World.draw(0, SIZES)
     write_benchmarks(world, folder / "benchmarks")
     frozen = FrozenAutoencoder(autoencoder)
-    write_training_sets(world, folder / "data", lambda images: frozen.encode(pixels_of(images)), tensor_digest(frozen))
+    write_training_sets(
+        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), autoencoder_digest(denoiser)
+    )
     return folder
 
 
@@ -89,6 +91,14 @@ def small_model(world: Path, *overrides: str) -> UniImage:
 @pytest.fixture
 def model(in_world: Path) -> UniImage:
     return small_model(in_world)
+
+
+def read_everything(model: UniImage) -> UniImage:
+    """The model with those parts read too that otherwise wait until they are used."""
+    model.mllm.whole()
+    for part in ("encoder", "decoder"):
+        model.autoencoder.part(part)
+    return model
 
 
 def noise_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:

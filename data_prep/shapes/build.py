@@ -35,7 +35,8 @@ from data_prep.shapes.tokenizer import train_tokenizer
 from experiments.common import CONF, plain, user_errors
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.prompt import SYSTEM_PROMPT
-from tbac.models.uniimage import ANSWER_SYSTEM, tensor_digest
+from tbac.models.uniimage import ANSWER_SYSTEM
+from tbac.models.weights import autoencoder_digest
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +96,12 @@ def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: d
 
 def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
     """Shards of all stages with cached latents."""
-    from diffusers import AutoencoderDC
-
-    frozen = FrozenAutoencoder(AutoencoderDC.from_pretrained(denoiser_folder, subfolder="vae"))
+    frozen = FrozenAutoencoder.from_folder(denoiser_folder / "vae")
 
     def encode(images: list[Image.Image]) -> Any:
         return frozen.encode(pixels_of(images))
 
-    write_training_sets(world, folder, encode, tensor_digest(frozen))
+    write_training_sets(world, folder, encode, autoencoder_digest(denoiser_folder))
 
 
 def _pictures_branch(out: Path, parts: dict, sizes: dict, seed: int, recipes: dict) -> None:

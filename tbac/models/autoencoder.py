@@ -1,37 +1,82 @@
 """Images to scaled latents and back, with a frozen `AutoencoderDC`."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
+
+from tbac.models.weights import WeightFiles
 
 
 class FrozenAutoencoder(nn.Module):
     """A deep-compression autoencoder that never trains.
 
     Args:
-        model: the autoencoder; latents are multiplied by its config's `scaling_factor`.
+        model: the autoencoder; latents are multiplied by its config's `scaling_factor`. What of it is on the meta
+            device is read when it is first used.
+        read: `encoder` or `decoder` -> its tensors by their names in `model`; needed with a model on the meta device.
     """
 
-    def __init__(self, model: AutoencoderDC) -> None:
+    def __init__(self, model: AutoencoderDC, read: Callable[[str], dict[str, Tensor]] | None = None) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self._read = read
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "FrozenAutoencoder":
+        """Open a folder with `config.json` and weights; encoder and decoder are each read on first use.
+
+        Training on cached latents never reads the encoder, and nothing but sampling reads the decoder.
+
+        Raises:
+            ValueError: when the weights aren't those of the config, by name.
+        """
+        files = WeightFiles(folder)
+        with torch.device("meta"):
+            model = AutoencoderDC.from_config(AutoencoderDC.load_config(folder))
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if wrong := sorted(set(own.items()) ^ set(files.shapes().items())):
+            raise ValueError(f"{folder}: the autoencoder's weights don't fit its config, such as {wrong[0][0]}")
+
+        def read(part: str) -> dict[str, Tensor]:
+            return {k: v.to(dtype) for k, v in files.read(lambda name: name.startswith(f"{part}.")).items()}
+
+        return cls(model, read)
 
     def train(self, mode: bool = True) -> "FrozenAutoencoder":
         """Stay in evaluation mode."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast what has been read; the rest follows when it is used."""
+        return super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
 
     @property
     def compression(self) -> int:
         """Pixels per latent along one axis."""
         return 2 ** (len(self.model.config.encoder_block_out_channels) - 1)
 
+    def part(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
+        """`encoder` or `decoder`, read now if it hasn't been."""
+        part = getattr(self.model, name)
+        if self._read is not None and next(part.parameters()).is_meta:
+            tensors = {k.removeprefix(f"{name}."): v.to(device) for k, v in self._read(name).items()}
+            part.load_state_dict(tensors, assign=True)
+            part.requires_grad_(False)
+        return part
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(batch, 3, height, width) in [-1, 1] -> scaled latents (batch, channel, height / f, width / f)."""
-        return self.model.encode(pixels.to(self.model.dtype)).latent * self.model.config.scaling_factor
+        weight = next(self.part("encoder", pixels.device).parameters())
+        return self.model.encode(pixels.to(weight.dtype)).latent * self.model.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> pixels (batch, 3, height, width) clamped to [-1, 1]."""
-        pixels = self.model.decode(latents.to(self.model.dtype) / self.model.config.scaling_factor).sample
+        weight = next(self.part("decoder", latents.device).parameters())
+        pixels = self.model.decode(latents.to(weight.dtype) / self.model.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1)

@@ -1,9 +1,72 @@
 """SANA's diffusion transformer with one context per block."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from diffusers import SanaTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from tbac.types import Condition
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ProjectedCondition:
+    """A condition as the blocks' cross-attentions read it: what sampling computes once instead of at every step.
+
+    Attributes:
+        keys_values: per block keys and values, each (batch, head, query, head channel).
+        mask: as in `Condition`.
+    """
+
+    keys_values: tuple[KeyValue, ...]
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys_values)
+
+    def __getitem__(self, rows: Any) -> "ProjectedCondition":
+        """The condition of some rows of the batch."""
+        pairs = tuple((key[rows], value[rows]) for key, value in self.keys_values)
+        return ProjectedCondition(pairs, None if self.mask is None else self.mask[rows])
+
+
+class LadderCrossAttention:
+    """SANA's cross-attention, which takes a context or the keys and values made of one."""
+
+    @staticmethod
+    def project(attention: Attention, context: Tensor) -> KeyValue:
+        """Keys and values (batch, head, query, head channel) of a context (batch, query, channel)."""
+        key, value = attention.to_k(context), attention.to_v(context)
+        if attention.norm_k is not None:
+            key = attention.norm_k(key)
+        heads = (attention.heads, -1)
+        return key.unflatten(-1, heads).transpose(1, 2), value.unflatten(-1, heads).transpose(1, 2)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | KeyValue,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(encoder_hidden_states, Tensor):
+            encoder_hidden_states = self.project(attn, encoder_hidden_states)
+        key, value = encoder_hidden_states
+        query = attn.to_q(hidden_states)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        query = query.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (batch, head, token, query)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](attended)) / attn.rescale_output_factor
 
 
 class LadderDenoiser(nn.Module):
@@ -20,18 +83,44 @@ class LadderDenoiser(nn.Module):
         if transformer.config.guidance_embeds:
             raise ValueError("the denoiser has guidance embeddings (SANA-Sprint); ladder tuning needs plain SANA")
         self.transformer = transformer
+        for block in transformer.transformer_blocks:
+            block.attn2.set_processor(LadderCrossAttention())
+        self.checkpointing = False  # blocks run again in the backward pass
+        self._run_block: Callable[..., Tensor] = _run_block
 
     @property
     def num_blocks(self) -> int:
         return len(self.transformer.transformer_blocks)
 
-    def forward(self, noisy_latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks; `options` are those of `torch.compile`."""
+        self._run_block = torch.compile(_run_block, **options)
+
+    def project(self, condition: Condition) -> ProjectedCondition:
+        """Keys and values of every block's cross-attention.
+
+        Raises:
+            ValueError: when the number of contexts isn't the number of blocks.
+        """
+        pairs = tuple(
+            LadderCrossAttention.project(block.attn2, context)
+            for block, context in zip(self.transformer.transformer_blocks, self._contexts(condition), strict=True)
+        )
+        return ProjectedCondition(pairs, condition.mask)
+
+    def _contexts(self, condition: Condition) -> Tensor:
+        """(block, batch, query, width) of `condition.states`."""
+        if condition.states.shape[0] != self.num_blocks:
+            raise ValueError(f"{condition.states.shape[0]} contexts for {self.num_blocks} denoiser blocks")
+        return self.transformer.caption_norm(self.transformer.caption_projection(condition.states))
+
+    def forward(self, noisy_latents: Tensor, timestep: Tensor, condition: Condition | ProjectedCondition) -> Tensor:
         """Predict the velocity.
 
         Args:
             noisy_latents: (batch, channel, height, width).
-            timestep: (batch,), 1000 * sigma.
-            condition: one context per block.
+            timestep: (batch,), 1000 * sigma; or (1,) for all.
+            condition: one context per block, or the keys and values made of them.
 
         Returns:
             (batch, channel, height, width).
@@ -40,23 +129,39 @@ class LadderDenoiser(nn.Module):
             ValueError: when the number of contexts isn't the number of blocks.
         """
         model = self.transformer
-        if condition.states.shape[0] != self.num_blocks:
-            raise ValueError(f"{condition.states.shape[0]} contexts for {self.num_blocks} denoiser blocks")
+        contexts = self._contexts(condition) if isinstance(condition, Condition) else condition.keys_values
         batch, _, height, width = noisy_latents.shape
         patch = model.config.patch_size
         rows, columns = height // patch, width // patch
 
         hidden = model.patch_embed(noisy_latents)
-        modulation, embedded = model.time_embed(timestep, batch_size=batch, hidden_dtype=hidden.dtype)
+        modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
+        modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
         mask = None
         if condition.mask is not None:
             mask = ((1 - condition.mask.to(hidden.dtype)) * -10000.0).unsqueeze(1)
 
-        for block, state in zip(model.transformer_blocks, condition.states, strict=True):
-            context = model.caption_norm(model.caption_projection(state).view(batch, -1, hidden.shape[-1]))
-            hidden = block(hidden, None, context, mask, modulation, rows, columns)
+        for block, context in zip(model.transformer_blocks, contexts, strict=True):
+            arguments = block, hidden, context, mask, modulation, rows, columns
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(self._run_block, *arguments, use_reentrant=False)
+            else:
+                hidden = self._run_block(*arguments)
 
         hidden = model.norm_out(hidden, embedded, model.scale_shift_table)
         hidden = model.proj_out(hidden)
         hidden = hidden.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return hidden.reshape(batch, -1, rows * patch, columns * patch)
+
+
+def _run_block(
+    block: Any,
+    hidden: Tensor,
+    context: Tensor | KeyValue,
+    mask: Tensor | None,
+    modulation: Tensor,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """One block with its own context."""
+    return block(hidden, None, context, mask, modulation, rows, columns)

@@ -3,8 +3,11 @@
 Everything that can be wrong is checked on configs, which are small, before any weight is read.
 """
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.denoiser import LadderDenoiser
@@ -22,9 +26,11 @@ from tbac.models.ladder import Ladder, check_ladder
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
 from tbac.models.taps import TapPlan, TapRule
-from tbac.models.uniimage import FORMAT, Provenance, UniImage, check_sizes, read_trained_state
+from tbac.models.uniimage import FORMAT, PROMPT_EMBEDDINGS, Provenance, UniImage, check_sizes, read_state, tensor_digest
+from tbac.models.weights import DENOISER_FILES, MLLM_FILES, autoencoder_digest, local_folder, mllm_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,11 @@ def load_model(
     max_text_tokens: int = 256,
     system_prompt: str = SYSTEM_PROMPT,
     dtype: str = "float32",
+    quantization: str | None = None,
+    prompt_embeddings: str | None = None,
+    denoiser_checkpointing: bool = False,
+    query_checkpointing: bool = False,
+    compile: bool = False,
     random_init: bool = False,
     architecture: Mapping[str, Any] | None = None,
     seed: int = 42,
@@ -150,6 +161,11 @@ def load_model(
         max_text_tokens: longest prompt text.
         system_prompt: system message of generation prompts.
         dtype: type of the frozen parts' weights; trained parts stay in float32.
+        quantization: of the MLLM's decoder layers by bitsandbytes: `nf4`, `int8`, or None.
+        prompt_embeddings: exported folder whose table of word embeddings prompts are read with; None = the MLLM's own.
+        denoiser_checkpointing: run the denoiser's blocks again in the backward pass instead of keeping activations.
+        query_checkpointing: the same for the MLLM's layers in the query pass.
+        compile: compile the denoiser's blocks and the query pass with `torch.compile`.
         random_init: make weights from `architecture` instead of reading any.
         architecture: `{mllm, transformer, autoencoder, scheduler}` configs; needed with `random_init`.
         seed: of the ladder's first weights, and of all weights with `random_init`.
@@ -158,30 +174,146 @@ def load_model(
         ValueError: for anything that doesn't fit, before a weight is read.
     """
     parts, plan = check_config(
-        mllm, denoiser, taps, ladder, num_queries, query_phrases, dtype, random_init, architecture
+        mllm, denoiser, taps, ladder, num_queries, query_phrases, dtype, random_init, architecture, quantization
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_init:
             return assemble_random(parts, plan, ladder, num_queries)
         built = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **ladder)
+    mllm_folder = local_folder("model.mllm", mllm, MLLM_FILES)
+    denoiser_folder = local_folder("model.denoiser", denoiser, DENOISER_FILES)
     prompt = PromptProcessor.from_pretrained(
-        mllm, image_pixels=image_pixels, max_text_tokens=max_text_tokens, system_prompt=system_prompt
+        mllm_folder, image_pixels=image_pixels, max_text_tokens=max_text_tokens, system_prompt=system_prompt
     )
-    frozen = DTYPES[dtype]
-    language = Qwen2_5_VLForConditionalGeneration.from_pretrained(mllm, dtype=frozen, attn_implementation="sdpa")
+    table = read_prompt_embeddings(prompt_embeddings)
+    language = load_mllm(mllm_folder, parts.mllm, plan.deepest, DTYPES[dtype], quantization, table)
     if query_phrases is not None:
-        start_queries(built, query_phrases, prompt, language.get_input_embeddings().weight)
-    return UniImage(
-        FrozenMLLM(language),
+        start_queries(built, query_phrases, prompt, language.prompt_table())
+    model = UniImage(
+        language,
         built,
-        LadderDenoiser(
-            SanaTransformer2DModel.from_pretrained(denoiser, subfolder="transformer", torch_dtype=torch.float32)
-        ),
-        FrozenAutoencoder(AutoencoderDC.from_pretrained(denoiser, subfolder="vae", torch_dtype=frozen)),
+        LadderDenoiser(load_transformer(denoiser_folder)),
+        FrozenAutoencoder.from_folder(denoiser_folder / "vae", DTYPES[dtype]),
         prompt,
-        Provenance(mllm, denoiser, dict(ladder), parts.scheduler),
+        Provenance(
+            mllm,
+            denoiser,
+            dict(ladder),
+            parts.scheduler,
+            digests_of(mllm_folder, denoiser_folder, plan.deepest, table),
+        ),
     )
+    model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
+    if compile:
+        model.compile_parts()
+    return model
+
+
+def load_mllm(
+    folder: Path,
+    config: Qwen2_5_VLConfig,
+    depth: int,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    prompt_embeddings: Tensor | None = None,
+) -> FrozenMLLM:
+    """Read an MLLM's word embeddings, vision tower and first `depth` layers; the rest is read when it has to answer.
+
+    Args:
+        folder: with config and weights.
+        config: of the whole model; it stays as it is.
+        depth: the deepest tap.
+        dtype: of the weights.
+        quantization: `nf4` or `int8`, of the decoder layers.
+        prompt_embeddings: the table that prompts are read with instead of the model's own.
+
+    Raises:
+        ValueError: when tensors are missing or have another shape, by name.
+    """
+    text = config.text_config
+    options = _mllm_options(dtype, quantization)
+
+    def load_whole() -> Qwen2_5_VLForConditionalGeneration:
+        with _no_report():
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options)
+
+    truncated = copy.deepcopy(config)
+    truncated.text_config.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        truncated.text_config.layer_types = text.layer_types[:depth]
+    with _no_report():
+        model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
+    if wrong := sorted(loaded["missing_keys"]) + sorted(str(k[0]) for k in loaded["mismatched_keys"]):
+        raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
+    table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
+    return FrozenMLLM(model, load_whole, text.num_hidden_layers, table)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep the library from reporting tensors that aren't needed here; what is missing is raised by name."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _mllm_options(dtype: torch.dtype, quantization: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+    elif quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"]
+        )
+    return options
+
+
+def load_transformer(folder: Path) -> SanaTransformer2DModel:
+    """SANA's transformer in float32, from a denoiser folder.
+
+    Raises:
+        ValueError: when tensors are missing, unexpected or have another shape, by name.
+    """
+    model, loaded = SanaTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
+    )
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *(k[0] for k in loaded["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"{folder}: the denoiser's weights don't fit its config, such as {wrong[0]}")
+    return model
+
+
+def read_prompt_embeddings(folder: str | None) -> Tensor | None:
+    """The table that an exported folder reads prompts with, as stored.
+
+    Raises:
+        ValueError: when the folder has none.
+    """
+    if folder is None:
+        return None
+    file = Path(folder).expanduser() / "model.safetensors"
+    table = load_file(file).get(PROMPT_EMBEDDINGS) if file.is_file() else None
+    if table is None:
+        raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
+    return table
+
+
+def digests_of(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:
+    """What the frozen parts are known by."""
+    digests = {"mllm": mllm_digest(mllm, depth), "autoencoder": autoencoder_digest(denoiser)}
+    if prompt_embeddings is not None:
+        digests["prompt_embeddings"] = tensor_digest({PROMPT_EMBEDDINGS: prompt_embeddings})
+    return digests
 
 
 def check_config(
@@ -194,6 +326,7 @@ def check_config(
     dtype: str = "float32",
     random_init: bool = False,
     architecture: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
     **_: Any,
 ) -> tuple[Architecture, TapPlan]:
     """What `load_model` checks before it reads a weight; arguments as there.
@@ -206,6 +339,8 @@ def check_config(
     """
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"model.quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
     parts = configs_of(mllm, denoiser, random_init, architecture)
     plan = check_model(parts, taps, ladder, num_queries)
     if query_phrases is not None and len(query_phrases) != num_queries:
@@ -262,7 +397,14 @@ def assemble_random(parts: Architecture, plan: TapPlan, ladder: Mapping[str, Any
     )
 
 
-def load_export(cls: type[UniImage], folder: Path, mllm: str | None, denoiser: str | None, dtype: Any) -> UniImage:
+def load_export(
+    cls: type[UniImage],
+    folder: Path,
+    mllm: str | None,
+    denoiser: str | None,
+    dtype: torch.dtype | str,
+    quantization: str | None,
+) -> UniImage:
     """What `UniImage.from_pretrained` does."""
     file = folder / "config.json"
     if not file.is_file():
@@ -270,37 +412,47 @@ def load_export(cls: type[UniImage], folder: Path, mllm: str | None, denoiser: s
     config = json.loads(file.read_text())
     if config.get("format") != FORMAT:
         raise ValueError(f"{file}: format must be {FORMAT!r}, got {config.get('format')!r}")
-    frozen = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
 
     def source(given: str | None, named: str) -> str:
         return given or (str(folder / named) if (folder / named).is_dir() else named)
 
     mllm, denoiser = source(mllm, config["mllm"]["source"]), source(denoiser, config["denoiser"]["source"])
-    read_config("mllm", mllm, "config.json")
+    mllm_config = Qwen2_5_VLConfig(**read_config("mllm", mllm, "config.json"))
     read_config("denoiser", denoiser, "vae/config.json")
+    mllm_folder = local_folder("mllm", mllm, MLLM_FILES)
+    denoiser_folder = local_folder("denoiser", denoiser, DENOISER_FILES)
     taps = config["taps"]
     plan = TapPlan(tuple(taps["layers"]), tuple(taps["assignment"]), taps["mixed"], taps["num_blocks"])
-    transformer = SanaTransformer2DModel.from_config(config["denoiser"]["config"])
-    frozen_mllm = FrozenMLLM(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(mllm, dtype=frozen, attn_implementation="sdpa")
-    )
-    channels = transformer.config.caption_channels
+    state = read_state(folder)
+    table = state.pop(PROMPT_EMBEDDINGS, None)
+    digests = digests_of(mllm_folder, denoiser_folder, plan.deepest, table)
+    for part, digest in digests.items():
+        if part in config["frozen_digests"] and digest != config["frozen_digests"][part]:
+            raise ValueError(
+                f"{folder} was trained on another {part}: its digest is not that of "
+                f"{mllm if part == 'mllm' else denoiser}"
+            )
+    with torch.device("meta"):
+        transformer = SanaTransformer2DModel.from_config(config["denoiser"]["config"])
+        ladder = Ladder(
+            plan,
+            config["num_queries"],
+            mllm_config.text_config.hidden_size,
+            transformer.config.caption_channels,
+            **config["ladder"],
+        )
     model = cls(
-        frozen_mllm,
-        Ladder(plan, config["num_queries"], frozen_mllm.hidden_size, channels, **config["ladder"]),
+        load_mllm(mllm_folder, mllm_config, plan.deepest, weights, quantization, table),
+        ladder,
         LadderDenoiser(transformer),
-        FrozenAutoencoder(AutoencoderDC.from_pretrained(denoiser, subfolder="vae", torch_dtype=frozen)),
+        FrozenAutoencoder.from_folder(denoiser_folder / "vae", weights),
         PromptProcessor.from_pretrained(
-            mllm, **{k: config[k] for k in ("image_pixels", "max_text_tokens", "system_prompt")}
+            mllm_folder, **{k: config[k] for k in ("image_pixels", "max_text_tokens", "system_prompt")}
         ),
-        Provenance(mllm, denoiser, config["ladder"], config["scheduler"]),
+        Provenance(mllm, denoiser, config["ladder"], config["scheduler"], digests),
     )
-    if frozen == torch.float32:
-        for part, digest in model.frozen_digests().items():
-            if digest != config["frozen_digests"][part]:
-                raise ValueError(
-                    f"{folder} was trained on another {part}: its digest is not that of "
-                    f"{mllm if part == 'mllm' else denoiser}"
-                )
-    model.load_trained_state(read_trained_state(folder), str(folder / "model.safetensors"))
-    return model.to(dtype=frozen) if frozen != torch.float32 else model
+    model.load_trained_state(
+        {k: v.to(weights) for k, v in state.items()}, str(folder / "model.safetensors"), assign=True
+    )
+    return model

@@ -3,11 +3,12 @@
 Attention is causal and the queries come last, so nothing of the prompt depends on them. The prompt runs once without
 gradient and leaves its keys and values; the query rows then run with gradient against these, which are only read. The
 prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts of a batch
-begin with runs once. Nothing above the deepest tap
-runs. The layers are called part by part (projections, norms, MLP), never through the library's cache.
+begin with runs once. Nothing above the deepest tap runs, and nothing above it need be in memory: the whole model is
+read when a question is to be answered. The layers are called part by part (projections, norms, MLP), never through the
+library's cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 
 @dataclass(frozen=True)
@@ -47,46 +50,110 @@ class FrozenMLLM(nn.Module):
     """A Qwen2.5-VL that reads but never learns.
 
     Args:
-        model: the whole model, with its language head.
+        model: the whole model with its language head, or its body, which may lack the layers above the deepest tap.
+        load_whole: reads the whole model, for answering; needed where `model` is a body.
+        num_layers: decoder layers of the whole model; default: those of `model`.
+        prompt_embeddings: word embeddings (token, hidden) that prompts are read with instead of the model's own, which
+            answering keeps; the released weights need this, since training them shrank the table.
 
     Raises:
         ValueError: when it uses sliding windows or attention dropout, with which the split pass isn't exact.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+    prompt_embeddings: Tensor | None
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration | Qwen2_5_VLModel,
+        load_whole: Callable[[], Qwen2_5_VLForConditionalGeneration] | None = None,
+        num_layers: int | None = None,
+        prompt_embeddings: Tensor | None = None,
+    ) -> None:
         super().__init__()
         check_mllm(model.config)
         self.model = model.eval().requires_grad_(False)
+        self.num_layers = num_layers or model.config.text_config.num_hidden_layers
+        self._load_whole = load_whole
+        self.register_buffer("prompt_embeddings", prompt_embeddings)
+        self.checkpointing = False  # of the query pass: its layers run again in the backward pass
+        self._query_layer: Callable[..., Tensor] = _query_layer
 
     def train(self, mode: bool = True) -> "FrozenMLLM":
         """Stay in evaluation mode: in training mode the library may drop caches."""
         return super().train(False)
 
     @property
-    def num_layers(self) -> int:
-        return self.model.config.text_config.num_hidden_layers
+    def body(self) -> Qwen2_5_VLModel:
+        """The model without its language head."""
+        return self.model if isinstance(self.model, Qwen2_5_VLModel) else self.model.model
 
     @property
     def hidden_size(self) -> int:
         return self.model.config.text_config.hidden_size
 
+    def compile_queries(self, **options: Any) -> None:
+        """Compile the layers of the query pass; `options` are those of `torch.compile`."""
+        self._query_layer = torch.compile(_query_layer, **options)
+
+    def whole(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The model with all its layers and its language head, read now if it hasn't been.
+
+        Raises:
+            ValueError: when it can't be read, since this model was made from its body alone.
+        """
+        if isinstance(self.model, Qwen2_5_VLModel):
+            if self._load_whole is None:
+                raise ValueError("this model was built without the MLLM's language head, so it can't answer")
+            device = self.body.get_input_embeddings().weight.device
+            del self.model  # its memory is needed for the whole one
+            self.model = self._load_whole().to(device).eval().requires_grad_(False)
+        return self.model
+
+    def prompt_table(self) -> Tensor:
+        """The word embeddings (token, hidden) that prompts are read with."""
+        return self.body.get_input_embeddings().weight if self.prompt_embeddings is None else self.prompt_embeddings
+
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Token embeddings with image features put in their places: (batch, token, hidden)."""
-        embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
+        embeddings = nn.functional.embedding(inputs["input_ids"], self.prompt_table())
         if inputs.get("pixel_values") is not None:
-            features = self.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
             places = inputs["input_ids"] == self.model.config.image_token_id
-            features = torch.cat(list(features.pooler_output)).to(embeddings)
+            features = self.see(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
             embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features)
         return embeddings
 
+    def see(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+        """Features of images (merged patch, hidden), in order.
+
+        The vision tower finds its windows from the grids; with `grids` on the CPU it does so without waiting for the
+        device.
+
+        Args:
+            pixel_values: (patch, patch channel).
+            grids: (image, 3): patches in time, height and width.
+        """
+        visual, device = self.body.visual, pixel_values.device
+        windows, window_lengths = get_vision_window_index(
+            grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )
+        places = get_vision_position_ids(grids, visual.spatial_merge_size)
+        return visual(
+            pixel_values.to(visual.dtype),
+            grid_thw=grids,
+            position_ids=places.to(device, non_blocking=True),
+            window_index=windows.to(device, non_blocking=True),
+            cu_window_seqlens=window_lengths,
+        ).pooler_output
+
     def positions(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Rotary positions (3, batch, token) for time, height and width, from the grids of the images."""
+        """Rotary positions (3, batch, token) for time, height and width: given, or found from the images' grids."""
+        if inputs.get("position_ids") is not None:
+            return inputs["position_ids"]
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if inputs.get("image_grid_thw") is None:
             return (mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
         kinds = (ids == self.model.config.image_token_id).int()
-        return self.model.model.get_rope_index(ids, kinds, inputs["image_grid_thw"], attention_mask=mask)[0]
+        return self.body.get_rope_index(ids, kinds, inputs["image_grid_thw"], attention_mask=mask)[0]
 
     @torch.no_grad()
     def prefix(self, inputs: dict[str, Tensor], depth: int) -> Prefix:
@@ -94,21 +161,22 @@ class FrozenMLLM(nn.Module):
 
         Args:
             inputs: `input_ids` and `attention_mask` (batch, token), padded on the right; with images also
-                `pixel_values` (patch, patch channel) and `image_grid_thw` (image, 3).
+                `pixel_values` (patch, patch channel) and `image_grid_thw` (image, 3). `position_ids` and
+                `shared_length`, which the prompt code adds, save work and a wait for the device.
             depth: how many layers the queries will pass.
         """
         mask = inputs["attention_mask"].bool()
         positions = self.positions(inputs)
         embeddings = self.embed(inputs)
-        rotary_of = self.model.model.language_model.rotary_emb
-        shared = self._shared_length(inputs)
+        rotary_of = self.body.language_model.rotary_emb
+        shared = int(inputs.get("shared_length", 0))
         # What all prompts begin with (the system message) runs once, as one row; each then runs the rest of its own.
         common, own = embeddings[:1, :shared], embeddings[:, shared:]
         common_rotary = rotary_of(common, positions[:, :1, :shared])
         own_rotary = rotary_of(own, positions[:, :, shared:])
         causal = causal_lower_right(own.shape[1], mask.shape[1])
         keys, values = [], []
-        layers = self.model.model.language_model.layers[:depth]
+        layers = self.body.language_model.layers[:depth]
         for index, layer in enumerate(layers):
             last = index + 1 == len(layers)
             query, key, value = _project(layer, own, own_rotary)
@@ -129,15 +197,6 @@ class FrozenMLLM(nn.Module):
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
         return Prefix(keys, values, mask, next_position)
 
-    def _shared_length(self, inputs: dict[str, Tensor]) -> int:
-        """How many tokens all prompts begin with; images don't count, and each prompt keeps a token of its own."""
-        ids = inputs["input_ids"]
-        if len(ids) == 1:
-            return 0
-        same = (ids == ids[:1]).all(0) & (ids[0] != self.model.config.image_token_id)
-        same &= inputs["attention_mask"].bool().all(0)
-        return min(int(same.long().cumprod(0).sum()), ids.shape[1] - 1)
-
     def read_queries(self, queries: Tensor, prefix: Prefix, layers: Sequence[int]) -> Tensor:
         """Run the queries after a prompt, with gradient.
 
@@ -150,7 +209,7 @@ class FrozenMLLM(nn.Module):
             (tap, batch, query, hidden).
         """
         batch, count = prefix.mask.shape[0], queries.shape[0]
-        language_model = self.model.model.language_model
+        language_model = self.body.language_model
         steps = torch.arange(count, device=queries.device)
         positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)
         causal = (steps[:, None] >= steps).expand(batch, 1, count, count)
@@ -161,12 +220,11 @@ class FrozenMLLM(nn.Module):
         wanted = set(layers)
         states = {0: hidden}
         for index in range(max(layers)):
-            layer = language_model.layers[index]
-            query, key, value = _project(layer, hidden, rotary)
-            key = torch.cat([prefix.keys[index], key], dim=2)
-            value = torch.cat([prefix.values[index], value], dim=2)
-            attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            hidden = _finish_layer(layer, hidden, attended)
+            arguments = language_model.layers[index], hidden, rotary, prefix.keys[index], prefix.values[index], mask
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(self._query_layer, *arguments, use_reentrant=False)
+            else:
+                hidden = self._query_layer(*arguments)
             if index + 1 in wanted:
                 states[index + 1] = hidden
         if self.num_layers in wanted:
@@ -176,12 +234,14 @@ class FrozenMLLM(nn.Module):
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Greedy token ids (batch, new token) of the untouched model; `inputs` are padded on the left."""
-        self.model.model.rope_deltas = None
-        kinds = (inputs["input_ids"] == self.model.config.image_token_id).int()
-        output = self.model.generate(
+        model = self.whole()
+        model.model.rope_deltas = None
+        kinds = (inputs["input_ids"] == model.config.image_token_id).int()
+        inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        output = model.generate(
             **inputs, mm_token_type_ids=kinds, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
         )
-        self.model.model.rope_deltas = None
+        model.model.rope_deltas = None
         return output[:, inputs["input_ids"].shape[1] :]
 
 
@@ -195,6 +255,16 @@ def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple
     )
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     return query.to(value.dtype), key.to(value.dtype), value  # under autocast the rotary tables are float32
+
+
+def _query_layer(
+    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
+    """One layer of the query pass, against the prompt's keys and values, which are only read."""
+    query, key, value = _project(layer, hidden, rotary)
+    key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    return _finish_layer(layer, hidden, attended)
 
 
 def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

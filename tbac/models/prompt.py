@@ -1,9 +1,10 @@
-"""Prompts as the model reads them: chat template, truncation, image preprocessing, padding.
+"""Prompts as the model reads them: chat template, truncation, image preprocessing, padding, rotary positions.
 
-The text is never allowed to carry control tokens: look-alikes of special tokens in it are spelled out as plain text.
+Token ids, masks, pixels and grids are those of the released processor. The text is never allowed to carry control
+tokens: look-alikes of special tokens in it are spelled out as plain text.
 """
 
-import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,23 @@ SYSTEM_PROMPT = (
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
+MAX_ASPECT_RATIO = 200
 
 
 class PromptInputs(BatchFeature):
-    """`input_ids`, `attention_mask` (batch, token); with images `pixel_values` and `image_grid_thw` (image, 3)."""
+    """`input_ids`, `attention_mask` (batch, token); with images `pixel_values` and `image_grid_thw` (image, 3).
+
+    Padded on the right also `position_ids` (3, batch, token), the rotary positions, and `shared_length`, how many
+    tokens all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
+    """
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":  # type: ignore[override]
+        """The same inputs on `device`; the grids stay on the CPU, where they are read."""
+        moved = {
+            k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) and k != "image_grid_thw" else v
+            for k, v in self.items()
+        }
+        return PromptInputs(moved)
 
 
 class PromptProcessor:
@@ -32,7 +46,7 @@ class PromptProcessor:
     Args:
         tokenizer: Qwen's, with its special tokens and chat template.
         image_processor: Qwen2-VL's, without torchvision.
-        image_pixels: area in pixels that each input image is resized to before Qwen's own rounding.
+        image_pixels: area in pixels that each input image is resized to, with sides rounded as Qwen does.
         max_text_tokens: longer texts are cut to this many tokens.
         system_prompt: system message of generation prompts.
     """
@@ -52,23 +66,43 @@ class PromptProcessor:
         self.image_pixels = image_pixels
         self.max_text_tokens = max_text_tokens
         self.system_prompt = system_prompt
+        self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "PromptProcessor":
         """Read tokenizer and image processor from a folder or hub id."""
         return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
 
-    def resize(self, image: Image.Image) -> Image.Image:
-        """RGB of about `image_pixels` pixels in area, aspect ratio kept."""
-        image = image.convert("RGB")
-        scale = math.sqrt(self.image_pixels / (image.width * image.height))
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    def vision(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """`pixel_values` and `image_grid_thw` of images of any size and mode.
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text, cut to `max_text_tokens`; special-token look-alikes stay text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids[: self.max_text_tokens]
+        Raises:
+            ValueError: for an image more than 200 times as long as it is wide, which Qwen's resizing doesn't accept.
+        """
+        if not images:
+            return {}
+        for image in images:
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ValueError(
+                    f"an input image has {image.width} x {image.height} pixels; one side may be at most "
+                    f"{MAX_ASPECT_RATIO} times the other"
+                )
+        size = {"shortest_edge": self.image_pixels, "longest_edge": self.image_pixels}
+        return dict(self.image_processor(images=[i.convert("RGB") for i in images], size=size, return_tensors="pt"))
+
+    def text_ids(self, text: str, before: str = "", after: str = "") -> list[int]:
+        """Token ids of plain text, cut to `max_text_tokens`; special-token look-alikes stay text.
+
+        As released, a long text is cut by tokens, turned into text again, and read within the plain markup around it.
+        """
+        ids = self._plain_ids(text)
+        if len(ids) > self.max_text_tokens:
+            text = self.tokenizer.decode(ids[: self.max_text_tokens], clean_up_tokenization_spaces=False)
+        return self._plain_ids(before + text + after)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _markup_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,8 +119,16 @@ class PromptProcessor:
         rendered = pieces[0]
         for count, piece in zip(image_tokens, pieces[1:], strict=True):
             rendered += IMAGE_PAD * count + piece
-        before, after = rendered.split(marker)
-        return self._markup_ids(before) + self.text_ids(text) + self._markup_ids(after + ending)
+        before, after = (rendered + ending).split(marker)
+        # Markup next to the text ("user\n") is read together with it, since a token may span both.
+        head, near, far, tail = *self._split(before, last=True), *self._split(after, last=False)
+        return self._markup_ids(head) + self.text_ids(text, near, far) + self._markup_ids(tail)
+
+    def _split(self, markup: str, last: bool) -> tuple[str, str]:
+        """Markup before and after the end of its last special token, or the start of its first."""
+        found = list(self._special.finditer(markup))
+        place = (found[-1].end() if last else found[0].start()) if found else 0
+        return markup[:place], markup[place:]
 
     def __call__(
         self,
@@ -113,9 +155,8 @@ class PromptProcessor:
             raise ValueError(f"{len(texts)} texts but {len(images)} lists of images; give one list (or None) per text")
         if bad := [t for t in texts if not isinstance(t, str)]:
             raise ValueError(f"prompts must be strings, got {type(bad[0]).__name__}")
-        flat = [self.resize(image) for group in images for image in group or ()]
-        vision = self.image_processor(images=flat, return_tensors="pt") if flat else {}
-        grids = vision["image_grid_thw"] if flat else torch.empty(0, 3, dtype=torch.long)
+        vision = self.vision([image for group in images for image in group or ()])
+        grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         sequences, start = [], 0
         for text, group in zip(texts, images, strict=True):
@@ -124,10 +165,55 @@ class PromptProcessor:
                 self._sequence(text, counts[start:end], self.system_prompt if system is None else system, ending)
             )
             start = end
-        data: dict[str, Tensor] = dict(
-            zip(("input_ids", "attention_mask"), self._pad(sequences, padding_side), strict=True)
-        )
-        return PromptInputs({**data, **{k: vision[k] for k in ("pixel_values", "image_grid_thw") if flat}})
+        ids, mask = self._pad(sequences, padding_side)
+        data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
+        if padding_side == "right":
+            data["position_ids"] = self._positions(sequences, ids.shape[1], grids.tolist())
+            data["shared_length"] = self._shared_length(sequences)
+        return PromptInputs(data)
+
+    def _positions(self, sequences: list[list[int]], width: int, grids: list[list[int]]) -> Tensor:
+        """Rotary positions (3, batch, token) for time, height and width (Qwen2.5-VL's M-RoPE); 0 on padding.
+
+        Text counts up on all three axes; an image's merged patches count along their own; what follows an image begins
+        after its largest position.
+        """
+        merge = self.image_processor.merge_size
+        left = iter(grids)
+        positions = torch.zeros(3, len(sequences), width, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            place = start = 0
+            while place < len(sequence):
+                if sequence[place] == self._image_token:
+                    time, height, width_ = next(left)
+                    axes = torch.meshgrid(
+                        torch.zeros(time, dtype=torch.long), *(torch.arange(n // merge) for n in (height, width_)),
+                        indexing="ij",
+                    )  # fmt: skip
+                    block = start + torch.stack([axis.flatten() for axis in axes])
+                    start += max(height, width_) // merge
+                else:
+                    end = place
+                    while end < len(sequence) and sequence[end] != self._image_token:
+                        end += 1
+                    block = torch.arange(start, start + end - place).expand(3, -1)
+                    start += end - place
+                positions[:, row, place : place + block.shape[1]] = block
+                place += block.shape[1]
+        return positions
+
+    def _shared_length(self, sequences: list[list[int]]) -> int:
+        """How many tokens all prompts begin with; images don't count, and each prompt keeps a token of its own."""
+        if len(sequences) == 1:
+            return 0
+        shared = 0
+        limit = min(map(len, sequences)) - 1
+        first = sequences[0]
+        while (
+            shared < limit and first[shared] != self._image_token and all(s[shared] == first[shared] for s in sequences)
+        ):
+            shared += 1
+        return shared
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         width = max(map(len, sequences))

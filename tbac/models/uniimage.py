@@ -2,25 +2,29 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tbac import __version__
-from tbac.flow import NUM_TIMESTEPS
+from tbac.flow import timestep_of
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.denoiser import LadderDenoiser
+from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
 from tbac.models.ladder import Ladder
 from tbac.models.mllm import FrozenMLLM
 from tbac.models.prompt import PromptInputs, PromptProcessor
+from tbac.models.weights import DENOISER_FILES, MLLM_FILES, copy_files, local_folder
 from tbac.types import Condition
 
 FORMAT = "tbac-uniimage-1"
 TRAINED = ("ladder", "denoiser")
+PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
 ANSWER_SYSTEM = "You are a helpful assistant."
 
 
@@ -33,12 +37,15 @@ class Provenance:
         denoiser: hub id or folder with `transformer/`, `vae/` and `scheduler/`.
         ladder: constructor options of the `Ladder` besides plan and sizes.
         scheduler: config of the base model's sampling scheduler.
+        digests: of the frozen parts' files (`mllm`, `autoencoder`) and of `prompt_embeddings` where there are any;
+            empty with weights that were never read.
     """
 
     mllm: str = ""
     denoiser: str = ""
     ladder: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 class UniImage(nn.Module):
@@ -102,15 +109,17 @@ class UniImage(nn.Module):
         prefix = self.mllm.prefix(inputs, plan.deepest)
         return Condition(self.ladder(self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)))
 
-    def predict_velocity(self, noisy_latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def predict_velocity(
+        self, noisy_latents: Tensor, sigma: Tensor, condition: Condition | ProjectedCondition
+    ) -> Tensor:
         """Predict `noise - latents`.
 
         Args:
             noisy_latents: (batch, channel, height, width).
-            sigma: (batch,) in [0, 1].
-            condition: of the same batch.
+            sigma: (batch,) in [0, 1]; or (1,) for all.
+            condition: of the same batch, as `encode_condition` or `denoiser.project` gives it.
         """
-        return self.denoiser(noisy_latents, NUM_TIMESTEPS * sigma, condition)
+        return self.denoiser(noisy_latents, timestep_of(sigma), condition)
 
     def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers of the untouched MLLM, one per question; `images` as in `prompt`."""
@@ -122,8 +131,18 @@ class UniImage(nn.Module):
         """Every tensor that training may change: queries, connectors, denoiser."""
         return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in TRAINED}
 
-    def load_trained_state(self, state: dict[str, Tensor], origin: str) -> None:
-        """Load `trained_state()` of another model.
+    def set_checkpointing(self, denoiser: bool = False, queries: bool = False) -> None:
+        """Run the denoiser's blocks, or the query pass, again in the backward pass instead of keeping activations."""
+        self.denoiser.checkpointing = denoiser
+        self.mllm.checkpointing = queries
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the denoiser's blocks and the layers of the query pass; `options` are those of `torch.compile`."""
+        self.denoiser.compile_blocks(**options)
+        self.mllm.compile_queries(**{"dynamic": True, **options})
+
+    def load_trained_state(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
+        """Load `trained_state()` of another model; with `assign` the tensors themselves are taken.
 
         Raises:
             ValueError: naming every tensor that is missing, unexpected or of another shape.
@@ -139,15 +158,12 @@ class UniImage(nn.Module):
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{origin} doesn't fit this model: {'; '.join(problems[:8])}{more}")
-        self.load_state_dict(state, strict=False)
-
-    def frozen_digests(self) -> dict[str, str]:
-        """sha256 of names and bytes of every tensor of the frozen parts, computed anew."""
-        return {"mllm": tensor_digest(self.mllm), "autoencoder": tensor_digest(self.autoencoder)}
+        self.load_state_dict(state, strict=False, assign=assign)
 
     def describe(self) -> dict[str, Any]:
         """The `config.json` of an exported folder."""
         plan, prompt = self.ladder.plan, self.prompt
+        transformer = {k: v for k, v in self.denoiser.transformer.config.items() if not k.startswith("_")}
         return {
             "format": FORMAT,
             "tbac_version": __version__,
@@ -163,25 +179,31 @@ class UniImage(nn.Module):
             },
             "ladder": self.provenance.ladder,
             "mllm": {"source": self.provenance.mllm},
-            "denoiser": {"source": self.provenance.denoiser, "config": dict(self.denoiser.transformer.config)},
-            "frozen_digests": self.frozen_digests(),
+            "denoiser": {"source": self.provenance.denoiser, "config": transformer},
+            "frozen_digests": self.provenance.digests,
             "scheduler": self.provenance.scheduler,
         }
 
     def save_pretrained(self, folder: str | Path, standalone: bool = False) -> None:
-        """Write `model.safetensors` and `config.json`; with `standalone` the frozen parts too."""
+        """Write `model.safetensors` and `config.json`; with `standalone` also copies of the frozen parts' files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.trained_state().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        state = dict(self.trained_state())
+        if self.mllm.prompt_embeddings is not None:
+            state[PROMPT_EMBEDDINGS] = self.mllm.prompt_embeddings
         config = self.describe()
         if standalone:
-            self.mllm.model.save_pretrained(folder / "mllm")
-            self.prompt.tokenizer.save_pretrained(folder / "mllm")
-            self.prompt.image_processor.save_pretrained(folder / "mllm")
-            self.autoencoder.model.save_pretrained(folder / "denoiser" / "vae")
+            mllm, denoiser = self.provenance.mllm, self.provenance.denoiser
+            copy_files(local_folder("mllm", mllm, MLLM_FILES), folder / "mllm", MLLM_FILES)
+            frozen = [name for name in DENOISER_FILES if name.startswith("vae/")]
+            copy_files(local_folder("denoiser", denoiser, DENOISER_FILES), folder / "denoiser", frozen)
             config["mllm"]["source"], config["denoiser"]["source"] = "mllm", "denoiser"
-        (folder / "config.json").write_text(json.dumps(config, indent=2, default=list) + "\n")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in state.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -190,6 +212,7 @@ class UniImage(nn.Module):
         mllm: str | None = None,
         denoiser: str | None = None,
         dtype: torch.dtype | str = torch.float32,
+        quantization: str | None = None,
     ) -> "UniImage":
         """Load an exported folder.
 
@@ -198,6 +221,7 @@ class UniImage(nn.Module):
             mllm: where to take the MLLM from instead of the place that `config.json` names.
             denoiser: the same for the autoencoder.
             dtype: of all weights.
+            quantization: of the MLLM's decoder layers: `nf4`, `int8`, or None.
 
         Raises:
             ValueError: when the folder isn't an export, a part can't be found, its digest differs, or tensors don't
@@ -205,7 +229,7 @@ class UniImage(nn.Module):
         """
         from tbac.models.loading import load_export  # the loaders build UniImage, so they import this module
 
-        return load_export(cls, Path(folder), mllm, denoiser, dtype)
+        return load_export(cls, Path(folder), mllm, denoiser, dtype, quantization)
 
 
 def check_sizes(transformer: Any, autoencoder: Any) -> None:
@@ -217,16 +241,22 @@ def check_sizes(transformer: Any, autoencoder: Any) -> None:
         )
 
 
-def tensor_digest(module: nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of a module's tensors, in the order of their names."""
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def read_trained_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an exported folder."""
-    return load_file(folder / "model.safetensors")
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an exported folder.
+
+    Raises:
+        ValueError: when they can't be read.
+    """
+    try:
+        return load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} can't be read ({error})") from None

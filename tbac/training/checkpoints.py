@@ -48,11 +48,12 @@ def check_frozen(facts: Mapping[str, Any], model: UniImage, origin: str) -> None
     Raises:
         ValueError: naming the part that differs.
     """
-    for part, digest in model.frozen_digests().items():
-        if facts["frozen"][part] != digest:
+    known, own = facts["frozen"], model.provenance.digests
+    for part in sorted({*known, *own}):
+        if known.get(part) != own.get(part):
             raise ValueError(
-                f"{origin} was trained on another {part} (digest {facts['frozen'][part][:12]}…) than this model's "
-                f"({digest[:12]}…)"
+                f"{origin} was trained on another {part} (digest {known.get(part, 'none')[:12]}…) than this model's "
+                f"({own.get(part, 'none')[:12]}…)"
             )
 
 
@@ -76,7 +77,7 @@ def describe_model(model: UniImage, stage: str, config: Mapping[str, Any]) -> di
     plan = model.ladder.plan
     return {
         "stage": stage,
-        "frozen": model.frozen_digests(),
+        "frozen": model.provenance.digests,
         "taps": {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed},
         "sources": {"mllm": model.provenance.mllm, "denoiser": model.provenance.denoiser},
         "config": dict(config),

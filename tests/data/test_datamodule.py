@@ -20,7 +20,7 @@ from tests.conftest import composed, noise_image
 
 def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniImage) -> None:
     data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
-    data.bind(model.prompt, model.frozen_digests()["autoencoder"])
+    data.bind(model.prompt, model.provenance.digests["autoencoder"])
     batch = next(iter(data.train_dataloader()))
     assert batch.latents.shape == (16, 8, 6, 6)
     edits = sum(key.startswith("edit") for key in batch.keys)

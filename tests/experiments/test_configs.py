@@ -19,6 +19,7 @@ REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
     "evaluate": ["checkpoint=x"],
     "generate": ["checkpoint=x", "out=."],
+    "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "train": ["run_dir=."],
 }
 

@@ -16,7 +16,7 @@ def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
 
     The queries follow each prompt's real tokens, and the padding comes last.
     """
-    mllm = model.mllm.model
+    mllm = model.mllm.whole()
     ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(queries)
     lengths = mask.sum(1)
     width = ids.shape[1] + count
@@ -87,8 +87,9 @@ def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str
 def test_exact_in_float64(model: UniImage, case: str) -> None:
     texts, images = prompt_cases()[case]
     inputs = model.prompt(texts, images)
+    model.mllm.whole()  # its last layers too
     mllm = model.mllm.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].double() if "pixel_values" in inputs else None
     queries = model.ladder.queries.detach().double()
     layers = list(range(mllm.num_layers + 1))
     ours = mllm.read_queries(queries, mllm.prefix(inputs, mllm.num_layers), layers)
@@ -118,7 +119,7 @@ def test_padding_and_company_change_nothing(model: UniImage) -> None:
 def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(in_world, "taps=explicit", "taps.layers=[1,2,2,1]")
     ran = []
-    for index, layer in enumerate(model.mllm.model.model.language_model.layers):
+    for index, layer in enumerate(model.mllm.body.language_model.layers):
         layer.self_attn.q_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
     model.encode_condition(model.prompt(["a red circle"]))
     assert ran == [0, 1, 0, 1]  # prompt, then queries
@@ -149,7 +150,7 @@ def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
 
 def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
     texts, images = prompt_cases()["mixed"]
-    untouched = copy.deepcopy(model.mllm.model)
+    untouched = copy.deepcopy(model.mllm.whole())
     inputs = model.prompt(texts, images, system="You are a helpful assistant.", ending="", padding_side="left")
     kinds = (inputs["input_ids"] == untouched.config.image_token_id).int()
     expected = untouched.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=5, do_sample=False)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tests.conftest import composed, noise_image, small_model
+from tests.conftest import composed, noise_image, read_everything, small_model
 
 
 def same_tensors(first: UniImage, second: UniImage) -> bool:
-    a, b = first.state_dict(), second.state_dict()
+    a, b = read_everything(first).state_dict(), read_everything(second).state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -83,6 +83,7 @@ def test_folders_load_the_weights_that_were_saved(in_world: Path) -> None:
 
     model = small_model(in_world)
     backbones = in_world / "backbones"
+    read_everything(model)
     pairs = [
         (model.mllm.model, Qwen2_5_VLForConditionalGeneration.from_pretrained(backbones / "mllm")),
         (model.denoiser.transformer, SanaTransformer2DModel.from_pretrained(backbones / "denoiser" / "transformer")),

@@ -27,7 +27,7 @@ def saved(model: UniImage, tmp_path: Path) -> Path:
 def test_a_checkpoint_is_slim_and_names_the_frozen_parts(saved: Path, model: UniImage) -> None:
     checkpoint = torch.load(saved, weights_only=True)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"ladder", "denoiser"}
-    assert checkpoint[FACTS]["frozen"] == model.frozen_digests()
+    assert checkpoint[FACTS]["frozen"] == model.provenance.digests
     assert checkpoint[FACTS]["stage"] == "t2i_pretrain"
     trained = sum(p.numel() for p in model.trained_state().values())
     assert saved.stat().st_size < 3 * 4 * trained * 1.2  # weights and two moments

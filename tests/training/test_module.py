@@ -11,7 +11,7 @@ from tbac.models import UniImage
 from tbac.training.checkpoints import describe_model
 from tbac.training.module import FlowOptions, LadderTuningModule, fixed_noise
 from tbac.training.optimizers import adamw, warmup_cosine
-from tests.conftest import composed
+from tests.conftest import composed, read_everything
 
 
 def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
@@ -46,8 +46,7 @@ def data_of(model: UniImage, *overrides: str) -> Any:
 
 
 def test_no_bit_of_the_frozen_parts_changes_and_all_others_train(model: UniImage) -> None:
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    digests = model.frozen_digests()
+    before = {k: v.clone() for k, v in read_everything(model).state_dict().items()}
     answers = model.answer(["what color is the circle?"], None, 4)
     module = module_of(model)
     trainer_of(4).fit(module, datamodule=data_of(model, "stage=ti2i_pretrain"))
@@ -55,7 +54,6 @@ def test_no_bit_of_the_frozen_parts_changes_and_all_others_train(model: UniImage
     for name, value in after.items():
         if name.startswith(("mllm.", "autoencoder.")):
             assert torch.equal(value, before[name]), name
-    assert model.frozen_digests() == digests
     assert model.answer(["what color is the circle?"], None, 4) == answers
     unmoved = [k for k in after if k.startswith(("ladder.", "denoiser.")) and torch.equal(after[k], before[k])]
     assert unmoved == []

@@ -1,0 +1,39 @@
+"""Turn the released checkpoint into an exported folder.
+
+python experiments/import_official.py checkpoint=DIR mllm=DIR denoiser=DIR out=DIR [image_pixels=200704]
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments.common import CONF, output_dir, user_errors
+from tbac.models.released import read_released
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="import_official")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    out = Path(cfg.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"out={cfg.out} exists and isn't empty; give a new folder")
+    model, accounting = read_released(cfg.checkpoint, cfg.mllm, cfg.denoiser, cfg.image_pixels)
+    model.save_pretrained(out, standalone=cfg.standalone)
+    report = {"used": accounting.used, "dropped": accounting.dropped, "unused_rows": accounting.unused_rows}
+    (output_dir() / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    log.info(
+        "%d tensors used, %d equal to the base models' and dropped, %d rows of the embedding table unused: %s",
+        len(accounting.used),
+        len(accounting.dropped),
+        accounting.unused_rows,
+        out,
+    )
+
+
+if __name__ == "__main__":
+    main()

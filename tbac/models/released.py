@@ -1,0 +1,197 @@
+"""The released checkpoint: its tensors, every one accounted for, as a UniImage.
+
+The release saves everything in one file: the whole MLLM with the query rows at the end of its embedding table, the
+connector, SANA's transformer and the autoencoder. What trains is taken; what is frozen must equal the base models, and
+then is dropped; the embedding table, which weight decay has changed, is kept for reading prompts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SanaTransformer2DModel
+
+from tbac.models.autoencoder import FrozenAutoencoder
+from tbac.models.denoiser import LadderDenoiser
+from tbac.models.ladder import Ladder
+from tbac.models.loading import Architecture, check_model, digests_of, load_mllm
+from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
+from tbac.models.taps import TapRule
+from tbac.models.uniimage import Provenance, UniImage
+from tbac.models.weights import DENOISER_FILES, MLLM_FILES, WeightFiles, local_folder, mllm_name
+
+MODEL_TYPE = "tbacuniimage"
+TABLE = "model.mllm_backbone.model.embed_tokens.weight"
+CONNECTOR = "model.connector."
+TRANSFORMER = "model.transformer."
+AUTOENCODER = "vae."
+MLLM = "model.mllm_backbone."
+NAMED = 8  # tensors named in one message
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of the tensors of a released checkpoint.
+
+    Attributes:
+        used: taken into the model.
+        dropped: equal to the base model's, bit for bit, and left there.
+        unused_rows: rows of the embedding table behind the queries, which nothing reads.
+    """
+
+    used: tuple[str, ...]
+    dropped: tuple[str, ...]
+    unused_rows: int
+
+
+def read_released(
+    checkpoint: str | Path,
+    mllm: str,
+    denoiser: str,
+    image_pixels: int = 256 * 28 * 28,
+) -> tuple[UniImage, Accounting]:
+    """Turn the released checkpoint into a UniImage in float32.
+
+    Args:
+        checkpoint: folder with the release's `config.json` and safetensors.
+        mllm: folder or hub id of the Qwen2.5-VL that it was trained on.
+        denoiser: folder or hub id of the SANA that it was trained on.
+        image_pixels: area of each input image; the release has it in its code.
+
+    Raises:
+        ValueError: when the folder isn't such a checkpoint, or a tensor is missing, unexpected, of another shape, or
+            frozen and yet different from the base model's; by name.
+    """
+    folder = Path(checkpoint).expanduser()
+    config = read_released_config(folder)
+    parts = Architecture.from_pretrained(mllm, denoiser)
+    taps, options = TapRule("last_n"), {"connector": "shared_mlp"}
+    num_queries = config["num_metaqueries"]
+    plan = check_model(parts, taps, options, num_queries)
+    files = WeightFiles(folder)
+    mllm_folder = local_folder("mllm", mllm, MLLM_FILES)
+    denoiser_folder = local_folder("denoiser", denoiser, DENOISER_FILES)
+
+    with torch.device("meta"):
+        transformer = SanaTransformer2DModel(**parts.transformer)
+        ladder = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **options)
+    base_mllm, base_vae = WeightFiles(mllm_folder), WeightFiles(denoiser_folder / "vae")
+    base_shapes = base_mllm.shapes()
+    vocabulary = next((s[0] for n, s in base_shapes.items() if mllm_name(n) == "embed_tokens.weight"), 0)
+    expected = {
+        **{CONNECTOR + k: tuple(v.shape) for k, v in ladder.connector.state_dict().items()},
+        **{TRANSFORMER + k: tuple(v.shape) for k, v in transformer.state_dict().items()},
+        **{AUTOENCODER + k: v for k, v in base_vae.shapes().items()},
+        **{released_mllm_name(k): v for k, v in base_shapes.items() if mllm_name(k) != "lm_head.weight"},
+    }
+    expected.pop(TABLE, None)
+    rows = check_names(folder, files.shapes(), expected, vocabulary + num_queries, parts.hidden_size)
+
+    dropped = [
+        *compare(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
+        *compare(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
+    ]
+    taken = files.read(lambda name: name == TABLE or name.startswith((CONNECTOR, TRANSFORMER)))
+    table = taken[TABLE].float()
+    own = {"ladder.queries": table[vocabulary : vocabulary + num_queries].clone()}
+    for prefix, place in ((CONNECTOR, "ladder.connector."), (TRANSFORMER, "denoiser.transformer.")):
+        own |= {place + k.removeprefix(prefix): v.float() for k, v in taken.items() if k.startswith(prefix)}
+    table = table[:vocabulary].clone()
+    model = UniImage(
+        load_mllm(mllm_folder, parts.mllm, plan.deepest, torch.float32, prompt_embeddings=table),
+        ladder,
+        LadderDenoiser(transformer),
+        FrozenAutoencoder.from_folder(denoiser_folder / "vae"),
+        PromptProcessor.from_pretrained(
+            mllm_folder,
+            image_pixels=image_pixels,
+            max_text_tokens=config.get("max_input_text_tokens", 256),
+            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
+        ),
+        Provenance(
+            mllm, denoiser, options, parts.scheduler, digests_of(mllm_folder, denoiser_folder, plan.deepest, table)
+        ),
+    )
+    model.load_trained_state(own, str(folder), assign=True)
+    return model, Accounting(tuple(sorted(taken)), tuple(sorted(dropped)), rows - vocabulary - num_queries)
+
+
+def read_released_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of the release, checked.
+
+    Raises:
+        ValueError: when it isn't there, isn't the release's, or lacks what is needed.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"checkpoint={folder}: no config.json; give the folder of the released checkpoint")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} isn't JSON ({error})") from None
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{file}: model_type must be {MODEL_TYPE!r}, got {config.get('model_type')!r}")
+    queries = config.get("num_metaqueries")
+    if not isinstance(queries, int) or queries < 1:
+        raise ValueError(f"{file}: num_metaqueries must be a positive whole number, got {queries!r}")
+    if config.get("loss_type", "flow") != "flow":
+        raise ValueError(f"{file}: loss_type must be 'flow', got {config['loss_type']!r}")
+    return config
+
+
+def released_mllm_name(name: str) -> str:
+    """The release's name (the layout of transformers 4.51) of an MLLM tensor of any version."""
+    name = mllm_name(name)
+    return MLLM + (name if name.startswith("visual.") else f"model.{name}")
+
+
+def check_names(
+    folder: Path,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    needed_rows: int,
+    hidden_size: int,
+) -> int:
+    """Refuse what is missing, unexpected or misshapen, by name; returns the rows of the embedding table."""
+    table = found.get(TABLE)
+    problems = [f"missing {name}" for name in sorted({*expected, TABLE}) if name not in found]
+    problems += [f"unexpected {name}" for name in sorted(found) if name not in expected and name != TABLE]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in sorted(expected.items())
+        if name in found and found[name] != shape
+    ]
+    if table is not None and (len(table) != 2 or table[0] < needed_rows or table[1] != hidden_size):
+        problems.append(f"{TABLE} has shape {table}, expected at least ({needed_rows}, {hidden_size})")
+    if problems:
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ValueError(f"checkpoint={folder} isn't what its base models ask for: {'; '.join(problems[:NAMED])}{more}")
+    assert table is not None
+    return table[0]
+
+
+def compare(
+    folder: Path, files: WeightFiles, base: WeightFiles, base_name_of: Mapping[str, str], source: str
+) -> list[str]:
+    """Names of the frozen tensors, all of which equal the base model's; one that differs is refused by name."""
+    equal, different = [], []
+    for name, base_name in sorted(base_name_of.items()):
+        if name == TABLE or name not in files.file_of:
+            continue
+        ours, theirs = files.read(name.__eq__)[name], base.read(base_name.__eq__)[base_name]
+        same = (
+            torch.equal(ours, theirs)
+            or torch.equal(ours, theirs.to(ours.dtype))
+            or torch.equal(ours.to(theirs.dtype), theirs)
+        )
+        (equal if same else different).append(name)
+    if different:
+        more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
+        raise ValueError(
+            f"checkpoint={folder}: frozen tensors differ from those of {source}: {', '.join(different[:NAMED])}{more}; "
+            "give the base model that it was trained on"
+        )
+    return equal

@@ -1,0 +1,149 @@
+"""Files of weights: where they are, which tensors they hold, their digest, and reading some of them.
+
+A frozen part is known by the digest of what its files hold, so it is the same part whatever type or quantisation it is
+loaded with, and the digest costs no memory.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+STEMS = ("model", "diffusion_pytorch_model")
+MLLM_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+DENOISER_FILES = tuple(
+    f"{part}/{name}"
+    for part in ("transformer", "vae", "scheduler")
+    for name in ("*.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
+)
+
+
+def local_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
+    """The folder of a local path or of a hub repository, downloaded where it isn't cached.
+
+    Args:
+        option: what the user calls it, for messages.
+        source: folder or hub id.
+        patterns: files that are wanted of a hub repository.
+
+    Raises:
+        ValueError: when the hub doesn't give it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{option}={source}: no such local folder, and its weights are neither cached nor to be downloaded "
+            f"({type(error).__name__}); give a local folder with {option}=/path/to/folder"
+        ) from None
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy what matches `patterns` from one folder to another, bytes unchanged."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+def mllm_name(name: str) -> str:
+    """A tensor's name without the prefixes that library versions put before it: `layers.0…`, `visual…`."""
+    return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
+
+
+def mllm_tensors(depth: int) -> Callable[[str], bool]:
+    """Whether conditioning reads a tensor: word embeddings, vision tower, the first `depth` layers."""
+
+    def wanted(name: str) -> bool:
+        name = mllm_name(name)
+        layer = re.match(r"layers\.(\d+)\.", name)
+        return int(layer[1]) < depth if layer else name.startswith(("embed_tokens.", "visual."))
+
+    return wanted
+
+
+class WeightFiles:
+    """The safetensors files of one folder.
+
+    Args:
+        folder: with `model.safetensors` or `diffusion_pytorch_model.safetensors`, or several with their index.
+
+    Raises:
+        ValueError: when there are none, or one can't be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file_of: dict[str, Path] = {}
+        for stem in STEMS:
+            whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+            if whole.is_file():
+                files = [whole]
+            elif index.is_file():
+                files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            else:
+                continue
+            for file in files:
+                with _opened(file) as opened:
+                    self.file_of.update(dict.fromkeys(opened.keys(), file))
+            return
+        raise ValueError(
+            f"{folder} has no weights: neither {' nor '.join(f'{s}.safetensors' for s in STEMS)}, whole or sharded"
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self.file_of.values())):
+            with _opened(file) as opened:
+                found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+        return found
+
+    def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The tensors whose names are wanted, as stored."""
+        found: dict[str, Tensor] = {}
+        for file in sorted(set(self.file_of.values())):
+            with _opened(file) as opened:
+                found.update({name: opened.get_tensor(name) for name in opened.keys() if wanted(name)})  # noqa: SIM118
+        return found
+
+    def digest(
+        self, wanted: Callable[[str], bool] = lambda name: True, rename: Callable[[str], str] = lambda name: name
+    ) -> str:
+        """sha256 over names, types, shapes and bytes of the wanted tensors, in the order of their (new) names."""
+        total = hashlib.sha256()
+        for name in sorted((n for n in self.file_of if wanted(n)), key=rename):
+            with _opened(self.file_of[name]) as opened:
+                tensor = opened.get_tensor(name)
+            total.update(f"{rename(name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        return total.hexdigest()
+
+
+def autoencoder_digest(denoiser: Path) -> str:
+    """Digest of the autoencoder in a denoiser folder's `vae/`: what manifests name it by."""
+    return WeightFiles(denoiser / "vae").digest()
+
+
+def mllm_digest(mllm: Path, depth: int) -> str:
+    """Digest of what conditioning reads of an MLLM, up to layer `depth`."""
+    return WeightFiles(mllm).digest(mllm_tensors(depth), mllm_name)
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(str(file), "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} can't be read as safetensors ({error})") from None

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.common import CONF, output_dir, plain, user_errors
-from tbac.training.checkpoints import describe_model, load_weights, newest_checkpoint, read_checkpoint
+from tbac.training.checkpoints import describe_model, load_exported, load_weights, newest_checkpoint, read_checkpoint
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_run, run_facts
 
@@ -41,7 +41,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run the stage that the config describes; returns what `report.json` holds."""
     L.seed_everything(cfg.seed, verbose=False)
     init = find_init(cfg)
-    checkpoint = read_checkpoint(init) if init else None
+    exported = Path(init).expanduser() if init and (Path(init).expanduser() / "config.json").is_file() else None
+    checkpoint = read_checkpoint(init) if init and not exported else None
     if cfg.resume:
         read_checkpoint(cfg.resume)
     instantiate(cfg.model, _target_="tbac.models.loading.check_config")
@@ -51,8 +52,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     schedule(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=cfg.stage.steps)  # tried on nothing
 
     model = instantiate(cfg.model)
+    if exported is not None:
+        load_exported(exported, model)
     if checkpoint is not None:
         load_weights(checkpoint, model, str(init))
+    if init:
         log.info("starting from the weights of %s", init)
     config = plain(cfg)
     facts = describe_model(model, cfg.stage.name, config)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class FrozenAutoencoder(nn.Module):
             ValueError: when the weights aren't those of the config, by name.
         """
         files = WeightFiles(folder)
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             model = AutoencoderDC.from_config(AutoencoderDC.load_config(folder))
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if wrong := sorted(set(own.items()) ^ set(files.shapes().items())):

@@ -134,7 +134,7 @@ class LadderDenoiser(nn.Module):
         patch = model.config.patch_size
         rows, columns = height // patch, width // patch
 
-        hidden = model.patch_embed(noisy_latents)
+        hidden = model.patch_embed(noisy_latents.to(model.dtype))
         modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
         modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
         mask = None

@@ -122,6 +122,7 @@ class Ladder(nn.Module):
         Returns:
             (block, batch, query, channel).
         """
+        taps = taps.to(self.queries.dtype)
         if isinstance(self.connector, nn.ModuleList):
             contexts = torch.stack([mlp(tap) for mlp, tap in zip(self.connector, taps, strict=True)])
         else:

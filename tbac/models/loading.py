@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -433,7 +434,7 @@ def load_export(
                 f"{folder} was trained on another {part}: its digest is not that of "
                 f"{mllm if part == 'mllm' else denoiser}"
             )
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         transformer = SanaTransformer2DModel.from_config(config["denoiser"]["config"])
         ladder = Ladder(
             plan,

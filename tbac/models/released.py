@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -75,7 +76,7 @@ def read_released(
     mllm_folder = local_folder("mllm", mllm, MLLM_FILES)
     denoiser_folder = local_folder("denoiser", denoiser, DENOISER_FILES)
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         transformer = SanaTransformer2DModel(**parts.transformer)
         ladder = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **options)
     base_mllm, base_vae = WeightFiles(mllm_folder), WeightFiles(denoiser_folder / "vae")

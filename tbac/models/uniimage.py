@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tbac import __version__
 from tbac.flow import timestep_of
 from tbac.models.autoencoder import FrozenAutoencoder
+from tbac.models.card import model_card
 from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
 from tbac.models.ladder import Ladder
 from tbac.models.mllm import FrozenMLLM
@@ -184,8 +185,16 @@ class UniImage(nn.Module):
             "scheduler": self.provenance.scheduler,
         }
 
-    def save_pretrained(self, folder: str | Path, standalone: bool = False) -> None:
-        """Write `model.safetensors` and `config.json`; with `standalone` also copies of the frozen parts' files."""
+    def save_pretrained(
+        self, folder: str | Path, standalone: bool = False, notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write an exported folder: `model.safetensors`, `config.json` and the model card `README.md`.
+
+        Args:
+            folder: made where it doesn't exist.
+            standalone: also copy the frozen parts' files, so that the folder loads without network.
+            notes: more rows for the card.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = dict(self.trained_state())
@@ -204,6 +213,8 @@ class UniImage(nn.Module):
             metadata={"format": "pt"},
         )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        sources = [self.provenance.mllm, self.provenance.denoiser]
+        (folder / "README.md").write_text(model_card(config, sources, standalone, notes or {}))
 
     @classmethod
     def from_pretrained(

@@ -11,18 +11,36 @@ class Guidance:
 
     Args:
         text: weight of the prompt; 1 means no guidance.
-        image: weight of the input images, for edits; None for text-to-image.
+        image: weight of the input images, for edits; None for text-to-image. At 1 and below it is off, as released:
+            the image is then in both branches, and only the text is guided.
+        interval: noise levels (sigma) from which to which there is guidance (Kynkäänniemi et al. 2024,
+            arXiv 2404.07724); elsewhere the prediction is the prompt's own, which is cheaper and changes the picture.
+
+    Raises:
+        ValueError: when the interval isn't one.
     """
 
     text: float
     image: float | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval must be two noise levels 0 <= low < high <= 1, got {self.interval}")
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The predictions that are needed, in the order that `combine` expects."""
-        if self.image is not None:
+        """The predictions that are needed, in the order that `combine` expects; the prompt's own comes last."""
+        if self.image is not None and self.image > 1:
             return ("uncond", "image", "full")
-        return ("full",) if self.text == 1 else ("uncond", "full")
+        if self.text == 1:
+            return ("full",)
+        return ("uncond", "full") if self.image is None else ("image", "full")
+
+    def applies(self, sigma: float) -> bool:
+        """Whether there is guidance at a noise level."""
+        return self.interval[0] <= sigma <= self.interval[1]
 
     def combine(self, velocities: Tensor) -> Tensor:
         """One velocity from the branches' velocities.

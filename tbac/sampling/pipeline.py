@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from tbac.models import UniImage
+from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
-from tbac.types import Condition
 
 Images = Image.Image | Sequence[Image.Image]
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -66,15 +66,21 @@ class UniImagePipeline:
     @torch.no_grad()
     def encode(
         self, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str], guidance: Guidance
-    ) -> Condition:
-        """Conditions of all guidance branches, read in one batch: rows (branch * prompt)."""
-        texts: list[str] = []
-        pictures: list[list[Image.Image] | None] = []
+    ) -> ProjectedCondition:
+        """Conditions of all guidance branches, read in one batch: rows (branch * prompt).
+
+        What several branches or prompts have in common, such as one negative prompt for all, is read once.
+        """
+        asked: list[tuple[str, list[Image.Image] | None]] = []
         for branch in guidance.branches:
-            branch_texts, branch_images = self._branch_inputs(branch, prompts, images, negatives)
-            texts += branch_texts
-            pictures += branch_images
-        return self.model.encode_condition(self.model.prompt(texts, pictures).to(self.model.device))
+            asked += zip(*self._branch_inputs(branch, prompts, images, negatives), strict=True)
+        keys = [(text, tuple(map(id, group or ()))) for text, group in asked]
+        order = list(dict.fromkeys(keys))
+        first = [asked[keys.index(key)] for key in order]
+        inputs = self.model.prompt([text for text, _ in first], [group for _, group in first])
+        condition = self.model.denoiser.project(self.model.encode_condition(inputs.to(self.model.device)))
+        rows = [order.index(key) for key in keys]
+        return condition if rows == list(range(len(order))) else condition[torch.tensor(rows, device=self.model.device)]
 
     @torch.no_grad()
     def __call__(
@@ -92,6 +98,8 @@ class UniImagePipeline:
         height: int | None = None,
         width: int | None = None,
         progress: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        batch_branches: bool = True,
     ) -> UniImageOutput:
         """Generate.
 
@@ -102,7 +110,7 @@ class UniImagePipeline:
             negative_prompt: what the unconditional branch reads; one for all or one per prompt.
             num_inference_steps: solver steps.
             guidance_scale: text guidance; 1 turns it off for text-to-image.
-            image_guidance_scale: image guidance, for edits.
+            image_guidance_scale: image guidance, for edits; 1 or less turns it off.
             num_images_per_prompt: pictures of each prompt.
             generator: source of the starting noise, or one per picture.
             latents: starting noise (prompt * num_images_per_prompt, channel, height, width) instead.
@@ -110,6 +118,9 @@ class UniImagePipeline:
             height: pixels; default: the denoiser's own size.
             width: ditto.
             progress: show a progress bar.
+            guidance_interval: noise levels (sigma) between which there is guidance; narrower is faster and changes
+                the pictures.
+            batch_branches: predict all guidance branches in one batch; False takes less memory and more time.
 
         Raises:
             ValueError: for numbers that don't fit each other or values that aren't accepted, before anything runs.
@@ -127,6 +138,8 @@ class UniImagePipeline:
                 f"{num_inference_steps} and {num_images_per_prompt}"
             )
         edits = [bool(group) for group in images]
+        low, high = guidance_interval
+        guidance = Guidance(guidance_scale, image_guidance_scale if any(edits) else None, (low, high))
         if any(edits) and not all(edits):
             raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
         shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
@@ -134,14 +147,14 @@ class UniImagePipeline:
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
 
-        guidance = Guidance(guidance_scale, image_guidance_scale if any(edits) else None)
         condition = self.encode(prompts, images, negatives, guidance)
         # Rows (branch, prompt) -> (branch, prompt, picture): each picture keeps the condition of its own prompt.
-        rows = torch.arange(condition.states.shape[1], device=self.model.device)
-        condition = condition[rows.repeat_interleave(num_images_per_prompt)]
+        if num_images_per_prompt > 1:
+            rows = torch.arange(len(guidance.branches) * len(prompts), device=self.model.device)
+            condition = condition[rows.repeat_interleave(num_images_per_prompt)]
         single = generator if isinstance(generator, torch.Generator) else None
         noise = noise.to(self.model.device)
-        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress)
+        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress, batch_branches)
         if output_type == "latent":
             return UniImageOutput(solved)
         pixels = (self.model.autoencoder.decode(solved) + 1) / 2

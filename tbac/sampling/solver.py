@@ -1,5 +1,6 @@
 """The solver loop: from noise to latents along the predicted velocity."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -9,8 +10,8 @@ from tqdm.auto import tqdm
 
 from tbac.flow import NUM_TIMESTEPS
 from tbac.models import UniImage
+from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.guidance import Guidance
-from tbac.types import Condition
 
 
 def make_scheduler(config: dict[str, Any]) -> Any:
@@ -28,34 +29,52 @@ def make_scheduler(config: dict[str, Any]) -> Any:
 @torch.no_grad()
 def solve(
     model: UniImage,
-    condition: Condition,
+    condition: ProjectedCondition,
     guidance: Guidance,
     latents: Tensor,
     num_inference_steps: int,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    batch_branches: bool = True,
 ) -> Tensor:
     """Denoise.
 
     Args:
         model: predicts velocities.
-        condition: rows (branch * batch), in the order of `guidance.branches`.
-        guidance: how the branches are joined.
+        condition: `model.denoiser.project` of a condition with rows (branch * batch), in the order of
+            `guidance.branches`.
+        guidance: how the branches are joined, and at which noise levels.
         latents: (batch, channel, height, width) of standard normal noise.
         num_inference_steps: solver steps.
         generator: for schedulers that add noise.
         progress: show a progress bar.
+        batch_branches: predict all branches in one batch; False takes less memory and more time.
 
     Returns:
         Scaled latents (batch, channel, height, width).
     """
     scheduler = make_scheduler(model.provenance.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    levels = (scheduler.timesteps.float() / NUM_TIMESTEPS).tolist()
     latents = latents * scheduler.init_noise_sigma
-    branches = len(guidance.branches)
-    for timestep in tqdm(scheduler.timesteps, desc="denoising", disable=not progress, leave=False):
-        noisy = scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
-        sigma = (timestep / NUM_TIMESTEPS).to(torch.float32).expand(noisy.shape[0])
-        velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition).float())
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    count = len(guidance.branches)
+    rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
+    parts = [condition[r] for r in rows] if not batch_branches or guidance.interval != (0.0, 1.0) else []
+    steps = zip(scheduler.timesteps, levels, strict=True)
+    for timestep, level in tqdm(steps, total=len(levels), desc="denoising", disable=not progress, leave=False):
+        noisy = scheduler.scale_model_input(latents, timestep)
+        sigma = (timestep.float() / NUM_TIMESTEPS).view(1)
+        if not guidance.applies(level):
+            velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
+        elif batch_branches:
+            velocity = guidance.combine(model.predict_velocity(torch.cat([noisy] * count), sigma, condition).float())
+        else:
+            velocity = guidance.combine(torch.cat([model.predict_velocity(noisy, sigma, p).float() for p in parts]))
+        latents = scheduler.step(velocity, timestep, latents, **_noise_source(scheduler, generator))[0]
     return latents
+
+
+def _noise_source(scheduler: Any, generator: torch.Generator | None) -> dict[str, Any]:
+    """`generator` for schedulers that take one."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    return {"return_dict": False, **({"generator": generator} if takes else {})}

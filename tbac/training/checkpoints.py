@@ -1,5 +1,6 @@
 """Slim training checkpoints: finding, reading and checking them."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from tbac.models import UniImage
+from tbac.models.uniimage import PROMPT_EMBEDDINGS, read_state
 
 FACTS = "tbac"
 
@@ -70,6 +72,22 @@ def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) ->
     if facts["taps"] != taps:
         raise ValueError(f"{origin} was trained with taps {facts['taps']}, this model has {taps}")
     model.load_trained_state(checkpoint["state_dict"], origin)
+
+
+def load_exported(folder: Path, model: UniImage) -> None:
+    """Load the trained weights of an exported folder into `model`, such as those of the imported release.
+
+    Raises:
+        ValueError: for other frozen parts, other taps, or any missing, unexpected or misshapen tensor, by name.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    state = read_state(folder)
+    if state.pop(PROMPT_EMBEDDINGS, None) is not None and model.mllm.prompt_embeddings is None:
+        raise ValueError(
+            f"init={folder} reads prompts with a table of its own; give model.prompt_embeddings={folder} as well"
+        )
+    taps = {k: config["taps"][k] for k in ("layers", "assignment", "mixed")}
+    load_weights({FACTS: {"frozen": config["frozen_digests"], "taps": taps}, "state_dict": state}, model, str(folder))
 
 
 def describe_model(model: UniImage, stage: str, config: Mapping[str, Any]) -> dict[str, Any]:

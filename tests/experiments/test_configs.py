@@ -18,6 +18,7 @@ OPTIONS = sorted(
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
     "evaluate": ["checkpoint=x"],
+    "export": ["checkpoint=x", "out=x"],
     "generate": ["checkpoint=x", "out=."],
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "train": ["run_dir=."],

@@ -1,43 +1,104 @@
 """SANA with one context per block against the stock forward."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 
 from tbac.models import UniImage
 from tbac.types import Condition
 
 
+@pytest.fixture
+def stock(in_world: Path) -> SanaTransformer2DModel:
+    """The same weights in the library's own model, untouched."""
+    return SanaTransformer2DModel.from_pretrained(in_world / "backbones" / "denoiser", subfolder="transformer")
+
+
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)])
-def test_equal_contexts_equal_the_stock_forward_bit_for_bit(model: UniImage, size: tuple[int, int]) -> None:
+def test_equal_contexts_equal_the_stock_forward_bit_for_bit(
+    model: UniImage, stock: SanaTransformer2DModel, size: tuple[int, int]
+) -> None:
     latents, context = torch.randn(3, 8, *size), torch.randn(3, 16, 128)
     timestep = torch.tensor([0.0, 400.0, 999.5])
-    stock = model.denoiser.transformer(latents, context, timestep, return_dict=False)[0]
+    expected = stock(latents, context, timestep, return_dict=False)[0]
     ours = model.denoiser(latents, timestep, Condition(context.expand(4, -1, -1, -1)))
-    assert torch.equal(ours, stock)
+    assert torch.equal(ours, expected)
 
 
-def test_a_mask_equals_the_stock_mask(model: UniImage) -> None:
+def test_a_mask_equals_the_stock_mask(model: UniImage, stock: SanaTransformer2DModel) -> None:
     latents, context, timestep = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 128), torch.tensor([3.0, 700.0])
     mask = torch.ones(2, 16)
     mask[1, 5:] = 0
-    stock = model.denoiser.transformer(latents, context, timestep, encoder_attention_mask=mask, return_dict=False)[0]
-    assert torch.equal(model.denoiser(latents, timestep, Condition(context.expand(4, -1, -1, -1), mask)), stock)
+    expected = stock(latents, context, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+    assert torch.equal(model.denoiser(latents, timestep, Condition(context.expand(4, -1, -1, -1), mask)), expected)
 
 
-def test_gradients_equal_the_stock_ones(model: UniImage) -> None:
+def gradients_of(made: torch.Tensor, transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    transformer.zero_grad()
+    made.square().mean().backward()
+    return {k: p.grad.clone() for k, p in transformer.named_parameters()}
+
+
+def test_gradients_equal_the_stock_ones(model: UniImage, stock: SanaTransformer2DModel) -> None:
     latents, context, timestep = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 128), torch.tensor([3.0, 700.0])
-    transformer = model.denoiser.transformer
-    gradients = []
-    for ours in (False, True):
-        transformer.zero_grad()
-        if ours:
-            made = model.denoiser(latents, timestep, Condition(context.expand(4, -1, -1, -1)))
-        else:
-            made = transformer(latents, context, timestep, return_dict=False)[0]
-        made.square().mean().backward()
-        gradients.append({k: p.grad.clone() for k, p in transformer.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+    expected = gradients_of(stock(latents, context, timestep, return_dict=False)[0], stock)
+    made = model.denoiser(latents, timestep, Condition(context.expand(4, -1, -1, -1)))
+    gradients = gradients_of(made, model.denoiser.transformer)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_projected_contexts_equal_contexts_bit_for_bit(model: UniImage) -> None:
+    latents, timestep = torch.randn(2, 8, 8, 8), torch.tensor([3.0, 700.0])
+    mask = torch.ones(2, 16)
+    mask[1, 5:] = 0
+    for condition in (Condition(torch.randn(4, 2, 16, 128)), Condition(torch.randn(4, 2, 16, 128), mask)):
+        projected = model.denoiser.project(condition)
+        assert torch.equal(model.denoiser(latents, timestep, projected), model.denoiser(latents, timestep, condition))
+        rows = torch.tensor([1, 0])
+        assert torch.equal(
+            model.denoiser(latents, timestep, projected[rows]), model.denoiser(latents, timestep, condition[rows])
+        )
+
+
+def test_one_timestep_stands_for_all(model: UniImage) -> None:
+    latents, condition = torch.randn(3, 8, 8, 8), Condition(torch.randn(4, 3, 16, 128))
+    torch.testing.assert_close(
+        model.denoiser(latents, torch.tensor([500.0]), condition),
+        model.denoiser(latents, torch.full((3,), 500.0), condition),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("way", ["checkpointing", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_checkpointing_and_compiling_change_neither_prediction_nor_gradients(model: UniImage, way: str) -> None:
+    latents, timestep = torch.randn(2, 8, 8, 8), torch.tensor([3.0, 700.0])
+    states = torch.randn(4, 2, 16, 128)
+    results = []
+    for changed in (False, True):
+        if changed and way != "checkpointing":
+            model.denoiser.compile_blocks(backend=way)
+        model.denoiser.checkpointing = changed and way == "checkpointing"
+        leaf = states.clone().requires_grad_()
+        made = model.denoiser(latents, timestep, Condition(leaf))
+        results.append((made.detach(), gradients_of(made, model.denoiser.transformer), leaf.grad))
+    (made, gradients, reached), (other, others, other_reached) = results
+    torch.testing.assert_close(other, made, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_reached, reached, rtol=1e-4, atol=1e-7)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_runs_each_block_twice(model: UniImage) -> None:
+    ran = []
+    for index, block in enumerate(model.denoiser.transformer.transformer_blocks):
+        block.register_forward_pre_hook(lambda *_, i=index: ran.append(i))
+    model.set_checkpointing(denoiser=True)
+    model.denoiser(torch.randn(2, 8, 8, 8), torch.ones(2), Condition(torch.randn(4, 2, 16, 128))).sum().backward()
+    assert ran == [0, 1, 2, 3, 3, 2, 1, 0]
 
 
 def test_each_block_reads_its_own_context(model: UniImage) -> None:

@@ -108,6 +108,35 @@ def test_mixed_precision_stays_near_the_plain_pass(model: UniImage, case: str) -
     assert model.ladder.queries.grad is not None
 
 
+@pytest.mark.parametrize("case", ["text", "mixed"])
+@pytest.mark.parametrize("way", ["checkpointing", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_checkpointing_and_compiling_the_query_pass_change_nothing(model: UniImage, case: str, way: str) -> None:
+    """The library drops its cache under checkpointing in training mode; here neither mode matters."""
+    model.train()
+    inputs = model.prompt(*prompt_cases()[case])
+    results = []
+    for changed in (False, True):
+        if changed and way != "checkpointing":
+            model.mllm.compile_queries(dynamic=True, backend=way)
+        model.set_checkpointing(queries=changed and way == "checkpointing")
+        model.zero_grad()
+        states = model.encode_condition(inputs).states
+        states.square().mean().backward()
+        results.append((states.detach(), model.ladder.queries.grad.clone()))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-7)
+
+
+def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniImage) -> None:
+    ran = []
+    layers = model.mllm.body.language_model.layers
+    layers[0].self_attn.q_proj.register_forward_hook(lambda _, args, out: ran.append(args[0].shape[1]))
+    model.set_checkpointing(queries=True)
+    inputs = model.prompt(["a red circle"])
+    model.encode_condition(inputs).states.sum().backward()
+    assert ran == [inputs["input_ids"].shape[1], 9, 9]
+
+
 def test_padding_and_company_change_nothing(model: UniImage) -> None:
     texts, images = prompt_cases()["mixed"]
     together = model.encode_condition(model.prompt(texts, images)).states

@@ -73,8 +73,64 @@ def test_guidance_of_one_is_no_guidance(model: UniImage, pipeline: UniImagePipel
     torch.testing.assert_close(
         latents_of(pipeline, "a red circle", latents=noise, guidance_scale=1.0), expected, rtol=1e-4, atol=1e-4
     )
-    u, i, f = torch.randn(3, 2, 1)
-    torch.testing.assert_close(Guidance(1.0, 1.0).combine(torch.cat([u, i, f])), f)
+    assert Guidance(1.0).branches == Guidance(1.0, 1.0).branches == ("full",)
+
+
+def test_image_guidance_of_one_or_less_guides_the_text_alone(model: UniImage, pipeline: UniImagePipeline) -> None:
+    noise, source = noise_for(1), noise_image(3)
+    expected = plain_loop(
+        model, ["", "add a circle"], [[source], [source]], noise, 3, lambda i, f: i + 4.0 * (f - i)
+    )  # fmt: skip
+    for scale in (1.0, 0.5):
+        made = latents_of(
+            pipeline, "add a circle", image=source, latents=noise, guidance_scale=4.0, image_guidance_scale=scale
+        )
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_branches_one_by_one_equal_branches_in_one_batch(pipeline: UniImagePipeline, edit: bool) -> None:
+    options = {"latents": noise_for(2), "image": [noise_image(1), noise_image(2)] if edit else None}
+    together = latents_of(pipeline, PROMPTS[:2], **options)
+    apart = latents_of(pipeline, PROMPTS[:2], batch_branches=False, **options)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_outside_its_interval_there_is_no_guidance(model: UniImage, pipeline: UniImagePipeline) -> None:
+    noise = noise_for(1)
+    whole = latents_of(pipeline, PROMPTS[0], latents=noise, num_inference_steps=6)
+    equal = latents_of(pipeline, PROMPTS[0], latents=noise, num_inference_steps=6, guidance_interval=(0, 1))
+    assert torch.equal(whole, equal)
+    scheduler = DPMSolverMultistepScheduler.from_config(model.provenance.scheduler)
+    scheduler.set_timesteps(6)
+    uncond, full = (model.encode_condition(model.prompt([t])) for t in ("", PROMPTS[0]))
+    latents = noise
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            sigma = (timestep / 1000).float().expand(1)
+            u, f = (model.predict_velocity(latents, sigma, c) for c in (uncond, full))
+            velocity = u + 4.5 * (f - u) if 0.3 <= sigma.item() <= 0.9 else f
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    made = latents_of(
+        pipeline, PROMPTS[0], latents=noise, num_inference_steps=6, guidance_interval=(0.3, 0.9), guidance_scale=4.5
+    )
+    torch.testing.assert_close(made, latents, rtol=1e-4, atol=1e-4)
+    assert (made - whole).abs().max() > 1e-3
+
+
+def test_a_picture_s_keys_and_values_are_made_once(
+    model: UniImage, pipeline: UniImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, read = [], []
+    for block in model.denoiser.transformer.transformer_blocks:
+        block.attn2.to_k.register_forward_hook(lambda *args: made.append(len(args[1][0])))
+    original = model.mllm.prefix
+    monkeypatch.setattr(
+        model.mllm, "prefix", lambda inputs, depth: (read.append(len(inputs["input_ids"])), original(inputs, depth))[1]
+    )
+    latents_of(pipeline, PROMPTS, num_inference_steps=5, num_images_per_prompt=2)
+    assert read == [4]  # three prompts, and one negative prompt for all of them
+    assert made == [4] * model.denoiser.num_blocks
 
 
 PROMPTS = ["a red circle", "three green squares at the top left and a letter L", "a blue triangle"]
@@ -154,6 +210,8 @@ def test_answering_through_the_pipeline(pipeline: UniImagePipeline, model: UniIm
         ({"image": [noise_image(1), None]}, "all edits or all text-to-image"),
         ({"image": [noise_image(1)]}, "1 input images for 2 prompts"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 pictures"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval must be two noise levels"),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance_interval must be two noise levels"),
     ],
 )
 def test_what_doesn_t_fit_is_refused_before_anything_runs(

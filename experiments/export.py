@@ -1,0 +1,69 @@
+"""Write an exported folder from a training checkpoint, and push it to the hub if asked.
+
+python experiments/export.py checkpoint=outputs/train/… out=DIR [standalone=true] [push_to_hub=owner/name]
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from omegaconf import DictConfig
+
+from experiments.common import CONF, open_model, user_errors
+from tbac.models.card import is_hub_id
+from tbac.training.checkpoints import FACTS, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Raise ValueError for what can be refused before a weight is read."""
+    out = Path(cfg.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={cfg.out} exists and isn't an empty folder; give a new one")
+    if cfg.push_to_hub and not is_hub_id(cfg.push_to_hub):
+        raise ValueError(f"push_to_hub must be a hub id such as owner/name, got {cfg.push_to_hub!r}")
+
+
+def facts_of(checkpoint: str) -> dict[str, Any]:
+    """Rows of the model card that only a training checkpoint knows."""
+    if (Path(checkpoint).expanduser() / "config.json").is_file():
+        return {}
+    read = read_checkpoint(checkpoint)
+    return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload the folder; returns the address of the commit.
+
+    Raises:
+        ValueError: when the hub can't be reached or refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export from tbac"))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"push_to_hub={repository} failed ({type(error).__name__}: {str(error).splitlines()[0]}); the export in "
+            f"{folder} is whole. Log in with `hf auth login` or set HF_TOKEN, then `hf upload {repository} {folder}`"
+        ) from None
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    check_options(cfg)
+    model = open_model(cfg.checkpoint, "cpu", "float32").model
+    out = Path(cfg.out)
+    model.save_pretrained(out, standalone=cfg.standalone, notes=facts_of(cfg.checkpoint))
+    log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)
+    if cfg.push_to_hub:
+        log.info("pushed: %s", push(out, cfg.push_to_hub, cfg.private))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,11 @@ from experiments.generate import read_image
 @user_errors
 def main(cfg: DictConfig) -> None:
     image = read_image(cfg.image) if cfg.image else None
-    print(open_model(cfg.checkpoint, cfg.device, cfg.dtype).answer(cfg.question, image, cfg.max_new_tokens))
+    print(
+        open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization).answer(
+            cfg.question, image, cfg.max_new_tokens
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(path: str | None, device: str, dtype: str) -> Any:
+def open_model(path: str | None, device: str, dtype: str, quantization: str | None = None) -> Any:
     """A `UniImagePipeline` from an exported folder, a run folder, or a training checkpoint.
+
+    `quantization` of the MLLM is `nf4`, `int8`, or None for what the checkpoint was trained with.
 
     Raises:
         ValueError: when nothing usable is there.
@@ -89,9 +91,10 @@ def open_model(path: str | None, device: str, dtype: str) -> Any:
         raise ValueError("give checkpoint=PATH: an exported folder, a run folder of outputs/train, or a .ckpt file")
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
-        model = UniImage.from_pretrained(folder, dtype=dtype)
+        model = UniImage.from_pretrained(folder, dtype=dtype, quantization=quantization)
     else:
         checkpoint = read_checkpoint(folder)
-        model = instantiate(OmegaConf.create(checkpoint[FACTS]["config"]["model"]))
+        config = OmegaConf.create(checkpoint[FACTS]["config"]["model"])
+        model = instantiate(config, **({"quantization": quantization} if quantization else {}))
         load_weights(checkpoint, model, str(folder))
     return UniImagePipeline(model.to(pick_device(device)))

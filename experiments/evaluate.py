@@ -55,7 +55,10 @@ def main(cfg: DictConfig) -> None:
     READERS[cfg.benchmark.name](cfg.benchmark.file)
     detector = instantiate(cfg.judge)
     scores = evaluate(
-        open_model(cfg.checkpoint, cfg.device, cfg.dtype), detector, cfg.benchmark, output_dir() / "samples"
+        open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization),
+        detector,
+        cfg.benchmark,
+        output_dir() / "samples",
     )
     scores.pop("answers", None)
     (output_dir() / "report.json").write_text(json.dumps(scores, indent=2) + "\n")

@@ -72,7 +72,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
     sources = images * len(prompts) if len(images) == 1 else images
-    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
+    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
+    if cfg.compile:
+        pipeline.model.denoiser.compile_blocks()
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(prompts), cfg.batch_size):
@@ -86,6 +88,8 @@ def main(cfg: DictConfig) -> None:
             num_inference_steps=cfg.num_inference_steps,
             guidance_scale=cfg.guidance_scale,
             image_guidance_scale=cfg.image_guidance_scale,
+            guidance_interval=tuple(cfg.guidance_interval),
+            batch_branches=cfg.batch_branches,
             num_images_per_prompt=cfg.num_images_per_prompt,
             generator=[torch.Generator().manual_seed(cfg.seed + first + i) for i in range(count)],
             progress=True,

@@ -237,7 +237,7 @@ def load_mllm(
 
     def load_whole() -> Qwen2_5_VLForConditionalGeneration:
         with _no_report():
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options)
+            return _keep_layout(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options))
 
     truncated = copy.deepcopy(config)
     truncated.text_config.num_hidden_layers = depth
@@ -248,7 +248,19 @@ def load_mllm(
     if wrong := sorted(loaded["missing_keys"]) + sorted(str(k[0]) for k in loaded["mismatched_keys"]):
         raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
     table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
-    return FrozenMLLM(model, load_whole, text.num_hidden_layers, table)
+    return FrozenMLLM(_keep_layout(model), load_whole, text.num_hidden_layers, table)
+
+
+def _keep_layout(model: Any) -> Any:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a pass without gradient.
+
+    The packed layout has no backward pass, so the query pass would undo it in every step, and it doesn't take widths
+    that aren't multiples of its block size.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @contextmanager

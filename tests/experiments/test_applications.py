@@ -122,3 +122,20 @@ def test_a_run_folder_is_scored(benchmark: str, fields: set[str], capfd: pytest.
     report = json.loads(Path("scored/report.json").read_text())
     assert fields <= report.keys()
     assert all(0 <= report[name] <= 1 for name in fields)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_mllm_and_an_8_bit_optimizer_train_and_resume(
+    capfd: pytest.CaptureFixture[str], quantization: str
+) -> None:
+    options = [*FEW, f"model.quantization={quantization}", "optim=adamw8bit"]
+    ran("train", capfd, *options, "hydra.run.dir=one")
+    checkpoint = only("one/checkpoints/t2i_pretrain-step=2.ckpt")
+    ran("train", capfd, *options, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
+    checkpoint = read_checkpoint("two")
+    assert checkpoint["global_step"] == 4
+    states = [v["__bnb_optimizer_quant_state__"] for v in checkpoint["optimizer_states"][0]["state"].values()]
+    assert {s["state1"].dtype for s in states} == {torch.uint8, torch.float32}  # small tensors stay in float32
+    assert {v["step"] for v in checkpoint["optimizer_states"][0]["state"].values()} == {4}
+    text = ran("evaluate", capfd, "checkpoint=two", "benchmark.num_inference_steps=1")
+    assert "overall" in text

@@ -143,3 +143,22 @@ def test_training_learns(model: UniImage) -> None:
     trainer_of(30, gradient_clip_val=1.0).fit(module, datamodule=data)
     last = trainer_of(1).validate(module, data, verbose=False)[0]["val/loss"]
     assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("stage", ["t2i_pretrain", "ti2i_pretrain"])
+@pytest.mark.parametrize("noises", [1, 3])
+def test_a_step_never_waits_for_the_device(model: UniImage, stage: str, noises: int) -> None:
+    """Nothing of the device is read: on the meta device, which holds no numbers, each read would raise."""
+    module = module_of(model)
+    module.flow = FlowOptions(noise_samples_per_prompt=noises)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = next(iter(data_of(model, f"stage={stage}").train_dataloader()))
+    assert ("pixel_values" in batch.prompt) == (stage == "ti2i_pretrain")
+    model.to("meta")
+    module.to("meta")
+    loss = module.training_step(batch.to("meta"), 0)
+    loss.backward()
+    assert loss.device.type == "meta"
+    for read in (loss.item, loss.cpu, loss.view(1).nonzero, lambda: bool(loss > 0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()

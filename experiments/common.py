@@ -1,7 +1,9 @@
 """What the applications share: clear errors, finding models, run folders."""
 
+import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,6 +56,19 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
     for name in ("alembic", "mlflow", "torchao", "httpx", "lightning.pytorch.utilities.rank_zero", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, as PyTorch's CUDA allocator does.
+
+    By default glibc returns large blocks to the system, which hands them out again page by page; a training step on a CPU
+    spends a fifth of its time on that. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 2**28)):  # MMAP_MAX, TRIM, ARENA_MAX, TOP_PAD
+        mallopt(parameter, value)
 
 
 def output_dir() -> Path:

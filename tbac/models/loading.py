@@ -180,7 +180,9 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_init:
-            return assemble_random(parts, plan, ladder, num_queries)
+            model = assemble_random(parts, plan, ladder, num_queries, DTYPES[dtype])
+            model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
+            return model
         built = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **ladder)
     mllm_folder = local_folder("model.mllm", mllm, MLLM_FILES)
     denoiser_folder = local_folder("model.denoiser", denoiser, DENOISER_FILES)
@@ -398,13 +400,23 @@ class SanaConfigView:
         self.__dict__.update(values)
 
 
-def assemble_random(parts: Architecture, plan: TapPlan, ladder: Mapping[str, Any], num_queries: int) -> UniImage:
-    """All parts with fresh weights, on the default device; no tokenizer."""
+def assemble_random(
+    parts: Architecture, plan: TapPlan, ladder: Mapping[str, Any], num_queries: int, dtype: torch.dtype = torch.float32
+) -> UniImage:
+    """All parts with fresh weights, on the default device, the frozen ones in `dtype`; no tokenizer."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        autoencoder = AutoencoderDC(**parts.autoencoder)
+    finally:
+        torch.set_default_dtype(usual)
     return UniImage(
-        FrozenMLLM(Qwen2_5_VLForConditionalGeneration._from_config(parts.mllm, attn_implementation="sdpa")),
+        FrozenMLLM(
+            Qwen2_5_VLForConditionalGeneration._from_config(parts.mllm, dtype=dtype, attn_implementation="sdpa")
+        ),
         Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **ladder),
         LadderDenoiser(SanaTransformer2DModel(**parts.transformer)),
-        FrozenAutoencoder(AutoencoderDC(**parts.autoencoder)),
+        FrozenAutoencoder(autoencoder),
         None,
         Provenance(ladder=dict(ladder), scheduler=parts.scheduler),
     )

@@ -2,8 +2,8 @@
 
 Attention is causal and the queries come last, so nothing of the prompt depends on them. The prompt runs once without
 gradient and leaves its keys and values; the query rows then run with gradient against these, which are only read. The
-prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts of a batch
-begin with runs once. Nothing above the deepest tap runs, and nothing above it need be in memory: the whole model is
+prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts begin with,
+the system message, runs once for good. Nothing above the deepest tap runs, and nothing above it need be in memory: the whole model is
 read when a question is to be answered. The layers are called part by part (projections, norms, MLP), never through the
 library's cache.
 """
@@ -77,6 +77,7 @@ class FrozenMLLM(nn.Module):
         self.register_buffer("prompt_embeddings", prompt_embeddings)
         self.checkpointing = False  # of the query pass: its layers run again in the backward pass
         self._query_layer: Callable[..., Tensor] = _query_layer
+        self._constants: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
 
     def train(self, mode: bool = True) -> "FrozenMLLM":
         """Stay in evaluation mode: in training mode the library may drop caches."""
@@ -162,40 +163,61 @@ class FrozenMLLM(nn.Module):
         Args:
             inputs: `input_ids` and `attention_mask` (batch, token), padded on the right; with images also
                 `pixel_values` (patch, patch channel) and `image_grid_thw` (image, 3). `position_ids` and
-                `shared_length`, which the prompt code adds, save work and a wait for the device.
+                `shared_ids`, which the prompt code adds, save work and a wait for the device.
             depth: how many layers the queries will pass.
         """
         mask = inputs["attention_mask"].bool()
         positions = self.positions(inputs)
-        embeddings = self.embed(inputs)
-        rotary_of = self.body.language_model.rotary_emb
-        shared = int(inputs.get("shared_length", 0))
-        # What all prompts begin with (the system message) runs once, as one row; each then runs the rest of its own.
-        common, own = embeddings[:1, :shared], embeddings[:, shared:]
-        common_rotary = rotary_of(common, positions[:, :1, :shared])
-        own_rotary = rotary_of(own, positions[:, :, shared:])
-        causal = causal_lower_right(own.shape[1], mask.shape[1])
+        shared_ids = tuple(inputs.get("shared_ids", ()))
+        shared = len(shared_ids)
+        common = self._constant(shared_ids, depth) if shared else []
+        hidden = self.embed(inputs)[:, shared:]
+        rotary = self.body.language_model.rotary_emb(hidden, positions[:, :, shared:])
+        causal: dict[str, Any] = (
+            {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])} if shared else {"is_causal": True}
+        )
         keys, values = [], []
         layers = self.body.language_model.layers[:depth]
         for index, layer in enumerate(layers):
-            last = index + 1 == len(layers)
-            query, key, value = _project(layer, own, own_rotary)
+            query, key, value = _project(layer, hidden, rotary)
             if shared:
-                first = _project(layer, common, common_rotary)
-                if not last:
-                    attended = scaled_dot_product_attention(*first, is_causal=True, enable_gqa=True)
-                    common = _finish_layer(layer, common, attended)
-                key = torch.cat([first[1].expand(len(key), -1, -1, -1), key], dim=2)
-                value = torch.cat([first[2].expand(len(value), -1, -1, -1), value], dim=2)
+                key, value = (
+                    torch.cat([first.expand(len(own), -1, -1, -1), own], dim=2)
+                    for first, own in zip(common[index], (key, value), strict=True)
+                )
             keys.append(key)
             values.append(value)
-            if not last:
-                kind: dict[str, Any] = {"attn_mask": causal} if shared else {"is_causal": True}
-                own = _finish_layer(
-                    layer, own, scaled_dot_product_attention(query, key, value, enable_gqa=True, **kind)
-                )
+            if index + 1 < len(layers):
+                attended = scaled_dot_product_attention(query, key, value, enable_gqa=True, **causal)
+                hidden = _finish_layer(layer, hidden, attended)
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
         return Prefix(keys, values, mask, next_position)
+
+    def _constant(self, ids: tuple[int, ...], depth: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the tokens that every prompt begins with, of the first `depth` layers; computed once.
+
+        They stay ordinary tensors even when inference mode first asks for them, since training reads them too.
+        """
+        table = self.prompt_table()
+        kind = table.device.type
+        mixed = None
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            mixed = torch.get_autocast_dtype(kind)
+        wanted = (ids, depth, table.device, table.dtype, mixed)
+        if self._constants is None or self._constants[0] != wanted:
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = torch.tensor([ids], device=table.device)
+                hidden = nn.functional.embedding(tokens, table)
+                positions = torch.arange(len(ids), device=table.device).expand(3, 1, -1)
+                rotary = self.body.language_model.rotary_emb(hidden, positions)
+                found = []
+                for layer in self.body.language_model.layers[:depth]:
+                    query, key, value = _project(layer, hidden, rotary)
+                    found.append((key, value))
+                    attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+                    hidden = _finish_layer(layer, hidden, attended)
+            self._constants = (wanted, found)
+        return self._constants[1]
 
     def read_queries(self, queries: Tensor, prefix: Prefix, layers: Sequence[int]) -> Tensor:
         """Run the queries after a prompt, with gradient.
@@ -214,6 +236,8 @@ class FrozenMLLM(nn.Module):
         positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)
         causal = (steps[:, None] >= steps).expand(batch, 1, count, count)
         mask = torch.cat([prefix.mask[:, None, None, :].expand(batch, 1, count, -1), causal], dim=-1)
+        config = self.model.config.text_config
+        mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
         hidden = queries.to(language_model.embed_tokens.weight.dtype).expand(batch, -1, -1)
         rotary = language_model.rotary_emb(hidden, positions)
@@ -260,11 +284,16 @@ def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple
 def _query_layer(
     layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """One layer of the query pass, against the prompt's keys and values, which are only read."""
+    """One layer of the query pass, against the prompt's keys and values, which are only read.
+
+    Heads that share keys and values become rows of one head, so that these are read once; `mask` has a row for each.
+    """
     query, key, value = _project(layer, hidden, rotary)
+    heads, tokens = query.shape[1:3]
     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    return _finish_layer(layer, hidden, attended)
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    attended = scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+    return _finish_layer(layer, hidden, attended.unflatten(2, (-1, tokens)).reshape(-1, heads, tokens, key.shape[-1]))
 
 
 def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

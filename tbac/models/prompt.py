@@ -27,8 +27,8 @@ MAX_ASPECT_RATIO = 200
 class PromptInputs(BatchFeature):
     """`input_ids`, `attention_mask` (batch, token); with images `pixel_values` and `image_grid_thw` (image, 3).
 
-    Padded on the right also `position_ids` (3, batch, token), the rotary positions, and `shared_length`, how many
-    tokens all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
+    Padded on the right also `position_ids` (3, batch, token), the rotary positions, and `shared_ids`, the tokens of the
+    system message that all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
     """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":  # type: ignore[override]
@@ -66,6 +66,7 @@ class PromptProcessor:
         self.image_pixels = image_pixels
         self.max_text_tokens = max_text_tokens
         self.system_prompt = system_prompt
+        self._shared: dict[str, tuple[int, ...]] = {}
         self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
@@ -169,8 +170,20 @@ class PromptProcessor:
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
         if padding_side == "right":
             data["position_ids"] = self._positions(sequences, ids.shape[1], grids.tolist())
-            data["shared_length"] = self._shared_length(sequences)
+            data["shared_ids"] = self.shared_ids(self.system_prompt if system is None else system)
         return PromptInputs(data)
+
+    def shared_ids(self, system: str) -> tuple[int, ...]:
+        """Tokens that every prompt begins with: the system message and the opening of the user's."""
+        if system in self._shared:
+            return self._shared[system]
+        text, picture = (self._sequence("", tokens, system, "") for tokens in ((), (1,)))
+        different = (i for i, (a, b) in enumerate(zip(text, picture, strict=False)) if a != b)
+        # What follows the last special token may be read together with a text, so it isn't shared.
+        shared = text[: next(different)]
+        special = set(self.tokenizer.all_special_ids)
+        self._shared[system] = tuple(shared[: max(i for i, token in enumerate(shared) if token in special) + 1])
+        return self._shared[system]
 
     def _positions(self, sequences: list[list[int]], width: int, grids: list[list[int]]) -> Tensor:
         """Rotary positions (3, batch, token) for time, height and width (Qwen2.5-VL's M-RoPE); 0 on padding.
@@ -201,19 +214,6 @@ class PromptProcessor:
                 positions[:, row, place : place + block.shape[1]] = block
                 place += block.shape[1]
         return positions
-
-    def _shared_length(self, sequences: list[list[int]]) -> int:
-        """How many tokens all prompts begin with; images don't count, and each prompt keeps a token of its own."""
-        if len(sequences) == 1:
-            return 0
-        shared = 0
-        limit = min(map(len, sequences)) - 1
-        first = sequences[0]
-        while (
-            shared < limit and first[shared] != self._image_token and all(s[shared] == first[shared] for s in sequences)
-        ):
-            shared += 1
-        return shared
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         width = max(map(len, sequences))

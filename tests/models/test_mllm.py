@@ -133,8 +133,12 @@ def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniI
     layers[0].self_attn.q_proj.register_forward_hook(lambda _, args, out: ran.append(args[0].shape[1]))
     model.set_checkpointing(queries=True)
     inputs = model.prompt(["a red circle"])
-    model.encode_condition(inputs).states.sum().backward()
-    assert ran == [inputs["input_ids"].shape[1], 9, 9]
+    shared = len(inputs["shared_ids"])
+    own = inputs["input_ids"].shape[1] - shared
+    for passes in ([shared, own, 9, 9], [own, 9, 9]):  # what all prompts begin with runs once for good
+        ran.clear()
+        model.encode_condition(inputs).states.sum().backward()
+        assert ran == passes
 
 
 def test_padding_and_company_change_nothing(model: UniImage) -> None:
@@ -151,7 +155,18 @@ def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.Monkey
     for index, layer in enumerate(model.mllm.body.language_model.layers):
         layer.self_attn.q_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
     model.encode_condition(model.prompt(["a red circle"]))
-    assert ran == [0, 1, 0, 1]  # prompt, then queries
+    assert ran == [0, 1, 0, 1, 0, 1]  # what all prompts begin with, prompt, queries
+
+
+def test_the_constant_beginning_changes_nothing_and_outlives_inference_mode(model: UniImage) -> None:
+    inputs = model.prompt(*prompt_cases()["mixed"])
+    whole = {k: v for k, v in inputs.items() if k != "shared_ids"}
+    with torch.inference_mode():
+        model.encode_condition(inputs)
+    states = model.encode_condition(inputs).states
+    torch.testing.assert_close(states, model.encode_condition(whole).states, rtol=1e-4, atol=1e-5)
+    states.sum().backward()
+    assert model.ladder.queries.grad is not None
 
 
 def test_only_the_queries_carry_gradient(model: UniImage) -> None:

@@ -170,11 +170,10 @@ def test_positions_are_the_library_s(model: UniImage, case: str) -> None:
     assert torch.equal(inputs["position_ids"][:, mask], expected[:, mask])
 
 
-def test_what_all_prompts_begin_with_ends_at_their_first_difference(released: PromptProcessor) -> None:
-    inputs = released(["a red circle", "a red square"])
-    shared = inputs["shared_length"]
-    first, second = inputs["input_ids"].tolist()
-    assert first[:shared] == second[:shared]
-    assert first[shared] != second[shared]
-    assert released(["same", "same"])["shared_length"] == released(["same"])["input_ids"].shape[1] - 1
-    assert released(["one"])["shared_length"] == 0
+def test_all_prompts_begin_with_the_shared_tokens_and_go_on_in_their_own_way(released: PromptProcessor) -> None:
+    inputs = released(["a red circle", "\n\nnewlines", ""], [None, None, [noise_image(0)]])
+    shared = list(inputs["shared_ids"])
+    assert all(row[: len(shared)] == shared for row in inputs["input_ids"].tolist())
+    text = released.tokenizer.decode(shared)
+    assert text == f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>"
+    assert list(released(["x"], system="other")["shared_ids"]) != shared

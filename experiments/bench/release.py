@@ -1,0 +1,113 @@
+"""The release's way, as a baseline: the same model computed plainly.
+
+The whole sequence passes the MLLM with gradient, queries and two closing tokens included; the queries are rows of a
+trainable vocabulary table whose other rows a hook keeps from getting gradients; the hidden states of all layers and tokens
+are stacked before the taps are cut out; MLLM and denoiser are checkpointed; sampling computes everything of a step at every
+step. What it computes equals ours, values and gradients, which the benchmark checks before it measures.
+"""
+
+import copy
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tbac.flow import timestep_of
+from tbac.models import UniImage
+from tbac.sampling.solver import make_scheduler
+
+CLOSING = 2  # tokens after the queries: <|vision_end|>, <|im_end|>
+
+
+class ReleaseWay(nn.Module):
+    """The release's computation with the weights of a `UniImage`, which stays as it is.
+
+    Args:
+        model: with an MLLM that has all its layers, shared connector and the last taps before the final one.
+    """
+
+    def __init__(self, model: UniImage) -> None:
+        super().__init__()
+        self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.whole())
+        self.connector = copy.deepcopy(model.ladder.connector)
+        self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer)).to(model.device)
+        self.transformer.load_state_dict(model.denoiser.transformer.state_dict())
+        self.scheduler = model.provenance.scheduler
+        queries = model.ladder.queries.detach()
+        self.vocabulary = self.mllm.get_input_embeddings().weight.shape[0]
+        self.num_queries = len(queries)
+        self.mllm.lm_head = nn.Identity()
+        table = torch.cat([self.mllm.get_input_embeddings().weight.detach(), queries.to(self.mllm.dtype)])
+        self.mllm.get_input_embeddings().weight = nn.Parameter(table)
+        self.mllm.requires_grad_(False)
+        self.mllm.get_input_embeddings().weight.requires_grad_(True)
+        self.mllm.get_input_embeddings().weight.register_hook(self._freeze)
+        self.mllm.train()
+        self.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()
+
+    def _freeze(self, gradient: Tensor) -> Tensor:
+        gradient[: self.vocabulary].zero_()
+        return gradient
+
+    def sequence(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prompts, queries and closing tokens as one sequence; prompts of one length."""
+        ids = inputs["input_ids"]
+        rows = torch.arange(self.vocabulary, self.vocabulary + self.num_queries, device=ids.device)
+        closing = torch.full((CLOSING,), self.mllm.config.vision_end_token_id, device=ids.device)
+        ids = torch.cat([ids, torch.cat([rows, closing]).expand(len(ids), -1)], dim=1)
+        images = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
+        kinds = (ids == self.mllm.config.image_token_id).int()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **images}
+
+    def encode_condition(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(block, batch, query, channel)."""
+        self.mllm.model.rope_deltas = None
+        states = self.mllm(**self.sequence(inputs), output_hidden_states=True, use_cache=False).hidden_states
+        stacked = torch.stack(states, dim=0)
+        queries = stacked[:, :, -self.num_queries - CLOSING : -CLOSING]
+        return self.connector(queries[-len(self.transformer.transformer_blocks) - 1 : -1])
+
+    def predict_velocity(self, noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
+        """Velocity; the contexts' mask is all ones, as released."""
+        model, mask = self.transformer, torch.ones(contexts.shape[1:3], device=contexts.device)
+        bias = ((1 - mask.to(noisy.dtype)) * -10000.0).unsqueeze(1)
+        patch = model.config.patch_size
+        rows, columns = (size // patch for size in noisy.shape[-2:])
+        hidden = model.patch_embed(noisy)
+        modulation, embedded = model.time_embed(timestep, batch_size=len(noisy), hidden_dtype=hidden.dtype)
+        contexts = model.caption_norm(model.caption_projection(contexts))
+        for block, context in zip(model.transformer_blocks, contexts, strict=True):
+            arguments = (hidden, None, context, bias, modulation, rows, columns)
+            if torch.is_grad_enabled() and model.gradient_checkpointing:
+                hidden = model._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden = block(*arguments)
+        hidden = model.proj_out(model.norm_out(hidden, embedded, model.scale_shift_table))
+        hidden = hidden.reshape(len(noisy), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return hidden.reshape(len(noisy), -1, rows * patch, columns * patch)
+
+    def loss(self, inputs: dict[str, Tensor], latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Flow-matching loss."""
+        level = sigma.view(-1, 1, 1, 1)
+        noisy = (1 - level) * latents + level * noise
+        predicted = self.predict_velocity(noisy, timestep_of(sigma), self.encode_condition(inputs))
+        return (predicted.float() - (noise - latents).float()).square().mean()
+
+    @torch.no_grad()
+    def sample(self, inputs: dict[str, Tensor], latents: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """Latents; `inputs` hold the negative prompts, then the prompts."""
+        contexts = self.encode_condition(inputs)
+        scheduler = make_scheduler(self.scheduler)
+        scheduler.set_timesteps(steps, device=latents.device)
+        for timestep in scheduler.timesteps:
+            noisy = torch.cat([latents] * 2)
+            uncond, full = self.predict_velocity(noisy, timestep.expand(len(noisy)), contexts).chunk(2)
+            latents = scheduler.step(uncond + guidance_scale * (full - uncond), timestep, latents, return_dict=False)[0]
+        return latents
+
+
+def _arguments(transformer: SanaTransformer2DModel) -> dict:
+    return {k: v for k, v in transformer.config.items() if not k.startswith("_")}

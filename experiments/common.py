@@ -61,8 +61,8 @@ def quiet_libraries() -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next one, as PyTorch's CUDA allocator does.
 
-    By default glibc returns large blocks to the system, which hands them out again page by page; a training step on a CPU
-    spends a fifth of its time on that. Other C libraries are left alone.
+    By default glibc returns large blocks to the system, which hands them out again page by page; a training step on a
+    CPU spends a fifth of its time on that. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -27,24 +27,17 @@ class Case:
         name: `text` or `image + text`.
         tokens: of the prompt, image tokens included.
         batch: prompts.
-        side: merged patches along a side of the input image; None fills up to three quarters of the prompt.
+        side: merged patches along a side of the input image, 0 without one.
     """
 
     name: str
     tokens: int
     batch: int
-    side: int | None = None
-
-    @property
-    def image_side(self) -> int:
-        """Merged patches along one side of the input image, 0 without."""
-        if self.name == "text":
-            return 0
-        return int((0.75 * self.tokens) ** 0.5) if self.side is None else self.side
+    side: int = 0
 
 
 def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0) -> PromptInputs:
-    """Random prompts of one length on the model's device; the first `shared` tokens, the system message, are the same."""
+    """Random prompts of one length on the model's device; their first `shared` tokens are the same."""
     generator = torch.Generator().manual_seed(seed)
     config, device = model.mllm.model.config, model.device
     vocabulary = min(config.text_config.vocab_size, config.image_token_id) - 8
@@ -52,7 +45,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0) -> Prom
     ids[:, :shared] = ids[:1, :shared].clone()
     data: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "shared_ids": tuple(ids[0, :shared].tolist())}
     positions = torch.arange(case.tokens).expand(3, case.batch, -1)
-    if side := case.image_side:
+    if side := case.side:
         ids[:, shared] = config.vision_start_token_id
         ids[:, shared + 1 : shared + 1 + side**2] = config.image_token_id
         vision = config.vision_config
@@ -90,7 +83,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         return made
 
     counted["vision"] = 0.0
-    if case.image_side:
+    if case.side:
         with torch.no_grad():
             count("vision", lambda: model.mllm.see(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})

@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.common import CONF, output_dir, plain, user_errors
+from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
 from tbac.training.checkpoints import describe_model, load_exported, load_weights, newest_checkpoint, read_checkpoint
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_run, run_facts
@@ -83,8 +83,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     report = {
         "name": cfg.stage.name,
         "steps": trainer.global_step,
-        "val_loss_first": first[0]["val/loss"] if first else None,
-        "val_loss_last": last[0]["val/loss"] if last else None,
+        "val_loss_first": first[0].get("val/loss") if first else None,
+        "val_loss_last": last[0].get("val/loss") if last else None,
         "checkpoint": str(folder / "checkpoints" / f"{cfg.stage.name}-step={trainer.global_step}.ckpt"),
     }
     if trainer.is_global_zero:
@@ -95,6 +95,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
+    keep_freed_memory()
     report = train(cfg, output_dir())
     log.info("%s: %d steps, validation loss %s -> %s", *list(report.values())[:4])
 

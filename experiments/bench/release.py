@@ -1,9 +1,9 @@
 """The release's way, as a baseline: the same model computed plainly.
 
 The whole sequence passes the MLLM with gradient, queries and two closing tokens included; the queries are rows of a
-trainable vocabulary table whose other rows a hook keeps from getting gradients; the hidden states of all layers and tokens
-are stacked before the taps are cut out; MLLM and denoiser are checkpointed; sampling computes everything of a step at every
-step. What it computes equals ours, values and gradients, which the benchmark checks before it measures.
+trainable vocabulary table whose other rows a hook keeps from getting gradients; the hidden states of all layers and
+tokens are stacked before the taps are cut out; MLLM and denoiser are checkpointed; sampling computes everything of a
+step at every step. What it computes equals ours, values and gradients, which the benchmark checks before it measures.
 """
 
 import copy

@@ -3,9 +3,9 @@
 Attention is causal and the queries come last, so nothing of the prompt depends on them. The prompt runs once without
 gradient and leaves its keys and values; the query rows then run with gradient against these, which are only read. The
 prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts begin with,
-the system message, runs once for good. Nothing above the deepest tap runs, and nothing above it need be in memory: the whole model is
-read when a question is to be answered. The layers are called part by part (projections, norms, MLP), never through the
-library's cache.
+the system message, runs once for good. Nothing above the deepest tap runs, and nothing above it need be in memory: the
+whole model is read when a question is to be answered. The layers are called part by part (projections, norms, MLP),
+never through the library's cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -179,7 +179,11 @@ class FrozenMLLM(nn.Module):
         keys, values = [], []
         layers = self.body.language_model.layers[:depth]
         for index, layer in enumerate(layers):
-            query, key, value = _project(layer, hidden, rotary)
+            last = index + 1 == len(layers)
+            if last:
+                key, value = _project_last(layer, hidden, rotary)
+            else:
+                query, key, value = _project(layer, hidden, rotary)
             if shared:
                 key, value = (
                     torch.cat([first.expand(len(own), -1, -1, -1), own], dim=2)
@@ -187,7 +191,7 @@ class FrozenMLLM(nn.Module):
                 )
             keys.append(key)
             values.append(value)
-            if index + 1 < len(layers):
+            if not last:
                 attended = scaled_dot_product_attention(query, key, value, enable_gqa=True, **causal)
                 hidden = _finish_layer(layer, hidden, attended)
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
@@ -274,11 +278,22 @@ def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        _heads(attention, projection(normed)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     return query.to(value.dtype), key.to(value.dtype), value  # under autocast the rotary tables are float32
+
+
+def _project_last(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Key and value alone, as of `_project`: nothing of a prompt asks in its last layer."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    key, value = (_heads(attention, projection(normed)) for projection in (attention.k_proj, attention.v_proj))
+    return apply_rotary_pos_emb(key, key, *rotary)[1].to(value.dtype), value
+
+
+def _heads(attention: Any, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _query_layer(

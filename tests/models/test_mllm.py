@@ -153,7 +153,7 @@ def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.Monkey
     model = small_model(in_world, "taps=explicit", "taps.layers=[1,2,2,1]")
     ran = []
     for index, layer in enumerate(model.mllm.body.language_model.layers):
-        layer.self_attn.q_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
+        layer.self_attn.k_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
     model.encode_condition(model.prompt(["a red circle"]))
     assert ran == [0, 1, 0, 1, 0, 1]  # what all prompts begin with, prompt, queries
 

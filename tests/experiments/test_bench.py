@@ -1,0 +1,176 @@
+"""The benchmark: its baseline computes what ours does, its figures are what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.bench.measure import interleaved, markdown, peak_memory, search_largest, summary
+from experiments.bench.release import ReleaseWay
+from experiments.bench.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from experiments.common import plain
+from experiments.costs import Case, make_inputs
+from tbac.models import UniImage
+from tbac.sampling.guidance import Guidance
+from tbac.sampling.solver import solve
+from tests.conftest import composed, prompt_cases
+from tests.experiments.test_applications import ran
+from tests.experiments.test_errors import message
+
+SMALL = [
+    "model.architecture.mllm.text_config.num_hidden_layers=4",
+    "model.architecture.mllm.text_config.hidden_size=64",
+    "model.architecture.mllm.text_config.intermediate_size=96",
+    "model.architecture.mllm.text_config.num_attention_heads=4",
+    "model.architecture.mllm.text_config.rope_parameters.mrope_section=[2,3,3]",
+    "model.architecture.mllm.vision_config.hidden_size=32",
+    "model.architecture.mllm.vision_config.num_heads=2",
+    "model.architecture.mllm.vision_config.intermediate_size=48",
+    "model.architecture.mllm.vision_config.depth=2",
+    "model.architecture.mllm.vision_config.fullatt_block_indexes=[1]",
+    "model.architecture.mllm.vision_config.out_hidden_size=64",
+    "model.architecture.transformer.num_layers=3",
+    "model.architecture.transformer.num_attention_heads=2",
+    "model.architecture.transformer.num_cross_attention_heads=1",
+    "model.architecture.transformer.cross_attention_head_dim=64",
+    "model.architecture.transformer.cross_attention_dim=64",
+    "model.architecture.transformer.caption_channels=64",
+    "model.num_queries=8",
+    "latent_side=4",
+    "shared_tokens=4",
+    "matmul_size=64",
+    "repeats=1",
+    "sampling.repeats=1",
+    "sampling.steps=3",
+    "sampling.fewer_steps=2",
+    "sampling.latent_sides=[4]",
+    "sampling.tokens=12",
+]
+
+
+@pytest.fixture
+def config() -> dict:
+    return plain(composed("bench", *SMALL))
+
+
+@pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
+def test_the_baseline_computes_what_ours_does(config: dict, case: Case) -> None:
+    model = make_model(config["model"], "cpu")
+    torch.nn.init.normal_(model.ladder.queries, std=0.5)
+    arguments = (make_inputs(model, case, 4), *targets(model, case.batch, 4))
+    found = check_equal(Side(BASELINE, model, config), Side(OURS, model, config), arguments)
+    assert found["loss"] < 1e-5
+    assert max(found.values()) < 1e-4
+
+
+def test_a_difference_is_noticed(config: dict) -> None:
+    model, case = make_model(config["model"], "cpu"), Case("text", 20, 3)
+    arguments = (make_inputs(model, case, 4), *targets(model, case.batch, 4))
+    release, ours = Side(BASELINE, model, config), Side(OURS, model, config)
+    model.ladder.queries.data[0] += 0.5
+    with pytest.raises(RuntimeError, match="the release's way and ours differ"):
+        check_equal(release, ours, arguments)
+
+
+@pytest.mark.parametrize("name", ["text", "one_image"])
+def test_the_baseline_reads_real_prompts_as_ours_does(model: UniImage, name: str) -> None:
+    texts, images = prompt_cases()[name]
+    release = ReleaseWay(model)
+    for text, group in zip(texts, images or [None] * len(texts), strict=True):  # prompts of one length: one by one
+        inputs = model.prompt([text], [group])
+        torch.testing.assert_close(
+            release.encode_condition(dict(inputs)), model.encode_condition(inputs).states, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_only_the_query_rows_of_the_baseline_s_table_get_gradients(config: dict) -> None:
+    model, case = make_model(config["model"], "cpu"), Case("text", 20, 2)
+    side = Side(BASELINE, model, config)
+    side.loss(make_inputs(model, case, 4), *targets(model, 2, 4)).backward()
+    gradient = side.release.mllm.get_input_embeddings().weight.grad
+    assert gradient[: side.release.vocabulary].abs().max() == 0
+    assert gradient[side.release.vocabulary :].abs().max() > 0
+
+
+def test_the_baseline_s_samples_are_ours(config: dict) -> None:
+    model = make_model(config["model"], "cpu")
+    inputs = make_inputs(model, Case("text", 12, 3), 4)
+    noise, rows = targets(model, 2, 4)[0], torch.tensor([0, 0, 1, 2])
+    release = ReleaseWay(model).eval()
+    release.mllm.gradient_checkpointing_disable()
+    theirs = release.sample({k: inputs[k][rows] for k in ("input_ids", "attention_mask")}, noise, 4, 3.0)
+    with torch.no_grad():
+        condition = model.denoiser.project(model.encode_condition(inputs))[rows]
+    torch.testing.assert_close(solve(model, condition, Guidance(3.0), noise, 4), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
+    text = ran("bench.run", capfd, *SMALL, "tokens=[12]", "out=bench")
+    report = json.loads(Path("bench/report.json").read_text())
+    for case in ("text, 12", "image + text, 12"):
+        found = report["training"]["cases"][case]
+        assert found["ratio"] == pytest.approx(found["median_s"][BASELINE] / found["median_s"][OURS], rel=0.2)
+        assert set(found["memory"]) == {"release", "ours", "ours, checkpointed"}
+    assert report["sampling"]["cases"]["4 x 4"]["difference"]["release"] < 1e-3
+    assert Path("bench/report.md").read_text().strip() in text
+    assert "| release | ours | ours, checkpointed |" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["parts=[training,speed]"], "parts may hold training, sampling, compiled, batches; got 'speed'"),
+        (["parts=[batches]"], "parts=[batches] caps the memory of a GPU"),
+        (["precision=fp8"], "precision must be 32-true or bf16-mixed, got 'fp8'"),
+        (["tokens=[16]"], "every entry of tokens must exceed shared_tokens=32"),
+        (["repeats=0"], "repeats"),
+    ],
+)
+def test_what_can_t_be_measured_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
+    assert words in message("bench.run", capfd, *options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")
+def test_the_gpu_preset_says_that_there_is_no_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "this computer has no CUDA device" in message("bench.run", capfd, "experiment=bench_gpu")
+
+
+def test_the_gpu_preset_has_the_real_sizes() -> None:
+    config = composed("bench", "experiment=bench_gpu")
+    assert (config.model.num_queries, config.batch.text, config.batch.image, config.precision) == (
+        64,
+        16,
+        4,
+        "bf16-mixed",
+    )
+    assert config.model.architecture.mllm.text_config.hidden_size == 2048
+
+
+def test_sides_take_turns() -> None:
+    order: list[str] = []
+    seconds = interleaved({n: (lambda n=n: order.append(n)) for n in ("a", "b")}, 3, torch.device("cpu"))
+    assert order == ["a", "b"] * 4
+    assert [len(v) for v in seconds.values()] == [3, 3]
+    found = summary({"a": [3.0, 4.0, 100.0], "b": [2.0, 2.0, 1.0]}, "a", "b")
+    assert (found["median_s"], found["ratio"]) == ({"a": 4.0, "b": 2.0}, 2.0)
+
+
+def _hold(mib: int, extra: int) -> object:
+    held = torch.ones(mib * 2**18)  # float32: 4 bytes
+    return lambda: (held.sum(), torch.ones(extra * 2**18).sum())
+
+
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    found = peak_memory(_hold, (200, 300), torch.device("cpu"))
+    assert found["standing_mib"] == pytest.approx(200, abs=40)
+    assert found["peak_mib"] == pytest.approx(500, abs=80)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 8, 63, 64, 100])
+def test_the_largest_batch_is_found(most: int) -> None:
+    assert search_largest(lambda batch: batch <= most, 64) == min(most, 64)
+
+
+def test_tables_are_markdown() -> None:
+    assert markdown(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"

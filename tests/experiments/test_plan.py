@@ -1,0 +1,142 @@
+"""The planner against formulas, published counts and measurement."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.bench.measure import MIB, peak_memory
+from experiments.bench.training import OURS, one_side
+from experiments.common import plain
+from experiments.costs import Case, _convolution_backward, activations_of, flops_of
+from experiments.plan import Setting, build, largest_batch, memory_of
+from tests.conftest import composed
+from tests.experiments.test_applications import ran
+from tests.experiments.test_bench import SMALL
+from tests.experiments.test_errors import message
+
+REAL = "model=qwen2_5_vl_3b_sana_1600m"
+
+
+@pytest.fixture
+def config() -> dict:
+    return plain(composed("bench", *SMALL))["model"]
+
+
+def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str]) -> None:
+    text = ran("plan", capfd, REAL, "hydra.run.dir=run")
+    report = json.loads(Path("run/report.json").read_text())
+    published = {
+        "mllm_layers": 2774.8,
+        "mllm_embeddings": 311.2,
+        "mllm_vision": 668.7,
+        "denoiser": 1604.5,
+        "autoencoder": 312.0,
+        "connector": 10.0,
+    }
+    for name, millions in published.items():
+        assert report["parameters"][name] / 1e6 == pytest.approx(millions, rel=5e-3)
+    assert report["taps"] == list(range(16, 36))
+    text_stage, edit_stage, _ = report["stages"]
+    assert text_stage["flops"] / 1e12 == pytest.approx(3.8, rel=0.05)
+    assert edit_stage["flops"] / 1e12 == pytest.approx(6.6, rel=0.05)
+    assert edit_stage["flops_per_sample"]["vision"] / 1e12 == pytest.approx(1.3, rel=0.05)
+    assert text_stage["samples"] == 150000 * 16 * 64
+    rate = 0.4 * 989e12 / text_stage["flops"]
+    assert text_stage["samples_per_s_per_gpu"] == pytest.approx(rate, rel=1e-3)
+    assert text_stage["gpu_hours"] == pytest.approx(text_stage["samples"] / rate / 3600, rel=1e-2)
+    assert "| largest batch, finetune | 24 GB | 48 GB | 80 GB | 141 GB |" in text
+
+
+def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> None:
+    options = [REAL, "stages=[t2i_pretrain]"]
+    memory = {}
+    for name, more in {
+        "plain": [],
+        "8bit": ["optim=adamw8bit"],
+        "nf4": ["model.quantization=nf4"],
+        "fsdp": ["machine.strategy=fsdp"],
+        "checkpointing": ["model.denoiser_checkpointing=true", "model.query_checkpointing=true"],
+        "online": ["cached_latents=false"],
+        "noises": ["stage.noise_samples_per_prompt=4"],
+    }.items():
+        ran("plan", capfd, *options, *more, f"hydra.run.dir={name}")
+        memory[name] = json.loads(Path(f"{name}/report.json").read_text())["stages"][0]
+    gib = {name: stage["memory_gib"] for name, stage in memory.items()}
+    assert gib["8bit"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 4, rel=1e-3)
+    assert gib["nf4"]["frozen weights"] < 0.5 * gib["plain"]["frozen weights"]
+    assert gib["fsdp"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 64, rel=2e-2)
+    assert gib["checkpointing"]["activations"] < 0.2 * gib["plain"]["activations"]
+    assert gib["online"]["frozen weights"] > gib["plain"]["frozen weights"]
+    assert memory["online"]["flops_per_sample"]["autoencoder"] / 1e12 == pytest.approx(1.3, rel=0.05)
+    flops = {name: stage["flops_per_sample"] for name, stage in memory.items()}
+    assert flops["noises"]["denoiser"] == pytest.approx(4 * flops["plain"]["denoiser"])
+    assert flops["noises"]["prefix"] == flops["plain"]["prefix"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["utilisation=0"], "utilisation must be above 0"),
+        (["machine.precision=16-mixed"], "machine.precision must be bf16-mixed or 32-true, got '16-mixed'"),
+        (["text_tokens=0"], "text_tokens must be positive, got 0"),
+        (["stages=[t2i_pretrain,other]"], "other"),
+        (["taps=explicit", "taps.layers=[1,99]"], "99"),
+    ],
+)
+def test_what_can_t_be_planned_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
+    assert words in message("plan", capfd, "model=midsize", *options)
+
+
+def test_prompts_cost_what_their_matrices_do(config: dict) -> None:
+    """Two FLOPs a multiply-add; the last layer of the prompt makes only keys and values."""
+    one, two = (flops_of(config, Case("text", tokens, 1), 4) for tokens in (24, 40))
+    hidden, inner, kv, layers = 64, 96, 2 * 2 * 16, 3  # taps 1..3 of 4 layers
+    projections = 2 * hidden * hidden + kv * hidden + 3 * hidden * inner
+    per_token = 2 * ((layers - 1) * projections + kv * hidden)
+    attention = sum(2 * 2 * 2 * hidden * (a * a - b * b) / 2 for a, b in [(40, 24)] * (layers - 1))
+    difference = two["prefix"] - one["prefix"]
+    assert difference == pytest.approx(16 * per_token + attention, rel=0.02)
+    assert one["denoiser"] == two["denoiser"]
+    assert one["vision"] == 0
+
+
+def test_grouped_convolutions_are_counted_once() -> None:
+    dense, grouped = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    found = []
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    for layer in (dense, grouped):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            layer(torch.randn(1, 8, 5, 5, requires_grad=True)).sum().backward()
+        found.append(counter.get_total_flops())
+    assert found == [3 * 2 * 25 * 8 * 8 * 9, 3 * 2 * 25 * 8 * 9]
+
+
+def test_activations_grow_with_the_batch_alone(config: dict) -> None:
+    kept = activations_of(config, Case("text", 24, 1), 4, mixed=False)
+    assert kept.fixed == 0
+    assert kept.denoiser > kept.block_inputs > 0
+    mixed = activations_of(config, Case("text", 24, 1), 4, mixed=True)
+    assert 0.4 * kept.denoiser < mixed.denoiser < kept.denoiser
+    trained = sum(p.numel() for part in (build(config).ladder, build(config).denoiser) for p in part.parameters())
+    assert mixed.fixed == pytest.approx(2 * trained, rel=0.1)  # autocast's copies
+
+
+def test_what_fits_is_what_remains() -> None:
+    assert largest_batch(100.0, 40.0, 7.0) == 8
+    assert largest_batch(30.0, 40.0, 7.0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case("text", 256, 4), Case("image + text", 256, 4, 13)])
+def test_planned_memory_is_near_the_measured(case: Case) -> None:
+    config = plain(composed("bench"))
+    model = build(config["model"])
+    kept = activations_of(config["model"], case, 16, mixed=False)
+    setting = Setting("adamw", None, False, False, "auto", 1, False, True)
+    planned = memory_of(model, "float32", setting, kept, case.batch)
+    above = sum(p.numel() for p in model.mllm.body.language_model.layers[-1].parameters()) * 4  # it has all its layers
+    measured = peak_memory(one_side, (OURS, config, "cpu", case), torch.device("cpu"))["peak_mib"]
+    assert (sum(planned.values()) + above) / MIB == pytest.approx(measured, rel=0.1)

@@ -110,6 +110,8 @@ def open_model(path: str | None, device: str, dtype: str, quantization: str | No
     else:
         checkpoint = read_checkpoint(folder)
         config = OmegaConf.create(checkpoint[FACTS]["config"]["model"])
-        model = instantiate(config, **({"quantization": quantization} if quantization else {}))
+        model = instantiate(config, dtype=dtype, **({"quantization": quantization} if quantization else {}))
         load_weights(checkpoint, model, str(folder))
+        for part in (model.ladder, model.denoiser):
+            part.to(getattr(torch, dtype))
     return UniImagePipeline(model.to(pick_device(device)))

@@ -36,10 +36,10 @@ class Case:
     side: int = 0
 
 
-def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0) -> PromptInputs:
-    """Random prompts of one length on the model's device; their first `shared` tokens are the same."""
+def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device: str | None = None) -> PromptInputs:
+    """Random prompts of one length; their first `shared` tokens are the same. On the model's device by default."""
     generator = torch.Generator().manual_seed(seed)
-    config, device = model.mllm.model.config, model.device
+    config = model.mllm.model.config
     vocabulary = min(config.text_config.vocab_size, config.image_token_id) - 8
     ids = torch.randint(0, vocabulary, (case.batch, case.tokens), generator=generator)
     ids[:, :shared] = ids[:1, :shared].clone()
@@ -56,7 +56,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0) -> Prom
         data["image_grid_thw"] = grids
         kinds = (ids == config.image_token_id).int()
         positions = model.mllm.body.get_rope_index(ids, kinds, grids, attention_mask=data["attention_mask"])[0]
-    return PromptInputs({"input_ids": ids, "position_ids": positions, **data}).to(device)
+    return PromptInputs({"input_ids": ids, "position_ids": positions, **data}).to(device or model.device)
 
 
 def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict[str, float]:
@@ -74,7 +74,8 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
     case = replace(case, batch=1)
     inputs = make_inputs(model, case, 0)
-    plan, counted = model.ladder.plan, {}
+    plan = model.ladder.plan
+    counted: dict[str, float] = {}
 
     def count(name: str, work: Callable[[], Any]) -> Any:
         with _counter() as counter:

@@ -54,7 +54,8 @@ class Setting:
 
     @property
     def label(self) -> str:
-        words = [self.optimizer, self.quantization or "", "checkpointing" if self.checkpointing else ""]
+        sharded = self.strategy if self.strategy in SHARDED else ""
+        words = [sharded, self.optimizer, self.quantization or "", "checkpointing" if self.checkpointing else ""]
         return ", ".join([w for w in words if w] + ([] if self.ema else ["no average"]))
 
 
@@ -159,13 +160,15 @@ def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     choices = [
         setting,
         *(
-            replace(setting, optimizer=o, quantization=q, checkpointing=c, ema=e)
-            for o, q, c, e in (
-                ("adamw", None, False, True),
-                ("adamw", None, True, True),
-                ("adamw", None, True, False),
-                ("adamw8bit", None, True, False),
-                ("adamw8bit", "nf4", True, False),
+            replace(setting, optimizer=o, quantization=q, checkpointing=c, ema=e, strategy=strategy)
+            for strategy, o, q, c, e in (
+                (setting.strategy, "adamw", None, False, True),
+                (setting.strategy, "adamw", None, True, True),
+                (setting.strategy, "adamw", None, True, False),
+                (setting.strategy, "adamw8bit", None, True, False),
+                (setting.strategy, "adamw8bit", "nf4", True, False),
+                ("fsdp", "adamw", None, False, True),
+                ("fsdp", "adamw", "nf4", True, True),
             )
         ),
     ]

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], repeats: int, device: to
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(repeats + 1):
         for name, run in sides.items():
-            _wait(device)
+            wait_for(device)
             started = time.perf_counter()
             run()
-            _wait(device)
+            wait_for(device)
             if round_:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -39,47 +40,65 @@ def summary(seconds: Mapping[str, list[float]], baseline: str, ours: str) -> dic
     }
 
 
-def peak_memory(work: Callable[..., Callable[[], Any]], arguments: tuple, device: torch.device) -> dict[str, float]:
-    """MiB that `work(*arguments)` leaves standing, and its peak while what it returns runs twice.
+class Memory:
+    """MiB that stand when work begins, and their peak until it ends.
 
-    On a GPU the allocator's own figures. On the CPU resident memory of a process of its own, above what the process had
-    before `work` began.
+    On a GPU the allocator's own figures. On the CPU resident memory, above what there was when this was made; use it in
+    a process of its own.
     """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        run = work(*arguments)
-        standing = torch.cuda.memory_allocated()
-        run(), run()
-        return {"standing_mib": round(standing / MIB, 1), "peak_mib": round(torch.cuda.max_memory_allocated() / MIB, 1)}
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.before = 0 if self.cuda else status("VmRSS")
+        self.standing = 0
+
+    def begin(self) -> None:
+        """What has been built stands; the peak counts from here."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.standing = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the model freed
+            Path("/proc/self/clear_refs").write_text("5")
+            self.standing = status("VmRSS") - self.before
+
+    def end(self) -> dict[str, float]:
+        peak = torch.cuda.max_memory_allocated() if self.cuda else status("VmHWM") - self.before
+        return {"standing_mib": round(self.standing / MIB, 1), "peak_mib": round(peak / MIB, 1)}
+
+
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(*arguments)` in a fresh process, whose memory is its own.
+
+    Raises:
+        RuntimeError: with the child's traceback, or when it ends without a result.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_in_child, args=(work, arguments, sender, torch.get_num_threads()))
+    process = context.Process(target=_run_in_child, args=(work, arguments, sender, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
-        found: dict[str, float] = receiver.recv()
+        result, problem = receiver.recv()
     except EOFError:
-        raise RuntimeError("the process that measured memory ended early") from None
-    finally:
-        process.join()
-    return found
+        result, problem = None, "it ended without a result; was it killed for its memory?"
+    process.join()
+    if problem:
+        raise RuntimeError(f"{work.__name__} failed in a process of its own: {problem}")
+    return result
 
 
-def _measure_in_child(work: Callable[..., Callable[[], Any]], arguments: tuple, sender: Any, threads: int) -> None:
+def _run_in_child(work: Callable[..., Any], arguments: tuple, sender: Any, threads: int) -> None:
     torch.set_num_threads(threads)
-    before = _status("VmRSS")
-    run = work(*arguments)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the model freed
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    standing = _status("VmRSS")
-    run(), run()
-    peak = _status("VmHWM")
-    sender.send({"standing_mib": round((standing - before) / MIB, 1), "peak_mib": round((peak - before) / MIB, 1)})
+    try:
+        sender.send((work(*arguments), None))
+    except Exception:  # noqa: BLE001 (the parent raises it)
+        sender.send((None, traceback.format_exc()))
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A figure of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
@@ -127,7 +146,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: in
     return 2 * size**3 / statistics.median(seconds)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until what was given to a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

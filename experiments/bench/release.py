@@ -58,7 +58,7 @@ class ReleaseWay(nn.Module):
         rows = torch.arange(self.vocabulary, self.vocabulary + self.num_queries, device=ids.device)
         closing = torch.full((CLOSING,), self.mllm.config.vision_end_token_id, device=ids.device)
         ids = torch.cat([ids, torch.cat([rows, closing]).expand(len(ids), -1)], dim=1)
-        images = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
+        images: dict[str, Tensor] = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
         kinds = (ids == self.mllm.config.image_token_id).int()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **images}
 

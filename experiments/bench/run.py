@@ -2,6 +2,7 @@
 
 python experiments/bench/run.py                       (make bench)      on the CPU, with the real model's proportions
 python experiments/bench/run.py experiment=bench_gpu  (make bench-gpu)  on a GPU, real sizes, random weights
+python experiments/bench/run.py experiment=real_size_cpu                 one step of real sizes within 24 GB on a CPU
 """
 
 import gc
@@ -14,15 +15,16 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from experiments.bench.real_size import bench_step
 from experiments.bench.sampling import bench_sampling
-from experiments.bench.training import bench_batches, bench_compiled, bench_training, make_model
+from experiments.bench.training import BASELINE, OURS, SIDES, bench_batches, bench_training
 from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
 
 PARTS = {
     "training": bench_training,
     "sampling": bench_sampling,
-    "compiled": bench_compiled,
     "batches": bench_batches,
+    "step": bench_step,
 }
 
 
@@ -30,24 +32,33 @@ def check(cfg: dict[str, Any]) -> None:
     """Raise ValueError for what can't be measured."""
     if wrong := [part for part in cfg["parts"] if part not in PARTS]:
         raise ValueError(f"parts may hold {', '.join(PARTS)}; got {wrong[0]!r}")
+    sides = cfg["sides"]
+    if sides[:2] != [BASELINE, OURS] or set(sides) - set(SIDES):
+        raise ValueError(f"sides must begin with {BASELINE}, {OURS} and hold no others than {SIDES}; got {sides}")
     device = pick_device(cfg["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={cfg['device']}: this computer has no CUDA device; device=cpu runs anywhere")
     if "batches" in cfg["parts"] and device.type != "cuda":
         raise ValueError(f"parts=[batches] caps the memory of a GPU, and device={cfg['device']} is none")
-    if cfg["precision"] not in ("32-true", "bf16-mixed"):
-        raise ValueError(f"precision must be 32-true or bf16-mixed, got {cfg['precision']!r}")
+    accepted = ("32-true", "bf16-true") if "step" in cfg["parts"] else ("32-true", "bf16-mixed")
+    if cfg["precision"] not in accepted:
+        raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
+    if "step" in cfg["parts"] and len(cfg["parts"]) > 1:
+        raise ValueError(f"parts=[step] measures a fresh process, so it comes alone; got {cfg['parts']}")
     if not cfg["tokens"] or min(cfg["tokens"]) <= cfg["shared_tokens"]:
         raise ValueError(f"every entry of tokens must exceed shared_tokens={cfg['shared_tokens']}, got {cfg['tokens']}")
-    if cfg["repeats"] < 1 or cfg["sampling"]["repeats"] < 1:
-        raise ValueError("repeats and sampling.repeats must be at least 1")
+    for name, value in (
+        ("repeats", cfg["repeats"]),
+        ("turns", cfg["turns"]),
+        ("sampling.repeats", cfg["sampling"]["repeats"]),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def bench(cfg: dict[str, Any]) -> dict[str, Any]:
     """Everything that the config asks for."""
     device = pick_device(cfg["device"])
-    torch.manual_seed(0)
-    model = make_model(cfg["model"], device.type)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "machine": platform.machine(),
@@ -57,7 +68,7 @@ def bench(cfg: dict[str, Any]) -> dict[str, Any]:
         "config": cfg,
     }
     for part in cfg["parts"]:
-        report[part] = PARTS[part](model, cfg, device)
+        report[part] = PARTS[part](cfg, device)
         gc.collect()
     return report
 
@@ -73,8 +84,13 @@ def main(cfg: DictConfig) -> None:
     report = bench(options)
     tables = [f"## {part.capitalize()}\n\n{report[part].pop('table')}" for part in options["parts"]]
     facts = (
-        f"{report['device']}, {report['precision']}; medians of {options['repeats']} rounds, each side once in every "
-        "round; latents cached on all sides."
+        f"{report['device']}, {report['precision']}; medians of {options['repeats']} "
+        + (
+            f"steps in each of {options['turns']} turns"
+            if options["isolate"]
+            else "rounds, each side once in every round"
+        )
+        + "; latents cached on all sides."
     )
     text = "\n\n".join(["# The release's way against ours", facts, *tables]) + "\n"
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -7,22 +7,22 @@ from torch import Tensor
 
 from experiments.bench.measure import interleaved, markdown, summary
 from experiments.bench.release import ReleaseWay
-from experiments.bench.training import BASELINE, OURS, autocast, targets
+from experiments.bench.training import BASELINE, OURS, autocast, make_model, targets
 from experiments.costs import Case, make_inputs
-from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
 
 LIMIT = 1e-3  # relative difference of latents in float32
 
 
-def bench_sampling(model: UniImage, cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_sampling(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Exact gains first; what changes the picture stands apart.
 
     Raises:
         RuntimeError: when the latents differ by more than float32 explains.
     """
-    options, release = cfg["sampling"], ReleaseWay(model).eval()
+    options, model = cfg["sampling"], make_model(cfg["model"], device.type)
+    release = ReleaseWay(model).eval()
     release.mllm.gradient_checkpointing_disable()
     batch, steps, scale, fewer = (options[k] for k in ("batch", "steps", "guidance_scale", "fewer_steps"))
     low, high = options["interval"]

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,17 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from experiments.bench.measure import MIB, interleaved, largest_batch, markdown, matmul_rate, peak_memory, summary
+from experiments.bench.measure import (
+    MIB,
+    Memory,
+    in_child,
+    interleaved,
+    largest_batch,
+    markdown,
+    matmul_rate,
+    summary,
+    wait_for,
+)
 from experiments.bench.release import ReleaseWay
 from experiments.costs import Case, flops_of, make_inputs
 from tbac.models import UniImage
@@ -22,23 +33,25 @@ from tbac.types import Batch
 
 log = logging.getLogger(__name__)
 BASELINE, OURS, CHECKPOINTED, COMPILED = "release", "ours", "ours, checkpointed", "ours, compiled"
+SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED)
 TEXT_BESIDE_IMAGE = 4  # tokens, at least
 Targets = tuple[Tensor, Tensor, Tensor]
 
 
 def make_model(options: dict[str, Any], device: str) -> UniImage:
     """The model with random weights: the frozen parts in the config's type, the trained ones in float32."""
+    torch.manual_seed(0)
     with torch.device(device):
         model: UniImage = instantiate(options, random_init=True)
     return model
 
 
-def targets(model: UniImage, batch: int, side: int, seed: int = 1) -> Targets:
-    """Latents, noise (batch, channel, side, side) and sigmas (batch,)."""
-    generator = torch.Generator().manual_seed(seed)
+def targets(model: UniImage, batch: int, side: int, seed: int = 1, device: str | None = None) -> Targets:
+    """Latents, noise (batch, channel, side, side) and sigmas (batch,); on the model's device by default."""
+    generator, place = torch.Generator().manual_seed(seed), device or model.device
     shape = (batch, model.latent_channels, side, side)
-    latents, noise = (torch.randn(shape, generator=generator).to(model.device) for _ in range(2))
-    return latents, noise, (torch.randint(1, 1000, (batch,), generator=generator) / 1000).to(model.device)
+    latents, noise = (torch.randn(shape, generator=generator).to(place) for _ in range(2))
+    return latents, noise, (torch.randint(1, 1000, (batch,), generator=generator) / 1000).to(place)
 
 
 def autocast(cfg: dict[str, Any], device: torch.device) -> Any:
@@ -60,7 +73,7 @@ class Side:
     """One way of training: its loss, its parameters, its optimizer.
 
     Args:
-        name: `BASELINE` copies the model's weights; all others use the model itself.
+        name: of `SIDES`; `BASELINE` copies the model's weights, all others use the model itself.
         model: ours.
         cfg: of the benchmark.
     """
@@ -79,11 +92,11 @@ class Side:
             self.parameters = [p for p in self.module.parameters() if p.requires_grad]
             groups = parameter_groups([model.ladder, model.denoiser], 0.05)
         self.optimizer = adamw(groups, lr=1e-6)
-        self.parts: tuple[Callable, Callable] | None = None
+        self.compiled: tuple[Callable, Callable] | None = None
         if name == COMPILED:
             plain = model.denoiser._run_block, model.mllm._query_layer
             model.compile_parts()
-            self.parts = model.denoiser._run_block, model.mllm._query_layer
+            self.compiled = model.denoiser._run_block, model.mllm._query_layer
             model.denoiser._run_block, model.mllm._query_layer = plain
 
     def loss(self, inputs: PromptInputs, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -98,9 +111,9 @@ class Side:
         if model is not None:
             both = self.name == CHECKPOINTED
             model.set_checkpointing(denoiser=both, queries=both)
-            if self.parts is not None:
+            if self.compiled is not None:
                 plain = model.denoiser._run_block, model.mllm._query_layer
-                model.denoiser._run_block, model.mllm._query_layer = self.parts
+                model.denoiser._run_block, model.mllm._query_layer = self.compiled
         self.loss(*arguments).backward()
         nn.utils.clip_grad_norm_(self.parameters, 0.5)
         self.optimizer.step()
@@ -148,99 +161,125 @@ def check_equal(release: Side, ours: Side, arguments: tuple) -> dict[str, float]
     return found
 
 
-def one_side(name: str, cfg: dict[str, Any], device: str, case: Case) -> Callable[[], Any]:
-    """A side alone, for its memory; the release's way lets go of the model that it copied."""
+def arguments_of(model: UniImage, case: Case, cfg: dict[str, Any]) -> tuple:
+    """What a step of this case is given."""
+    return make_inputs(model, case, cfg["shared_tokens"]), *targets(model, case.batch, cfg["latent_side"])
+
+
+def compare_sides(cfg: dict[str, Any], device: str) -> dict[str, dict[str, float]]:
+    """`check_equal` for every kind of prompt, on two samples, before anything has trained."""
     model = make_model(cfg["model"], device)
-    arguments = (
-        make_inputs(model, case, cfg["shared_tokens"]),
-        *targets(model, case.batch, cfg["latent_side"]),
-    )
+    release, ours = Side(BASELINE, model, cfg), Side(OURS, model, cfg)
+    found = {}
+    for case in training_cases(cfg):
+        small = replace(case, batch=min(2, case.batch))
+        found[f"{case.name}, {case.tokens}"] = check_equal(release, ours, arguments_of(model, small, cfg))
+    return found
+
+
+def one_side(name: str, cfg: dict[str, Any], device: str, case: Case, repeats: int) -> dict[str, Any]:
+    """A side alone in its process: seconds of its steps after two of warm-up, memory, what it holds."""
+    memory = Memory(torch.device(device))
+    model = make_model(cfg["model"], device)
+    arguments = arguments_of(model, case, cfg)
     side = Side(name, model, cfg)
-    del model
+    del model  # the release's way has copied it
     gc.collect()
-    return lambda: side.step(*arguments)
+    memory.begin()
+    seconds = []
+    for round_ in range(2 + repeats):
+        wait_for(side.device)
+        started = time.perf_counter()
+        side.step(*arguments)
+        wait_for(side.device)
+        if round_ > 1:
+            seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds, "memory": memory.end(), "holds": side.holds()}
 
 
-def bench_training(model: UniImage, cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Every case of the config: seconds, peak memory, utilisation."""
-    sides = {name: Side(name, model, cfg) for name in (BASELINE, OURS, CHECKPOINTED)}
+def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Every case of the config: seconds, peak memory, utilisation.
+
+    In one process the sides take turns step by step; isolated, each has the device to itself for a while, in turns of a
+    few steps, since two of them don't fit at real sizes.
+    """
+    names = list(cfg["sides"])
+    difference = in_child(compare_sides, cfg, device.type)
     mixed = cfg["precision"] == "bf16-mixed"
     rate = matmul_rate(device, torch.bfloat16 if mixed else torch.float32, cfg["matmul_size"])
+    model = None if cfg["isolate"] else make_model(cfg["model"], device.type)
+    sides = {} if model is None else {name: Side(name, model, cfg) for name in names}
     cases: dict[str, Any] = {}
     times, memory = [], []
-    given = {
-        case: (make_inputs(model, case, cfg["shared_tokens"]), *targets(model, case.batch, cfg["latent_side"]))
-        for case in training_cases(cfg)
-    }
-    # All before the first step, after which the sides go their own ways.
-    equal = {case: check_equal(sides[BASELINE], sides[OURS], arguments) for case, arguments in given.items()}
-    for case, arguments in given.items():
-        runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
-        found = summary(interleaved(runs, cfg["repeats"], device), BASELINE, OURS)
-        flops = case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
+    holds: dict[str, list] = {}
+    for case in training_cases(cfg):
+        alone = {}
+        if model is None:
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(cfg["turns"]):
+                for name in names:
+                    alone[name] = in_child(one_side, name, cfg, device.type, case, cfg["repeats"])
+                    seconds[name] += alone[name]["seconds"]
+        else:
+            arguments = arguments_of(model, case, cfg)
+            runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
+            seconds = interleaved(runs, cfg["repeats"], device)
+            alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
+        found = summary(seconds, BASELINE, OURS)
         median = found["median_s"]
+        flops = case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
         found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in median.items()}
         found["flops"], found["utilisation"] = flops, round(flops / median[OURS] / rate, 3)
-        found["difference"] = equal[case]
-        found["memory"] = {name: peak_memory(one_side, (name, cfg, device.type, case), device) for name in sides}
-        peaks = [found["memory"][name]["peak_mib"] for name in sides]
+        found["difference"] = difference[f"{case.name}, {case.tokens}"]
+        found["memory"] = {name: one["memory"] for name, one in alone.items()}
+        holds = {name: one["holds"] for name, one in alone.items()}
+        peaks = [found["memory"][name]["peak_mib"] for name in names]
         cases[f"{case.name}, {case.tokens}"] = found
         label = [case.name, case.tokens, case.batch]
-        seconds = list(median.values())
-        times.append([*label, *(f"{s:.3f}" for s in seconds), *(f"{seconds[0] / s:.2f}" for s in seconds[1:])])
+        took = [median[name] for name in names]
+        times.append([*label, *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
         times[-1].append(f"{found['utilisation']:.2f}")
         memory.append([*label, *(f"{p:,.0f}" for p in peaks), *(f"{peaks[0] / p:.2f}" for p in peaks[1:])])
         log.info("%s, %d tokens: %.2f", case.name, case.tokens, found["ratio"])
-    names = list(sides)
     over = [f"release / {name}" for name in names[1:]]
     header = ["prompt", "tokens", "batch"]
     tables = [
         "Seconds a step:\n\n" + markdown([*header, *names, *over, "utilisation of ours"], times),
-        "Peak memory, MiB:\n\n" + markdown([*header, *names, *over], memory),
+        "Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory),
         markdown(
             ["what trains", "tensors", "parameters", "optimizer state, MiB"],
-            [[name, *(f"{v:,}" for v in sides[name].holds())] for name in (BASELINE, OURS)],
+            [[name, *(f"{v:,}" for v in holds[name])] for name in names],
         ),
     ]
-    holds = {name: sides[name].holds() for name in (BASELINE, OURS)}
     return {"cases": cases, "holds": holds, "matmul_flops_per_s": rate, "table": "\n\n".join(tables)}
 
 
-def bench_compiled(model: UniImage, cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Ours compiled against ours plain."""
-    sides = {name: Side(name, model, cfg) for name in (OURS, COMPILED)}
-    cases, rows = {}, []
-    for case in training_cases(cfg):
-        arguments = (make_inputs(model, case, cfg["shared_tokens"]), *targets(model, case.batch, cfg["latent_side"]))
-        runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
-        found = summary(interleaved(runs, cfg["repeats"], device), OURS, COMPILED)
-        cases[f"{case.name}, {case.tokens}"] = found
-        rows.append(
-            [case.name, case.tokens, *(f"{s:.3f}" for s in found["median_s"].values()), f"{found['ratio']:.2f}"]
-        )
-        log.info("compiled, %s, %d tokens: %.2f", case.name, case.tokens, found["ratio"])
-    header = ["prompt", "tokens", OURS, COMPILED, "ratio"]
-    return {"cases": cases, "table": "Seconds a step:\n\n" + markdown(header, rows)}
+def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:
+    """The largest batch of a side under each cap of a GPU's memory."""
+    model = make_model(cfg["model"], device)
+    side = Side(name, model, cfg)
+    shapes = make_model(cfg["model"], "meta")  # the release's way has copied the model, which may go
+    del model
+    gc.collect()
+
+    def step(batch: int) -> None:
+        sized = replace(case, batch=batch)
+        inputs = make_inputs(shapes, sized, cfg["shared_tokens"], device=device)
+        side.step(inputs, *targets(shapes, batch, cfg["latent_side"], device=device))
+
+    return {str(cap): largest_batch(step, int(cap * 1024**3)) for cap in cfg["memory_caps_gib"]}
 
 
-def bench_batches(model: UniImage, cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_batches(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The largest batches that fit into capped memory of a GPU."""
     found: dict[str, Any] = {}
-    rows = []
-    for name in (BASELINE, OURS, CHECKPOINTED):
-        side = Side(name, model, cfg)
-        cases = training_cases(cfg)
+    cases = training_cases(cfg)
+    for name in (n for n in cfg["sides"] if n != COMPILED):
         for case in (cases[0], cases[-1]):
-
-            def step(batch: int, case: Case = case, side: Side = side) -> None:
-                sized = replace(case, batch=batch)
-                inputs = make_inputs(model, sized, cfg["shared_tokens"])
-                side.step(inputs, *targets(model, batch, cfg["latent_side"]))
-
-            sizes = {str(cap): largest_batch(step, int(cap * 1024**3)) for cap in cfg["memory_caps_gib"]}
-            found[f"{name}; {case.name}, {case.tokens}"] = sizes
-            rows.append([f"{name}; {case.name}, {case.tokens}", *sizes.values()])
-        del side
-        gc.collect()
-    table = markdown(["largest batch", *(f"{cap} GiB" for cap in cfg["memory_caps_gib"])], rows)
+            label = f"{name}; {case.name}, {case.tokens}"
+            found[label] = in_child(largest_batches, name, cfg, device.type, case)
+    table = markdown(
+        ["largest batch", *(f"{cap} GiB" for cap in cfg["memory_caps_gib"])],
+        [[label, *sizes.values()] for label, sizes in found.items()],
+    )
     return {"largest_batch": found, "table": table}

@@ -1,5 +1,6 @@
 """The model card of an exported folder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -21,7 +22,7 @@ def is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "~"))
 
 
-def model_card(config: dict[str, Any], sources: list[str], standalone: bool, notes: dict[str, Any]) -> str:
+def model_card(config: dict[str, Any], sources: list[str], standalone: bool, notes: Mapping[str, Any]) -> str:
     """`README.md` of an export.
 
     Args:

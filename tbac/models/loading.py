@@ -58,8 +58,8 @@ class Architecture:
         )
 
     @classmethod
-    def from_pretrained(cls, mllm: str, denoiser: str) -> "Architecture":
-        """Read only the configs of two folders or hub ids.
+    def from_pretrained(cls, mllm: str, denoiser: str, prefix: str = "model.") -> "Architecture":
+        """Read only the configs of two folders or hub ids; `prefix` is that of their options' names in messages.
 
         Raises:
             ValueError: naming the folder or hub id that can't be found, and how to give a local path.
@@ -68,10 +68,10 @@ class Architecture:
         unreachable = False  # asking a hub that doesn't answer takes long, so it is asked once
         found: dict[str, dict[str, Any]] = {}
         for part, (option, source, path) in {
-            "mllm": ("model.mllm", mllm, "config.json"),
-            "transformer": ("model.denoiser", denoiser, "transformer/config.json"),
-            "autoencoder": ("model.denoiser", denoiser, "vae/config.json"),
-            "scheduler": ("model.denoiser", denoiser, "scheduler/scheduler_config.json"),
+            "mllm": (f"{prefix}mllm", mllm, "config.json"),
+            "transformer": (f"{prefix}denoiser", denoiser, "transformer/config.json"),
+            "autoencoder": (f"{prefix}denoiser", denoiser, "vae/config.json"),
+            "scheduler": (f"{prefix}denoiser", denoiser, "scheduler/scheduler_config.json"),
         }.items():
             if any(p.startswith(f"{option}=") for p in problems):
                 continue  # one message per option

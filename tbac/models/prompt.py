@@ -31,7 +31,7 @@ class PromptInputs(BatchFeature):
     system message that all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
     """
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":  # type: ignore[override]
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":
         """The same inputs on `device`; the grids stay on the CPU, where they are read."""
         moved = {
             k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) and k != "image_grid_thw" else v

@@ -68,8 +68,9 @@ def read_released(
     """
     folder = Path(checkpoint).expanduser()
     config = read_released_config(folder)
-    parts = Architecture.from_pretrained(mllm, denoiser)
-    taps, options = TapRule("last_n"), {"connector": "shared_mlp"}
+    parts = Architecture.from_pretrained(mllm, denoiser, prefix="")
+    taps = TapRule("last_n")
+    options: dict[str, Any] = {"connector": "shared_mlp"}
     num_queries = config["num_metaqueries"]
     plan = check_model(parts, taps, options, num_queries)
     files = WeightFiles(folder)
@@ -178,7 +179,8 @@ def compare(
     folder: Path, files: WeightFiles, base: WeightFiles, base_name_of: Mapping[str, str], source: str
 ) -> list[str]:
     """Names of the frozen tensors, all of which equal the base model's; one that differs is refused by name."""
-    equal, different = [], []
+    equal: list[str] = []
+    different: list[str] = []
     for name, base_name in sorted(base_name_of.items()):
         if name == TABLE or name not in files.file_of:
             continue

@@ -179,8 +179,8 @@ class UniImage(nn.Module):
                 "num_blocks": plan.num_blocks,
             },
             "ladder": self.provenance.ladder,
-            "mllm": {"source": self.provenance.mllm},
-            "denoiser": {"source": self.provenance.denoiser, "config": transformer},
+            "mllm": {"source": absolute(self.provenance.mllm)},
+            "denoiser": {"source": absolute(self.provenance.denoiser), "config": transformer},
             "frozen_digests": self.provenance.digests,
             "scheduler": self.provenance.scheduler,
         }
@@ -243,6 +243,12 @@ class UniImage(nn.Module):
         return load_export(cls, Path(folder), mllm, denoiser, dtype, quantization)
 
 
+def absolute(source: str) -> str:
+    """A folder's absolute path, so that it is found from everywhere; a hub id as it is."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if source and folder.is_dir() else source
+
+
 def check_sizes(transformer: Any, autoencoder: Any) -> None:
     """Raise ValueError when the latents of autoencoder and denoiser differ in channels; both are configs."""
     if transformer.in_channels != autoencoder.latent_channels:
@@ -257,7 +263,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -139,3 +139,36 @@ def test_a_quantised_mllm_and_an_8_bit_optimizer_train_and_resume(
     assert {v["step"] for v in checkpoint["optimizer_states"][0]["state"].values()} == {4}
     text = ran("evaluate", capfd, "checkpoint=two", "benchmark.num_inference_steps=1")
     assert "overall" in text
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("false", "true"):
+        ran("train", capfd, *FEW, f"model.compile={name}", f"hydra.run.dir=run_{name}")
+    plain, compiled = (read_checkpoint(f"run_{name}")["state_dict"] for name in ("false", "true"))
+    assert plain.keys() == compiled.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_a_checkpointed_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("false", "true"):
+        both = [f"model.denoiser_checkpointing={name}", f"model.query_checkpointing={name}"]
+        options = [*both, "stage=ti2i_pretrain", "stage.previous=null", f"hydra.run.dir=run_{name}"]
+        ran("train", capfd, *FEW, *options)
+    plain, checkpointed = (read_checkpoint(f"run_{name}")["state_dict"] for name in ("false", "true"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_quantisation_study_compares_every_option_with_the_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("train", capfd, *FEW, "hydra.run.dir=run")
+    text = ran("studies.quantization.run", capfd, "checkpoint=run", "geneval.num_inference_steps=1", "out=study")
+    rows = json.loads(Path("study/report.json").read_text())
+    assert [row["MLLM layers"] for row in rows] == ["float32", "bfloat16", "int8", "nf4"]
+    sizes = [row["MiB"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    cosines = {row["MLLM layers"]: row["cosine of taps"] for row in rows}
+    assert cosines["float32"] == pytest.approx(1)
+    assert 0.5 < cosines["nf4"] < cosines["int8"] < 1
+    assert "| MLLM layers | MiB | cosine of taps | GenEval rules | answers |" in text

@@ -1,12 +1,15 @@
 """The benchmark: its baseline computes what ours does, its figures are what they say."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.bench.measure import interleaved, markdown, peak_memory, search_largest, summary
+from experiments.bench.measure import Memory, in_child, interleaved, markdown, search_largest, summary
 from experiments.bench.release import ReleaseWay
 from experiments.bench.training import BASELINE, OURS, Side, check_equal, make_model, targets
 from experiments.common import plain
@@ -14,7 +17,7 @@ from experiments.costs import Case, make_inputs
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
-from tests.conftest import composed, prompt_cases
+from tests.conftest import ROOT, composed, prompt_cases
 from tests.experiments.test_applications import ran
 from tests.experiments.test_errors import message
 
@@ -117,18 +120,45 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
     assert "| release | ours | ours, checkpointed |" in text
 
 
+def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
+    options = [*SMALL, "parts=[training]", "tokens=[8]", "isolate=true", "turns=1", "sides=[release,ours]"]
+    text = ran("bench.run", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
+    assert "medians of 1 steps in each of 1 turns" in text
+    assert set(json.loads(Path("bench/report.json").read_text())["training"]["cases"]) == {"text, 8"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["parts=[training,speed]"], "parts may hold training, sampling, compiled, batches; got 'speed'"),
+        (["parts=[training,speed]"], "parts may hold training, sampling, batches, step; got 'speed'"),
         (["parts=[batches]"], "parts=[batches] caps the memory of a GPU"),
-        (["precision=fp8"], "precision must be 32-true or bf16-mixed, got 'fp8'"),
+        (["precision=fp8"], "precision must be 32-true or bf16-mixed for these parts, got 'fp8'"),
         (["tokens=[16]"], "every entry of tokens must exceed shared_tokens=32"),
-        (["repeats=0"], "repeats"),
+        (["repeats=0"], "repeats must be at least 1, got 0"),
+        (["sides=[ours]"], "sides must begin with release, ours"),
+        (["parts=[step,training]", "precision=bf16-true"], "so it comes alone"),
     ],
 )
 def test_what_can_t_be_measured_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
     assert words in message("bench.run", capfd, *options)
+
+
+def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    options = [*SMALL, "parts=[step]", "precision=bf16-true", "optim=adamw8bit", "tokens=[12]", "model.dtype=bfloat16"]
+    assert "| peak gib |" in ran("bench.run", capfd, *options, "out=bench")
+    found = json.loads(Path("bench/report.json").read_text())["step"]
+    assert 0.1 < found["peak_gib"] < 4
+    assert found["gradient_norm"] > 0
+
+
+@pytest.mark.slow
+def test_the_real_sizes_take_a_step_within_24_gb() -> None:
+    """In a process of its own, as its user runs it."""
+    command = [sys.executable, str(ROOT / "experiments/bench/run.py"), "experiment=real_size_cpu", "out=bench"]
+    subprocess.run(command, check=True)
+    found = json.loads(Path("bench/report.json").read_text())["step"]
+    assert found["parameters"] > 5e9
+    assert found["peak_gib"] * 1024**3 < 24e9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")
@@ -156,15 +186,29 @@ def test_sides_take_turns() -> None:
     assert (found["median_s"], found["ratio"]) == ({"a": 4.0, "b": 2.0}, 2.0)
 
 
-def _hold(mib: int, extra: int) -> object:
+def _hold(mib: int, extra: int) -> dict[str, float]:
+    memory = Memory(torch.device("cpu"))
     held = torch.ones(mib * 2**18)  # float32: 4 bytes
-    return lambda: (held.sum(), torch.ones(extra * 2**18).sum())
+    memory.begin()
+    assert (held.sum() + torch.ones(extra * 2**18).sum()) > 0
+    return memory.end()
 
 
-def test_peak_memory_is_that_of_the_work_alone() -> None:
-    found = peak_memory(_hold, (200, 300), torch.device("cpu"))
+def test_memory_is_that_of_the_work_alone() -> None:
+    found = in_child(_hold, 200, 300)
     assert found["standing_mib"] == pytest.approx(200, abs=40)
     assert found["peak_mib"] == pytest.approx(500, abs=80)
+
+
+def _fail() -> None:
+    raise ValueError("of its own")
+
+
+def test_a_child_s_failure_is_told() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: of its own"):
+        in_child(_fail)
+    with pytest.raises(RuntimeError, match="it ended without a result"):
+        in_child(os._exit, 3)
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 8, 63, 64, 100])

@@ -1,5 +1,6 @@
 """Every shipped YAML composes, and what it describes can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
 OPTIONS = sorted(
     (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
     for f in (ROOT / "conf").glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "local", "debug")
+    if f.parent.name not in ("benchmark", "judge", "local", "debug", "experiment")
 )
+PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
     "evaluate": ["checkpoint=x"],
     "export": ["checkpoint=x", "out=x"],
     "generate": ["checkpoint=x", "out=."],
+    "quantization": ["checkpoint=x"],
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "train": ["run_dir=."],
 }
@@ -54,6 +57,17 @@ def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> Non
 def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
     config = composed("train", "run_dir=.", "debug=few_steps", "stage=finetune")
     assert (config.stage.name, config.stage.steps, config.stage.warmup_steps) == ("finetune", 4, 0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    script = re.search(rf"^# python experiments/(\S+)\.py experiment={name}\b", text, re.MULTILINE)
+    assert script, "the first comment is the preset's command"
+    root = script[1].removesuffix("/run").rsplit("/", 1)[-1]
+    config = composed(root, *REQUIRED.get(root, []), f"experiment={name}")
+    OmegaConf.to_container(config, resolve=True)
+    instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
 
 
 @pytest.mark.parametrize("name", ["geneval", "edits", "answers"])

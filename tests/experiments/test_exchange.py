@@ -30,6 +30,7 @@ def test_the_released_checkpoint_becomes_a_folder_that_draws_and_answers(capfd: 
     report = json.loads(Path("run/report.json").read_text())
     assert sorted(report["used"] + report["dropped"]) == sorted(load_file(RELEASED / "checkpoint/model.safetensors"))
     config = json.loads(Path("imported/config.json").read_text())
+    assert Path(config["mllm"]["source"]).is_absolute()  # found from everywhere
     assert (config["num_queries"], config["image_pixels"], config["taps"]["layers"]) == (16, 3136, [2, 3, 4, 5, 6, 7])
     pipe = UniImagePipeline.from_pretrained("imported")
     assert pipe("a dog", num_inference_steps=2).images[0].size == (192, 192)
@@ -41,7 +42,7 @@ def test_an_import_is_refused_before_it_overwrites(capfd: pytest.CaptureFixture[
     Path("there/file").touch()
     assert "out=there exists and isn't empty" in message("import_official", capfd, *IMPORT, "out=there")
     missing = [IMPORT[0], "mllm=/nowhere", IMPORT[2]]
-    assert "model.mllm=/nowhere" in message("import_official", capfd, *missing, "out=new")
+    assert "error: mllm=/nowhere: no such folder" in message("import_official", capfd, *missing, "out=new")
     assert not Path("new").exists()
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.bench.measure import MIB, peak_memory
+from experiments.bench.measure import MIB, in_child
 from experiments.bench.training import OURS, one_side
 from experiments.common import plain
-from experiments.costs import Case, _convolution_backward, activations_of, flops_of
+from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.plan import Setting, build, largest_batch, memory_of
 from tests.conftest import composed
 from tests.experiments.test_applications import ran
@@ -39,6 +39,7 @@ def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str
     for name, millions in published.items():
         assert report["parameters"][name] / 1e6 == pytest.approx(millions, rel=5e-3)
     assert report["taps"] == list(range(16, 36))
+    assert autoencoder_flops(plain(composed("plan", REAL).model), 512) / 1e12 == pytest.approx(1.3, rel=0.05)
     text_stage, edit_stage, _ = report["stages"]
     assert text_stage["flops"] / 1e12 == pytest.approx(3.8, rel=0.05)
     assert edit_stage["flops"] / 1e12 == pytest.approx(6.6, rel=0.05)
@@ -51,7 +52,7 @@ def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str
 
 
 def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> None:
-    options = [REAL, "stages=[t2i_pretrain]"]
+    options = ["model=midsize", "stages=[t2i_pretrain]"]
     memory = {}
     for name, more in {
         "plain": [],
@@ -65,12 +66,12 @@ def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> 
         ran("plan", capfd, *options, *more, f"hydra.run.dir={name}")
         memory[name] = json.loads(Path(f"{name}/report.json").read_text())["stages"][0]
     gib = {name: stage["memory_gib"] for name, stage in memory.items()}
-    assert gib["8bit"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 4, rel=1e-3)
-    assert gib["nf4"]["frozen weights"] < 0.5 * gib["plain"]["frozen weights"]
-    assert gib["fsdp"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 64, rel=2e-2)
+    assert gib["8bit"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 4, rel=1e-2)
+    assert gib["nf4"]["frozen weights"] < 0.6 * gib["plain"]["frozen weights"]
+    assert gib["fsdp"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 64, abs=1e-3)
     assert gib["checkpointing"]["activations"] < 0.2 * gib["plain"]["activations"]
     assert gib["online"]["frozen weights"] > gib["plain"]["frozen weights"]
-    assert memory["online"]["flops_per_sample"]["autoencoder"] / 1e12 == pytest.approx(1.3, rel=0.05)
+    assert memory["online"]["flops_per_sample"]["autoencoder"] > 0
     flops = {name: stage["flops_per_sample"] for name, stage in memory.items()}
     assert flops["noises"]["denoiser"] == pytest.approx(4 * flops["plain"]["denoiser"])
     assert flops["noises"]["prefix"] == flops["plain"]["prefix"]
@@ -138,5 +139,5 @@ def test_planned_memory_is_near_the_measured(case: Case) -> None:
     setting = Setting("adamw", None, False, False, "auto", 1, False, True)
     planned = memory_of(model, "float32", setting, kept, case.batch)
     above = sum(p.numel() for p in model.mllm.body.language_model.layers[-1].parameters()) * 4  # it has all its layers
-    measured = peak_memory(one_side, (OURS, config, "cpu", case), torch.device("cpu"))["peak_mib"]
+    measured = in_child(one_side, OURS, config, "cpu", case, 0)["memory"]["peak_mib"]
     assert (sum(planned.values()) + above) / MIB == pytest.approx(measured, rel=0.1)

@@ -41,10 +41,10 @@ stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 che
 stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoint or INIT=...
 	$(BIN)/python experiments/train.py stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
 
-bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios; bench-gpu: real sizes on a GPU
+bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
 	$(BIN)/python experiments/bench/run.py $(ARGS)
 
-bench-gpu: $(READY)
+bench-gpu: $(READY) ## the same at real sizes with random weights on a GPU, with the largest batches that fit
 	$(BIN)/python experiments/bench/run.py experiment=bench_gpu $(ARGS)
 
 ui: $(READY) ## compare runs in the MLflow UI on 127.0.0.1:$(PORT)

@@ -43,7 +43,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
     vocabulary = min(config.text_config.vocab_size, config.image_token_id) - 8
     ids = torch.randint(0, vocabulary, (case.batch, case.tokens), generator=generator)
     ids[:, :shared] = ids[:1, :shared].clone()
-    data: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "shared_ids": tuple(ids[0, :shared].tolist())}
+    data: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "shared_ids": ids[0, :shared].clone()}
     positions = torch.arange(case.tokens).expand(3, case.batch, -1)
     if side := case.side:
         ids[:, shared] = config.vision_start_token_id

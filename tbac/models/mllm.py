@@ -161,14 +161,15 @@ class FrozenMLLM(nn.Module):
         """Run the prompt through the first `depth` layers without gradient.
 
         Args:
-            inputs: `input_ids` and `attention_mask` (batch, token), padded on the right; with images also
-                `pixel_values` (patch, patch channel) and `image_grid_thw` (image, 3). `position_ids` and
-                `shared_ids`, which the prompt code adds, save work and a wait for the device.
+            inputs: `input_ids` and `attention_mask` (batch, token); with images also `pixel_values` (patch, patch
+                channel) and `image_grid_thw` (image, 3). `position_ids` and `shared_ids`, which the prompt code adds to
+                inputs padded on the right, save work and a wait for the device.
             depth: how many layers the queries will pass.
         """
+        inputs = pad_right(inputs)
         mask = inputs["attention_mask"].bool()
         positions = self.positions(inputs)
-        shared_ids = tuple(inputs.get("shared_ids", ()))
+        shared_ids = tuple(inputs["shared_ids"].tolist()) if "shared_ids" in inputs else ()
         shared = len(shared_ids)
         common = self._constant(shared_ids, depth) if shared else []
         hidden = self.embed(inputs)[:, shared:]
@@ -271,6 +272,17 @@ class FrozenMLLM(nn.Module):
         )
         model.model.rope_deltas = None
         return output[:, inputs["input_ids"].shape[1] :]
+
+
+def pad_right(inputs: Any) -> Any:
+    """Inputs padded on the right; those with `position_ids` are so already."""
+    if inputs.get("position_ids") is not None:
+        return inputs
+    mask = inputs["attention_mask"].long()
+    leading = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    order = (torch.arange(mask.shape[1], device=mask.device) + leading) % mask.shape[1]
+    moved = {name: inputs[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+    return {**inputs, **moved}
 
 
 def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 MAX_ASPECT_RATIO = 200
+ON_CPU = ("image_grid_thw", "shared_ids")
 
 
 class PromptInputs(BatchFeature):
@@ -32,11 +33,8 @@ class PromptInputs(BatchFeature):
     """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":
-        """The same inputs on `device`; the grids stay on the CPU, where they are read."""
-        moved = {
-            k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) and k != "image_grid_thw" else v
-            for k, v in self.items()
-        }
+        """The same inputs on `device`; what is read on the CPU stays there."""
+        moved = {k: v if k in ON_CPU else v.to(device, non_blocking=non_blocking) for k, v in self.items()}
         return PromptInputs(moved)
 
 
@@ -170,7 +168,8 @@ class PromptProcessor:
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
         if padding_side == "right":
             data["position_ids"] = self._positions(sequences, ids.shape[1], grids.tolist())
-            data["shared_ids"] = self.shared_ids(self.system_prompt if system is None else system)
+            shared = self.shared_ids(self.system_prompt if system is None else system)
+            data["shared_ids"] = torch.tensor(shared, dtype=torch.long)
         return PromptInputs(data)
 
     def shared_ids(self, system: str) -> tuple[int, ...]:

@@ -15,10 +15,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
+from tbac.models.architecture import Architecture, check_model
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.denoiser import LadderDenoiser
 from tbac.models.ladder import Ladder
-from tbac.models.loading import Architecture, check_model, digests_of, load_mllm
+from tbac.models.loading import digests_of, load_mllm
 from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
 from tbac.models.taps import TapRule
 from tbac.models.uniimage import Provenance, UniImage

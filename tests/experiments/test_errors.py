@@ -48,7 +48,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a weight was read")
 
     for target in (
+        "transformers.Qwen2_5_VLModel.from_pretrained",
         "transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained",
+        "tbac.models.weights.WeightFiles.read",
+        "tbac.models.weights.WeightFiles.digest",
         "diffusers.SanaTransformer2DModel.from_pretrained",
         "diffusers.AutoencoderDC.from_pretrained",
     ):

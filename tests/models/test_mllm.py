@@ -141,6 +141,15 @@ def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniI
         assert ran == passes
 
 
+@pytest.mark.parametrize("case", ["text", "mixed"])
+def test_inputs_padded_on_the_left_are_read_alike(model: UniImage, case: str) -> None:
+    texts, images = prompt_cases()[case]
+    right, left = (
+        model.encode_condition(model.prompt(texts, images, padding_side=s)).states for s in ("right", "left")
+    )
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_and_company_change_nothing(model: UniImage) -> None:
     texts, images = prompt_cases()["mixed"]
     together = model.encode_condition(model.prompt(texts, images)).states

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as soon as it is imported it warns of an optional package
 CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: applications run as files and as modules
 USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
 

@@ -70,7 +70,7 @@ def load_model(
         prompt_embeddings: exported folder whose table of word embeddings prompts are read with; None = the MLLM's own.
         denoiser_checkpointing: run the denoiser's blocks again in the backward pass instead of keeping activations.
         query_checkpointing: the same for the MLLM's layers in the query pass.
-        compile: compile the denoiser's blocks and the query pass with `torch.compile`.
+        compile: compile the denoiser's blocks and, unless it is quantised, the query pass with `torch.compile`.
         random_init: make weights from `architecture` instead of reading any.
         architecture: `{mllm, transformer, autoencoder, scheduler}` configs; needed with `random_init`.
         seed: of the ladder's first weights, and of all weights with `random_init`.
@@ -113,7 +113,7 @@ def load_model(
     )
     model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
     if compile:
-        model.compile_parts()
+        model.compile_parts(queries=quantization is None)
     return model
 
 

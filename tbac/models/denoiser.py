@@ -69,6 +69,26 @@ class LadderCrossAttention:
         return attn.to_out[1](attn.to_out[0](attended)) / attn.rescale_output_factor
 
 
+class SharedSelfAttention:
+    """The first block's self-attention, run once for branches that still are the same.
+
+    Guidance branches differ by their contexts alone, which the first block reads after its self-attention.
+
+    Args:
+        processor: the library's own.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.branches = 1
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if self.branches == 1:
+            return self.processor(attn, hidden_states, *arguments, **options)
+        once = hidden_states[: len(hidden_states) // self.branches]
+        return self.processor(attn, once, *arguments, **options).repeat(self.branches, 1, 1)
+
+
 class LadderDenoiser(nn.Module):
     """Runs a stock `SanaTransformer2DModel`, giving block i the i-th context.
 
@@ -85,6 +105,9 @@ class LadderDenoiser(nn.Module):
         self.transformer = transformer
         for block in transformer.transformer_blocks:
             block.attn2.set_processor(LadderCrossAttention())
+        first = transformer.transformer_blocks[0].attn1
+        self._first_attention = SharedSelfAttention(first.processor)
+        first.set_processor(self._first_attention)
         self.checkpointing = False  # blocks run again in the backward pass
         self._run_block: Callable[..., Tensor] = _run_block
 
@@ -114,33 +137,44 @@ class LadderDenoiser(nn.Module):
             raise ValueError(f"{condition.states.shape[0]} contexts for {self.num_blocks} denoiser blocks")
         return self.transformer.caption_norm(self.transformer.caption_projection(condition.states))
 
-    def forward(self, noisy_latents: Tensor, timestep: Tensor, condition: Condition | ProjectedCondition) -> Tensor:
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        condition: Condition | ProjectedCondition,
+        branches: int = 1,
+    ) -> Tensor:
         """Predict the velocity.
 
         Args:
             noisy_latents: (batch, channel, height, width).
             timestep: (batch,), 1000 * sigma; or (1,) for all.
-            condition: one context per block, or the keys and values made of them.
+            condition: one context per block, or the keys and values made of them; rows (branch * batch).
+            branches: guidance branches that read the same latents; each takes the timestep (1,).
 
         Returns:
-            (batch, channel, height, width).
+            (branch * batch, channel, height, width).
 
         Raises:
             ValueError: when the number of contexts isn't the number of blocks.
         """
         model = self.transformer
         contexts = self._contexts(condition) if isinstance(condition, Condition) else condition.keys_values
-        batch, _, height, width = noisy_latents.shape
+        height, width = noisy_latents.shape[-2:]
         patch = model.config.patch_size
         rows, columns = height // patch, width // patch
 
-        hidden = model.patch_embed(noisy_latents.to(model.dtype))
+        hidden = model.patch_embed(noisy_latents.to(model.dtype)).repeat(branches, 1, 1)
+        batch = len(hidden)
         modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
         modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
         mask = None
         if condition.mask is not None:
             mask = ((1 - condition.mask.to(hidden.dtype)) * -10000.0).unsqueeze(1)
 
+        self._first_attention.branches = branches
+        for block in model.transformer_blocks:  # without gradient nothing needs what the activation overwrites
+            block.ff.nonlinearity.inplace = not torch.is_grad_enabled()
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
             arguments = block, hidden, context, mask, modulation, rows, columns
             if self.checkpointing and torch.is_grad_enabled():

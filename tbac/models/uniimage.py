@@ -111,7 +111,7 @@ class UniImage(nn.Module):
         return Condition(self.ladder(self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)))
 
     def predict_velocity(
-        self, noisy_latents: Tensor, sigma: Tensor, condition: Condition | ProjectedCondition
+        self, noisy_latents: Tensor, sigma: Tensor, condition: Condition | ProjectedCondition, branches: int = 1
     ) -> Tensor:
         """Predict `noise - latents`.
 
@@ -119,8 +119,10 @@ class UniImage(nn.Module):
             noisy_latents: (batch, channel, height, width).
             sigma: (batch,) in [0, 1]; or (1,) for all.
             condition: of the same batch, as `encode_condition` or `denoiser.project` gives it.
+            branches: how many conditions read the same latents: then `condition` has rows (branch * batch), sigma is
+                one for all, and what is returned has rows (branch * batch).
         """
-        return self.denoiser(noisy_latents, timestep_of(sigma), condition)
+        return self.denoiser(noisy_latents, timestep_of(sigma), condition, branches)
 
     def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers of the untouched MLLM, one per question; `images` as in `prompt`."""

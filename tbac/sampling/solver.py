@@ -67,7 +67,7 @@ def solve(
         if not guidance.applies(level):
             velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
         elif batch_branches:
-            velocity = guidance.combine(model.predict_velocity(torch.cat([noisy] * count), sigma, condition).float())
+            velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition, count).float())
         else:
             velocity = guidance.combine(torch.cat([model.predict_velocity(noisy, sigma, p).float() for p in parts]))
         latents = scheduler.step(velocity, timestep, latents, **_noise_source(scheduler, generator))[0]

@@ -41,6 +41,19 @@ def gradients_of(made: torch.Tensor, transformer: torch.nn.Module) -> dict[str, 
     return {k: p.grad.clone() for k, p in transformer.named_parameters()}
 
 
+def test_without_gradient_it_still_equals_the_stock_forward_bit_for_bit(
+    model: UniImage, stock: SanaTransformer2DModel
+) -> None:
+    latents, context, timestep = torch.randn(3, 8, 8, 8), torch.randn(3, 16, 128), torch.tensor([0.0, 400.0, 999.5])
+    condition = Condition(context.expand(4, -1, -1, -1))
+    expected = stock(latents, context, timestep, return_dict=False)[0]
+    given = latents.clone()
+    for enabled in (False, True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(model.denoiser(latents, timestep, condition), expected)
+    assert torch.equal(latents, given)
+
+
 def test_gradients_equal_the_stock_ones(model: UniImage, stock: SanaTransformer2DModel) -> None:
     latents, context, timestep = torch.randn(2, 8, 8, 8), torch.randn(2, 16, 128), torch.tensor([3.0, 700.0])
     expected = gradients_of(stock(latents, context, timestep, return_dict=False)[0], stock)
@@ -61,6 +74,20 @@ def test_projected_contexts_equal_contexts_bit_for_bit(model: UniImage) -> None:
         assert torch.equal(
             model.denoiser(latents, timestep, projected[rows]), model.denoiser(latents, timestep, condition[rows])
         )
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_branches_of_the_same_latents_equal_rows_of_their_own(model: UniImage, branches: int) -> None:
+    latents, condition = torch.randn(2, 8, 8, 8), Condition(torch.randn(4, 2 * branches, 16, 128))
+    timestep = torch.tensor([500.0])
+    ran: list[int] = []
+    first = model.denoiser.transformer.transformer_blocks[0].attn1
+    first.to_q.register_forward_hook(lambda _, args, out: ran.append(len(args[0])))
+    expected = model.denoiser(latents.repeat(branches, 1, 1, 1), timestep, condition)
+    together = model.denoiser(latents, timestep, condition, branches)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+    assert ran == [2 * branches, 2]
+    assert torch.equal(model.denoiser(latents.repeat(branches, 1, 1, 1), timestep, condition), expected)
 
 
 def test_one_timestep_stands_for_all(model: UniImage) -> None:

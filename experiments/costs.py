@@ -171,11 +171,11 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
     """
     found = {}
     for batch in (2, 3):
-        with FakeTensorMode() as mode:
+        with FakeTensorMode():
             model: UniImage = instantiate(
                 model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False
             )
-            found[batch] = _saved(model, replace(case, batch=batch), latent_side, mixed, mode)
+            found[batch] = _saved(model, replace(case, batch=batch), latent_side, mixed)
     two, three = found[2], found[3]
     each = {name: three[name] - two[name] for name in two}
     plan, count = model.ladder.plan, model.ladder.queries.shape[0]
@@ -196,7 +196,7 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
     )
 
 
-def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool, mode: FakeTensorMode) -> dict[str, float]:
+def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
     """Bytes saved for backward by query pass with ladder, and by the denoiser."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, Any] = {}

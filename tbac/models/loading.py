@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
@@ -25,8 +24,16 @@ from tbac.models.ladder import Ladder
 from tbac.models.mllm import FrozenMLLM
 from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
 from tbac.models.taps import TapPlan, TapRule
-from tbac.models.uniimage import FORMAT, PROMPT_EMBEDDINGS, Provenance, UniImage, read_state, tensor_digest
-from tbac.models.weights import DENOISER_FILES, MLLM_FILES, autoencoder_digest, local_folder, mllm_digest
+from tbac.models.uniimage import FORMAT, PROMPT_EMBEDDINGS, Provenance, UniImage, read_state
+from tbac.models.weights import (
+    DENOISER_FILES,
+    MLLM_FILES,
+    WeightFiles,
+    autoencoder_digest,
+    digest_of,
+    local_folder,
+    mllm_digest,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("nf4", "int8")
@@ -221,17 +228,17 @@ def read_prompt_embeddings(folder: str | None) -> Tensor | None:
     if folder is None:
         return None
     file = Path(folder).expanduser() / "model.safetensors"
-    table = load_file(file).get(PROMPT_EMBEDDINGS) if file.is_file() else None
-    if table is None:
+    files = WeightFiles(file.parent) if file.is_file() else None
+    if files is None or PROMPT_EMBEDDINGS not in files.file_of:
         raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
-    return table
+    return files.tensor(PROMPT_EMBEDDINGS)
 
 
 def digests_of(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:
     """What the frozen parts are known by."""
     digests = {"mllm": mllm_digest(mllm, depth), "autoencoder": autoencoder_digest(denoiser)}
     if prompt_embeddings is not None:
-        digests["prompt_embeddings"] = tensor_digest({PROMPT_EMBEDDINGS: prompt_embeddings})
+        digests["prompt_embeddings"] = digest_of([(PROMPT_EMBEDDINGS, prompt_embeddings)])
     return digests
 
 

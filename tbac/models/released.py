@@ -185,12 +185,8 @@ def compare(
     for name, base_name in sorted(base_name_of.items()):
         if name == TABLE or name not in files.file_of:
             continue
-        ours, theirs = files.read(name.__eq__)[name], base.read(base_name.__eq__)[base_name]
-        same = (
-            torch.equal(ours, theirs)
-            or torch.equal(ours, theirs.to(ours.dtype))
-            or torch.equal(ours.to(theirs.dtype), theirs)
-        )
+        ours, theirs = files.tensor(name), base.tensor(base_name)
+        same = torch.equal(ours, theirs.to(ours.dtype)) or torch.equal(ours.to(theirs.dtype), theirs)
         (equal if same else different).append(name)
     if different:
         more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""

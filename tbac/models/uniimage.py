@@ -1,6 +1,5 @@
 """UniImage: a frozen MLLM, a ladder of taps, a diffusion transformer and a frozen autoencoder as one model."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -262,15 +261,6 @@ def check_sizes(transformer: Any, autoencoder: Any) -> None:
             f"the denoiser reads latents of {transformer.in_channels} channels but the autoencoder makes "
             f"{autoencoder.latent_channels}"
         )
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

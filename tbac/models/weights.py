@@ -111,6 +111,11 @@ class WeightFiles:
                 found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
         return found
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored; only its own file is opened."""
+        with _opened(self.file_of[name]) as opened:
+            return opened.get_tensor(name)
+
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """The tensors whose names are wanted, as stored."""
         found: dict[str, Tensor] = {}
@@ -123,13 +128,17 @@ class WeightFiles:
         self, wanted: Callable[[str], bool] = lambda name: True, rename: Callable[[str], str] = lambda name: name
     ) -> str:
         """sha256 over names, types, shapes and bytes of the wanted tensors, in the order of their (new) names."""
-        total = hashlib.sha256()
-        for name in sorted((n for n in self.file_of if wanted(n)), key=rename):
-            with _opened(self.file_of[name]) as opened:
-                tensor = opened.get_tensor(name)
-            total.update(f"{rename(name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        return total.hexdigest()
+        names = sorted((n for n in self.file_of if wanted(n)), key=rename)
+        return digest_of((rename(name), self.tensor(name)) for name in names)
+
+
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors, in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in named:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def autoencoder_digest(denoiser: Path) -> str:

@@ -60,6 +60,8 @@ def solve(
     count = len(guidance.branches)
     rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
     parts = [condition[r] for r in rows] if not batch_branches or guidance.interval != (0.0, 1.0) else []
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": generator} if takes else {}
     steps = zip(scheduler.timesteps, levels, strict=True)
     for timestep, level in tqdm(steps, total=len(levels), desc="denoising", disable=not progress, leave=False):
         noisy = scheduler.scale_model_input(latents, timestep)
@@ -70,11 +72,5 @@ def solve(
             velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition, count).float())
         else:
             velocity = guidance.combine(torch.cat([model.predict_velocity(noisy, sigma, p).float() for p in parts]))
-        latents = scheduler.step(velocity, timestep, latents, **_noise_source(scheduler, generator))[0]
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False, **noise_source)[0]
     return latents
-
-
-def _noise_source(scheduler: Any, generator: torch.Generator | None) -> dict[str, Any]:
-    """`generator` for schedulers that take one."""
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    return {"return_dict": False, **({"generator": generator} if takes else {})}

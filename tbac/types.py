@@ -1,7 +1,7 @@
 """What travels between the rooms of the library: samples, batches and conditions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Batch:
         pixels: target images (batch, 3, height, width) in [-1, 1], or None where latents are given.
         latents: scaled latents (batch, channel, height, width), or None.
         texts: captions after dropout, for logs.
+        positions: numbers of the draws that gave the samples, unique within a stage; empty outside of training.
+        after: state of the training order once all processes have used their batches of this step.
     """
 
     prompt: Any
@@ -47,6 +49,8 @@ class Batch:
     pixels: Tensor | None = None
     latents: Tensor | None = None
     texts: list[str] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    after: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -65,7 +69,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor], prompt: Any) -> "Batch":
         pixels, latents = (None if t is None else change(t) for t in (self.pixels, self.latents))
-        return Batch(prompt, self.keys, pixels, latents, self.texts)
+        return replace(self, prompt=prompt, pixels=pixels, latents=latents)
 
 
 @dataclass

@@ -1,23 +1,28 @@
 """The Lightning data module: one stage's mixture for training, one fixed pass for validation."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from tbac.data.collation import Collator, PromptCode
-from tbac.data.shards import DataError, Source, parse_source, read_manifest
-from tbac.data.stream import ShardStream
+from tbac.data.order import BatchPlan, TrainingOrder, ValidationOrder
+from tbac.data.reader import ShardReader
+from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
+from tbac.data.tars import shard_sizes
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch
 
+log = logging.getLogger(__name__)
+
 
 class ShardDataModule(L.LightningDataModule):
-    """Streams WebDataset shards.
+    """Streams WebDataset shards, in an order that doesn't depend on the numbers of processes and workers.
 
     Shards are looked up and compared with their manifests here and now, so that a wrong path fails before any model is
     loaded; `bind` then gives the prompt code of the model that will train.
@@ -31,14 +36,14 @@ class ShardDataModule(L.LightningDataModule):
         val_batch_size: samples per process and validation step.
         val_samples: validation stops after this many samples of all processes together.
         seed: of order, mixture and dropout.
-        shuffle_buffer: samples to shuffle among, per source and worker.
+        shuffle_buffer: samples to shuffle among, per source.
         num_workers: loader processes.
         max_bad_share: greatest share of corrupt samples before training stops.
         use_latents: take cached latents where there are any.
         check_manifest: compare shards with their manifest.
 
     Raises:
-        DataError: see `ShardStream`.
+        DataError: for absent, empty or altered sources.
     """
 
     def __init__(
@@ -64,23 +69,19 @@ class ShardDataModule(L.LightningDataModule):
         self.val_sources = [parse_source(s) for s in val_sources]
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.val_samples, self.image_size, self.num_workers = val_samples, image_size, num_workers
-        self.train_options: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer, "dropout": dropout}
-        self.common: dict[str, Any] = {
-            "max_bad_share": max_bad_share,
-            "use_latents": use_latents,
-            "check_manifest": check_manifest,
-        }
+        self.seed, self.shuffle_buffer, self.dropout = seed, shuffle_buffer, dropout
+        self.use_latents, self.max_bad_share = use_latents, max_bad_share
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
+        if not self.sources:
+            raise DataError("stage.sources is empty; name at least one folder of shards")
+        self.shards = {s: list_shards(s, check_manifest) for s in [*self.sources, *self.val_sources]}
+        self.sizes = {s: shard_sizes(s, shards, check_manifest) for s, shards in self.shards.items()}
+        for source, sizes in self.sizes.items():
+            if not sum(sizes):
+                raise DataError(f"{source.path} gave no usable sample: its {source.split} shards are empty")
         self.collator: Collator | None = None
-        self._stream(train=True)
-        if self.val_sources:
-            self._stream(train=False)
-
-    def _stream(self, train: bool) -> ShardStream:
-        rank = self.trainer.global_rank if self.trainer else 0
-        world_size = self.trainer.world_size if self.trainer else 1
-        if train:
-            return ShardStream(self.sources, rank=rank, world_size=world_size, **self.train_options, **self.common)
-        return ShardStream(self.val_sources, seed=0, rank=rank, world_size=world_size, repeat=False, **self.common)
+        self._position: dict[str, Any] | None = None
 
     def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None) -> None:
         """Collate with this model's prompt code.
@@ -93,7 +94,7 @@ class ShardDataModule(L.LightningDataModule):
             DataError: when cached latents come from another autoencoder.
         """
         self.collator = Collator(prompt, self.image_size)
-        if not (self.common["use_latents"] and autoencoder_digest):
+        if not (self.use_latents and autoencoder_digest):
             return
         for source in [*self.sources, *self.val_sources]:
             cached = (read_manifest(_folder(source)) or {}).get("autoencoder_digest")
@@ -112,46 +113,129 @@ class ShardDataModule(L.LightningDataModule):
             found[source.path] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
         return found
 
-    def _loader(self, stream: ShardStream, batch_size: int, num_workers: int) -> "CleanLoader":
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _loader(self, sources: Sequence[Source], order: Sampler[BatchPlan], train: bool) -> "CleanLoader":
         if self.collator is None:
             raise RuntimeError("call bind(model.prompt) before training")
+        reader = ShardReader(
+            [self.shards[s] for s in sources],
+            [self.sizes[s] for s in sources],
+            seed=self.seed,
+            collate=self.collator,
+            dropout=self.dropout if train else None,
+            use_latents=self.use_latents,
+            max_bad_share=self.max_bad_share,
+        )
+        num_workers = self.num_workers if train else 0
         return CleanLoader(
-            stream,
-            batch_size=batch_size,
+            reader,
+            sampler=order,
+            batch_size=None,
             num_workers=num_workers,
-            collate_fn=self.collator,
+            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
             multiprocessing_context="fork" if num_workers else None,
         )
 
     def train_dataloader(self) -> "CleanLoader":
-        """Endless batches of this process's share of the mixture."""
-        stream = self._stream(train=True)
-        stream.check_readers(self.num_workers)
-        return self._loader(stream, self.batch_size, self.num_workers)
+        """Endless batches of this process's share of the mixture, from the restored position on."""
+        order = TrainingOrder(
+            [self.sizes[s] for s in self.sources],
+            [s.weight for s in self.sources],
+            self.seed,
+            self.shuffle_buffer,
+            self.batch_size,
+            self._rank,
+            self._world_size,
+            self._position,
+        )
+        return self._loader(self.sources, order, train=True)
 
     def val_dataloader(self) -> "CleanLoader | list":
         """The first `val_samples` samples, in the order of the shards."""
         if not self.val_sources:
             return []
-        loader = self._loader(self._stream(train=False), self.val_batch_size, 0)
-        world_size = self.trainer.world_size if self.trainer else 1
-        loader.max_batches = -(-self.val_samples // (self.val_batch_size * world_size))
-        return loader
+        sizes = [self.sizes[s] for s in self.val_sources]
+        order = ValidationOrder(sizes, self.val_samples, self.val_batch_size, self._rank, self._world_size)
+        return self._loader(self.val_sources, order, train=False)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Note how far training has come: what the loader has read ahead doesn't count."""
+        if batch.after:
+            self._position = batch.after
+        return batch
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What decides the sequence of samples, and how it is shared out."""
+        return {
+            "data.seed": self.seed,
+            "data.shuffle_buffer": self.shuffle_buffer,
+            "data.num_workers": self.num_workers,
+            "stage.batch_size": self.batch_size,
+            "number of processes": self._world_size,
+            "weights of the mixture": [s.weight for s in self.sources],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the sequence of samples: after the last batch that training took."""
+        position = self._position or {"position": 0, "drawn": [0] * len(self.sources)}
+        drawn = [
+            {"path": s.path, "split": s.split, "samples": sum(self.sizes[s]), "drawn": n}
+            for s, n in zip(self.sources, position["drawn"], strict=True)
+        ]
+        return {"position": position["position"], "sources": drawn, "circumstances": self._circumstances()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position; says what has changed since, and what it means for the order."""
+        self._position = {"position": state_dict["position"], "drawn": [0] * len(self.sources)}
+        known = {(s["path"], s["split"]): s for s in state_dict["sources"]}
+        for index, source in enumerate(self.sources):
+            entry = known.pop((source.path, source.split), None)
+            if entry is None:
+                log.warning("%s wasn't part of the mixture before: it is read from its beginning", source.path)
+                continue
+            self._position["drawn"][index] = entry["drawn"]
+            if entry["samples"] != (own := sum(self.sizes[source])):
+                log.warning(
+                    "%s has %d samples, it had %d: its order is another one, and samples of this pass may repeat",
+                    source.path,
+                    own,
+                    entry["samples"],
+                )
+        for path, _ in known:
+            log.warning("%s was part of the mixture before and isn't any more", path)
+        before, now = state_dict["circumstances"], self._circumstances()
+        changed = [f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]]
+        if not changed:
+            return
+        reordered = any(before.get(k) != now[k] for k in ("data.seed", "data.shuffle_buffer"))
+        log.warning(
+            "going on at sample %d with %s; %s",
+            state_dict["position"],
+            ", ".join(changed),
+            "the order is another one, and samples of this pass may repeat"
+            if reordered
+            else "no sample of this pass is repeated or lost",
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class CleanLoader(DataLoader):
     """A DataLoader whose data errors read the same whether a worker process or this one met them."""
 
-    max_batches: int | None = None
-
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            for index, batch in enumerate(super().__iter__()):
-                if self.max_batches is not None and index >= self.max_batches:
-                    return
-                yield batch
+            yield from super().__iter__()
         except DataError as error:
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 

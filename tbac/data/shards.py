@@ -105,11 +105,3 @@ def list_shards(source: Source, check_manifest: bool = True) -> list[Path]:
                 state = "truncated" if size < stated else "changed"
                 raise DataError(f"shard {shard} is {state}: it has {size} bytes, its manifest says {stated}; {hint}")
     return shards
-
-
-def count_samples(source: Source) -> int | None:
-    """Number of samples of a source by its manifest; None without one."""
-    manifest = read_manifest(Path(source.path).expanduser())
-    if manifest is None:
-        return None
-    return sum(v["samples"] for k, v in manifest["shards"].items() if k.startswith(f"{source.split}-"))

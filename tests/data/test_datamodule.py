@@ -5,16 +5,18 @@ import json
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hydra.utils import instantiate
 
 from data_prep.shards import write_shards
+from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, to_pixels, to_square
 from tbac.models import UniImage
-from tbac.types import Sample
+from tbac.types import Batch, Sample
 from tests.conftest import composed, noise_image
 
 
@@ -33,7 +35,7 @@ def test_validation_is_the_same_every_time_and_bounded(model: UniImage) -> None:
     data.bind(model.prompt)
     first, second = ([k for b in data.val_dataloader() for k in b.keys] for _ in range(2))
     assert first == second
-    assert len(first) == 16  # whole batches
+    assert len(first) == 12
 
 
 def test_cached_latents_of_another_autoencoder_are_refused(model: UniImage) -> None:
@@ -65,7 +67,7 @@ def test_data_errors_read_the_same_from_workers(in_world: Path, model: UniImage,
     for workers in (0, 2):
         data = instantiate(composed("train", "run_dir=.", source, f"data.num_workers={workers}").data)
         data.bind(model.prompt)
-        with pytest.raises(DataError, match=r"^\d of \d samples were corrupt"):
+        with pytest.raises(DataError, match=r"^\d+ of \d+ samples were corrupt"):
             next(iter(data.train_dataloader()))
 
 
@@ -146,11 +148,76 @@ def test_targets_become_the_central_square() -> None:
 
 def test_several_sources_keep_their_order(tmp_path: Path) -> None:
     from tbac.data.shards import Source
-    from tbac.data.stream import ShardStream
+    from tests.data.test_reader import reader_of, samples_of
 
     fields = {f"source_{i}.png": noise_image(i, (4, 4)) for i in (10, 2, 1)}
     fields = {"source.png": noise_image(0, (4, 4)), **fields, "target.png": noise_image(99, (4, 4))}
     write_shards(tmp_path / "a", "train", [("k", {**fields, "json": {"instruction": "go"}})], 1)  # type: ignore[dict-item]
-    sample = next(itertools.islice(ShardStream([Source(str(tmp_path / "a"))], seed=0, repeat=False), 1))
+    sample = samples_of(reader_of(Source(str(tmp_path / "a"))))[0]
     assert [s.tobytes() for s in sample.sources] == [noise_image(i, (4, 4)).tobytes() for i in (0, 1, 2, 10)]
     assert sample.target.tobytes() == noise_image(99, (4, 4)).tobytes()  # type: ignore[union-attr]
+
+
+def read_on(data: Any, batches: int) -> list[Batch]:
+    """Batches that training takes from the loader, which reads ahead of it."""
+    taken = []
+    for batch in itertools.islice(data.train_dataloader(), batches):
+        taken.append(data.on_before_batch_transfer(batch, 0))
+    return taken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_on_gives_the_same_batches_as_not_stopping(model: UniImage, workers: int) -> None:
+    def fresh(*more: str) -> Any:
+        data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain", "stage.batch_size=8", *more).data)
+        data.bind(model.prompt)
+        return data
+
+    whole = read_on(fresh("data.num_workers=0"), 20)
+    stopped = fresh(f"data.num_workers={workers}")
+    read_on(stopped, 7)
+    again = fresh(f"data.num_workers={2 - workers}")
+    again.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    for batch, expected in zip(read_on(again, 13), whole[7:], strict=True):
+        assert (batch.keys, batch.texts, batch.positions) == (expected.keys, expected.texts, expected.positions)
+        assert torch.equal(batch.latents, expected.latents)
+        for name, value in expected.prompt.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(batch.prompt[name], value), name
+
+
+def test_going_on_decodes_nothing_of_what_is_past(model: UniImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tbac.data.reader as reader
+
+    data = instantiate(composed("train", "run_dir=.", "stage.batch_size=4", "data.num_workers=0").data)
+    data.bind(model.prompt)
+    state = data.state_dict() | {"position": 4 * 10**6}
+    state["sources"][0]["drawn"] = 4 * 10**6
+    data.load_state_dict(state)
+    decoded = []
+    monkeypatch.setattr(reader, "decode_sample", lambda raw, use: decoded.append(raw["__key__"]) or plain(raw, use))
+    assert len(next(iter(data.train_dataloader()))) == 4
+    assert len(decoded) == 4
+
+
+def test_going_on_says_what_changed(model: UniImage, caplog: pytest.LogCaptureFixture) -> None:
+    def fresh(*more: str) -> Any:
+        data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain", *more).data)
+        data.bind(model.prompt)
+        return data
+
+    state = fresh().state_dict()
+    fresh().load_state_dict(state)
+    assert caplog.text == ""
+    fresh("stage.batch_size=3", "data.num_workers=5").load_state_dict(state)
+    assert (
+        "data.num_workers 1 -> 5, stage.batch_size 16 -> 3; no sample of this pass is repeated or lost" in caplog.text
+    )
+    caplog.clear()
+    fresh("data.shuffle_buffer=7").load_state_dict(state)
+    assert "data.shuffle_buffer 2000 -> 7; the order is another one" in caplog.text
+    state["sources"][0] |= {"samples": 5}
+    state["sources"][1] |= {"path": "elsewhere"}
+    fresh().load_state_dict(state)
+    for words in ("samples, it had 5", "wasn't part of the mixture before", "elsewhere was part of the mixture before"):
+        assert words in caplog.text

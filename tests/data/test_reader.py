@@ -1,20 +1,22 @@
-"""Streaming: every sample once, in an order that the seed decides; corrupt ones skipped, counted and named."""
+"""Reading samples out of shards; corrupt ones replaced, counted and named."""
 
 import io
-import itertools
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_prep.shards import write_shards
-from tbac.data.shards import DataError, Source
-from tbac.data.stream import ShardStream
+from tbac.data.order import Draw
+from tbac.data.reader import ShardReader
+from tbac.data.shards import DataError, Source, list_shards
+from tbac.data.tars import TarIndex, shard_sizes
 from tbac.data.transforms import ConditionDropout
+from tbac.types import Sample
 from tests.conftest import noise_image
 
 
@@ -24,8 +26,27 @@ def write(folder: Path, count: int, per_shard: int, split: str = "train", prefix
     return Source(str(folder), split)
 
 
-def keys(stream: ShardStream, count: int | None = None) -> list[str]:
-    return [s.key for s in itertools.islice(stream, count)]
+def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
+    """A reader whose batches are lists of samples."""
+    shards = [list_shards(s, check_manifest) for s in sources]
+    sizes = [shard_sizes(s, found, check_manifest) for s, found in zip(sources, shards, strict=True)]
+    return ShardReader(shards, sizes, **({"seed": 0, "collate": list} | options))
+
+
+def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:
+    """All samples in the order of the shards, some passes of them."""
+    places = [
+        (k, p, i, n)
+        for p in range(passes)
+        for k, sizes in enumerate(reader.sizes)
+        for i, size in enumerate(sizes)
+        for n in range(size)
+    ]
+    return [reader.sample(Draw(position, *place)) for position, place in enumerate(places)]
+
+
+def keys(reader: ShardReader, passes: int = 1) -> list[str]:
+    return [s.key for s in samples_of(reader, passes)]
 
 
 def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
@@ -41,78 +62,15 @@ def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
                 new.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("buffer", [0, 7, 1000])
-def test_one_pass_holds_every_sample_once(tmp_path: Path, buffer: int) -> None:
+def test_dropout_depends_on_sample_and_pass_and_not_on_the_reader(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 40, 10)
-    stream = ShardStream([source], seed=1, shuffle_buffer=buffer)
-    # A pass ends at 40 samples only without a buffer; with one, each sample comes once in any window of passes.
-    drawn = Counter(keys(stream, 40 * 50))
-    assert set(drawn) == {f"s{i:04d}" for i in range(40)}
-    assert max(drawn.values()) - min(drawn.values()) <= (0 if buffer == 0 else 30)
-
-
-def test_the_seed_decides_the_order(tmp_path: Path) -> None:
-    source = write(tmp_path / "a", 60, 10)
-    first, again, other = (keys(ShardStream([source], seed=s, shuffle_buffer=20), 100) for s in (1, 1, 2))
-    assert first == again
-    assert first != other
-    assert first[:20] != sorted(first[:20])
-
-
-@pytest.mark.parametrize(("world_size", "shards"), [(2, 4), (3, 7), (4, 4)])
-def test_ranks_read_disjoint_parts_that_cover_all(tmp_path: Path, world_size: int, shards: int) -> None:
-    source = write(tmp_path / "a", shards * 5, 5)
-    parts = []
-    for rank in range(world_size):
-        stream = ShardStream([source], seed=3, shuffle_buffer=0, rank=rank, world_size=world_size)
-        own = len(range(rank, shards, world_size)) * 5
-        parts.append(keys(stream, own))
-    assert sum(map(len, parts)) == shards * 5
-    assert len(set().union(*parts)) == shards * 5
-
-
-def test_workers_read_disjoint_parts(tmp_path: Path) -> None:
-    source = write(tmp_path / "a", 20, 5)
-    stream = ShardStream([source], seed=3, shuffle_buffer=0)
-    loader = torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=2, collate_fn=lambda s: s.key, multiprocessing_context="fork"
-    )
-    assert len(set(itertools.islice(loader, 20))) == 20
-
-
-def test_fewer_shards_than_readers_is_an_error(tmp_path: Path) -> None:
-    source = write(tmp_path / "a", 10, 5)
-    with pytest.raises(DataError, match="2 train shards for 3 readers"):
-        next(iter(ShardStream([source], seed=0, world_size=3)))
-
-
-def test_validation_is_one_pass_in_order_and_split_by_sample(tmp_path: Path) -> None:
-    source = write(tmp_path / "a", 25, 25, "val")
-    assert keys(ShardStream([source], seed=0, repeat=False)) == [f"s{i:04d}" for i in range(25)]
-    parts = [keys(ShardStream([source], seed=0, repeat=False, rank=r, world_size=3)) for r in range(3)]
-    assert sorted(itertools.chain(*parts)) == [f"s{i:04d}" for i in range(25)]
-
-
-def test_the_mixture_follows_the_weights(tmp_path: Path) -> None:
-    a, b = write(tmp_path / "a", 20, 10, prefix="a"), write(tmp_path / "b", 20, 10, prefix="b")
-    stream = ShardStream([Source(a.path, weight=3.0), Source(b.path, weight=1.0)], seed=0)
-    drawn = Counter(key[0] for key in keys(stream, 4000))
-    # Binomial: standard deviation 0.007 of the share.
-    assert abs(drawn["a"] / 4000 - 0.75) < 0.03
-
-
-def test_dropout_depends_on_the_sample_and_not_on_the_reader(tmp_path: Path) -> None:
-    source = write(tmp_path / "a", 40, 10)
-    whole = {
-        s.key: s.text
-        for s in itertools.islice(ShardStream([source], seed=5, shuffle_buffer=0, dropout=ConditionDropout(0.5)), 40)
-    }
-    halves = {}
-    for rank in range(2):
-        stream = ShardStream([source], seed=5, shuffle_buffer=0, dropout=ConditionDropout(0.5), rank=rank, world_size=2)
-        halves |= {s.key: s.text for s in itertools.islice(stream, 20)}
-    assert halves == whole
-    assert 0 < sum(text == "" for text in whole.values()) < 40
+    first, second = (samples_of(reader_of(source, seed=5, dropout=ConditionDropout(0.5)), 2) for _ in range(2))
+    texts = [s.text for s in first]
+    assert texts == [s.text for s in second]
+    assert texts[:40] != texts[40:]
+    assert 0 < sum(text == "" for text in texts[:40]) < 40
+    backwards = reader_of(source, seed=5, dropout=ConditionDropout(0.5))
+    assert [backwards.sample(Draw(7 + n, 0, 0, 1, n)).text for n in (9, 3)] == [texts[19], texts[13]]
 
 
 BROKEN: dict[str, dict[str, bytes | None]] = {
@@ -136,10 +94,13 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(
         noise_image(3, (64, 64)).save(buffer, "png")
         broken = {"s0003.png": buffer.getvalue()[:2000]}
     break_members(tmp_path / "a" / "train-000000.tar", broken)
-    stream = ShardStream([source], seed=0, shuffle_buffer=0, check_manifest=False)
-    drawn = Counter(keys(stream, 29 * 3))
+    first, again = (keys(reader_of(source, check_manifest=False), 3) for _ in range(2))
+    assert first == again
+    drawn = Counter(first)
     assert "s0003" not in drawn
-    assert set(drawn.values()) == {3}
+    assert sum(drawn.values()) == 90
+    assert sum(n - 3 for n in drawn.values()) == 3  # its places went to others
+    assert first[3] in [f"s{i:04d}" for i in range(30)]
     assert "s0003" in caplog.text
     assert "1 bad of" in caplog.text
 
@@ -147,10 +108,10 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(
 def test_too_many_corrupt_samples_stop_training(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 30, 10)
     break_members(tmp_path / "a" / "train-000000.tar", {f"s{i:04d}.png": b"no" for i in range(3)})
-    stream = ShardStream([source], seed=0, max_bad_share=0.05, check_manifest=False)
-    with pytest.raises(DataError, match=r"3 of 30 samples.*data\.max_bad_share=0\.05"):
-        keys(stream, 100)
-    assert keys(ShardStream([source], seed=0, max_bad_share=0.2, check_manifest=False), 100)
+    reader = reader_of(source, max_bad_share=0.05, check_manifest=False)
+    with pytest.raises(DataError, match=r"2 of 2 samples.*data\.max_bad_share=0\.05"):
+        keys(reader, 3)
+    assert len(keys(reader_of(source, max_bad_share=0.2, check_manifest=False), 3)) == 90
 
 
 def test_a_source_without_any_good_sample_stops(tmp_path: Path) -> None:
@@ -158,7 +119,7 @@ def test_a_source_without_any_good_sample_stops(tmp_path: Path) -> None:
     for tar in (tmp_path / "a").glob("*.tar"):
         break_members(tar, {f"s{i:04d}.png": b"no" for i in range(4)})
     with pytest.raises(DataError, match=r"no usable sample|4 of 4 samples"):
-        keys(ShardStream([source], seed=0, max_bad_share=1.0, check_manifest=False), 1)
+        keys(reader_of(source, max_bad_share=1.0, check_manifest=False))
 
 
 @pytest.mark.parametrize("into", [0, 300, 512, 700])
@@ -169,8 +130,8 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, caplog: pytest.LogCa
         start = tar.getmember("s0018.png").offset
     shard.write_bytes(shard.read_bytes()[: start + into])
     with pytest.raises(DataError, match=r"train-000000.tar is truncated.*manifest.*data.check_manifest=false"):
-        ShardStream([source], seed=0)
-    samples = list(ShardStream([source], seed=0, repeat=False, check_manifest=False, max_bad_share=0.5))
+        reader_of(source)
+    samples = samples_of(reader_of(source, check_manifest=False))
     assert len(samples) in (17, 18)  # the last one before the cut can't be known to be complete
     for index, sample in enumerate(samples):  # what is left is what was written
         assert sample.key == f"s{index:04d}"
@@ -190,7 +151,7 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, caplog: pytest.LogCa
 def test_absent_and_empty_folders_are_named(tmp_path: Path, make, words: str) -> None:
     make(tmp_path / "a")
     with pytest.raises(DataError, match=words) as error:
-        ShardStream([Source(str(tmp_path / "a"))], seed=0)
+        reader_of(Source(str(tmp_path / "a")))
     assert str(tmp_path / "a") in str(error.value)
 
 
@@ -198,20 +159,57 @@ def test_an_altered_or_absent_shard_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 20, 10)
     (tmp_path / "a" / "train-000001.tar").unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar is in the manifest but absent"):
-        ShardStream([source], seed=0)
+        reader_of(source)
 
 
 def test_shards_without_a_manifest_are_read(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 20, 10)
     (tmp_path / "a" / "manifest.json").unlink()
-    assert len(keys(ShardStream([source], seed=0), 20)) == 20
+    assert keys(reader_of(source)) == [f"s{i:04d}" for i in range(20)]
 
 
 def test_jpeg_and_webp_are_read(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8), (10, 200, 30))
     samples = [(f"k{i}", {ext: picture, "txt": "x"}) for i, ext in enumerate(("jpg", "webp", "png"))]
     write_shards(tmp_path / "a", "train", samples, 10)
-    for sample in ShardStream([Source(str(tmp_path / "a"))], seed=0, repeat=False):
+    for sample in samples_of(reader_of(Source(str(tmp_path / "a")))):
         assert sample.target is not None
         pixel = np.asarray(sample.target.convert("RGB"), int)[4, 4]
         assert np.abs(pixel - (10, 200, 30)).max() < 8
+
+
+def test_a_shard_that_vanishes_is_replaced_up_to_the_tolerated_share(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", 40, 10)
+    tolerant, strict = (reader_of(source, max_bad_share=share) for share in (0.5, 0.05))
+    (tmp_path / "a" / "train-000002.tar").unlink()
+    found = keys(tolerant)
+    assert len(found) == 40
+    assert not set(found) & {f"s{i:04d}" for i in range(20, 30)}
+    with pytest.raises(DataError, match="corrupt or incomplete"):
+        keys(strict, 2)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_index_agrees_with_tarfile_also_for_long_names(tmp_path: Path, form: int) -> None:
+    folder = "x" * 90 + "/" + ("y" * 60 if form == tarfile.USTAR_FORMAT else "y" * 180)
+    written = {f"{folder}/k{i}": {"txt": b"a" * i, "JSON": b"{}", "source_1.png": bytes(700)} for i in range(3)}
+    with tarfile.open(tmp_path / "t.tar", "w", format=form) as tar:
+        for key, fields in written.items():
+            for name, data in fields.items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    index = TarIndex(tmp_path / "t.tar")
+    assert index.broken is None
+    assert [key for key, _ in index.samples] == list(written)
+    data = (tmp_path / "t.tar").read_bytes()
+    for (_, members), fields in zip(index.samples, written.values(), strict=True):
+        assert {k: data[o : o + n] for k, (o, n) in members.items()} == {k.lower(): v for k, v in fields.items()}
+
+
+def test_only_the_latest_tars_stay_open(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", 40, 4)
+    reader = reader_of(source)
+    reader.tars.keep = 2
+    assert keys(reader) == [f"s{i:04d}" for i in range(40)]
+    assert len(reader.tars._open) == 2

@@ -1,0 +1,171 @@
+"""The order of training samples: a pure function of the seed, the shards and a position.
+
+One sequence of draws serves the whole job. Draw n is the same sample whatever the number of processes, workers or
+restarts; a step of `global batch` samples takes the next so many draws, and each process its own run of them. Going on
+from a position therefore needs no reading, and another world size neither repeats nor loses a sample.
+
+- Mixture: draw n picks a source by weight, from a counter-based generator.
+- Passes: each source is gone through again and again. For each pass its shards are permuted, and the samples are
+  permuted within consecutive windows of `shuffle_buffer` samples, so that few shards are in use at a time.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+BLOCK = 4096  # draws whose sources are chosen at a time
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One place in the sequence.
+
+    Attributes:
+        position: number of the draw, from 0.
+        source: index of the source.
+        passes: complete passes over the source before this one.
+        shard: index of the shard in the order of names.
+        sample: index of the sample in the shard.
+    """
+
+    position: int
+    source: int
+    passes: int
+    shard: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The draws of one batch of one process, and the state of the sequence after the batches of all processes."""
+
+    draws: list[Draw]
+    after: Mapping[str, Any]
+
+
+def philox(*names: object) -> np.random.Generator:
+    """A generator that is a function of `names` alone."""
+    key = int.from_bytes(sha256("/".join(map(str, names)).encode()).digest()[:16], "big")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+class SourceOrder:
+    """The order of one source: item n is (pass, shard, sample).
+
+    Args:
+        sizes: samples of each shard.
+        name: seeds this order, together with `seed`.
+        seed: of the order.
+        window: samples to shuffle among; 0 keeps the order within shards.
+    """
+
+    def __init__(self, sizes: Sequence[int], name: object, seed: int, window: int) -> None:
+        self.sizes, self.name, self.seed, self.window = list(sizes), name, seed, window
+        self.total = sum(self.sizes)
+        self._pass: tuple[int, np.ndarray, list[int]] | None = None
+        self._window: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __getitem__(self, n: int) -> tuple[int, int, int]:
+        passes, offset = divmod(n, self.total)
+        if self._pass is None or self._pass[0] != passes:
+            shards = philox("shards", self.seed, self.name, passes).permutation(len(self.sizes))
+            ends = list(accumulate(self.sizes[i] for i in shards))
+            self._pass = (passes, shards, ends)
+        _, shards, ends = self._pass
+        if self.window > 1:
+            window, inner = divmod(offset, self.window)
+            if self._window is None or self._window[0] != (passes, window):
+                size = min(self.window, self.total - window * self.window)
+                permuted = philox("window", self.seed, self.name, passes, window).permutation(size)
+                self._window = ((passes, window), permuted)
+            offset = window * self.window + int(self._window[1][inner])
+        place = bisect_right(ends, offset)
+        return passes, int(shards[place]), offset - (ends[place - 1] if place else 0)
+
+
+class TrainingOrder(Sampler[BatchPlan]):
+    """Endless batch plans of one process.
+
+    Args:
+        sizes: per source, the samples of each shard.
+        weights: of the sources.
+        seed: of the sequence.
+        window: samples to shuffle among, per source (`shuffle_buffer`).
+        batch_size: of each process.
+        rank: of this process.
+        world_size: number of processes.
+        state: where to go on, from `BatchPlan.after`; None is the beginning.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        seed: int,
+        window: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.orders = [SourceOrder(s, i, seed, window) for i, s in enumerate(sizes)]
+        self.bounds = np.cumsum(np.asarray(weights, float) / sum(weights))
+        self.seed, self.batch_size, self.rank, self.world_size = seed, batch_size, rank, world_size
+        self.state: Mapping[str, Any] = state or {"position": 0, "drawn": [0] * len(self.orders)}
+
+    def sources(self, start: int, stop: int) -> np.ndarray:
+        """The source of each draw from `start` to `stop`."""
+        if len(self.orders) == 1:
+            return np.zeros(stop - start, int)
+        blocks = range(start // BLOCK, -(-stop // BLOCK))
+        drawn = np.concatenate([philox("mixture", self.seed, b).random(BLOCK) for b in blocks])
+        chosen = np.searchsorted(self.bounds[:-1], drawn, side="right")
+        return chosen[start - blocks[0] * BLOCK : stop - blocks[0] * BLOCK]
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        position, drawn = self.state["position"], np.array(self.state["drawn"])
+        step, first = self.batch_size * self.world_size, self.rank * self.batch_size
+        while True:
+            sources = self.sources(position, position + step)
+            counted = np.cumsum(sources[:, None] == np.arange(len(drawn)), axis=0)
+            draws = []
+            for i in range(first, first + self.batch_size):
+                source = int(sources[i])
+                n = int(drawn[source] + counted[i, source]) - 1
+                draws.append(Draw(position + i, source, *self.orders[source][n]))
+            position, drawn = position + step, drawn + counted[-1]
+            yield BatchPlan(draws, {"position": position, "drawn": drawn.tolist()})
+
+
+class ValidationOrder(Sampler[BatchPlan]):
+    """The first samples of all sources in the order of the shards, each process its own; one pass.
+
+    All processes have equally many samples, so none waits for another: up to `world_size - 1` samples are left out.
+
+    Args:
+        sizes: per source, the samples of each shard.
+        count: samples of all processes together, at most.
+        batch_size: of each process.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[int]], count: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        places = [(k, i, n) for k, shards in enumerate(sizes) for i, size in enumerate(shards) for n in range(size)]
+        each = min(count, len(places)) // world_size
+        own = [Draw(j, k, 0, i, n) for j, (k, i, n) in enumerate(places)][rank : each * world_size : world_size]
+        self.plans = [BatchPlan(own[i : i + batch_size], {}) for i in range(0, len(own), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return iter(self.plans)

@@ -1,0 +1,117 @@
+"""From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from torch.utils.data import Dataset
+
+from tbac.data.decoding import CorruptSampleError, decode_sample
+from tbac.data.order import BatchPlan, Draw
+from tbac.data.shards import DataError
+from tbac.data.tars import TarReader
+from tbac.data.transforms import ConditionDropout
+from tbac.types import Batch, Sample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Tally:
+    """Samples seen and refused by one reader."""
+
+    seen: int = 0
+    bad: int = 0
+
+
+class ShardReader(Dataset[Batch]):
+    """Batches by plan.
+
+    What a batch holds depends on its plan alone. The place of a corrupt sample is taken by another sample of the same
+    source and pass, which its position decides.
+
+    Args:
+        shards: per source, its tars.
+        sizes: per source, the samples of each tar.
+        seed: of dropout and of replacements.
+        collate: samples to a batch.
+        dropout: condition dropout; None keeps everything.
+        use_latents: take cached latents instead of target images where there are any.
+        max_bad_share: greatest share of refused samples that is tolerated.
+        min_seen: the share is judged over multiples of this many samples, or of a pass where that is less.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Sequence[Path]],
+        sizes: Sequence[Sequence[int]],
+        seed: int,
+        collate: Callable[[Sequence[Sample]], Batch],
+        dropout: ConditionDropout | None = None,
+        use_latents: bool = True,
+        max_bad_share: float = 0.05,
+        min_seen: int = 200,
+    ) -> None:
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
+        self.shards, self.sizes = [list(s) for s in shards], [list(s) for s in sizes]
+        self.seed, self.collate, self.dropout, self.use_latents = seed, collate, dropout, use_latents
+        self.max_bad_share, self.min_seen = max_bad_share, min(min_seen, sum(map(sum, self.sizes)))
+        self.tally, self.tars = Tally(), TarReader()
+
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        batch = self.collate([self.sample(draw) for draw in plan.draws])
+        batch.positions = [draw.position for draw in plan.draws]
+        batch.after = dict(plan.after)
+        return batch
+
+    def sample(self, draw: Draw) -> Sample:
+        """The sample of a draw, or its replacement.
+
+        Raises:
+            DataError: when too many samples are corrupt, or none of a source can be used.
+        """
+        sizes = self.sizes[draw.source]
+        substitutes = Random(f"substitute/{self.seed}/{draw.position}")
+        shard, index = draw.shard, draw.sample
+        for _ in range(1000):
+            path = self.shards[draw.source][shard]
+            self.tally.seen += 1
+            try:
+                sample = self._decode(path, index)
+            except CorruptSampleError as error:
+                self._refuse(f"sample {index} of {path}", error)
+            else:
+                if self.dropout is not None:
+                    name = f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"
+                    sample = self.dropout(sample, Random(name))
+                return sample
+            shard = substitutes.choices(range(len(sizes)), sizes)[0]
+            index = substitutes.randrange(sizes[shard])
+        raise DataError(f"{self.shards[draw.source][0].parent} gave no usable sample in 1000 attempts")
+
+    def _decode(self, path: Path, index: int) -> Sample:
+        try:
+            raw = self.tars.read(path, index)
+        except OSError as error:
+            raise CorruptSampleError(f"the shard can't be read ({error.strerror or error})") from None
+        except IndexError:
+            reason = self.tars.index(path).broken or "its manifest says more"
+            raise CorruptSampleError(f"the shard holds fewer samples ({reason})") from None
+        try:
+            return decode_sample(raw, self.use_latents)
+        except CorruptSampleError as error:
+            raise CorruptSampleError(f"{raw['__key__']!s}: {error}") from None
+
+    def _refuse(self, what: str, why: CorruptSampleError) -> None:
+        tally = self.tally
+        tally.bad += 1
+        log.warning("skipped %s: %s (%d bad of %d)", what, str(why).split("\n")[0], tally.bad, tally.seen)
+        judged = -(-tally.seen // self.min_seen) * self.min_seen  # early on a few bad ones say little
+        if tally.bad > self.max_bad_share * judged:
+            raise DataError(
+                f"{tally.bad} of {tally.seen} samples were corrupt or incomplete, more than "
+                f"data.max_bad_share={self.max_bad_share}; the log names each of them"
+            )

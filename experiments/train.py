@@ -12,7 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
-from tbac.training.checkpoints import describe_model, load_exported, load_weights, newest_checkpoint, read_checkpoint
+from tbac.training.checkpoints import (
+    describe_model,
+    load_exported,
+    load_weights,
+    newest_checkpoint,
+    newest_whole,
+    read_checkpoint,
+)
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_run, run_facts
 
@@ -26,7 +33,7 @@ def find_init(cfg: DictConfig) -> str | None:
     Raises:
         ValueError: when a previous stage is needed and has left no checkpoint.
     """
-    if cfg.resume or cfg.init or not cfg.stage.previous:
+    if cfg.init or not cfg.stage.previous:
         return cfg.init
     found = newest_checkpoint(RUNS, cfg.stage.previous)
     if found is None:
@@ -37,14 +44,31 @@ def find_init(cfg: DictConfig) -> str | None:
     return str(found)
 
 
+def find_resume(cfg: DictConfig, folder: Path) -> str | None:
+    """Checkpoint that this run goes on from, or None for a fresh start.
+
+    Raises:
+        ValueError: when one was named and can't be read.
+    """
+    if not cfg.resume:
+        return None
+    named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
+    found = newest_whole(named) if named.is_dir() else named
+    if found is None and cfg.resume != "auto":
+        raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
+    if found is not None:
+        read_checkpoint(found)
+        log.info("going on from %s", found)
+    return None if found is None else str(found)
+
+
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run the stage that the config describes; returns what `report.json` holds."""
     L.seed_everything(cfg.seed, verbose=False)
-    init = find_init(cfg)
+    resume = find_resume(cfg, folder)
+    init = None if resume else find_init(cfg)
     exported = Path(init).expanduser() if init and (Path(init).expanduser() / "config.json").is_file() else None
     checkpoint = read_checkpoint(init) if init and not exported else None
-    if cfg.resume:
-        read_checkpoint(cfg.resume)
     instantiate(cfg.model, _target_="tbac.models.loading.check_config")
     data = instantiate(cfg.data)
     flow = instantiate(cfg.flow)
@@ -76,16 +100,16 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
     log_run(trainer.loggers, config, run_facts() | {f"data/{k}": v for k, v in data.manifest_digests().items()})
 
-    first = trainer.validate(module, datamodule=data, verbose=False) if data.val_sources else []
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.resume)
-    last = trainer.validate(module, datamodule=data, verbose=False) if data.val_sources else []
-    trainer.save_checkpoint(folder / "checkpoints" / f"{cfg.stage.name}-step={trainer.global_step}.ckpt")
+    validated = bool(data.val_sources)
+    first = trainer.validate(module, datamodule=data, verbose=False) if validated and not resume else []
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    last = trainer.validate(module, datamodule=data, verbose=False) if validated else []
     report = {
         "name": cfg.stage.name,
-        "steps": trainer.global_step,
+        "steps": module.steps,
         "val_loss_first": first[0].get("val/loss") if first else None,
         "val_loss_last": last[0].get("val/loss") if last else None,
-        "checkpoint": str(folder / "checkpoints" / f"{cfg.stage.name}-step={trainer.global_step}.ckpt"),
+        "checkpoint": str(folder / "checkpoints" / f"{cfg.stage.name}-step={module.steps}.ckpt"),
     }
     if trainer.is_global_zero:
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -113,6 +113,6 @@ def shard_sizes(source: Source, shards: Sequence[Path], use_manifest: bool = Tru
             continue
         index = TarIndex(shard)
         if index.broken is not None:
-            log.warning("the end of %s is skipped: the tar breaks off: %s", shard, index.broken)
+            log.warning("skipped the end of %s: the tar breaks off: %s", shard, index.broken)
         sizes.append(len(index.samples))
     return sizes

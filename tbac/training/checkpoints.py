@@ -1,6 +1,7 @@
 """Slim training checkpoints: finding, reading and checking them."""
 
 import json
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from tbac.models import UniImage
 from tbac.models.uniimage import PROMPT_EMBEDDINGS, read_state
 
 FACTS = "tbac"
+log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -36,6 +38,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file} isn't a training checkpoint of tbac")
     return checkpoint
+
+
+def newest_whole(folder: str | Path) -> Path | None:
+    """The checkpoint of a run folder that was written last and can be read; those that can't be are named."""
+    files = [p for p in (Path(folder) / "checkpoints").glob("*-step=*.ckpt") if p.is_file() and not p.is_symlink()]
+    for file in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+        try:
+            read_checkpoint(file)
+        except ValueError as error:
+            log.warning("passing over a checkpoint: %s", error)
+        else:
+            return file
+    return None
 
 
 def newest_checkpoint(root: str | Path, stage: str) -> Path | None:

@@ -1,19 +1,23 @@
 """The LightningModule of ladder tuning: prepare, compute the loss, log."""
 
 import hashlib
+import random
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from tbac.distributed import gather_objects, rank, world_size
 from tbac.flow import check_scheme, interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
+from tbac.training.gradients import GradientNorms, gradient_norms
 from tbac.training.optimizers import parameter_groups
 from tbac.types import Batch
 
@@ -84,7 +88,10 @@ class LadderTuningModule(L.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.flow, self.weight_decay, self.total_steps, self.seed = flow, weight_decay, total_steps, seed
         self.facts = dict(facts or {})
-        self._generator: torch.Generator | None = None
+        self.steps = 0  # optimizer steps taken in this stage, without rejected ones
+        self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
+        self.norms: GradientNorms | None = None
+        self._resumed: dict[str, Any] = {}
 
     @property
     def model(self) -> UniImage:
@@ -96,15 +103,35 @@ class LadderTuningModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.model.to(self.device)
-        self._generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
+
+    def on_train_start(self) -> None:
+        """Go on counting where the checkpoint stopped."""
+        if not self._resumed:
+            return
+        self.steps = self._resumed["steps"]
+        loop = self.trainer.fit_loop.epoch_loop
+        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = loop._batches_that_stepped = self._resumed["global_step"]
+        set_random_state(self._resumed["random"])
+        self._resumed = {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FACTS] = self.facts
+        """Add what a checkpoint says of the model, and what going on exactly takes.
+
+        Lightning's own account of its loops is left out: the position in the data and these counters say the same
+        without its special cases for where in a loop a checkpoint was written.
+        """
+        del checkpoint["loops"]
+        facts = {"steps": self.steps, "random": gather_objects(random_state())}
+        checkpoint[FACTS] = self.facts | facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained on other frozen parts."""
-        if FACTS in checkpoint and checkpoint[FACTS].get("frozen"):
-            check_frozen(checkpoint[FACTS], self.model, "the checkpoint")
+        facts = checkpoint.get(FACTS, {})
+        if facts.get("frozen"):
+            check_frozen(facts, self.model, "the checkpoint")
+        if "steps" in facts:
+            self._resumed = {k: facts[k] for k in ("steps", "random")} | {"global_step": checkpoint["global_step"]}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
@@ -133,10 +160,15 @@ class LadderTuningModule(L.LightningModule):
         prediction = self.model.predict_velocity(path.noisy, sigma, condition)
         return velocity_loss(prediction, path.velocity)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.attempted = self.rejected = False
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        latents = self.latents(batch).repeat_interleave(self.flow.noise_samples_per_prompt, dim=0)
-        noise = torch.randn(latents.shape, generator=self._generator, device=self.device)
-        sigma = sample_sigma(len(latents), self._generator, self.device, scheme=self.flow.scheme, shift=self.flow.shift)
+        """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
+        latents = self.latents(batch)
+        names = [f"{self.seed}/{self.facts.get('stage')}/{position}" for position in batch.positions]
+        noise, sigma = noise_of(names, latents, self.flow)
+        latents = latents.repeat_interleave(self.flow.noise_samples_per_prompt, dim=0)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -144,9 +176,44 @@ class LadderTuningModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""
         latents = self.latents(batch)
-        noise, sigma = fixed_noise(batch.keys, latents)
+        noise, sigma = noise_of(batch.keys, latents)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("val/loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def measure_gradients(self) -> GradientNorms:
+        """Norms of the gradients of the step that is about to be taken, measured once for all who ask."""
+        if self.norms is None:
+            self.norms = gradient_norms(self.named_parameters())
+        return self.norms
+
+    def reject_step(self) -> None:
+        """Make the coming optimizer step an exact no-op: optimizers pass over parameters without a gradient."""
+        self.rejected = True
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the global norm, which is measured once for the guard and for this."""
+        if gradient_clip_val and not self.rejected:
+            total = self.measure_gradients().total.float()
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters()), gradient_clip_val, total)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Take the step, unless it was rejected when its gradients were there; count those taken."""
+        self.norms = None
+        self.attempted = True
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.norms = None
+        self.steps += not self.rejected
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """A rejected step doesn't move the schedule either."""
+        if self.attempted and not self.rejected:
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(parameter_groups([self.ladder, self.denoiser], self.weight_decay))
@@ -154,12 +221,51 @@ class LadderTuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fixed_noise(keys: list[str], latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise shaped like `latents` and uniform sigmas (batch,), each a function of its key alone."""
+def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = FlowOptions()) -> tuple[Tensor, Tensor]:
+    """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
+
+    Args:
+        names: one per sample.
+        latents: (batch, channel, height, width): whose shape, type and device the noise has.
+        flow: how sigmas are drawn, and how many of both per sample.
+
+    Returns:
+        Noise (batch * k, channel, height, width) and sigmas (batch * k,), those of a sample next to each other.
+    """
     noise, sigma = [], []
-    for key in keys:
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    for name in names:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-        sigma.append(sample_sigma(1, generator))
-    return torch.stack(noise).to(latents), torch.cat(sigma).to(latents.device)
+        noise.append(torch.randn((flow.noise_samples_per_prompt, *latents.shape[1:]), generator=generator))
+        sigma.append(sample_sigma(flow.noise_samples_per_prompt, generator, scheme=flow.scheme, shift=flow.shift))
+    drawn = torch.cat(noise), torch.cat(sigma)
+    if latents.is_cuda:  # a copy from pageable memory would wait for the device
+        drawn = drawn[0].pin_memory(), drawn[1].pin_memory()
+    return drawn[0].to(latents, non_blocking=True), drawn[1].to(latents.device, non_blocking=True)
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global generators of this process. Training draws from none of them; users' code may."""
+    version, numbers, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    words = numpy_state["state"]["key"].tolist()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": {**numpy_state, "state": {"key": words, "pos": int(numpy_state["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(states: list[dict[str, Any]]) -> None:
+    """Set the global generators as they were; with another number of processes they stay as the seed left them."""
+    if len(states) != world_size():
+        return
+    state = states[rank()]
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    words = np.asarray(state["numpy"]["state"]["key"], np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": words}})
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

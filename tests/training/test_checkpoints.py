@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tbac.models import UniImage
+from tbac.training.callbacks.averaging import WeightAverage
 from tbac.training.checkpoints import FACTS, load_weights, newest_checkpoint, read_checkpoint
 from tests.conftest import small_model
 from tests.training.test_module import data_of, module_of, trainer_of
@@ -100,7 +101,7 @@ def test_a_half_written_checkpoint_is_named(saved: Path) -> None:
 def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: Path) -> None:
     start = {k: v.clone() for k, v in model.trained_state().items()}
     module = module_of(model)
-    ema = EMAWeightAveraging(decay=0.5)
+    ema = WeightAverage(decay=0.5)
     path = tmp_path / "checkpoints"
     trainer = trainer_of(2)
     trainer = type(trainer)(

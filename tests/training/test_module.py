@@ -6,10 +6,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from tbac.flow import sample_sigma
 from tbac.models import UniImage
 from tbac.training.checkpoints import describe_model
-from tbac.training.module import FlowOptions, LadderTuningModule, fixed_noise
+from tbac.training.module import FlowOptions, LadderTuningModule, noise_of
 from tbac.training.optimizers import adamw, warmup_cosine
 from tests.conftest import composed, read_everything
 
@@ -98,18 +97,15 @@ def test_one_noise_per_prompt_is_the_plain_step(model: UniImage) -> None:
     module = module_of(model)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     batch = next(iter(data_of(model).train_dataloader()))
-    module.on_fit_start()
     stepped = module.training_step(batch, 0)
-    generator = torch.Generator().manual_seed(42)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    sigma = sample_sigma(len(batch), generator)
+    noise, sigma = noise_of([f"42/t2i_pretrain/{i}" for i in range(4)], batch.latents)
     assert torch.equal(stepped, module.loss(batch, noise, sigma, batch.latents))
 
 
 def test_validation_noise_follows_from_the_keys_alone() -> None:
     latents = torch.zeros(3, 2, 4, 4)
-    noise, sigma = fixed_noise(["a", "b", "c"], latents)
-    again, sigma_again = fixed_noise(["c", "a"], latents[:2])
+    noise, sigma = noise_of(["a", "b", "c"], latents)
+    again, sigma_again = noise_of(["c", "a"], latents[:2])
     assert torch.equal(noise[[2, 0]], again)
     assert torch.equal(sigma[[2, 0]], sigma_again)
     assert not torch.equal(noise[0], noise[1])

@@ -1,0 +1,139 @@
+"""Checkpoints: when they are written, and which are kept."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from tbac.training.module import LadderTuningModule
+from tbac.training.writing import AtomicCheckpointIO
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"(?P<stage>.+)-step=(?P<step>\d+)\.ckpt")
+
+
+class Checkpointing(Checkpoint):
+    """Writes `<stage>-step=<n>.ckpt` and keeps the newest, the best, and every so many steps one.
+
+    `last.ckpt` and `best.ckpt` are links. Where a validation is due after the same step, the checkpoint is written
+    when it is over. Needs `AtomicCheckpointIO` as the trainer's plugin: a file of the final name is always whole, and
+    an older one is removed only once a newer is on disk.
+
+    Args:
+        folder: where they go.
+        every: optimizer steps between checkpoints.
+        keep: number of newest ones that are kept.
+        keep_every: those whose step is a multiple of it are kept for good; null keeps none for that.
+        monitor: metric by which the best is kept, the smallest; null keeps none for that.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        keep: int = 2,
+        keep_every: int | None = None,
+        monitor: str | None = "val/loss",
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"callbacks.checkpoint.{name} must be at least 1, got {value}")
+        self.folder, self.every, self.keep, self.keep_every, self.monitor = (
+            Path(folder),
+            every,
+            keep,
+            keep_every,
+            monitor,
+        )
+        self.best: dict[str, Any] | None = None
+        self._saved: tuple[str, int] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        writer = trainer.strategy.checkpoint_io
+        if stage == "fit" and isinstance(writer, AtomicCheckpointIO):
+            writer.written = self._tidy
+            if trainer.is_global_zero:
+                for left in self.folder.glob("*.ckpt.tmp*"):  # of a process that was killed while it wrote
+                    left.unlink()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if pl_module.attempted and not pl_module.rejected and pl_module.steps % self.every == 0:
+            validation = trainer.val_check_batch
+            due = trainer.enable_validation and isinstance(validation, int) and (batch_idx + 1) % validation == 0
+            if not due and pl_module.steps != pl_module.total_steps:
+                self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if value is not None and (self.best is None or float(value) < self.best["value"]):
+            self.best = {"value": float(value), "name": self.name(pl_module)}
+            self.save(trainer, pl_module)
+        elif pl_module.steps % self.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what is in hand; here a full disk is an error, before it is only a warning."""
+        assert isinstance(pl_module, LadderTuningModule)
+        self.save(trainer, pl_module)
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, AtomicCheckpointIO):
+            writer.wait()
+            if writer.failed is not None:
+                raise ValueError(f"the last checkpoint couldn't be written: {writer.failed}; older ones are untouched")
+
+    @staticmethod
+    def name(pl_module: LadderTuningModule) -> str:
+        """File name of the checkpoint of this step."""
+        return f"{pl_module.facts.get('stage', 'stage')}-step={pl_module.steps}.ckpt"
+
+    def save(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        """Write a checkpoint of this moment, unless that was done already."""
+        moment = (self.name(pl_module), trainer.global_step)
+        if moment != self._saved:
+            trainer.save_checkpoint(self.folder / moment[0])
+            self._saved = moment
+
+    def _tidy(self, path: Path) -> None:
+        """Link the newest and the best; remove what no rule keeps."""
+        _link(path, "last.ckpt")
+        best = self.best["name"] if self.best else None
+        if best and (self.folder / best).exists():
+            _link(self.folder / best, "best.ckpt")
+        stage = NAME.fullmatch(path.name)
+        own = [
+            p
+            for p in self.folder.glob("*.ckpt")
+            if not p.is_symlink() and (m := NAME.fullmatch(p.name)) and stage and m["stage"] == stage["stage"]
+        ]
+        own.sort(key=lambda p: int(NAME.fullmatch(p.name)["step"]), reverse=True)  # type: ignore[index]
+        for old in own[self.keep :]:
+            step = int(NAME.fullmatch(old.name)["step"])  # type: ignore[index]
+            if old.name != best and old != path and not (self.keep_every and step % self.keep_every == 0):
+                old.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def _link(target: Path, name: str) -> None:
+    """Point the link `name` beside `target` at it, in one move."""
+    new = target.with_name(f".{name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.name)
+    os.replace(new, target.with_name(name))

@@ -1,0 +1,153 @@
+"""The guard: a rejected step is as if its batch had never been drawn."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from tbac.models import UniImage
+from tbac.training.callbacks.averaging import WeightAverage
+from tbac.training.callbacks.grad_norm import DivergedError, GradNormMonitor
+from tbac.training.gradients import component_of
+from tbac.training.spikes import RobustRule
+from tests.training.test_module import data_of, module_of, trainer_of
+
+
+class Poison(L.Callback):
+    """Spoils the latents of some batches, counted from 0."""
+
+    def __init__(self, spoil: Callable[[torch.Tensor], torch.Tensor], *batches: int) -> None:
+        self.spoil, self.batches = spoil, batches
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.batches:
+            batch.latents = self.spoil(batch.latents)
+
+
+class Skip(L.Callback):
+    """Leaves batches out: what a rejected step must be equal to."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches = batches
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx in self.batches:
+            pl_module.reject_step()
+
+
+def nan(latents: torch.Tensor) -> torch.Tensor:
+    return latents * float("nan")
+
+
+def huge(latents: torch.Tensor) -> torch.Tensor:
+    return latents * 100
+
+
+def guard_of(**options: Any) -> GradNormMonitor:
+    return GradNormMonitor(RobustRule(window=16, warmup=4), **({"then": "skip"} | options))
+
+
+def trained(model: UniImage, state: dict, steps: int, *callbacks: L.Callback, **options: Any) -> Any:
+    """Train from `state`; returns everything that a step changes."""
+    model.load_trained_state(state, "x")
+    module = module_of(model)
+    module.total_steps = 20
+    average = WeightAverage(0.5)
+    trainer = trainer_of(steps, callbacks=[average, *callbacks], gradient_clip_val=1.0, **options)
+    held: dict[str, Any] = {}
+
+    class Keep(L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            held["weights"] = [p.detach().clone() for p in pl_module.parameters()]
+            held["average"] = [a.clone() for a in average.average]
+            held["moments"] = [v.clone() for p in pl_module.parameters() for v in optimizer.state[p].values()]
+            held["rate"] = optimizer.param_groups[0]["lr"]
+
+    trainer.callbacks.insert(0, Keep())
+    trainer.fit(module, datamodule=data_of(model))
+    return module, held
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one["rate"] == other["rate"]
+    for part in ("weights", "average", "moments"):
+        assert all(torch.equal(a, b) for a, b in zip(one[part], other[part], strict=True)), part
+
+
+@pytest.fixture
+def start(model: UniImage) -> dict:
+    return {k: v.clone() for k, v in model.trained_state().items()}
+
+
+@pytest.mark.parametrize(("spoil", "at"), [(nan, 0), (nan, 6), (huge, 6)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_rejected_step_is_an_exact_no_op(model: UniImage, start: dict, spoil: Any, at: int, accumulate: int) -> None:
+    batches = range(at * accumulate, (at + 1) * accumulate)
+    options = {"accumulate_grad_batches": accumulate}
+    module, guarded = trained(model, start, 8, Poison(spoil, batches[-1]), guard_of(), **options)
+    assert module.steps == 7
+    _, expected = trained(model, start, 8, Skip(batches[-1]), **options)
+    assert_same(guarded, expected)
+    assert not any(w.isnan().any() for w in guarded["weights"])
+
+
+def test_without_faults_the_guard_changes_no_bit(model: UniImage, start: dict) -> None:
+    assert_same(trained(model, start, 6, guard_of())[1], trained(model, start, 6)[1])
+
+
+def test_a_rejection_names_norm_threshold_loss_stage_components_and_samples(
+    model: UniImage, start: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        trained(model, start, 8, Poison(huge, 6), guard_of())
+    (message,) = [r.getMessage() for r in caplog.records if "rejected" in r.getMessage()]
+    for words in (
+        "after 6 of stage t2i_pretrain",
+        "threshold",
+        "loss",
+        "queries",
+        "connector",
+        "block_00",
+        "rank 0: t2i",
+    ):
+        assert words in message
+
+
+def test_rewinding_goes_back_to_the_snapshot_and_on_past_the_spike(model: UniImage, start: dict) -> None:
+    module, rewound = trained(model, start, 9, Poison(nan, 3, 4), guard_of(then="rewind", patience=2))
+    assert module.steps == 4
+    _, expected = trained(model, start, 9, Skip(0, 1, 2, 3, 4))  # the snapshot is the start: only 5 to 8 count
+    assert_same(rewound, expected)
+
+
+def test_lowering_the_rate_lasts(model: UniImage, start: dict) -> None:
+    _, lowered = trained(model, start, 8, Poison(nan, 3, 4), guard_of(then="lower_lr", patience=2, lr_factor=0.25))
+    _, plain = trained(model, start, 8, Skip(3, 4))
+    assert lowered["rate"] == pytest.approx(0.25 * plain["rate"], rel=1e-6)
+
+
+def test_too_many_rejects_stop_with_a_message(model: UniImage, start: dict) -> None:
+    with pytest.raises(DivergedError, match=r"3 of the last 5 steps.*max_rejects=3.*loss is nan"):
+        trained(model, start, 9, Poison(nan, 2, 3, 4), guard_of(max_rejects=3))
+
+
+def test_the_norm_is_that_of_the_gradients(model: UniImage) -> None:
+    module = module_of(model)
+    for index, parameter in enumerate(module.parameters()):
+        parameter.grad = torch.full_like(parameter, float(index % 3))
+    norms = module.measure_gradients()
+    whole = torch.cat([p.grad.flatten() for p in module.parameters()]).double().norm()
+    torch.testing.assert_close(norms.total, whole)
+    parts = norms.by_component()
+    assert sum(v**2 for v in parts.values()) == pytest.approx(whole.item() ** 2)
+    assert {"queries", "connector", "denoiser", "block_00", "block_01"} <= set(parts)
+
+
+def test_components_have_names() -> None:
+    assert component_of("ladder.queries") == "queries"
+    assert component_of("denoiser.transformer.transformer_blocks.11.attn1.to_q.weight") == "block_11"
+    assert component_of("ladder.mix_logits") == "mix"

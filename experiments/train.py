@@ -53,13 +53,17 @@ def find_resume(cfg: DictConfig, folder: Path) -> str | None:
     if not cfg.resume:
         return None
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
-    found = newest_whole(named) if named.is_dir() else named
+    if named.is_dir():
+        found = newest_whole(named)
+    else:
+        read_checkpoint(named)
+        found = named
     if found is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
-    if found is not None:
-        read_checkpoint(found)
-        log.info("going on from %s", found)
-    return None if found is None else str(found)
+    if found is None:
+        return None
+    log.info("going on from %s", found)
+    return str(found)
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:

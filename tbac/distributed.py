@@ -37,11 +37,3 @@ def gather_objects(value: Any) -> list[Any]:
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
-
-
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """The part of `full` that this process holds of `like`."""
-    if isinstance(like, torch.distributed.tensor.DTensor):
-        moved = full.to(like.device, like.dtype)
-        return torch.distributed.tensor.distribute_tensor(moved, like.device_mesh, like.placements).to_local()
-    return full

@@ -40,7 +40,7 @@ class Batch:
         pixels: target images (batch, 3, height, width) in [-1, 1], or None where latents are given.
         latents: scaled latents (batch, channel, height, width), or None.
         texts: captions after dropout, for logs.
-        positions: numbers of the draws that gave the samples, unique within a stage; empty outside of training.
+        positions: numbers of the draws that gave the samples, unique within a stage; in validation, within the pass.
         after: state of the training order once all processes have used their batches of this step.
     """
 

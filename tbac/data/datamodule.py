@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tbac.data.collation import Collator, PromptCode
 from tbac.data.order import BatchPlan, TrainingOrder, ValidationOrder
-from tbac.data.reader import ShardReader
+from tbac.data.reader import ShardReader, check_bad_share
 from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
 from tbac.data.tars import shard_sizes
 from tbac.data.transforms import ConditionDropout
@@ -71,8 +71,7 @@ class ShardDataModule(L.LightningDataModule):
         self.val_samples, self.image_size, self.num_workers = val_samples, image_size, num_workers
         self.seed, self.shuffle_buffer, self.dropout = seed, shuffle_buffer, dropout
         self.use_latents, self.max_bad_share = use_latents, max_bad_share
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
+        check_bad_share(max_bad_share)
         if not self.sources:
             raise DataError("stage.sources is empty; name at least one folder of shards")
         self.shards = {s: list_shards(s, check_manifest) for s in [*self.sources, *self.val_sources]}
@@ -139,7 +138,6 @@ class ShardDataModule(L.LightningDataModule):
             sampler=order,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if num_workers else None,
         )
@@ -224,10 +222,6 @@ class ShardDataModule(L.LightningDataModule):
             if reordered
             else "no sample of this pass is repeated or lost",
         )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 class CleanLoader(DataLoader):

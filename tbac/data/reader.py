@@ -26,6 +26,12 @@ class Tally:
     bad: int = 0
 
 
+def check_bad_share(share: float) -> None:
+    """Raise ValueError for a tolerated share of refused samples that isn't one."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"data.max_bad_share must be between 0 and 1, got {share}")
+
+
 class ShardReader(Dataset[Batch]):
     """Batches by plan.
 
@@ -54,8 +60,7 @@ class ShardReader(Dataset[Batch]):
         max_bad_share: float = 0.05,
         min_seen: int = 200,
     ) -> None:
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
+        check_bad_share(max_bad_share)
         self.shards, self.sizes = [list(s) for s in shards], [list(s) for s in sizes]
         self.seed, self.collate, self.dropout, self.use_latents = seed, collate, dropout, use_latents
         self.max_bad_share, self.min_seen = max_bad_share, min(min_seen, sum(map(sum, self.sizes)))

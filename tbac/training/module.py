@@ -97,6 +97,11 @@ class LadderTuningModule(L.LightningModule):
     def model(self) -> UniImage:
         return self._shared.model
 
+    @property
+    def stepped(self) -> bool:
+        """Whether this batch ended in an optimizer step that was taken."""
+        return self.attempted and not self.rejected
+
     def setup(self, stage: str) -> None:
         """Bring the frozen parts to the device of this process."""
         self.model.to(self.device)
@@ -212,7 +217,7 @@ class LadderTuningModule(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """A rejected step doesn't move the schedule either."""
-        if self.attempted and not self.rejected:
+        if self.stepped:
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -41,7 +41,7 @@ class WeightAverage(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LadderTuningModule)
-        if not pl_module.attempted or pl_module.rejected:
+        if not pl_module.stepped:
             return
         current = [local_part(p.detach()) for p in pl_module.parameters()]
         with torch.no_grad():

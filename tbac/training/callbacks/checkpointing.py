@@ -13,7 +13,7 @@ from tbac.training.module import LadderTuningModule
 from tbac.training.writing import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
-NAME = re.compile(r"(?P<stage>.+)-step=(?P<step>\d+)\.ckpt")
+NAME = re.compile(r".+-step=(?P<step>\d+)\.ckpt")
 
 
 class Checkpointing(Checkpoint):
@@ -67,7 +67,7 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LadderTuningModule)
-        if pl_module.attempted and not pl_module.rejected and pl_module.steps % self.every == 0:
+        if pl_module.stepped and pl_module.steps % self.every == 0:
             validation = trainer.val_check_batch
             due = trainer.enable_validation and isinstance(validation, int) and (batch_idx + 1) % validation == 0
             if not due and pl_module.steps != pl_module.total_steps:
@@ -112,15 +112,11 @@ class Checkpointing(Checkpoint):
         best = self.best["name"] if self.best else None
         if best and (self.folder / best).exists():
             _link(self.folder / best, "best.ckpt")
-        stage = NAME.fullmatch(path.name)
-        own = [
-            p
-            for p in self.folder.glob("*.ckpt")
-            if not p.is_symlink() and (m := NAME.fullmatch(p.name)) and stage and m["stage"] == stage["stage"]
-        ]
-        own.sort(key=lambda p: int(NAME.fullmatch(p.name)["step"]), reverse=True)  # type: ignore[index]
-        for old in own[self.keep :]:
-            step = int(NAME.fullmatch(old.name)["step"])  # type: ignore[index]
+        stage = path.name.rpartition("-step=")[0]
+        named = [(NAME.fullmatch(p.name), p) for p in self.folder.glob(f"{stage}-step=*.ckpt")]
+        steps = {int(match["step"]): p for match, p in named if match}
+        for step in sorted(steps, reverse=True)[self.keep :]:
+            old = steps[step]
             if old.name != best and old != path and not (self.keep_every and step % self.keep_every == 0):
                 old.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ PORT ?= 5000
 READY := .venv/.ready
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow stage1 stage2 stage3 bench bench-gpu lint ui
+.PHONY: help env demo test test-slow stage1 stage2 stage3 stages bench bench-gpu lint ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 che
 
 stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoint or INIT=...
 	$(BIN)/python experiments/train.py stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+
+stages: $(READY) ## all three stages in one process
+	$(BIN)/python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
 
 bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
 	$(BIN)/python experiments/bench/run.py $(ARGS)

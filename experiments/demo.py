@@ -150,7 +150,7 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         start = [f"init='{checkpoint}'"] if checkpoint else []
         tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'"]
-        result = train(train_config(cfg, stage, folder, *start, *tracked), folder)
+        result = train([train_config(cfg, stage, folder, *start, *tracked)], folder)
         checkpoint = result.pop("checkpoint")
         stages.append(result)
         pipeline = open_model(checkpoint, "cpu", "float32")

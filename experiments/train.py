@@ -1,30 +1,43 @@
-"""Train one stage: python experiments/train.py stage=t2i_pretrain model=shapes"""
+"""Train one stage, or several in sequence.
+
+python experiments/train.py stage=t2i_pretrain model=shapes
+python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' model=shapes
+"""
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
 import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
+from tbac.data.datamodule import StagedDataModule
+from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
+    FACTS,
     describe_model,
     load_exported,
     load_weights,
     newest_checkpoint,
     newest_whole,
+    optimizer_state_of,
     read_checkpoint,
 )
 from tbac.training.module import LadderTuningModule
+from tbac.training.stages import Stage
 from tbac.training.tracking import log_run, run_facts
 
 log = logging.getLogger(__name__)
 RUNS = "outputs/train"
+PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks")  # what stages of a run may differ in
 
 
 def find_init(cfg: DictConfig) -> str | None:
@@ -44,7 +57,7 @@ def find_init(cfg: DictConfig) -> str | None:
     return str(found)
 
 
-def find_resume(cfg: DictConfig, folder: Path) -> str | None:
+def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Checkpoint that this run goes on from, or None for a fresh start.
 
     Raises:
@@ -53,79 +66,131 @@ def find_resume(cfg: DictConfig, folder: Path) -> str | None:
     if not cfg.resume:
         return None
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
-    if named.is_dir():
-        found = newest_whole(named)
-    else:
-        read_checkpoint(named)
-        found = named
+    found = newest_whole(named) if named.is_dir() else (named, read_checkpoint(named))
     if found is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
-    if found is None:
-        return None
-    log.info("going on from %s", found)
-    return str(found)
+    return found and (str(found[0]), found[1])
 
 
-def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run the stage that the config describes; returns what `report.json` holds."""
+def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
+    """The config of each stage of this run, composed as for a job of its own.
+
+    Raises:
+        ValueError: when stages disagree in what belongs to the whole run.
+    """
+    if not cfg.stages:
+        return [cfg]
+    kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
+    configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
+    shared = [{k: v for k, v in _unresolved(c).items() if k not in PER_STAGE} for c in configs]
+    for name, other in zip(cfg.stages, shared, strict=True):
+        differing = [k for k in other if other[k] != shared[0][k]]
+        if differing:
+            raise ValueError(
+                f"stage_overrides.{name} changes {', '.join(differing)}, which all stages of a run share; a stage may "
+                f"have its own {', '.join(PER_STAGE)}"
+            )
+    return configs
+
+
+def _unresolved(cfg: DictConfig) -> dict[Any, Any]:
+    container = OmegaConf.to_container(cfg)
+    assert isinstance(container, dict)
+    return container
+
+
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage that a config describes."""
+    names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
+    return Stage(
+        optimizer=instantiate(cfg.optim),
+        scheduler=instantiate(cfg.schedule),
+        flow=instantiate(cfg.flow),
+        trainable=list(cfg.stage.trainable),
+        keep_optimizer=cfg.stage.keep_optimizer,
+        callbacks=[instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else [],
+        config=plain(cfg),
+        **{name: cfg.stage[name] for name in names},
+    )
+
+
+def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
+    """Run the stages that the configs describe, one after the other; returns what `report.json` holds."""
+    cfg = configs[0]
     L.seed_everything(cfg.seed, verbose=False)
     resume = find_resume(cfg, folder)
-    init = None if resume else find_init(cfg)
+    current, history, init = 0, [], None
+    stages = [stage_of(c) for c in configs]
+    if resume:
+        path, checkpoint = resume
+        current = _stage_index(stages, checkpoint, path)
+        state = checkpoint["callbacks"][StageTransition.__qualname__]
+        steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
+        log.info("going on from %s", path)
+        if stages[current].over(steps, position, state["stale"]) and current + 1 < len(stages):
+            done = {"val_loss_first": state["first"], "val_loss_last": state["last"]}
+            history = [*state["history"], {"name": stages[current].name, "steps": steps, **done}]
+            current, init, resume = current + 1, path, None
+    else:
+        init = find_init(cfg)
     exported = Path(init).expanduser() if init and (Path(init).expanduser() / "config.json").is_file() else None
-    checkpoint = read_checkpoint(init) if init and not exported else None
+    start = read_checkpoint(init) if init and not exported else None
+    if init and not start and stages[current].keep_optimizer:
+        raise ValueError(f"stage.keep_optimizer=true takes the optimizer's state from init={init}, which has none")
     instantiate(cfg.model, _target_="tbac.models.loading.check_config")
-    data = instantiate(cfg.data)
-    flow = instantiate(cfg.flow)
-    schedule = instantiate(cfg.schedule)
-    schedule(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=cfg.stage.steps)  # tried on nothing
+    data = StagedDataModule([instantiate(c.data) for c in configs], current)
+    for c, stage, source in zip(configs, stages, data.stages, strict=True):
+        total = stage.total_steps(source.batch_size * stage.accumulate)
+        stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=c.stage.lr), total_steps=total)  # tried on nothing
 
     model = instantiate(cfg.model)
     if exported is not None:
         load_exported(exported, model)
-    if checkpoint is not None:
-        load_weights(checkpoint, model, str(init))
+    if start is not None:
+        load_weights(start, model, str(init))
     if init:
         log.info("starting from the weights of %s", init)
-    config = plain(cfg)
-    facts = describe_model(model, cfg.stage.name, config)
-    data.bind(model.prompt, facts["frozen"]["autoencoder"])
-    module = LadderTuningModule(
-        model,
-        optimizer=instantiate(cfg.optim),
-        scheduler=schedule,
-        flow=flow,
-        weight_decay=cfg.stage.weight_decay,
-        total_steps=cfg.stage.steps,
-        seed=cfg.seed,
-        facts=facts,
-    )
+    facts = describe_model(model)
+    for source in data.stages:
+        source.bind(model.prompt, facts["frozen"]["autoencoder"])
+    module = LadderTuningModule(model, stages[current], cfg.seed, facts)
+    transition = StageTransition(stages, current, history, optimizer_state_of(start) if start else None)
     logger = instantiate(cfg.logger) if cfg.logger else False
-    callbacks = [instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else []
+    callbacks = [*stages[current].callbacks, transition]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
-    log_run(trainer.loggers, config, run_facts() | {f"data/{k}": v for k, v in data.manifest_digests().items()})
+    digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
+    config = dict(stages[0].config)
+    if len(stages) > 1:
+        config["stages"] = {s.name: {k: s.config[k] for k in PER_STAGE} for s in stages}
+    log_run(trainer.loggers, config, run_facts() | digests)
 
-    validated = bool(data.val_sources)
-    first = trainer.validate(module, datamodule=data, verbose=False) if validated and not resume else []
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
-    last = trainer.validate(module, datamodule=data, verbose=False) if validated else []
-    report = {
-        "name": cfg.stage.name,
-        "steps": module.steps,
-        "val_loss_first": first[0].get("val/loss") if first else None,
-        "val_loss_last": last[0].get("val/loss") if last else None,
-        "checkpoint": str(folder / "checkpoints" / f"{cfg.stage.name}-step={module.steps}.ckpt"),
-    }
+    trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
+    reports = transition.reports(module)
+    for done in reports:
+        done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
+    report = reports[0] if len(stages) == 1 else {"stages": reports}
     if trainer.is_global_zero:
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _stage_index(stages: Sequence[Stage], checkpoint: dict[str, Any], path: str) -> int:
+    names = [s.name for s in stages]
+    if checkpoint[FACTS]["stage"] not in names:
+        raise ValueError(
+            f"{path} is a checkpoint of stage {checkpoint[FACTS]['stage']}, and this run has {', '.join(names)}; "
+            "to start from its weights give it as init="
+        )
+    return names.index(checkpoint[FACTS]["stage"])
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
-    report = train(cfg, output_dir())
-    log.info("%s: %d steps, validation loss %s -> %s", *list(report.values())[:4])
+    report = train(stage_configs(cfg, HydraConfig.get().overrides.task), output_dir())
+    for stage in report.get("stages", [report]):
+        log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from torch import nn
 from experiments.bench.measure import markdown, status
 from experiments.bench.training import make_model, targets, training_cases
 from experiments.costs import make_inputs
-from tbac.training.module import FlowOptions, LadderTuningModule
+from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import parameter_groups
+from tbac.training.stages import Stage
 from tbac.types import Batch
 
 GIB = 1024**3
@@ -23,9 +24,7 @@ def bench_step(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Forward, backward, clipping and optimizer step of the first case."""
     model = make_model(cfg["model"], device.type)
     optimizer_of = instantiate(cfg["optim"])
-    module = LadderTuningModule(
-        model, optimizer=optimizer_of, scheduler=optimizer_of, flow=FlowOptions(), weight_decay=0.05, total_steps=1
-    )
+    module = LadderTuningModule(model, Stage("bench", optimizer_of, optimizer_of, steps=1, weight_decay=0.05))
     if cfg["precision"] == "bf16-true":
         module.to(torch.bfloat16)  # ladder and denoiser; the frozen parts have their own type
     gc.collect()

@@ -27,8 +27,9 @@ from experiments.bench.release import ReleaseWay
 from experiments.costs import Case, flops_of, make_inputs
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
-from tbac.training.module import FlowOptions, LadderTuningModule
+from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import adamw, parameter_groups
+from tbac.training.stages import Stage
 from tbac.types import Batch
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,7 @@ class Side:
             self.parameters = [p for p in self.release.parameters() if p.requires_grad]
             groups: list[dict] = [{"params": self.parameters, "weight_decay": 0.05}]
         else:
-            self.module = LadderTuningModule(
-                model, optimizer=adamw, scheduler=adamw, flow=FlowOptions(), weight_decay=0.05, total_steps=1
-            )
+            self.module = LadderTuningModule(model, Stage("bench", adamw, adamw, steps=1, weight_decay=0.05))
             self.parameters = [p for p in self.module.parameters() if p.requires_grad]
             groups = parameter_groups([model.ladder, model.denoiser], 0.05)
         self.optimizer = adamw(groups, lr=1e-6)

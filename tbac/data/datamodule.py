@@ -170,6 +170,11 @@ class ShardDataModule(L.LightningDataModule):
             self._position = batch.after
         return batch
 
+    @property
+    def position(self) -> int:
+        """Samples that training has taken, of all processes together."""
+        return self._position["position"] if self._position else 0
+
     def _circumstances(self) -> dict[str, Any]:
         """What decides the sequence of samples, and how it is shared out."""
         return {
@@ -222,6 +227,40 @@ class ShardDataModule(L.LightningDataModule):
             if reordered
             else "no sample of this pass is repeated or lost",
         )
+
+
+class StagedDataModule(L.LightningDataModule):
+    """The data of several stages, of which one is in use.
+
+    Args:
+        stages: one data module per stage.
+        current: index of the one in use; the training loop asks for new loaders when an epoch begins.
+    """
+
+    def __init__(self, stages: Sequence[ShardDataModule], current: int = 0) -> None:
+        super().__init__()
+        self.stages, self.current = list(stages), current
+
+    @property
+    def active(self) -> ShardDataModule:
+        stage = self.stages[self.current]
+        stage.trainer = self.trainer
+        return stage
+
+    def train_dataloader(self) -> "CleanLoader":
+        return self.active.train_dataloader()
+
+    def val_dataloader(self) -> "CleanLoader | list":
+        return self.active.val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.active.on_before_batch_transfer(batch, dataloader_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.active.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.active.load_state_dict(state_dict)
 
 
 class CleanLoader(DataLoader):

@@ -40,16 +40,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def newest_whole(folder: str | Path) -> Path | None:
-    """The checkpoint of a run folder that was written last and can be read; those that can't be are named."""
+def newest_whole(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of a run folder that was written last and can be read, with what it holds.
+
+    Newer ones that can't be read are named in the log and passed over.
+    """
     files = [p for p in (Path(folder) / "checkpoints").glob("*-step=*.ckpt") if p.is_file() and not p.is_symlink()]
     for file in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         try:
-            read_checkpoint(file)
+            return file, read_checkpoint(file)
         except ValueError as error:
             log.warning("passing over a checkpoint: %s", error)
-        else:
-            return file
     return None
 
 
@@ -57,6 +58,12 @@ def newest_checkpoint(root: str | Path, stage: str) -> Path | None:
     """The checkpoint of `stage` that was written last, anywhere under `root`."""
     found = [p for p in Path(root).glob(f"**/checkpoints/{stage}-step=*.ckpt") if p.is_file()]
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+
+
+def optimizer_state_of(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of each parameter, by name."""
+    state = checkpoint["optimizer_states"][0]["state"]
+    return {name: state[i] for i, name in enumerate(checkpoint[FACTS]["optimized"]) if i in state}
 
 
 def check_frozen(facts: Mapping[str, Any], model: UniImage, origin: str) -> None:
@@ -105,13 +112,11 @@ def load_exported(folder: Path, model: UniImage) -> None:
     load_weights({FACTS: {"frozen": config["frozen_digests"], "taps": taps}, "state_dict": state}, model, str(folder))
 
 
-def describe_model(model: UniImage, stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def describe_model(model: UniImage) -> dict[str, Any]:
     """What a checkpoint says of the model besides its tensors."""
     plan = model.ladder.plan
     return {
-        "stage": stage,
         "frozen": model.provenance.digests,
         "taps": {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed},
         "sources": {"mllm": model.provenance.mllm, "denoiser": model.provenance.denoiser},
-        "config": dict(config),
     }

@@ -4,7 +4,6 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -14,33 +13,15 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from tbac.distributed import gather_objects, rank, world_size
-from tbac.flow import check_scheme, interpolate, sample_sigma, velocity_loss
+from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
 from tbac.training.gradients import GradientNorms, gradient_norms
-from tbac.training.optimizers import parameter_groups
+from tbac.training.optimizers import optimized_names, parameter_groups
+from tbac.training.stages import FlowOptions, Stage
 from tbac.types import Batch
 
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """How noise is drawn in training.
-
-    Args:
-        scheme: of noise levels; see `tbac.flow.sample_sigma`.
-        shift: of noise levels, ditto.
-        noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of
-            them.
-    """
-
-    scheme: str = "uniform"
-    shift: float = 1.0
-    noise_samples_per_prompt: int = 1
-
-    def __post_init__(self) -> None:
-        check_scheme(self.scheme, self.shift)
-        if self.noise_samples_per_prompt < 1:
-            raise ValueError(f"flow.noise_samples_per_prompt must be at least 1, got {self.noise_samples_per_prompt}")
+ONE_NOISE = FlowOptions()
 
 
 class Shared:
@@ -61,37 +42,33 @@ class LadderTuningModule(L.LightningModule):
 
     Args:
         model: the whole model.
-        optimizer: parameter groups -> optimizer.
-        scheduler: optimizer, total_steps -> learning-rate scheduler, stepped after each optimizer step.
-        flow: how noise levels are drawn.
-        weight_decay: of matrices; norms, biases and queries have none.
-        total_steps: optimizer steps of this stage.
+        stage: what is trained, and how; `enter` goes over to another.
         seed: of noise and noise levels.
         facts: what checkpoints say of the model besides tensors (`tbac.training.checkpoints.describe_model`).
     """
 
-    def __init__(
-        self,
-        model: UniImage,
-        optimizer: Callable[..., torch.optim.Optimizer],
-        scheduler: Callable[..., Any],
-        flow: FlowOptions,
-        weight_decay: float,
-        total_steps: int,
-        seed: int = 42,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: UniImage, stage: Stage, seed: int = 42, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self._shared = Shared(model)
         self.ladder = model.ladder
         self.denoiser = model.denoiser
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.flow, self.weight_decay, self.total_steps, self.seed = flow, weight_decay, total_steps, seed
+        self.seed = seed
         self.facts = dict(facts or {})
-        self.steps = 0  # optimizer steps taken in this stage, without rejected ones
         self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
         self.norms: GradientNorms | None = None
-        self._resumed: dict[str, Any] = {}
+        self._random: list[dict[str, Any]] | None = None
+        self.enter(stage, stage.steps or 1)
+
+    def enter(self, stage: Stage, total_steps: int) -> None:
+        """Begin a stage: count its steps from 0 and train what it trains.
+
+        Args:
+            stage: see above.
+            total_steps: optimizer steps of its schedule.
+        """
+        self.stage, self.total_steps = stage, total_steps
+        self.steps = 0  # optimizer steps taken in this stage, without rejected ones
+        stage.apply_trainable(self.named_parameters())
 
     @property
     def model(self) -> UniImage:
@@ -110,15 +87,9 @@ class LadderTuningModule(L.LightningModule):
         self.model.to(self.device)
 
     def on_train_start(self) -> None:
-        """Go on counting where the checkpoint stopped."""
-        if not self._resumed:
-            return
-        self.steps = self._resumed["steps"]
-        loop = self.trainer.fit_loop.epoch_loop
-        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
-        progress.ready = progress.completed = loop._batches_that_stepped = self._resumed["global_step"]
-        set_random_state(self._resumed["random"])
-        self._resumed = {}
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint says of the model, and what going on exactly takes.
@@ -127,16 +98,25 @@ class LadderTuningModule(L.LightningModule):
         without its special cases for where in a loop a checkpoint was written.
         """
         del checkpoint["loops"]
-        facts = {"steps": self.steps, "random": gather_objects(random_state())}
-        checkpoint[FACTS] = self.facts | facts
+        checkpoint[FACTS] = self.facts | {
+            "stage": self.stage.name,
+            "config": dict(self.stage.config),
+            "steps": self.steps,
+            "optimized": optimized_names(self.trainer.optimizers[0], self),
+            "random": gather_objects(random_state()),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on other frozen parts."""
+        """Go on counting where the checkpoint stopped; refuse one that was trained on other frozen parts."""
         facts = checkpoint.get(FACTS, {})
         if facts.get("frozen"):
             check_frozen(facts, self.model, "the checkpoint")
-        if "steps" in facts:
-            self._resumed = {k: facts[k] for k in ("steps", "random")} | {"global_step": checkpoint["global_step"]}
+        if "steps" not in facts:
+            return
+        self.steps, self._random = facts["steps"], facts["random"]
+        loop = self.trainer.fit_loop.epoch_loop
+        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = loop._batches_that_stepped = checkpoint["global_step"]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
@@ -171,9 +151,9 @@ class LadderTuningModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
         latents = self.latents(batch)
-        names = [f"{self.seed}/{self.facts.get('stage')}/{position}" for position in batch.positions]
-        noise, sigma = noise_of(names, latents, self.flow)
-        latents = latents.repeat_interleave(self.flow.noise_samples_per_prompt, dim=0)
+        names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
+        noise, sigma = noise_of(names, latents, self.stage.flow)
+        latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -221,12 +201,12 @@ class LadderTuningModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(parameter_groups([self.ladder, self.denoiser], self.weight_decay))
-        scheduler = self.make_scheduler(optimizer, total_steps=self.total_steps)
+        optimizer = self.stage.optimizer(parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
+        scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = FlowOptions()) -> tuple[Tensor, Tensor]:
+def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
     """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
 
     Args:

@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules, as factories that Hydra makes partials of."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,23 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
                 table = name.endswith(("queries", "mix_logits", "scale_shift_table"))
                 (plain if parameter.ndim < 2 or table else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def optimized_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+    """Names of the parameters that an optimizer moves, in its order."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of each parameter, by name."""
+    return {name: optimizer.state[p] for name, p in module.named_parameters() if p in optimizer.state}
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, dict[str, Any]]) -> None:
+    """Give a new optimizer the state of another one, where both move a parameter; its own options stay."""
+    found = {i: state[name] for i, name in enumerate(optimized_names(optimizer, module)) if name in state}
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def adamw(

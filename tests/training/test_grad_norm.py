@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -53,8 +54,7 @@ def guard_of(**options: Any) -> GradNormMonitor:
 def trained(model: UniImage, state: dict, steps: int, *callbacks: L.Callback, **options: Any) -> Any:
     """Train from `state`; returns everything that a step changes."""
     model.load_trained_state(state, "x")
-    module = module_of(model)
-    module.total_steps = 20
+    module = module_of(model, steps=20)
     average = WeightAverage(0.5)
     trainer = trainer_of(steps, callbacks=[average, *callbacks], gradient_clip_val=1.0, **options)
     held: dict[str, Any] = {}
@@ -151,3 +151,13 @@ def test_components_have_names() -> None:
     assert component_of("ladder.queries") == "queries"
     assert component_of("denoiser.transformer.transformer_blocks.11.attn1.to_q.weight") == "block_11"
     assert component_of("ladder.mix_logits") == "mix"
+
+
+def test_after_going_on_a_rewind_leads_to_the_checkpoint(model: UniImage, tmp_path: Path) -> None:
+    trainer = trainer_of(4, callbacks=[guard_of(then="rewind")])
+    trainer.fit(module_of(model), datamodule=data_of(model))
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    module = module_of(model, steps=20)
+    again = trainer_of(8, callbacks=[Poison(nan, 1, 2), guard_of(then="rewind", patience=2)])
+    again.fit(module, datamodule=data_of(model), ckpt_path=tmp_path / "four.ckpt", weights_only=True)
+    assert module.steps == 5  # step 5 was taken and undone, two were rejected, the last one counts

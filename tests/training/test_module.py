@@ -8,22 +8,24 @@ from hydra.utils import instantiate
 
 from tbac.models import UniImage
 from tbac.training.checkpoints import describe_model
-from tbac.training.module import FlowOptions, LadderTuningModule, noise_of
+from tbac.training.module import LadderTuningModule, noise_of
 from tbac.training.optimizers import adamw, warmup_cosine
+from tbac.training.stages import FlowOptions, Stage
 from tests.conftest import composed, read_everything
 
 
+def stage_named(name: str = "t2i_pretrain", **options: Any) -> Stage:
+    defaults: dict[str, Any] = {
+        "optimizer": lambda groups: adamw(groups, lr=1e-2),
+        "scheduler": lambda optimizer, total_steps: warmup_cosine(optimizer, total_steps, 1, 1e-3),
+        "weight_decay": 0.05,
+        "steps": 4,
+    }
+    return Stage(name, **(defaults | options))
+
+
 def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
-    return LadderTuningModule(
-        model,
-        optimizer=lambda groups: adamw(groups, lr=1e-2),
-        scheduler=lambda optimizer, total_steps: warmup_cosine(optimizer, total_steps, 1, 1e-3),
-        flow=FlowOptions(),
-        weight_decay=0.05,
-        total_steps=4,
-        facts=describe_model(model, "t2i_pretrain", {}),
-        **options,
-    )
+    return LadderTuningModule(model, stage_named(**options), facts=describe_model(model))
 
 
 def trainer_of(steps: int, **options: Any) -> Any:
@@ -134,8 +136,7 @@ def test_two_runs_of_one_seed_are_equal(in_world: Any) -> None:
 def test_training_learns(model: UniImage) -> None:
     data = data_of(model, "stage.batch_size=16")
     first = trainer_of(1).validate(module_of(model), data, verbose=False)[0]["val/loss"]
-    module = module_of(model)
-    module.total_steps = 30
+    module = module_of(model, steps=30)
     trainer_of(30, gradient_clip_val=1.0).fit(module, datamodule=data)
     last = trainer_of(1).validate(module, data, verbose=False)[0]["val/loss"]
     assert last < 0.9 * first
@@ -145,8 +146,7 @@ def test_training_learns(model: UniImage) -> None:
 @pytest.mark.parametrize("noises", [1, 3])
 def test_a_step_never_waits_for_the_device(model: UniImage, stage: str, noises: int) -> None:
     """Nothing of the device is read: on the meta device, which holds no numbers, each read would raise."""
-    module = module_of(model)
-    module.flow = FlowOptions(noise_samples_per_prompt=noises)
+    module = module_of(model, flow=FlowOptions(noise_samples_per_prompt=noises))
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     batch = next(iter(data_of(model, f"stage={stage}").train_dataloader()))
     assert ("pixel_values" in batch.prompt) == (stage == "ti2i_pretrain")

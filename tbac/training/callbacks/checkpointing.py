@@ -63,25 +63,31 @@ class Checkpointing(Checkpoint):
                 for left in self.folder.glob("*.ckpt.tmp*"):  # of a process that was killed while it wrote
                     left.unlink()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if pl_module.steps:  # what a run goes on from is written already
+            self._saved = (self.name(pl_module), trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Write one when it is due, unless a validation comes first: then `on_validation_end` does."""
         assert isinstance(pl_module, LadderTuningModule)
-        if pl_module.stepped and pl_module.steps % self.every == 0:
-            validation = trainer.val_check_batch
-            due = trainer.enable_validation and isinstance(validation, int) and (batch_idx + 1) % validation == 0
-            if not due and pl_module.steps != pl_module.total_steps:
-                self.save(trainer, pl_module)
+        if not (trainer.should_stop or (pl_module.stepped and pl_module.steps % self.every == 0)):
+            return
+        validation = trainer.should_stop or trainer.val_check_batch == batch_idx + 1
+        if not (sum(trainer.num_val_batches) and validation):
+            self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.steps:
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        better = False
         if value is not None and (self.best is None or float(value) < self.best["value"]):
-            self.best = {"value": float(value), "name": self.name(pl_module)}
-            self.save(trainer, pl_module)
-        elif pl_module.steps % self.every == 0:
+            better, self.best = True, {"value": float(value), "name": self.name(pl_module)}
+        if better or trainer.should_stop or pl_module.steps % self.every == 0:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -97,7 +103,7 @@ class Checkpointing(Checkpoint):
     @staticmethod
     def name(pl_module: LadderTuningModule) -> str:
         """File name of the checkpoint of this step."""
-        return f"{pl_module.facts.get('stage', 'stage')}-step={pl_module.steps}.ckpt"
+        return f"{pl_module.stage.name}-step={pl_module.steps}.ckpt"
 
     def save(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
         """Write a checkpoint of this moment, unless that was done already."""

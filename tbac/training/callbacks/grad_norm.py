@@ -117,7 +117,7 @@ class GradNormMonitor(L.Callback):
                 "rejected the step after %d of stage %s: %s; norm %.4g, threshold %.4g, loss %.4g; by component: %s; "
                 "samples: %s",
                 pl_module.steps,
-                pl_module.facts.get("stage"),
+                pl_module.stage.name,
                 reason,
                 metrics["guard/norm"],
                 metrics["guard/threshold"],

@@ -53,6 +53,7 @@ def quiet_libraries() -> None:
     """Silence notices that no user can act on."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")

@@ -16,6 +16,7 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
@@ -162,7 +163,8 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     config = dict(stages[0].config)
     if len(stages) > 1:
         config["stages"] = {s.name: {k: s.config[k] for k in PER_STAGE} for s in stages}
-    log_run(trainer.loggers, config, run_facts() | digests)
+    if trainer.is_global_zero:
+        log_run(trainer.loggers, config, run_facts() | digests)
 
     trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
     reports = transition.reports(module)
@@ -188,6 +190,8 @@ def _stage_index(stages: Sequence[Stage], checkpoint: dict[str, Any], path: str)
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
+    if getattr(rank_zero_only, "rank", 0):  # of the environment: other processes say only what is wrong
+        logging.getLogger().setLevel(logging.WARNING)
     report = train(stage_configs(cfg, HydraConfig.get().overrides.task), output_dir())
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])

@@ -1,9 +1,13 @@
 """What several processes of one job do together: reductions, and gathering of plain objects."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world_size() -> int:
@@ -34,6 +38,58 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(value: Any) -> Any:
+    """All parts of a sharded tensor, put together on every process; anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_of_part(tensor: Tensor, part: Tensor) -> Tensor:
+    """The whole tensor of which this process holds `part`, as it holds a part of `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return part
+    placed = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(part, *placed, shape=tensor.shape, stride=tensor.stride()).full_tensor()
+
+
+def sharded_like(tensor: Tensor, value: Any) -> Any:
+    """`value`, whole on every process, sharded as `tensor` is where the two have one shape."""
+    if not isinstance(tensor, DTensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
+        return value
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def shard(module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
+    """Shard a module's parameters over the processes of `mesh`, each block on its own and then what remains."""
+    if isinstance(module, FSDPModule):
+        return
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Hold all parameters whole on every process meanwhile, so that one of them can use the module alone.
+
+    Every process must enter and leave.
+    """
+    parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)

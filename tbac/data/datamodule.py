@@ -170,6 +170,9 @@ class ShardDataModule(L.LightningDataModule):
             self._position = batch.after
         return batch
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
+
     @property
     def position(self) -> int:
         """Samples that training has taken, of all processes together."""
@@ -255,6 +258,9 @@ class StagedDataModule(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.active.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return self.active.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
         return self.active.state_dict()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tbac.distributed import local_part
 
@@ -56,13 +57,24 @@ def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Grad
     found = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
     if not found:
         return GradientNorms([], torch.zeros(0, dtype=torch.float64))
-    sharded = [isinstance(g, torch.distributed.tensor.DTensor) for _, g in found]
+    meshes = {g.device_mesh for _, g in found if isinstance(g, DTensor)}
     with torch.no_grad():
         squares = torch.stack(torch._foreach_norm([local_part(g) for _, g in found])).double().square()
-        if any(sharded):
-            mask = torch.tensor(sharded, device=squares.device)
+        for mesh in meshes:
+            mask = torch.tensor([isinstance(g, DTensor) for _, g in found], device=squares.device)
             of_shards = squares * mask
-            mesh = next(g for _, g in found if isinstance(g, torch.distributed.tensor.DTensor)).device_mesh
             torch.distributed.all_reduce(of_shards, group=mesh.get_group())
             squares = torch.where(mask, of_shards, squares)
     return GradientNorms([name for name, _ in found], squares.sqrt())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: Tensor) -> None:
+    """Scale gradients by `max_norm / total` where that is below 1, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        parameters: whose gradients are scaled in place, sharded or not.
+        max_norm: norm that is kept.
+        total: their norm, over all shards.
+    """
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None], factor)

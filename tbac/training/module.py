@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from tbac.distributed import gather_objects, rank, world_size
+from tbac.distributed import gather_objects, rank, shard, world_size
 from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
-from tbac.training.gradients import GradientNorms, gradient_norms
+from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
 from tbac.training.optimizers import optimized_names, parameter_groups
 from tbac.training.stages import FlowOptions, Stage
 from tbac.types import Batch
@@ -79,6 +79,11 @@ class LadderTuningModule(L.LightningModule):
         """Whether this batch ended in an optimizer step that was taken."""
         return self.attempted and not self.rejected
 
+    def configure_model(self) -> None:
+        """Shard the denoiser where the strategy has a mesh of processes for it."""
+        if self.device_mesh is not None:
+            shard(self.denoiser, self.denoiser.transformer.transformer_blocks, self.device_mesh["data_parallel"])
+
     def setup(self, stage: str) -> None:
         """Bring the frozen parts to the device of this process."""
         self.model.to(self.device)
@@ -118,9 +123,6 @@ class LadderTuningModule(L.LightningModule):
         progress = loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = loop._batches_that_stepped = checkpoint["global_step"]
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
-
     def latents(self, batch: Batch) -> Tensor:
         """Cached latents, or the target images encoded now: (batch, channel, height, width)."""
         if batch.latents is not None:
@@ -155,7 +157,7 @@ class LadderTuningModule(L.LightningModule):
         noise, sigma = noise_of(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
         loss = self.loss(batch, noise, sigma, latents)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -182,8 +184,7 @@ class LadderTuningModule(L.LightningModule):
     ) -> None:
         """Clip by the global norm, which is measured once for the guard and for this."""
         if gradient_clip_val and not self.rejected:
-            total = self.measure_gradients().total.float()
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters()), gradient_clip_val, total)
+            clip_gradients(self.parameters(), gradient_clip_val, self.measure_gradients().total.float())
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

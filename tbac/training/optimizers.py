@@ -10,20 +10,24 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
-    """Two groups: matrices with weight decay; norms, biases, queries and other tables without.
+    """Two groups for each module: matrices with weight decay; norms, biases, queries and other tables without.
+
+    Modules don't share a group, because one may be sharded over processes and another not.
 
     Args:
         modules: whose trainable parameters are taken.
-        weight_decay: of the first group.
+        weight_decay: of the first group of each.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: list[dict] = []
     for module in modules:
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 table = name.endswith(("queries", "mix_logits", "scale_shift_table"))
                 (plain if parameter.ndim < 2 or table else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups += [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def optimized_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:

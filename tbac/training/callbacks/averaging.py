@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tbac.distributed import local_part
+from tbac.distributed import local_part, sharded_like, whole_of_part
 from tbac.training.module import LadderTuningModule
 
 CURRENT = "current_model_state"
@@ -34,7 +34,7 @@ class WeightAverage(L.Callback):
         self.average = [local_part(p.detach()).clone() for p in pl_module.parameters()]
         if self._current is not None:
             for name, parameter in pl_module.named_parameters():
-                parameter.data.copy_(self._current[name])
+                local_part(parameter.data).copy_(local_part(sharded_like(parameter, self._current[name])))
             self._current = None
 
     def on_train_batch_end(
@@ -80,8 +80,10 @@ class WeightAverage(L.Callback):
         if not self.average:
             return
         checkpoint[CURRENT] = checkpoint["state_dict"]
-        names = [name for name, _ in pl_module.named_parameters()]
-        averaged = dict(zip(names, self.average, strict=True))
+        averaged = {
+            name: whole_of_part(parameter.detach(), average)
+            for (name, parameter), average in zip(pl_module.named_parameters(), self.average, strict=True)
+        }
         checkpoint["state_dict"] = checkpoint[CURRENT] | averaged
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

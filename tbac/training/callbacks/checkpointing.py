@@ -109,7 +109,7 @@ class Checkpointing(Checkpoint):
         """Write a checkpoint of this moment, unless that was done already."""
         moment = (self.name(pl_module), trainer.global_step)
         if moment != self._saved:
-            trainer.save_checkpoint(self.folder / moment[0])
+            trainer.save_checkpoint(self.folder / moment[0], weights_only=False)
             self._saved = moment
 
     def _tidy(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from tbac.distributed import gathered
 from tbac.sampling.grid import picture_grid
 from tbac.sampling.pipeline import UniImagePipeline
 from tbac.training.module import LadderTuningModule
@@ -38,11 +39,15 @@ class SampleGrid(L.Callback):
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
         self.seed, self.scale = seed, scale
 
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not self.prompts:
             return
         assert isinstance(pl_module, LadderTuningModule)
+        with gathered(pl_module):
+            self._draw(trainer, pl_module)
+
+    @rank_zero_only
+    def _draw(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
         model = pl_module.model
         training = model.training
         images = UniImagePipeline(model)(

@@ -1,0 +1,128 @@
+"""Several processes compute what one does: DDP, FSDP2, accumulation, and going on with another number of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tbac.training.checkpoints import read_checkpoint
+from tbac.training.strategies import make_strategy
+
+SLOW = pytest.mark.slow
+GLOBAL_BATCH = 8
+STEPS = 6
+BASE = [
+    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
+    f"stage.steps={STEPS}", "stage.val_every=4", "stage.ema_decay=0.5", "callbacks=audit",
+    "machine.accelerator=cpu", "~callbacks.progress", "stage.dropout.caption_drop_prob=0.3",
+]  # fmt: skip
+PARTS = ("state_dict", "current_model_state")
+
+
+def train(world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1) -> None:
+    sizes = [
+        f"machine.devices={processes}",
+        f"stage.batch_size={GLOBAL_BATCH // processes // accumulate}",
+        f"stage.accumulate={accumulate}",
+    ]
+    environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*BASE, *sizes, f"hydra.run.dir={folder}", *overrides], env=environment, check=True, timeout=300)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What all processes have logged, in the order of the sequence of draws."""
+    found = [json.loads(t) for f in (folder / "sample_log").glob("*.jsonl") for t in f.read_text().splitlines()]
+    return sorted(found, key=lambda line: line["positions"])
+
+
+def losses(folder: Path) -> list[float]:
+    """The mean loss of each step."""
+    own = lines(folder)
+    each = len(own) // STEPS
+    return [sum(line["loss"] for line in own[i * each : (i + 1) * each]) / each for i in range(STEPS)]
+
+
+def keys(folder: Path) -> list[str]:
+    return [key for line in lines(folder) for key in line["keys"]]
+
+
+def saved(folder: Path, step: int = STEPS) -> dict[str, Any]:
+    return read_checkpoint(folder / "checkpoints" / f"ti2i_pretrain-step={step}.ckpt")
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for part in PARTS:
+        assert one[part].keys() == other[part].keys()
+        for name, value in one[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=2e-4)
+    assert one["tbac"]["optimized"] == other["tbac"]["optimized"]
+    states = [c["optimizer_states"][0]["state"] for c in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for index, values in states[0].items():
+        assert values.keys() == states[1][index].keys()
+        assert values["step"] == states[1][index]["step"]
+        assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
+
+
+@pytest.fixture(scope="module")
+def alone(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with the same global batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(world_folder, folder, 1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accumulate"),
+    [("ddp", 1), ("fsdp", 2), pytest.param("ddp", 2, marks=SLOW), pytest.param("fsdp", 1, marks=SLOW)],
+)
+def test_two_processes_have_the_losses_of_one(
+    strategy: str, accumulate: int, alone: Path, world_folder: Path, tmp_path: Path
+) -> None:
+    train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate)
+    assert keys(tmp_path) == keys(alone)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=2e-5)
+    assert_close(saved(alone), saved(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("fsdp", "auto"), pytest.param("auto", "fsdp", marks=SLOW), pytest.param("ddp", "auto", marks=SLOW)],
+)
+def test_going_on_with_another_number_of_processes(
+    before: str, after: str, alone: Path, world_folder: Path, tmp_path: Path
+) -> None:
+    for strategy, steps in ((before, 3), (after, -1)):
+        processes = 1 if strategy == "auto" else 2
+        train(world_folder, tmp_path, processes, f"machine.strategy={strategy}", f"trainer.max_steps={steps}")
+    assert keys(tmp_path) == keys(alone)
+    assert_close(saved(alone), saved(tmp_path))
+
+
+@pytest.mark.slow
+def test_stages_that_train_different_parts_agree_too(world_folder: Path, tmp_path: Path) -> None:
+    overrides = [
+        "stages=[t2i_pretrain,ti2i_pretrain,finetune]",
+        "stage_overrides.t2i_pretrain=['stage.trainable=[queries]']",
+        "stage_overrides.ti2i_pretrain=['stage.accumulate=2']",
+        "stage_overrides.finetune=['stage.trainable=[denoiser]','stage.keep_optimizer=true']",
+    ]
+    found = []
+    for strategy, processes in (("auto", 1), ("ddp", 2), ("fsdp", 2)):
+        train(world_folder, tmp_path / strategy, processes, f"machine.strategy={strategy}", *overrides)
+        stages = json.loads((tmp_path / strategy / "report.json").read_text())["stages"]
+        found.append([stage[name] for stage in stages for name in ("val_loss_first", "val_loss_last")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_an_unknown_strategy_is_named() -> None:
+    with pytest.raises(ValueError, match=r"machine.strategy must be one of auto, ddp, fsdp, got 'deepspeed'"):
+        make_strategy("deepspeed")
+    with pytest.raises(ValueError, match=r"machine.timeout_minutes must be positive, got 0"):
+        make_strategy("ddp", 0)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -27,6 +28,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         distributed.all_reduce(values)
         values /= world_size()
     return values
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The greatest `value` of all processes, which must have agreed on `device`'s kind."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+    return int(tensor)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -156,9 +156,11 @@ class LadderTuningModule(L.LightningModule):
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = noise_of(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
-        loss = self.loss(batch, noise, sigma, latents)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        return loss
+        return self.loss(batch, noise, sigma, latents)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Log the mean loss of all processes; Lightning has divided it for accumulation."""
+        self.log("train/loss", loss.detach() * self.stage.accumulate, prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""

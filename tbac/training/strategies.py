@@ -25,11 +25,13 @@ def make_strategy(name: str, timeout_minutes: float = 15.0) -> Strategy | str:
     """
     if timeout_minutes <= 0:
         raise ValueError(f"machine.timeout_minutes must be positive, got {timeout_minutes}")
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes + 1)  # the watchdog comes first, with a better message
     if name == "auto":
         return name
     if name == "ddp":
-        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            timeout=timeout, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )  # no buffer changes
     if name == "fsdp":
         return ShardedStrategy(timeout=timeout)
     raise ValueError(f"machine.strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")

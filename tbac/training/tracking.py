@@ -1,6 +1,7 @@
 """Experiment tracking with MLflow; the only file that knows of it."""
 
 import contextlib
+import logging
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch",
@@ -30,7 +33,11 @@ def prepare_store(tracking_uri: str) -> None:
 
 
 def make_mlflow_logger(
-    tracking_uri: str, experiment_name: str = "tbac", run_name: str | None = None, parent_run_id: str | None = None
+    tracking_uri: str,
+    experiment_name: str = "tbac",
+    run_name: str | None = None,
+    parent_run_id: str | None = None,
+    run_id_file: str | None = None,
 ) -> MLFlowLogger:
     """Lightning's MLflow logger; with a parent, the run appears as its child.
 
@@ -39,10 +46,32 @@ def make_mlflow_logger(
         experiment_name: MLflow experiment.
         run_name: shown in the UI.
         parent_run_id: run that this one belongs to.
+        run_id_file: where `log_run` notes the run, so that one that is started again goes on in it.
     """
     prepare_store(tracking_uri)
     tags = {"mlflow.parentRunId": parent_run_id} if parent_run_id else None
-    return MLFlowLogger(experiment_name, run_name=run_name, tracking_uri=tracking_uri, tags=tags)
+    known = Path(run_id_file).read_text().strip() if run_id_file and Path(run_id_file).is_file() else None
+    logger = MLFlowLogger(
+        experiment_name,
+        run_name=run_name,
+        tracking_uri=tracking_uri,
+        tags=tags,
+        run_id=known and _existing(tracking_uri, known),
+    )
+    logger.run_id_file = run_id_file  # type: ignore[attr-defined]
+    return logger
+
+
+def _existing(tracking_uri: str, run_id: str) -> str | None:
+    """The run, when that store has it."""
+    from mlflow import MlflowClient  # takes seconds to import
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return MlflowClient(tracking_uri).get_run(run_id).info.run_id
+    except MlflowException:
+        log.warning("MLflow run %s isn't in %s any more; a new one is begun", run_id, tracking_uri)
+        return None
 
 
 def git_revision() -> str:
@@ -71,15 +100,21 @@ def tag_name(path: str) -> str:
 
 
 def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
-    """Write the full config as parameters and as a file, and the facts as tags."""
+    """Write the full config as parameters and as a file, and the facts as tags.
+
+    In a run that goes on the parameters stay those of its beginning, as MLflow wants it; the file is the newest config.
+    """
     for logger in loggers:
         if isinstance(logger, MLFlowLogger):
             run_id = logger.run_id
             assert run_id is not None
-            logger.log_hyperparams(dict(config))
+            if not logger.experiment.get_run(run_id).data.params:
+                logger.log_hyperparams(dict(config))
             logger.experiment.log_dict(run_id, dict(config), "config.yaml")
             for name, value in facts.items():
                 logger.experiment.set_tag(run_id, tag_name(name), value)
+            if file := getattr(logger, "run_id_file", None):
+                Path(file).write_text(f"{run_id}\n")
 
 
 def log_picture(loggers: Iterable[Logger], path: Path) -> None:

@@ -11,17 +11,23 @@ from tbac.training.optimizers import adamw, adamw8bit, parameter_groups, warmup_
 
 
 def test_norms_biases_and_queries_don_t_decay(model: UniImage) -> None:
-    decayed, plain = parameter_groups([model.ladder, model.denoiser], 0.05)
-    assert decayed["weight_decay"] == 0.05
-    assert plain["weight_decay"] == 0
-    no_decay = {id(p) for p in plain["params"]}
+    groups = parameter_groups([model.ladder, model.denoiser], 0.05)
+    assert [g["weight_decay"] for g in groups] == [0.05, 0, 0.05, 0]
+    no_decay = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
     assert id(model.ladder.queries) in no_decay
     named = [*model.ladder.named_parameters(), *model.denoiser.named_parameters()]
-    assert len(named) == len(decayed["params"]) + len(plain["params"])
+    assert len(named) == sum(len(g["params"]) for g in groups)
     for name, parameter in named:
         if name.endswith("bias") or "norm" in name:
             assert id(parameter) in no_decay, name
     assert any(parameter.ndim >= 2 and id(parameter) not in no_decay for _, parameter in named)
+
+
+def test_modules_share_no_group_and_none_is_empty(model: UniImage) -> None:
+    model.denoiser.requires_grad_(False)
+    groups = parameter_groups([model.ladder, model.denoiser], 0.05)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.ladder.parameters()}
+    assert all(g["params"] for g in groups)
 
 
 def test_decay_shrinks_matrices_alone() -> None:

@@ -75,8 +75,7 @@ class Checkpointing(Checkpoint):
         assert isinstance(pl_module, LadderTuningModule)
         if not (trainer.should_stop or (pl_module.stepped and pl_module.steps % self.every == 0)):
             return
-        validation = trainer.should_stop or trainer.val_check_batch == batch_idx + 1
-        if not (sum(trainer.num_val_batches) and validation):
+        if not validation_follows(trainer, batch_idx):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,6 +93,15 @@ class Checkpointing(Checkpoint):
         """Write what is in hand; here a full disk is an error, before it is only a warning."""
         assert isinstance(pl_module, LadderTuningModule)
         self.save(trainer, pl_module)
+        self.finish(trainer)
+
+    @staticmethod
+    def finish(trainer: L.Trainer) -> None:
+        """Wait until the last one is on disk.
+
+        Raises:
+            ValueError: when it couldn't be written.
+        """
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, AtomicCheckpointIO):
             writer.wait()
@@ -131,6 +139,11 @@ class Checkpointing(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates when this batch is over."""
+    return bool(sum(trainer.num_val_batches)) and (trainer.should_stop or trainer.val_check_batch == batch_idx + 1)
 
 
 def _link(target: Path, name: str) -> None:

@@ -1,0 +1,110 @@
+"""Callbacks that cause faults on purpose. Batches are counted from 0 in each process that starts."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from tbac.distributed import local_part, rank
+
+
+class Fault(L.Callback):
+    """A fault on one process, or on all, at some batches.
+
+    Args:
+        batches: at which batches.
+        on_rank: the process it happens on; None is all of them.
+        once: a file that is made when it happened: a process that starts again with the file there is spared.
+    """
+
+    def __init__(self, batches: Sequence[int], on_rank: int | None = None, once: str | None = None) -> None:
+        self.batches, self.on_rank, self.once = set(batches), on_rank, once
+
+    def due(self, batch_idx: int) -> bool:
+        if batch_idx not in self.batches or self.on_rank not in (None, rank()):
+            return False
+        if self.once is None:
+            return True
+        if os.path.exists(self.once):
+            return False
+        with open(self.once, "w"):
+            return True
+
+
+class SpoiltBatch(Fault):
+    """Latents become NaN, or `scale` times as large."""
+
+    def __init__(self, batches: Sequence[int], scale: float = float("nan"), **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.scale = float(scale)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            batch.latents = batch.latents * self.scale
+
+
+class SpoiltGradient(Fault):
+    """One gradient becomes infinite, or all of them `scale` times as large and rounded through half precision.
+
+    It happens as the backward pass ends, before processes average their gradients.
+    """
+
+    def __init__(self, batches: Sequence[int], kind: Literal["inf", "half"] = "inf", **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.kind = kind
+        self._spoil = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.register_hook(self._hook)
+
+    def _hook(self, gradient: torch.Tensor) -> torch.Tensor:
+        if not self._spoil:
+            return gradient
+        if self.kind == "inf":
+            return torch.full_like(gradient, float("inf"))
+        return (gradient * 2.0**16 * 1e6).half().to(gradient.dtype) / 2.0**16  # a loss scale that overflows
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._spoil = self.due(batch_idx)
+
+
+class Signal(Fault):
+    """The process gets a signal: SIGKILL as when a machine fails, SIGTERM as when a cluster wants it back."""
+
+    def __init__(self, batches: Sequence[int], name: str = "SIGKILL", **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.number = signal.Signals[name]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            os.kill(os.getpid(), self.number)
+
+
+class Stuck(Fault):
+    """The process hangs."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            time.sleep(1e6)
+
+
+class LeftOut(Fault):
+    """The optimizer step of these batches isn't taken: what a rejected step must be equal to."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.due(trainer.fit_loop.epoch_loop.batch_idx):
+            pl_module.reject_step()
+
+
+class Spread(L.Callback):
+    """Asserts that all processes hold the same weights at the end."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        total = torch.stack([local_part(p.detach()).double().sum() for p in pl_module.parameters()]).sum()
+        sums = trainer.strategy.all_gather(total)
+        assert bool((sums == sums.flatten()[0]).all()), sums

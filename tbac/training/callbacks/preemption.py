@@ -1,0 +1,101 @@
+"""Stopping on a signal with everything saved, and asking the cluster for another turn."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from tbac.distributed import max_over_ranks
+from tbac.training.callbacks.checkpointing import Checkpointing, validation_follows
+from tbac.training.module import LadderTuningModule
+
+log = logging.getLogger(__name__)
+
+
+class Preemption(Checkpoint):
+    """Writes a checkpoint after the step in hand and ends the run when a signal came to any of its processes.
+
+    The same command goes on from there. A second signal of the same kind has its usual effect. Where a validation
+    follows the step, the run ends when it is over. Must come after `Checkpointing` in the list of callbacks.
+
+    Args:
+        stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
+        requeue: names of signals that also put the SLURM job back into its queue, such as the one that
+            `sbatch --signal` sends before the time limit.
+
+    Raises:
+        ValueError: for a name that isn't a signal's.
+    """
+
+    def __init__(self, stop: Sequence[str] = ("SIGTERM", "SIGINT"), requeue: Sequence[str] = ("SIGUSR1",)) -> None:
+        for name in [*stop, *requeue]:
+            if name not in signal.Signals.__members__:
+                raise ValueError(f"callbacks.preemption: {name!r} isn't the name of a signal, such as SIGTERM")
+        self.stop = [signal.Signals[name] for name in stop]
+        self.requeue = [signal.Signals[name] for name in requeue]
+        self._received: signal.Signals | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the place of Lightning's handlers, which would save in the middle of a step."""
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            for number in [*self.stop, *self.requeue]:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if pl_module.attempted and not validation_follows(trainer, batch_idx):
+            self._stop_if_told(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if trainer.state.fn == "fit" and pl_module.steps and not trainer.should_stop:
+            self._stop_if_told(trainer, pl_module)
+
+    def _stop_if_told(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        received = max_over_ranks(self._received or 0, trainer.strategy.root_device)
+        if not received:
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpointing):
+                callback.save(trainer, pl_module)
+                callback.finish(trainer)
+        if not trainer.is_global_zero:  # the first process's status is the run's; a launcher ends the run at another's
+            raise SystemExit(0)
+        log.warning(
+            "stopped by %s after step %d of stage %s; the same command goes on from there",
+            signal.Signals(received).name,
+            pl_module.steps,
+            pl_module.stage.name,
+        )
+        if received in self.requeue:
+            requeue_slurm_job()
+        raise SystemExit(0 if received in self.requeue else 128 + received)
+
+
+def requeue_slurm_job() -> None:
+    """Put this job back into its queue; it then starts anew under the same number."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is None or shutil.which("scontrol") is None:
+        log.warning("this isn't a SLURM job, so it can't be put back into a queue")
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        log.error("scontrol requeue %s failed: %s", job, done.stderr.strip())
+    else:
+        log.warning("SLURM job %s is back in its queue", job)

@@ -1,0 +1,169 @@
+"""Ends a job of several processes with a message when one of them is stuck or gone."""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning as L
+from torch import distributed
+
+from tbac.distributed import rank, world_size
+from tbac.training.module import LadderTuningModule
+
+log = logging.getLogger(__name__)
+
+
+class Watchdog(L.Callback):
+    """Each process tells the others, from a thread, that it lives and how far it has come.
+
+    When a process has made no progress for `stuck_minutes`, all of them end with exit status 1, and the one that is
+    furthest behind is named, with a trace of where it hangs. A process that has given no sign of life for
+    `gone_seconds` is named likewise; so is the error that ended one. Collective operations would otherwise wait for
+    their own timeout, or end with an error that doesn't say whose fault it was.
+
+    Args:
+        stuck_minutes: see above; more than the longest thing that isn't a batch, such as a validation's pictures.
+        gone_seconds: see above.
+        beat_seconds: between signs of life.
+
+    Raises:
+        ValueError: for values that aren't positive.
+    """
+
+    def __init__(self, stuck_minutes: float = 15.0, gone_seconds: float = 30.0, beat_seconds: float = 1.0) -> None:
+        for name, value in (("stuck_minutes", stuck_minutes), ("gone_seconds", gone_seconds)):
+            if value <= 0:
+                raise ValueError(f"callbacks.watchdog.{name} must be positive, got {value}")
+        self.stuck_seconds, self.gone_seconds, self.beat_seconds = 60 * stuck_minutes, gone_seconds, beat_seconds
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._progress = 0
+        self._where = "start"
+        self._ended: str | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and world_size() > 1 and self._thread is None:
+            default: Any = distributed.distributed_c10d._get_default_store()
+            store = distributed.PrefixStore("watchdog", default.clone())  # a connection of its own
+            self._done.clear()
+            self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
+            self._thread.start()
+
+    def _moved(self, where: str) -> None:
+        self._progress += 1
+        self._where = where
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        self._moved(f"batch {batch_idx} of stage {pl_module.stage.name}")
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        self._progress += 1  # processes that wait for another one wait in the backward pass
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        self._moved(f"the end of batch {batch_idx} of stage {pl_module.stage.name}")
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._moved(f"validation batch {batch_idx}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._moved("the end of a validation")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Tell the others; when the error only says that another process is gone, find out which."""
+        if self._thread is None:
+            return
+        if _lost_connection(exception):
+            self._thread.join(self.gone_seconds + 10 * self.beat_seconds)
+        self._ended = f"{type(exception).__name__}: {exception}".split("\n")[0]
+        self._thread.join(3 * self.beat_seconds)  # time to say so
+        self._stop()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _watch(self, store: Any) -> None:
+        ranks = range(world_size())
+        names = [str(r) for r in ranks]
+        beats, seen = 0, [(-1, -1)] * len(ranks)  # (beat, progress) of each process
+        alive = [time.monotonic()] * len(ranks)
+        moved = list(alive)
+        states: list[dict[str, Any]] = []
+        while not self._done.wait(self.beat_seconds):
+            beats += 1
+            own = self._state(beats)
+            now = time.monotonic()
+            try:
+                store.set(names[rank()], json.dumps(own))
+                if store.check(names):
+                    states = [json.loads(text) for text in store.multi_get(names)]
+            except RuntimeError:
+                if not states or states[0]["done"] or self._done.is_set():
+                    return
+                self._end(f"rank 0 is gone; it was at {states[0]['where']}")  # it keeps the store
+            for r, state in enumerate(states):
+                alive[r] = now if state["beat"] != seen[r][0] else alive[r]
+                moved[r] = now if state["progress"] != seen[r][1] else moved[r]
+                seen[r] = (state["beat"], state["progress"])
+            if self._ended is None:
+                self._judge(states, [now - t for t in alive], [now - t for t in moved])
+        with contextlib.suppress(RuntimeError):
+            store.set(names[rank()], json.dumps(self._state(beats + 1) | {"done": True}))
+
+    def _state(self, beat: int) -> dict[str, Any]:
+        """What the others are told."""
+        return {
+            "beat": beat,
+            "progress": self._progress,
+            "where": self._where,
+            "ended": self._ended,
+            "done": False,  # with training: this process may leave, or be busy without saying so
+        }
+
+    def _judge(self, states: list[dict[str, Any]], silent: list[float], still: list[float]) -> None:
+        """End this process when another one ended, is gone, or is stuck."""
+        for r, state in enumerate(states):
+            if state["ended"] and r != rank():
+                self._end(f"rank {r} ended at {state['where']}: {state['ended']}")
+        for r, seconds in enumerate(silent):
+            if states and seconds > self.gone_seconds and r != rank() and not states[r]["done"]:
+                self._end(f"rank {r} gave no sign of life for {seconds:.0f} s; it was at {states[r]['where']}")
+        if states and min(still) > self.stuck_seconds and not any(s["done"] for s in states):
+            behind = min(s["progress"] for s in states)
+            stuck = [f"rank {r} at {s['where']}" for r, s in enumerate(states) if s["progress"] == behind]
+            if states[rank()]["progress"] == behind:
+                faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
+            self._end(f"no progress for {min(still):.0f} s; furthest behind: {', '.join(stuck)}")
+
+    def _end(self, message: str) -> None:
+        print(f"error: rank {rank()} stops the job: {message}. Start it again to go on.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _lost_connection(exception: BaseException) -> bool:
+    """Whether an error of a collective operation says that another process is gone."""
+    return isinstance(exception, distributed.DistError) or (
+        isinstance(exception, RuntimeError) and "gloo" in str(exception).lower()
+    )

@@ -1,9 +1,11 @@
 """Callbacks that cause faults on purpose. Batches are counted from 0 in each process that starts."""
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -108,3 +110,28 @@ class Spread(L.Callback):
         total = torch.stack([local_part(p.detach()).double().sum() for p in pl_module.parameters()]).sum()
         sums = trainer.strategy.all_gather(total)
         assert bool((sums == sums.flatten()[0]).all()), sums
+
+
+class DiskFull(Fault):
+    """Files can't grow beyond 64 KiB between the two batches: what writing on a full disk is like."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        first, last = sorted(self.batches)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if batch_idx == first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        if batch_idx == last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+class Deleted(Fault):
+    """Every training shard of a folder goes away; a name ending in `.deleted` remains."""
+
+    def __init__(self, batches: Sequence[int], folder: str, **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            for file in self.folder.glob("train-*.tar"):
+                file.rename(f"{file}.deleted")

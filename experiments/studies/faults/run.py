@@ -1,0 +1,389 @@
+"""Causes every fault that training promises to survive, and compares the outcome with a run that had none.
+
+python experiments/studies/faults/run.py
+
+Needs the shapes world (`make demo`, or `python data_prep/shapes/build.py`). Each row trains stage 2 for some steps in
+processes of their own. Comparisons are of every bit of weights, average, moments, schedule and data position.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from experiments.bench.measure import markdown
+from experiments.common import CONF, user_errors
+from tbac.training.checkpoints import newest_whole
+
+log = logging.getLogger(__name__)
+ROOT = Path(__file__).parents[3]
+STAGE = "ti2i_pretrain"
+STEPS = 24
+BATCH = 4
+BASE = [
+    f"stage={STAGE}", "stage.previous=null", "model=shapes", "logger=csv", "callbacks=audit", "~callbacks.progress",
+    "callbacks.samples.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
+    "stage.val_every=6", "stage.val_samples=8", "stage.noise_samples_per_prompt=1", "machine.accelerator=cpu",
+    "callbacks.guard.rule.warmup=6", "callbacks.guard.rule.window=16", "callbacks.guard.then=skip",
+]  # fmt: skip
+PAIR = ["machine.devices=2", "machine.strategy=ddp", f"stage.batch_size={BATCH // 2}"]
+PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        fault: what was caused.
+        release: what the release does.
+        ours: what happened here.
+        equal: whether the end is that of the run it is compared with, to the bit.
+        samples: keys lost and repeated in the sequence that the kept weights come from.
+        holds: whether the promise was kept.
+    """
+
+    fault: str
+    release: str
+    ours: str
+    equal: str
+    samples: str
+    holds: bool
+
+
+@dataclass
+class Run:
+    """A run folder and how its last process ended."""
+
+    folder: Path
+    status: int = 0
+    text: str = ""
+    seconds: float = 0.0
+
+    def end(self) -> dict[str, Any]:
+        found = newest_whole(self.folder)
+        assert found is not None, f"{self.folder} has no checkpoint"
+        return found[1]
+
+    def loss(self) -> float:
+        """The last validation loss."""
+        return float(json.loads((self.folder / "report.json").read_text())["val_loss_last"])
+
+    def kept(self) -> list[str]:
+        """Keys in the order in which the weights that were kept saw them."""
+        return [key for line in self._lineage() if not line["rejected"] for key in line["keys"]]
+
+    def drawn(self) -> list[str]:
+        """The same with those of rejected steps."""
+        return [key for line in self._lineage() for key in line["keys"]]
+
+    def _lineage(self) -> list[dict[str, Any]]:
+        """Lines that weren't undone: going on from an earlier position undoes all from there on."""
+        lines: list[dict[str, Any]] = []
+        for file in sorted((self.folder / "sample_log").glob("*.jsonl")):
+            own: list[dict[str, Any]] = []
+            for text in file.read_text().splitlines():
+                line = json.loads(text)
+                own = [kept for kept in own if kept["positions"][0] < line["positions"][0]]
+                own.append(line)
+            lines += own
+        return sorted(lines, key=lambda line: line["positions"][0])
+
+    def rejected(self) -> int:
+        return len({line["step"] for line in self._lineage() if line["rejected"]})
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states agree in every bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+class Faults:
+    """Runs training with and without faults, in folders under `root`."""
+
+    def __init__(self, root: Path, kills: int, seed: int) -> None:
+        self.root, self.kills, self.seed = root, kills, seed
+        self._references: dict[tuple[str, ...], Run] = {}
+
+    def start(self, run: Run, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "experiments" / "train.py"), *BASE, *overrides]
+        command.append(f"hydra.run.dir={run.folder}")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def finish(self, run: Run, process: subprocess.Popen) -> Run:
+        started = time.monotonic()
+        run.status = process.wait(timeout=600)
+        run.seconds = time.monotonic() - started
+        run.text = (run.folder / "output.txt").read_text()
+        return run
+
+    def train(self, name: str, *overrides: str, fault: str | None = None) -> Run:
+        """Train in the folder `name`, going on there if something is there already."""
+        run = Run(self.root / name)
+        return self.finish(run, self.start(run, *overrides, *_fault(fault)))
+
+    def reference(self, *overrides: str, fault: str | None = None) -> Run:
+        """A run without a fault, or with the steps left out that ours must reject."""
+        key = (*overrides, fault or "")
+        if key not in self._references:
+            run = self.train(f"reference_{len(self._references)}", *overrides, fault=fault)
+            assert run.status == 0, run.text
+            self._references[key] = run
+        return self._references[key]
+
+    def release(self, name: str, *overrides: str, fault: str) -> str:
+        """What becomes of the weights when the step is taken, as the release takes it before it decides."""
+        others = [o for o in overrides if not o.startswith("callbacks.guard")]
+        run = self.train(f"{name}_release", "~callbacks.guard", *others, fault=fault)
+        state = run.end()["current_model_state"]
+        broken = sum(not bool(v.isfinite().all()) for v in state.values())
+        if broken:
+            return f"the step is taken: {broken} of {len(state)} tensors NaN or infinite"
+        calm = self.reference(*others)
+        return f"the step is taken: validation loss {run.loss():.3f} instead of {calm.loss():.3f}"
+
+    def rejected(self, name: str, fault: str, title: str, left_out: list[int], *overrides: str) -> Row:
+        """A fault whose steps are rejected: equal to a run that leaves them out."""
+        run = self.train(name, *overrides, fault=fault)
+        reference = self.reference(*overrides, fault=f"LeftOut,batches:{left_out}".replace(" ", ""))
+        equal = run.status == 0 and same(*[[r.end()[p] for p in PARTS] for r in (run, reference)])
+        count = run.text.count("rejected the step after")
+        ours = f"{count} step{'s' * (count > 1)} rejected, the rest as if never drawn"
+        if "back from step" in run.text:
+            ours += f"; {run.text.count('back from step')} times back to the newest checkpoint"
+        samples = _samples(run.drawn(), reference.drawn())
+        released = self.release(name, *overrides, fault=fault)
+        return Row(title, released, ours, _word(equal), samples, equal and samples == NONE)
+
+    def goes_on(self, name: str, title: str, release: str, ours: str, run: Run, *overrides: str) -> Row:
+        """A fault that ended the run: it is started again, and must end as the reference."""
+        again = self.train(name, *overrides)
+        reference = self.reference(*overrides)
+        equal = again.status == 0 and same(*[[r.end()[p] for p in PARTS] for r in (again, reference)])
+        samples = _samples(again.kept(), reference.kept())
+        return Row(title, release, ours, _word(equal), samples, equal and samples == NONE)
+
+    # the rows
+
+    def nan_loss(self) -> Row:
+        return self.rejected("nan_loss", "SpoiltBatch,batches:[10]", "NaN loss", [10])
+
+    def inf_on_one_rank(self) -> Row:
+        fault = "SpoiltGradient,batches:[10],kind:inf,on_rank:1"
+        return self.rejected("inf_on_one_rank", fault, "infinite gradients on one rank of two", [10], *PAIR)
+
+    def spike(self) -> Row:
+        return self.rejected(
+            "spike", "SpoiltBatch,batches:[10],scale:1000", "latents, so loss, 1000 times as large", [10]
+        )
+
+    def ten_spikes(self) -> Row:
+        batches = str(list(range(10, 20))).replace(" ", "")
+        policy = ["callbacks.guard.then=rewind", "callbacks.guard.patience=5"]
+        undone = list(range(6, 20))  # back to the checkpoint of step 6, and on past the spikes
+        return self.rejected(
+            "ten_spikes",
+            f"SpoiltBatch,batches:{batches},scale:1000",
+            "ten spikes in a row, `then=rewind`",
+            undone,
+            *policy,
+        )
+
+    def nan_at_first(self) -> Row:
+        return self.rejected("nan_at_first", "SpoiltBatch,batches:[0]", "NaN in the very first step", [0])
+
+    def nan_accumulated(self) -> Row:
+        title = "NaN in the first of two accumulated batches"
+        return self.rejected("nan_accumulated", "SpoiltBatch,batches:[10]", title, [11], "stage.accumulate=2")
+
+    def half_overflow(self) -> Row:
+        fault = "SpoiltGradient,batches:[10],kind:half"
+        return self.rejected("half_overflow", fault, "gradients overflow half precision", [10])
+
+    def kill_9(self) -> Row:
+        overrides = ["stage.steps=400", "stage.val_every=100", "callbacks.checkpoint.every=4"]
+        moments, writing, run = random.Random(self.seed), 0, Run(self.root / "kill_9")
+        for kill in range(self.kills):
+            process = self.start(run, *overrides)
+            seen = _lines(run)
+            while _lines(run) == seen and process.poll() is None:
+                time.sleep(0.01)
+            if kill % 2:
+                time.sleep(moments.uniform(0, 1.5))
+            else:  # in the middle of a checkpoint
+                while not list((run.folder / "checkpoints").glob("*.tmp*")) and process.poll() is None:
+                    pass
+            assert process.poll() is None, f"kill {kill} came too late; make the run longer"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            writing += bool(list((run.folder / "checkpoints").glob("*.tmp*")))
+        ours = f"{self.kills} kills, {writing} of them with a half-written checkpoint on disk; goes on each time"
+        return self.goes_on(
+            "kill_9", f"kill -9 at {self.kills} random moments", self._weights_only(), ours, run, *overrides
+        )
+
+    def _weights_only(self) -> str:
+        """What restoring nothing but weights repeats, measured."""
+        run = self.train("weights_only", "trainer.max_steps=12")
+        again = self.train("weights_only_again", f"init={run.folder}", "resume=null", "trainer.max_steps=12")
+        repeated = len(set(run.kept()) & set(again.kept()))
+        return (
+            f"restores weights alone: moments, schedule and position start anew (measured: of 12 + 12 steps' "
+            f"{2 * 12 * BATCH} samples {repeated} are drawn twice)"
+        )
+
+    def truncated(self) -> Row:
+        run = self.train("truncated", "trainer.max_steps=14")
+        newest = max((run.folder / "checkpoints").glob(f"{STAGE}-step=*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+        row = self.goes_on("truncated", "newest checkpoint cut in half", "reads it and fails †", "", run)
+        text = (run.folder / "output.txt").read_text()
+        named = f"passing over a checkpoint: {newest} can't be read" in text
+        return Row(
+            row.fault,
+            row.release,
+            "named and passed over" if named else "not named",
+            row.equal,
+            row.samples,
+            row.holds and named,
+        )
+
+    def disk_full(self) -> Row:
+        run = self.train("disk_full", fault="DiskFull,batches:[4,14]")
+        failed = run.text.count("couldn't be written")
+        ours = f"{failed} checkpoints reported and given up, older ones kept, training went on"
+        row = self.goes_on(
+            "disk_full", "no space during checkpoints, from step 4 to 14", "writes in place: a torn file †", ours, run
+        )
+        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and failed > 0 and run.status == 0)
+
+    def deleted_shard(self) -> Row:
+        data = Path(os.environ.get("TBAC_SHAPES", "outputs/shapes")).absolute() / "data" / "edit"
+        copy = self.root / "shards"
+        shutil.copytree(data, copy, dirs_exist_ok=True)
+        sources = f"stage.sources=[{{path: '{copy}', split: train}}]"
+        run = self.train(
+            "deleted_shard", sources, "machine.num_workers=0", fault=f"Deleted,batches:[8],folder:'{copy}'"
+        )
+        found = re.search(r"^error: .*", run.text, re.MULTILINE)
+        for file in copy.glob("*.deleted"):
+            file.rename(file.with_suffix(""))
+        named = bool(found and ".tar" in found[0])
+        ours = "ends with a message that names the shard; goes on when it is back" if named else "no message"
+        row = self.goes_on(
+            "deleted_shard",
+            "a shard deleted mid-epoch",
+            "error of the tar reader †",
+            ours,
+            run,
+            sources,
+            "machine.num_workers=0",
+        )
+        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and named and run.status == 1)
+
+    def dead_rank(self) -> Row:
+        run = self.train("dead_rank", *PAIR, fault="Signal,batches:[10],on_rank:1")
+        ended = "Child process with PID" in run.text or "stops the job" in run.text
+        ours = f"ended with a message {run.seconds:.0f} s after its start; goes on"
+        row = self.goes_on(
+            "dead_rank", "kill -9 of one rank of two", "waits for the collective's time-out †", ours, run, *PAIR
+        )
+        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and ended)
+
+    def stuck_rank(self) -> Row:
+        limit = "machine.timeout_minutes=0.2"
+        run = self.train("stuck_rank", *PAIR, limit, fault="Stuck,batches:[10],on_rank:1")
+        found = re.search(r"no progress for (\d+) s; furthest behind: rank 1 at batch 10", run.text)
+        ours = f"named and ended {found[1]} s after it stopped (limit 12 s); goes on" if found else "not named"
+        row = self.goes_on(
+            "stuck_rank", "one rank of two hangs", "waits for the collective's time-out †", ours, run, *PAIR
+        )
+        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and bool(found))
+
+    def sigterm(self) -> Row:
+        run = self.train("sigterm", fault="Signal,batches:[10],name:SIGTERM")
+        saved = bool(re.search(r"stopped by SIGTERM after step 11", run.text))
+        ours = f"checkpoint after the step in hand, exit status {run.status}; goes on"
+        row = self.goes_on("sigterm", "SIGTERM", "ends; the steps since its checkpoint are lost †", ours, run)
+        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and saved and run.status == 143)
+
+
+ROWS = (
+    "nan_loss", "inf_on_one_rank", "spike", "ten_spikes", "nan_at_first", "nan_accumulated", "half_overflow", "kill_9",
+    "truncated", "disk_full", "deleted_shard", "dead_rank", "stuck_rank", "sigterm",
+)  # fmt: skip
+NONE = "none"
+
+
+def _fault(text: str | None) -> list[str]:
+    return [f"+callbacks.fault={{_target_:experiments.studies.faults.inject.{text}}}"] if text else []
+
+
+def _lines(run: Run) -> int:
+    return sum(len(f.read_text().splitlines()) for f in (run.folder / "sample_log").glob("*.jsonl"))
+
+
+def _samples(own: list[str], reference: list[str]) -> str:
+    if own == reference:
+        return NONE
+    return f"{len(set(reference) - set(own))} lost, {len(own) - len(set(own))} repeated"
+
+
+def _word(equal: bool) -> str:
+    return "yes" if equal else "NO"
+
+
+def study(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
+    """The rows, one after the other."""
+    for name in names:
+        cause: Callable[[], Row] = getattr(faults, name)
+        row = cause()
+        log.info("%s: %s", name, row)
+        yield name, row
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="faults")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    unknown = set(cfg.rows) - set(ROWS)
+    if unknown:
+        raise ValueError(f"rows={sorted(unknown)} aren't rows; there are {', '.join(ROWS)}")
+    out = Path(cfg.out).absolute()
+    shutil.rmtree(out / "work", ignore_errors=True)
+    rows = dict(study(Faults(out / "work", cfg.kills, cfg.seed), list(cfg.rows) or list(ROWS)))
+    (out / "report.json").write_text(json.dumps({n: asdict(r) for n, r in rows.items()}, indent=2) + "\n")
+    head = ["fault", "release", "ours", "equal to the bit", "samples lost or repeated", "holds"]
+    cells = [[r.fault, r.release, r.ours, r.equal, r.samples, "yes" if r.holds else "NO"] for r in rows.values()]
+    print("\n" + markdown(head, cells))
+    failed = [name for name, row in rows.items() if not row.holds]
+    if failed:
+        raise SystemExit(f"these rows don't hold: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,10 @@ ARGS ?=
 SWEEP ?= taps_x_lr
 PORT ?= 5000
 READY := .venv/.ready
+TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow stage1 stage2 stage3 stages bench bench-gpu lint ui
+.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages bench bench-gpu lint ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,20 +30,26 @@ demo: $(READY) ## the main job on the shapes world: build, train three stages, s
 test: $(READY) ## the test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(READY) ## the test suite with the tests that take minutes or several processes
+test-slow: $(READY) slurm-packages ## the test suite with the tests that take minutes or several processes
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
+# Debian's packages for a SLURM cluster on this machine; without them, and without root, those tests are skipped
+slurm-packages:
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null || { command -v apt-get >/dev/null && \
+	  $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge'; } || \
+	  echo "slurm-wlm and munge aren't installed and can't be: the SLURM tests will be skipped"
+
 stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="model=shapes ..." pass through
-	$(BIN)/python experiments/train.py stage=t2i_pretrain machine=$(MACHINE) $(ARGS)
+	$(TRAIN) stage=t2i_pretrain machine=$(MACHINE) $(ARGS)
 
 stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 checkpoint or INIT=...
-	$(BIN)/python experiments/train.py stage=ti2i_pretrain machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+	$(TRAIN) stage=ti2i_pretrain machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
 
 stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoint or INIT=...
-	$(BIN)/python experiments/train.py stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+	$(TRAIN) stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
 
 stages: $(READY) ## all three stages in one process
-	$(BIN)/python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
+	$(TRAIN) 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
 
 bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
 	$(BIN)/python experiments/bench/run.py $(ARGS)

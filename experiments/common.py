@@ -4,10 +4,12 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,23 @@ log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as soon as it is imported it warns of an optional package
 CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: applications run as files and as modules
 USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
+
+
+def point_name(overrides: str, limit: int = 120) -> str:
+    """Name of the folder of a point of a sweep.
+
+    Args:
+        overrides: `key=value,…` as Hydra joins them; those that don't belong to the experiment are left out.
+        limit: characters; a longer name is cut, and its digest added.
+    """
+    parts = re.split(r",(?=[\w./@~+-]+=)", overrides)
+    groups = ("machine", "logger", "debug", "callbacks", "trainer", "hydra")
+    kept = [part for part in parts if re.split(r"[.=/@]", part.lstrip("+~"))[0] not in groups]
+    name = re.sub(r"[/\s]", "_", ",".join(kept)) or "default"
+    return name if len(name) <= limit else f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("point_name", point_name, replace=True)
 
 
 def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

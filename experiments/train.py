@@ -6,6 +6,7 @@ python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' model
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
+from experiments.submit import submit
 from tbac.data.datamodule import StagedDataModule
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
@@ -100,6 +103,11 @@ def _unresolved(cfg: DictConfig) -> dict[Any, Any]:
     return container
 
 
+def process_rank() -> int:
+    """Number of this process by what its launcher has set; 0 where nothing has."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def stage_of(cfg: DictConfig) -> Stage:
     """The stage that a config describes."""
     names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
@@ -156,9 +164,11 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
         source.bind(model.prompt, facts["frozen"]["autoencoder"])
     module = LadderTuningModule(model, stages[current], cfg.seed, facts)
     transition = StageTransition(stages, current, history, optimizer_state_of(start) if start else None)
-    logger = instantiate(cfg.logger) if cfg.logger else False
+    logger = instantiate(cfg.logger) if cfg.logger and not process_rank() else False
     callbacks = [*stages[current].callbacks, transition]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
+    if cfg.logger and process_rank():  # one process alone opens the store
+        trainer.loggers = [DummyLogger()]
     digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
     config = dict(stages[0].config)
     if len(stages) > 1:
@@ -186,13 +196,30 @@ def _stage_index(stages: Sequence[Stage], checkpoint: dict[str, Any], path: str)
     return names.index(checkpoint[FACTS]["stage"])
 
 
+def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
+    """Submit these stages instead of training here."""
+    folder = output_dir().absolute()
+    init = find_init(configs[0])  # settled now, so that all processes start from the same
+    if init and Path(init).is_file():
+        read_checkpoint(init)
+    arguments = [o for o in overrides if o.split("=")[0] != "init"]
+    arguments += [f"init='{Path(init).absolute()}'"] if init else []
+    job = submit(plain(configs[0].machine), f"tbac-{configs[0].stage.name}", folder, arguments)
+    print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
-    if getattr(rank_zero_only, "rank", 0):  # of the environment: other processes say only what is wrong
+    if process_rank():  # the others say only what is wrong
         logging.getLogger().setLevel(logging.WARNING)
-    report = train(stage_configs(cfg, HydraConfig.get().overrides.task), output_dir())
+    overrides = HydraConfig.get().overrides.task
+    configs = stage_configs(cfg, overrides)
+    if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
+        submit_job(configs, overrides)
+        return
+    report = train(configs, output_dir())
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
 

@@ -1,6 +1,7 @@
 """Experiment tracking with MLflow; the only file that knows of it."""
 
 import contextlib
+import fcntl
 import logging
 import re
 import subprocess
@@ -26,10 +27,21 @@ PACKAGES = (
 )
 
 
-def prepare_store(tracking_uri: str) -> None:
-    """Make the folder that a sqlite store lives in."""
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
+def prepare_store(tracking_uri: str, experiment_name: str) -> None:
+    """Make the store and the experiment, one process at a time where the store is a sqlite file."""
+    from mlflow import MlflowClient  # takes seconds to import
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.ExitStack() as stack:
+        if tracking_uri.startswith("sqlite:///"):
+            file = Path(tracking_uri.removeprefix("sqlite:///")).expanduser()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.with_name(f"{file.name}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri)
+        if client.get_experiment_by_name(experiment_name) is None:
+            with contextlib.suppress(MlflowException):  # another process was faster
+                client.create_experiment(experiment_name)
 
 
 def make_mlflow_logger(
@@ -48,7 +60,7 @@ def make_mlflow_logger(
         parent_run_id: run that this one belongs to.
         run_id_file: where `log_run` notes the run, so that one that is started again goes on in it.
     """
-    prepare_store(tracking_uri)
+    prepare_store(tracking_uri, experiment_name)
     tags = {"mlflow.parentRunId": parent_run_id} if parent_run_id else None
     known = Path(run_id_file).read_text().strip() if run_id_file and Path(run_id_file).is_file() else None
     logger = MLFlowLogger(

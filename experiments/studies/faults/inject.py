@@ -135,3 +135,17 @@ class Deleted(Fault):
         if self.due(batch_idx):
             for file in self.folder.glob("train-*.tar"):
                 file.rename(f"{file}.deleted")
+
+
+class Slow(L.Callback):
+    """Every batch takes so much longer.
+
+    Args:
+        seconds: by how much.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds)

@@ -287,23 +287,15 @@ class Faults:
         copy = self.root / "shards"
         shutil.copytree(data, copy, dirs_exist_ok=True)
         sources = f"stage.sources=[{{path: '{copy}', split: train}}]"
-        run = self.train(
-            "deleted_shard", sources, "machine.num_workers=0", fault=f"Deleted,batches:[8],folder:'{copy}'"
-        )
+        # samples of all shards mixed, so that not all of them are open yet when they go away
+        own = [sources, "machine.num_workers=0", "data.shuffle_buffer=8000"]
+        run = self.train("deleted_shard", *own, fault=f"Deleted,batches:[1],folder:'{copy}'")
         found = re.search(r"^error: .*", run.text, re.MULTILINE)
         for file in copy.glob("*.deleted"):
             file.rename(file.with_suffix(""))
         named = bool(found and ".tar" in found[0])
         ours = "ends with a message that names the shard; goes on when it is back" if named else "no message"
-        row = self.goes_on(
-            "deleted_shard",
-            "a shard deleted mid-epoch",
-            "error of the tar reader †",
-            ours,
-            run,
-            sources,
-            "machine.num_workers=0",
-        )
+        row = self.goes_on("deleted_shard", "a shard deleted mid-epoch", "error of the tar reader †", ours, run, *own)
         return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and named and run.status == 1)
 
     def dead_rank(self) -> Row:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -29,24 +29,39 @@ class Preemption(Checkpoint):
     Args:
         stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
         requeue: names of signals that also put the SLURM job back into its queue, such as the one that
-            `sbatch --signal` sends before the time limit.
+            `sbatch --signal` sends before the time limit. SIGTERM does so too when it comes because another job takes
+            this one's place, but not when the job is cancelled.
+        hand_on: names of signals for which another handler may be there already, such as that of submitit, which puts
+            its jobs back into the queue itself; it is called once the checkpoint is written.
 
     Raises:
         ValueError: for a name that isn't a signal's.
     """
 
-    def __init__(self, stop: Sequence[str] = ("SIGTERM", "SIGINT"), requeue: Sequence[str] = ("SIGUSR1",)) -> None:
-        for name in [*stop, *requeue]:
+    def __init__(
+        self,
+        stop: Sequence[str] = ("SIGTERM", "SIGINT"),
+        requeue: Sequence[str] = ("SIGUSR1",),
+        hand_on: Sequence[str] = ("SIGUSR2",),
+    ) -> None:
+        for name in [*stop, *requeue, *hand_on]:
             if name not in signal.Signals.__members__:
                 raise ValueError(f"callbacks.preemption: {name!r} isn't the name of a signal, such as SIGTERM")
         self.stop = [signal.Signals[name] for name in stop]
         self.requeue = [signal.Signals[name] for name in requeue]
+        self.hand_on = [signal.Signals[name] for name in hand_on]
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._received: signal.Signals | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handlers, which would save in the middle of a step."""
         if threading.current_thread() is threading.main_thread():  # no other one may
-            for number in [*self.stop, *self.requeue]:
+            number: int
+            for number in self.hand_on:
+                handler = signal.getsignal(number)
+                if callable(handler) and handler != self._note:
+                    self._handlers[number] = handler
+            for number in [*self.stop, *self.requeue, *self._handlers]:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -81,16 +96,35 @@ class Preemption(Checkpoint):
             pl_module.steps,
             pl_module.stage.name,
         )
-        if received in self.requeue:
+        if received in self.requeue or (received == signal.SIGTERM and slurm_job_runs_on()):
             requeue_slurm_job()
-        raise SystemExit(0 if received in self.requeue else 128 + received)
+        if received in self._handlers:
+            self._handlers[received](received, None)
+        raise SystemExit(128 + received if received in self.stop else 0)
+
+
+def slurm_job() -> str | None:
+    """Number of the SLURM job that this process belongs to."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_job_runs_on() -> bool:
+    """Whether SLURM still counts this job as running: then SIGTERM gives it time before another job takes its place.
+
+    A job that was cancelled gets the same signal, and is no longer running for SLURM.
+    """
+    job = slurm_job()
+    if job is None or shutil.which("scontrol") is None:
+        return False
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    return "JobState=RUNNING" in shown
 
 
 def requeue_slurm_job() -> None:
     """Put this job back into its queue; it then starts anew under the same number."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job = slurm_job()
     if job is None or shutil.which("scontrol") is None:
         log.warning("this isn't a SLURM job, so it can't be put back into a queue")
         return

@@ -1,0 +1,164 @@
+"""Training on a real SLURM cluster: two nodes on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, state
+from tbac.training.checkpoints import read_checkpoint
+from tests.conftest import ROOT
+from tests.training.test_parallel import assert_close
+from tests.training.test_resume import equal
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()) or os.getuid() != 0, reason=f"needs root and {', '.join(missing())}"),
+]
+STEPS = 12
+# a few batches of the smallest size; the time limit doesn't matter
+RUN = [
+    "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps", f"stage.steps={STEPS}", "stage.val_every=6",
+    "callbacks=audit", "callbacks.samples.prompts=[]",
+]  # fmt: skip
+MACHINE = [o for o in OVERRIDES if not o.startswith("machine=")]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Path]:
+    with cluster(nodes=2) as folder:
+        yield folder
+
+
+def until(ready: Callable[[], object], seconds: float = 180) -> None:
+    limit = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < limit, subprocess.run(["squeue"], capture_output=True, text=True).stdout
+        time.sleep(0.2)
+
+
+def submitted(folder: Path, *overrides: str, logger: str = "csv") -> str:
+    """Submit a two-node job as a user does; returns its number."""
+    words = [*RUN, f"logger={logger}", *MACHINE, *overrides, f"hydra.run.dir={folder}"]
+    arguments = " ".join(f"'{o}'" if "'" not in o else f'"{o}"' for o in words)
+    command = ["make", "-s", "stage2", "MACHINE=slurm_2x8", f"ARGS={arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"submitted job (\d+); its log is (.*)", done.stdout)
+    assert found, done.stdout
+    assert found[2] == str(folder / f"slurm-{found[1]}.log")
+    return found[1]
+
+
+def finished(job: str, folder: Path) -> None:
+    """Wait for its end; SLURM would let a job that went back into the queue wait for two minutes."""
+    if subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True).returncode == 0:
+        until(lambda: state(job) != "PENDING")
+    until(lambda: state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"))
+    assert state(job) == "COMPLETED", (folder / f"slurm-{job}.log").read_text()
+
+
+def last(folder: Path) -> dict:
+    return read_checkpoint(folder / "checkpoints" / f"ti2i_pretrain-step={STEPS}.ckpt")
+
+
+def lines(folder: Path, rank: int = 0) -> int:
+    file = folder / "sample_log" / f"rank_{rank}.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(slurm: Path, world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-node stage that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    os.environ["TBAC_SHAPES"] = str(world_folder)
+    job = submitted(folder)
+    finished(job, folder)
+    return folder
+
+
+def test_a_stage_runs_on_two_nodes(whole: Path, tmp_path: Path) -> None:
+    assert json.loads((whole / "report.json").read_text())["steps"] == STEPS
+    assert lines(whole, 0) == lines(whole, 1) == STEPS
+    single = [*RUN, "logger=csv", "machine.accelerator=cpu", "stage.batch_size=8", f"hydra.run.dir={tmp_path}"]
+    subprocess.run([sys.executable, "-m", "experiments.train", *single], check=True, cwd=ROOT)
+    assert_close(last(tmp_path), last(whole))
+
+
+def test_a_preempted_job_goes_on_in_the_same_run(whole: Path, in_world: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:1.0}"
+    job = submitted(tmp_path, slow, f"logger.tracking_uri={store}", logger="mlflow")
+    until(lambda: lines(tmp_path) >= 3)
+    other = subprocess.run(
+        ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 3"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    until(lambda: state(other.stdout.strip()) == "COMPLETED" and state(job) == "PENDING")
+    finished(job, tmp_path)
+    text = (tmp_path / f"slurm-{job}.log").read_text()
+    assert "stopped by SIGTERM after step" in text
+    assert "going on from" in text
+    for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
+        assert equal(last(tmp_path)[part], last(whole)[part]), part
+    for rank in (0, 1):
+        own, reference = (_keys(f, rank) for f in (tmp_path, whole))
+        assert own == reference
+    client = mlflow.MlflowClient(store)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [0, 5, 11]
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Path, in_world: Path, tmp_path: Path) -> None:
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
+    job = submitted(tmp_path, slow)
+    until(lambda: lines(tmp_path) >= 3)
+    subprocess.run(["scancel", job], check=True)
+    until(lambda: "stopped by SIGTERM after step" in (tmp_path / f"slurm-{job}.log").read_text())
+    until(lambda: state(job) == "CANCELLED")
+    time.sleep(3)
+    assert state(job) == "CANCELLED"
+    assert "back in its queue" not in (tmp_path / f"slurm-{job}.log").read_text()
+
+
+def test_a_job_near_its_time_limit_goes_back_into_the_queue(whole: Path, in_world: Path, tmp_path: Path) -> None:
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
+    job = submitted(tmp_path, slow)
+    until(lambda: lines(tmp_path) >= 3)
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)  # what sbatch --signal sends ahead of the limit
+    until(lambda: state(job) == "PENDING")
+    finished(job, tmp_path)
+    text = (tmp_path / f"slurm-{job}.log").read_text()
+    assert "stopped by SIGUSR1 after step" in text
+    assert f"SLURM job {job} is back in its queue" in text
+    assert equal(last(tmp_path)["state_dict"], last(whole)["state_dict"])
+
+
+def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: Path) -> None:
+    machine = ["machine=slurm_2x8", *MACHINE]
+    points = ["hydra/launcher=slurm", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "stage.steps=2"]
+    done = subprocess.run(
+        [sys.executable, "experiments/train.py", "-m", *RUN, *machine, "logger=csv", *points],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = list(tmp_path.glob("*/checkpoints/ti2i_pretrain-step=2.ckpt"))
+    taps = {tuple(read_checkpoint(file)["tbac"]["taps"]["layers"]) for file in found}
+    assert taps == {(2, 3, 4, 5), (6,)}
+    jobs = {re.sub(r"_\d+_(log|result).*", "", f.name) for f in tmp_path.glob(".submitit/*/*_result.pkl")}
+    assert len(jobs) == 2
+
+
+def _keys(folder: Path, rank: int) -> list[list[str]]:
+    """Keys by position; where a position comes twice, the later line counts."""
+    found = map(json.loads, (folder / "sample_log" / f"rank_{rank}.jsonl").read_text().splitlines())
+    return [keys for _, keys in sorted({line["positions"][0]: line["keys"] for line in found}.items())]

@@ -21,13 +21,17 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of `values` over all processes: the same bits on each of them."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes: the same bits on each of them."""
     if world_size() > 1:
         values = values.clone()
         distributed.all_reduce(values)
-        values /= world_size()
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes: the same bits on each of them."""
+    return sum_over_ranks(values) / world_size()
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:

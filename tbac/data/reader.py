@@ -76,7 +76,7 @@ class ShardReader(Dataset[Batch]):
         """The sample of a draw, or its replacement.
 
         Raises:
-            DataError: when too many samples are corrupt, or none of a source can be used.
+            DataError: when a shard is gone, too many samples are corrupt, or none of a source can be used.
         """
         sizes = self.sizes[draw.source]
         substitutes = Random(f"substitute/{self.seed}/{draw.position}")
@@ -100,6 +100,11 @@ class ShardReader(Dataset[Batch]):
     def _decode(self, path: Path, index: int) -> Sample:
         try:
             raw = self.tars.read(path, index)
+        except FileNotFoundError:
+            raise DataError(
+                f"shard {path} was there when training began and is gone; put it back and start again to go on from "
+                "the newest checkpoint"
+            ) from None
         except OSError as error:
             raise CorruptSampleError(f"the shard can't be read ({error.strerror or error})") from None
         except IndexError:

@@ -1,7 +1,9 @@
 """The LightningModule of ladder tuning: prepare, compute the loss, log."""
 
 import hashlib
+import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from tbac.distributed import gather_objects, rank, shard, world_size
+from tbac.distributed import gather_objects, rank, shard, sum_over_ranks, world_size
 from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
@@ -56,6 +58,8 @@ class LadderTuningModule(L.LightningModule):
         self.facts = dict(facts or {})
         self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
         self.norms: GradientNorms | None = None
+        self.measure_taps = False  # whether `tap_norms` will be asked for
+        self._context_squares: Tensor | None = None  # (block,)
         self._random: list[dict[str, Any]] | None = None
         self.enter(stage, stage.steps or 1)
 
@@ -141,11 +145,35 @@ class LadderTuningModule(L.LightningModule):
         """
         path = interpolate(latents, noise, sigma)
         condition = self.model.encode_condition(batch.prompt)
+        if self.measure_taps and condition.states.requires_grad:
+            condition.states.register_hook(self._measure_contexts)
         if len(latents) != len(batch):
             rows = torch.arange(len(batch), device=self.device)
             condition = condition[rows.repeat_interleave(len(latents) // len(batch))]
         prediction = self.model.predict_velocity(path.noisy, sigma, condition)
         return velocity_loss(prediction, path.velocity)
+
+    def _measure_contexts(self, gradient: Tensor) -> None:
+        """Add up the squares of the gradient of each block's context, over the batches of a step."""
+        squares = gradient.detach().double().square().sum((1, 2, 3))
+        self._context_squares = squares if self._context_squares is None else self._context_squares + squares
+
+    def tap_norms(self) -> dict[str, float]:
+        """Gradient norm of the contexts that each tap feeds, by tap; all processes must ask.
+
+        With mixed taps there is one for each block, since each block reads a mix of its own.
+        """
+        if self._context_squares is None:
+            return {}
+        squares = sum_over_ranks(self._context_squares) / world_size() ** 2  # gradients are means over processes
+        plan = self.model.ladder.plan
+        names = [f"block_{i:02d}_context" for i in range(plan.num_blocks)]
+        if not plan.mixed:
+            names = [f"tap_{plan.layers[tap]:02d}" for tap in plan.assignment]
+        sums: dict[str, float] = defaultdict(float)
+        for name, square in zip(names, squares.tolist(), strict=True):
+            sums[name] += square
+        return {name: math.sqrt(total) for name, total in sums.items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.attempted = self.rejected = False
@@ -195,7 +223,7 @@ class LadderTuningModule(L.LightningModule):
         self.norms = None
         self.attempted = True
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.norms = None
+        self.norms = self._context_squares = None
         self.steps += not self.rejected
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

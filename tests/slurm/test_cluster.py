@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, state
+from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from tbac.training.checkpoints import read_checkpoint
 from tests.conftest import ROOT
 from tests.training.test_parallel import assert_close
@@ -38,13 +38,6 @@ def slurm() -> Iterator[Path]:
         yield folder
 
 
-def until(ready: Callable[[], object], seconds: float = 180) -> None:
-    limit = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < limit, subprocess.run(["squeue"], capture_output=True, text=True).stdout
-        time.sleep(0.2)
-
-
 def submitted(folder: Path, *overrides: str, logger: str = "csv") -> str:
     """Submit a two-node job as a user does; returns its number."""
     words = [*RUN, f"logger={logger}", *MACHINE, *overrides, f"hydra.run.dir={folder}"]
@@ -59,9 +52,8 @@ def submitted(folder: Path, *overrides: str, logger: str = "csv") -> str:
 
 
 def finished(job: str, folder: Path) -> None:
-    """Wait for its end; SLURM would let a job that went back into the queue wait for two minutes."""
-    if subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True).returncode == 0:
-        until(lambda: state(job) != "PENDING")
+    """Wait for its end."""
+    release_hold(job)
     until(lambda: state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"))
     assert state(job) == "COMPLETED", (folder / f"slurm-{job}.log").read_text()
 

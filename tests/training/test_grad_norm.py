@@ -14,6 +14,7 @@ from tbac.training.callbacks.averaging import WeightAverage
 from tbac.training.callbacks.grad_norm import DivergedError, GradNormMonitor
 from tbac.training.gradients import component_of
 from tbac.training.spikes import RobustRule
+from tests.conftest import small_model
 from tests.training.test_module import data_of, module_of, trainer_of
 
 
@@ -112,6 +113,8 @@ def test_a_rejection_names_norm_threshold_loss_stage_components_and_samples(
         "queries",
         "connector",
         "block_00",
+        "tap_02",
+        "tap_05",
         "rank 0: t2i",
     ):
         assert words in message
@@ -145,6 +148,30 @@ def test_the_norm_is_that_of_the_gradients(model: UniImage) -> None:
     parts = norms.by_component()
     assert sum(v**2 for v in parts.values()) == pytest.approx(whole.item() ** 2)
     assert {"queries", "connector", "denoiser", "block_00", "block_01"} <= set(parts)
+
+
+@pytest.mark.parametrize("taps", ["last_n", "final", "learned_mix"])
+def test_the_norm_of_a_tap_is_that_of_the_contexts_it_feeds(in_world: Path, taps: str) -> None:
+    model = small_model(in_world, f"taps={taps}")
+    module = module_of(model)
+    module.measure_taps = True
+    batch = next(iter(data_of(model).train_dataloader()))
+    noise, sigma = torch.randn_like(batch.latents), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    states = []
+    encode = model.encode_condition
+
+    def kept(prompt: Any) -> Any:
+        condition = encode(prompt)
+        condition.states.retain_grad()
+        states.append(condition.states)
+        return condition
+
+    model.encode_condition = kept  # type: ignore[method-assign]
+    for _ in range(2):  # two batches of one step
+        module.loss(batch, noise, sigma, batch.latents).backward()
+    squares = sum(s.grad.double().square().sum((1, 2, 3)) for s in states)
+    expected = {"last_n": squares.sqrt(), "final": squares.sum().sqrt()[None], "learned_mix": squares.sqrt()}[taps]
+    torch.testing.assert_close(torch.tensor(list(module.tap_norms().values())).double(), expected)
 
 
 def test_components_have_names() -> None:

@@ -151,6 +151,24 @@ def state(job: str) -> str:
     return found[0].removeprefix("JobState=") if found else "UNKNOWN"
 
 
+def release_hold(job: str) -> None:
+    """Let a job that went back into the queue start at once: SLURM would let it wait for two minutes."""
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
+
+
+def until(ready: Callable[[], object], seconds: float = 180) -> None:
+    """Wait.
+
+    Raises:
+        TimeoutError: with the state of the queue.
+    """
+    limit = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > limit:
+            raise TimeoutError(subprocess.run(["squeue"], capture_output=True, text=True).stdout)
+        time.sleep(0.2)
+
+
 if __name__ == "__main__":
     with cluster():
         sys.exit(subprocess.run(sys.argv[1:]).returncode)

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from experiments.bench.measure import markdown
 from experiments.common import CONF, user_errors
+from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from tbac.training.checkpoints import newest_whole
 
 log = logging.getLogger(__name__)
@@ -324,10 +325,43 @@ class Faults:
         row = self.goes_on("sigterm", "SIGTERM", "ends; the steps since its checkpoint are lost †", ours, run)
         return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and saved and run.status == 143)
 
+    def slurm_requeue(self) -> Row:
+        absent = missing()
+        if absent:
+            raise ValueError(
+                f"the row slurm_requeue needs a SLURM of this machine's own; {', '.join(absent)} are missing"
+            )
+        run = Run(self.root / "slurm_requeue")
+        machine = [o for o in OVERRIDES if not o.startswith("machine.accelerator")]
+        slow = _fault("Slow,seconds:0.5")
+        with cluster():
+            process = self.start(run, *machine, f"stage.batch_size={BATCH // 2}", *slow)
+            job = self.finish(run, process).text.partition("submitted job ")[2].partition(";")[0]
+            log = run.folder / f"slurm-{job}.log"
+            until(lambda: _lines(run) >= 16)
+            other = ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 2"]
+            subprocess.run(other, check=True, capture_output=True)
+            until(lambda: state(job) == "PENDING")
+            release_hold(job)
+            until(lambda: state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
+            ended = state(job)
+        reference = self.reference(*PAIR, "machine.num_workers=0")
+        equal = same(*[[r.end()[p] for p in PARTS] for r in (run, reference)])
+        samples = _samples(run.kept(), reference.kept())
+        stopped = re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())
+        ours = (
+            f"two-node job saved after step {stopped[1]}, back in its queue, {ended.lower()}"
+            if stopped
+            else "not saved"
+        )
+        holds = equal and samples == NONE and ended == "COMPLETED" and stopped is not None
+        title = "another job takes the place of a SLURM job"
+        return Row(title, "the job script isn't put back †", ours, _word(equal), samples, holds)
+
 
 ROWS = (
     "nan_loss", "inf_on_one_rank", "spike", "ten_spikes", "nan_at_first", "nan_accumulated", "half_overflow", "kill_9",
-    "truncated", "disk_full", "deleted_shard", "dead_rank", "stuck_rank", "sigterm",
+    "truncated", "disk_full", "deleted_shard", "dead_rank", "stuck_rank", "sigterm", "slurm_requeue",
 )  # fmt: skip
 NONE = "none"
 

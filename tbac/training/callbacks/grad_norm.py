@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tbac.distributed import gather_objects, local_part, mean_over_ranks
 from tbac.training.callbacks.averaging import WeightAverage
+from tbac.training.gradients import GradientNorms
 from tbac.training.module import LadderTuningModule
 from tbac.training.spikes import SpikeRule
 from tbac.types import Batch
@@ -69,6 +70,8 @@ class GradNormMonitor(L.Callback):
         self._snapshot: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        pl_module.measure_taps = True
         self._take_snapshot(trainer, pl_module)
 
     def on_train_batch_start(
@@ -91,15 +94,18 @@ class GradNormMonitor(L.Callback):
         self.recent.append(verdict.reason is not None)
         metrics = {"guard/norm": norm, "guard/threshold": min(verdict.threshold, 1e30), "guard/loss": loss}
         if verdict.reason is not None:
-            self._reject(trainer, pl_module, verdict.reason, metrics | self._components(norms.by_component()))
+            self._reject(trainer, pl_module, verdict.reason, metrics | self._components(pl_module, norms))
         else:
             self.in_a_row = 0
             if (pl_module.steps + 1) % self.log_every == 0:
-                self._log(trainer, metrics | self._components(norms.by_component()))
+                self._log(trainer, metrics | self._components(pl_module, norms))
         self._keys, self._losses = [], []
 
-    def _components(self, norms: dict[str, float]) -> dict[str, float]:
-        return {f"guard/norm/{name}": norm for name, norm in norms.items()}
+    @staticmethod
+    def _components(pl_module: LadderTuningModule, norms: GradientNorms) -> dict[str, float]:
+        """Norms of the parameters of each component, and of the contexts of each tap."""
+        every = norms.by_component() | pl_module.tap_norms()
+        return {f"guard/norm/{name}": norm for name, norm in every.items()}
 
     def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:

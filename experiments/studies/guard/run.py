@@ -1,0 +1,78 @@
+"""What the guard costs in time, and how often it rejects a step that has no fault.
+
+python experiments/studies/guard/run.py
+
+Time: one run of stage 1, every other step with the guard; both kinds clip gradients. False rejects: the three stages of
+the shapes world as `make stages` trains them. Needs the shapes world.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+from hydra import compose
+from omegaconf import DictConfig
+
+from experiments.bench.measure import markdown
+from experiments.common import CONF, keep_freed_memory, user_errors
+from experiments.studies.guard.alternate import Alternate
+from experiments.train import stage_configs, train
+
+log = logging.getLogger(__name__)
+STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
+
+
+def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Median time of a step with and without the guard."""
+    chosen = [
+        "stage=t2i_pretrain", "model=shapes", "logger=csv", "callbacks.samples.prompts=[]", f"run_dir={folder}",
+        f"stage.steps={cfg.steps}", "stage.val_every=100000", "stage.val_samples=8", "~callbacks.progress",
+        "+callbacks.alternate._target_=experiments.studies.guard.alternate.Alternate", *cfg.overrides,
+    ]  # fmt: skip
+    folder.mkdir(parents=True)
+    for times in Alternate.times:
+        times.clear()
+    train([compose("train", chosen)], folder)
+    without, with_guard = map(median, Alternate.times)
+    return {"without": without, "with": with_guard, "ratio": with_guard / without, "steps": len(Alternate.times[0])}
+
+
+def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
+    """Steps taken and rejected by the three stages."""
+    chosen = [
+        f"stages={STAGES}", "model=shapes", "logger=csv", "callbacks=audit", "callbacks.samples.prompts=[]",
+        f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,
+    ]  # fmt: skip
+    folder.mkdir(parents=True)
+    train(stage_configs(compose("train", chosen), chosen), folder)
+    lines = [json.loads(text) for text in (folder / "sample_log" / "rank_0.jsonl").read_text().splitlines()]
+    rejected = sum(line["rejected"] for line in lines)
+    return {"taken": len(lines) - rejected, "rejected": rejected}
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="guard")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    keep_freed_memory()
+    out = Path(cfg.out).absolute()
+    shutil.rmtree(out / "work", ignore_errors=True)
+    times = overhead(cfg, out / "work" / "overhead")
+    counts = rejects(cfg, out / "work" / "stages")
+    (out / "report.json").write_text(json.dumps({"overhead": times, "rejects": counts}, indent=2) + "\n")
+    rows: list[list[Any]] = [
+        ["a step without the guard, ms", f"{1000 * times['without']:.2f}"],
+        ["a step with the guard, ms", f"{1000 * times['with']:.2f}"],
+        ["with / without", f"{times['ratio']:.4f}"],
+        ["steps of each kind", times["steps"]],
+        ["steps of the three stages", counts["taken"]],
+        ["rejected", counts["rejected"]],
+    ]
+    print("\n" + markdown(["what", "value"], rows))
+
+
+if __name__ == "__main__":
+    main()

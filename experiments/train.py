@@ -7,7 +7,9 @@ python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' model
 import json
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+from torch import distributed
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
 from experiments.submit import submit
@@ -208,6 +212,28 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
 
 
+@contextmanager
+def point_alone() -> Iterator[None]:
+    """Let Lightning start the other processes of this point of a sweep as if it were the only one, and clean up.
+
+    It starts them with this process's own arguments, which would begin the whole sweep again in each of them.
+    """
+    config: Any = HydraConfig.get()
+    arguments, environment = sys.argv, dict(os.environ)
+    if config.mode == RunMode.MULTIRUN:
+        sys.argv = [sys.argv[0], *config.overrides.task]
+        with read_write(config):
+            config.run.dir = config.runtime.output_dir
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in set(os.environ) - set(environment):  # the rank and the address of this point
+            del os.environ[name]
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
@@ -219,7 +245,8 @@ def main(cfg: DictConfig) -> None:
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         submit_job(configs, overrides)
         return
-    report = train(configs, output_dir())
+    with point_alone():
+        report = train(configs, output_dir())
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
 

@@ -4,7 +4,7 @@ import pytest
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from experiments.common import user_errors
+from experiments.common import point_name, user_errors
 
 
 def failing(cause: Exception) -> None:
@@ -25,3 +25,16 @@ def test_a_wrapped_mistake_is_told_in_its_own_words(capfd: pytest.CaptureFixture
 def test_a_wrapped_error_of_ours_is_not_shown_as_the_user_s() -> None:
     with pytest.raises(InstantiationException):
         failing(RuntimeError("a view was modified"))
+
+
+def test_the_folder_of_a_point_names_its_overrides_and_not_those_of_the_machine() -> None:
+    overrides = "+callbacks.x={a:1,b:2},logger=csv,machine.devices=2,machine=cuda,stage.lr=0.001,taps=last_n"
+    assert point_name(overrides) == "stage.lr=0.001,taps=last_n"
+    assert point_name("machine=cuda") == "default"
+    assert point_name("taps.layers=[1,2,3]") == "taps.layers=[1,2,3]"
+
+
+def test_long_names_stay_short_and_distinct() -> None:
+    names = {point_name(f"init=/a/{'b' * 300},stage.lr={lr}") for lr in (1, 2)}
+    assert len(names) == 2
+    assert all(len(name) <= 120 and "/" not in name for name in names)

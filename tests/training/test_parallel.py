@@ -121,6 +121,18 @@ def test_stages_that_train_different_parts_agree_too(world_folder: Path, tmp_pat
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_per_point(world_folder: Path, tmp_path: Path) -> None:
+    pair = ["-m", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "machine.strategy=ddp"]
+    command = [*BASE[:3], *pair[:1], *BASE[3:], *pair[1:], "machine.devices=2", "stage.steps=2"]
+    environment = os.environ | {"TBAC_SHAPES": str(world_folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
+    points = {f.parents[1].name: read_checkpoint(f) for f in tmp_path.glob("*/checkpoints/*-step=2.ckpt")}
+    assert {tuple(c["tbac"]["taps"]["layers"]) for c in points.values()} == {(2, 3, 4, 5), (6,)}
+    for name in points:
+        assert {f.name for f in (tmp_path / name / "sample_log").iterdir()} == {"rank_0.jsonl", "rank_1.jsonl"}
+
+
 def test_an_unknown_strategy_is_named() -> None:
     with pytest.raises(ValueError, match=r"machine.strategy must be one of auto, ddp, fsdp, got 'deepspeed'"):
         make_strategy("deepspeed")

@@ -10,7 +10,7 @@ READY := .venv/.ready
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages bench bench-gpu lint ui
+.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu lint ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoi
 
 stages: $(READY) ## all three stages in one process
 	$(TRAIN) 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
+
+sweep: $(READY) ## a committed multirun of conf/sweep/, then its report; SWEEP=taps_x_lr; goes on where it stopped
+	$(BIN)/python experiments/sweep/run.py name=$(SWEEP) $(ARGS)
 
 bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
 	$(BIN)/python experiments/bench/run.py $(ARGS)

@@ -34,7 +34,7 @@ def point_name(overrides: str, limit: int = 120) -> str:
         limit: characters; a longer name is cut, and its digest added.
     """
     parts = re.split(r",(?=[\w./@~+-]+=)", overrides)
-    groups = ("machine", "logger", "debug", "callbacks", "trainer", "hydra")
+    groups = ("machine", "logger", "debug", "callbacks", "trainer", "hydra", "sweep", "parent_run_id", "resume")
     kept = [part for part in parts if re.split(r"[.=/@]", part.lstrip("+~"))[0] not in groups]
     name = re.sub(r"[/\s]", "_", ",".join(kept)) or "default"
     return name if len(name) <= limit else f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"

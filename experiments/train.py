@@ -107,6 +107,17 @@ def _unresolved(cfg: DictConfig) -> dict[Any, Any]:
     return container
 
 
+def finished(stages: Sequence[DictConfig], folder: Path) -> dict[str, Any] | None:
+    """The report of a run that has nothing left to do in its folder."""
+    file = folder / "report.json"
+    if not (stages[0].resume == "auto" and file.is_file()):
+        return None
+    report = json.loads(file.read_text())
+    last, steps = report.get("stages", [report])[-1], stages[-1].stage.steps
+    done = last["name"] == stages[-1].stage.name and steps is not None and last["steps"] >= steps
+    return report if done and (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file() else None
+
+
 def process_rank() -> int:
     """Number of this process by what its launcher has set; 0 where nothing has."""
     return getattr(rank_zero_only, "rank", 0)
@@ -244,6 +255,10 @@ def main(cfg: DictConfig) -> None:
     configs = stage_configs(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         submit_job(configs, overrides)
+        return
+    report = finished(configs, output_dir())
+    if report is not None:
+        log.info("finished before; give stage.steps=… for more steps")
         return
     with point_alone():
         report = train(configs, output_dir())

@@ -136,11 +136,20 @@ def log_picture(loggers: Iterable[Logger], path: Path) -> None:
             logger.experiment.log_artifact(logger.run_id, str(path), "samples")
 
 
-class ParentRun:
-    """A run that holds stage runs as children, with its own metrics and artifacts."""
+def metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of a run: name -> (step, value) in the order of steps."""
+    from mlflow import MlflowClient
 
-    def __init__(self, tracking_uri: str, experiment_name: str, run_name: str) -> None:
-        self._logger = make_mlflow_logger(tracking_uri, experiment_name, run_name)
+    client = MlflowClient(tracking_uri)
+    names = client.get_run(run_id).data.metrics
+    return {n: sorted((m.step, m.value) for m in client.get_metric_history(run_id, n)) for n in names}
+
+
+class ParentRun:
+    """A run that holds other runs as children, with its own metrics and artifacts."""
+
+    def __init__(self, tracking_uri: str, experiment_name: str, run_name: str, run_id_file: str | None = None) -> None:
+        self._logger = make_mlflow_logger(tracking_uri, experiment_name, run_name, run_id_file=run_id_file)
         run_id = self._logger.run_id
         assert run_id is not None
         self.run_id: str = run_id
@@ -160,9 +169,14 @@ class ParentRun:
 
 
 @contextlib.contextmanager
-def parent_run(tracking_uri: str, experiment_name: str, run_name: str) -> Iterator[ParentRun]:
-    """A `ParentRun` that is closed as finished, or as failed when the block raises."""
-    run = ParentRun(tracking_uri, experiment_name, run_name)
+def parent_run(
+    tracking_uri: str, experiment_name: str, run_name: str, run_id_file: str | None = None
+) -> Iterator[ParentRun]:
+    """A `ParentRun` that is closed as finished, or as failed when the block raises.
+
+    With `run_id_file` the run that is noted there goes on.
+    """
+    run = ParentRun(tracking_uri, experiment_name, run_name, run_id_file)
     try:
         yield run
     except BaseException:

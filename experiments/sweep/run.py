@@ -1,0 +1,64 @@
+"""A committed multirun, scored, with its report: python experiments/sweep/run.py name=taps_x_lr"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.common import CONF, plain, user_errors
+from experiments.sweep.points import read_points, swept
+from experiments.sweep.report import write_report
+from experiments.sweep.score import score
+from tbac.training.tracking import metric_history, parent_run
+
+log = logging.getLogger(__name__)
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
+    """Train every point that isn't finished."""
+    command = [
+        sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
+        f"parent_run_id={parent_run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", *cfg.overrides,
+    ]  # fmt: skip
+    if subprocess.run(command).returncode:
+        raise ValueError(f"a point of {cfg.name} failed, see above; the same command goes on from there")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    choices = swept(cfg.name)
+    out = Path(cfg.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    expected = 1
+    for values in choices.values():
+        expected *= len(values)
+    with parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
+        run.log_config(plain(cfg))
+        sweep(cfg, out, run.run_id)
+        points = read_points(out, list(choices))
+        if len(points) < expected:
+            log.warning("%d of %d points are finished", len(points), expected)
+        detector = instantiate(cfg.judge)
+        histories: dict[Path, dict[str, Any]] = {}
+        for number, point in enumerate(points, start=1):
+            point.scores = score(point, cfg, detector)
+            histories[point.folder] = metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
+            log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
+        report = write_report(cfg.name, points, histories, out, expected)
+        summary = [{"choices": p.choices, "report": p.report, "scores": p.scores} for p in points]
+        (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        for file in [report, out / "report.json", *sorted(out.glob("*.png"))]:
+            run.log_file(file)
+    print(f"\n{report.read_text()}\nThe report is {report}.")
+
+
+if __name__ == "__main__":
+    main()

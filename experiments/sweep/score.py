@@ -1,0 +1,95 @@
+"""Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from experiments.common import open_model
+from experiments.sweep.points import Point
+from tbac.evaluation.benchmarks import SamplingOptions, read_geneval, run_geneval
+from tbac.flow import interpolate, velocity_loss
+from tbac.models import UniImage
+from tbac.training.checkpoints import FACTS, read_checkpoint
+from tbac.training.module import noise_of
+from tbac.types import Condition
+
+FILE = "scores.json"
+
+
+def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
+    """Score a point, or read what was scored before.
+
+    Returns:
+        `geneval` (overall and tags), `loss` of the validation set, `without` (MLLM layer -> loss when the contexts
+        that it feeds are zero), and `mix` (block by layer) where the mix of taps is learned.
+    """
+    file = point.folder / FILE
+    if file.is_file():
+        return json.loads(file.read_text())
+    pipeline = open_model(str(point.checkpoint), "auto", "float32")
+    options = SamplingOptions(**{str(k): v for k, v in cfg.geneval.items() if k not in ("name", "file")})
+    rows = read_geneval(cfg.geneval.file)
+    result = run_geneval(pipeline, rows, detector, options)
+    chosen = _first_of_each_tag(rows, cfg.prompts_per_tag)
+    pictures = point.folder / "grid"
+    pictures.mkdir(exist_ok=True)
+    for i in chosen:
+        result["images"][i].save(pictures / f"{i:05d}.png")
+    model, plan = pipeline.model, pipeline.model.ladder.plan
+    scores = {
+        "geneval": result["scores"],
+        "prompts": {f"{i:05d}": rows[i]["prompt"] for i in chosen},
+        **losses(model, point.checkpoint),
+        "layers": list(plan.layers),
+        "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
+    }
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(scores, indent=2) + "\n")
+    temporary.replace(file)
+    return scores
+
+
+def _first_of_each_tag(rows: list[dict], count: int) -> list[int]:
+    tags: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        tags.setdefault(row["tag"], []).append(i)
+    return [i for found in tags.values() for i in found[:count]]
+
+
+@torch.no_grad()
+def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
+    """Validation loss, as training computes it, and without each tap."""
+    config = OmegaConf.create(read_checkpoint(checkpoint)[FACTS]["config"])
+    data = instantiate(config.data)
+    data.bind(model.prompt)
+    plan = model.ladder.plan
+    blocks = {layer: [b for b, tap in enumerate(plan.assignment) if tap == i] for i, layer in enumerate(plan.layers)}
+    if plan.mixed:  # each block reads a mix of its own
+        blocks = {block: [block] for block in range(plan.num_blocks)}
+    sums = dict.fromkeys(["whole", *map(str, blocks)], 0.0)
+    count = 0
+    for batch in data.val_dataloader():
+        batch = batch.to(model.device)
+        latents = batch.latents if batch.latents is not None else model.autoencoder.encode(batch.pixels).float()
+        noise, sigma = noise_of(batch.keys, latents)
+        path = interpolate(latents, noise, sigma)
+        condition = model.encode_condition(batch.prompt)
+        for name in sums:
+            states = condition.states.clone()
+            if name != "whole":
+                states[blocks[int(name)]] = 0
+            predicted = model.predict_velocity(path.noisy, sigma, Condition(states, condition.mask))
+            sums[name] += velocity_loss(predicted, path.velocity).item() * len(batch)
+        count += len(batch)
+    means = {name: total / count for name, total in sums.items()}
+    return {"loss": means.pop("whole"), "without": means}
+
+
+def grid_pictures(point: Point) -> list[Image.Image]:
+    """Its pictures of the fixed prompts."""
+    return [Image.open(file).convert("RGB") for file in sorted((point.folder / "grid").glob("*.png"))]

@@ -1,0 +1,108 @@
+"""A committed sweep: trained, scored, reported, and gone on with."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from PIL import Image
+
+from experiments.sweep import plots
+from experiments.sweep.points import Point, swept
+from experiments.sweep.report import comparison, grouped, spread, table
+from tests.conftest import ROOT
+from tests.experiments.test_errors import run_app
+
+SWEEPS = sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml"))
+FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]
+
+
+def point(taps: str, seed: int, overall: float, loss: float = 0.1, **choices: str) -> Point:
+    scores = {
+        "geneval": {"overall": overall, "counting": overall / 2}, "loss": loss, "layers": [1, 2], "mix": None,
+        "without": {"1": loss + 0.1, "2": loss + 0.2},
+    }  # fmt: skip
+    return Point(Path(f"{taps}{seed}"), {"taps": taps, "seed": str(seed), **choices}, {"steps": 1}, scores)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_names_its_command_and_varies_something(name: str) -> None:
+    first = (ROOT / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()[1]
+    assert f"make sweep SWEEP={name} " in first
+    assert "taps" in swept(name)
+
+
+def test_an_unknown_sweep_is_named() -> None:
+    with pytest.raises(ValueError, match=r"name=nothing isn't a sweep; conf/sweep/ has .*taps_x_lr"):
+        swept("nothing")
+
+
+def test_points_that_differ_in_the_seed_are_one_row_and_the_best_comes_first() -> None:
+    points = [point("final", 0, 0.2), point("last_n", 1, 0.6), point("last_n", 0, 0.4), point("final", 1, 0.2)]
+    groups = grouped(points)
+    assert {name: [p.seed for p in found] for name, found in groups.items()} == {
+        "taps=last_n": [0, 1],
+        "taps=final": [0, 1],
+    }
+    assert list(groups) == ["taps=last_n", "taps=final"]
+    row = table(groups).splitlines()[2]
+    assert row == "| taps=last_n | 2 | 0.500 ± 0.141 | 0.1000 ± 0.0000 | 0.25 |"
+
+
+def test_the_ladder_is_compared_with_the_final_state_seed_by_seed() -> None:
+    points = [point("final", s, 0.2, 0.2, lr="1") for s in (0, 1, 2)] + [point("last_n", 0, 0.5, 0.1, lr="1")]
+    points += [point("last_n", 1, 0.1, 0.4, lr="1"), point("last_n", 2, 0.3, 0.1, lr="2")]
+    text = comparison(points)
+    assert "0.1000 ± 0.2828; better in 1 of 2 pairs, on average better" in text
+    assert "0.0500 ± 0.2121; better in 1 of 2 pairs, on average not better" in text
+    assert comparison([point("uniform", 0, 0.1)]) == ""
+
+
+def test_a_single_seed_has_no_spread() -> None:
+    assert spread([0.5]) == "0.500"
+
+
+def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:
+    assert not plots.curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.usefixtures("in_world")
+def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    overrides = [*FEW, "taps=last_n,learned_mix", "seed=0,1", "callbacks.guard.log_every=1"]
+    arguments = [
+        "name=layer_selection_mini",
+        f"out={tmp_path}/sweep",
+        "geneval.num_inference_steps=2",
+        "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
+    ]
+    status, text = run_app("sweep.run", capfd, *arguments)
+    assert status == 0, text
+    out = tmp_path / "sweep"
+    report = (out / "report.md").read_text()
+    assert "4 of 12 points are finished, 2 steps of t2i_pretrain each" in report
+    for name in ("scores", "tags", "loss", "mix", "tap_norms", "ablation", "grid"):
+        assert Image.open(out / f"{name}.png").width > 100
+        assert f"({name}.png)" in report
+    found = json.loads((out / "report.json").read_text())
+    assert {(p["choices"]["taps"], p["choices"]["seed"]) for p in found} == {
+        (taps, seed) for taps in ("last_n", "learned_mix") for seed in ("0", "1")
+    }
+    assert all(p["scores"]["without"] for p in found)
+    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.info.run_name == "layer_selection_mini"]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 4
+
+    checkpoints = {f: f.stat().st_mtime_ns for f in out.glob("*/checkpoints/*.ckpt") if not f.is_symlink()}
+    lost = next(out.glob("*taps=last_n*"))
+    (lost / "report.json").unlink()  # as if this point had been killed before its end
+    status, text = run_app("sweep.run", capfd, *arguments)
+    assert status == 0, text
+    assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
+    assert (lost / "report.json").is_file()
+    assert len(client.search_runs([experiment.experiment_id])) == 5

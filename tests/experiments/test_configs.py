@@ -14,7 +14,7 @@ ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
 OPTIONS = sorted(
     (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
     for f in (ROOT / "conf").glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "local", "debug", "experiment")
+    if f.parent.name not in ("benchmark", "judge", "local", "debug", "experiment", "sweep")
 )
 PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = {
@@ -24,6 +24,7 @@ REQUIRED = {
     "generate": ["checkpoint=x", "out=."],
     "quantization": ["checkpoint=x"],
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
+    "sweep": ["name=taps_x_lr"],
     "train": ["run_dir=."],
 }
 
@@ -68,6 +69,13 @@ def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
     config = composed(root, *REQUIRED.get(root, []), f"experiment={name}")
     OmegaConf.to_container(config, resolve=True)
     instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml")))
+def test_every_sweep_composes_and_seeds_the_ladder_too(name: str) -> None:
+    config = composed("train", "run_dir=.", f"sweep={name}", "seed=7")
+    assert config.model.seed == 7
+    assert instantiate(config.optim) is not None
 
 
 @pytest.mark.parametrize("name", ["geneval", "edits", "answers"])

@@ -75,6 +75,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     arguments = [
         "name=layer_selection_mini",
         f"out={tmp_path}/sweep",
+        f"tracking_uri='sqlite:///{tmp_path}/mlflow.db'",
         "geneval.num_inference_steps=2",
         "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
     ]
@@ -91,7 +92,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
         (taps, seed) for taps in ("last_n", "learned_mix") for seed in ("0", "1")
     }
     assert all(p["scores"]["without"] for p in found)
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if r.info.run_name == "layer_selection_mini"]

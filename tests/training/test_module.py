@@ -37,7 +37,7 @@ def trainer_of(steps: int, **options: Any) -> Any:
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **quiet, **options)
+    return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **(quiet | options))
 
 
 def data_of(model: UniImage, *overrides: str) -> Any:

@@ -21,7 +21,7 @@ def kept(model: UniImage, folder: Path, **options: Any) -> tuple[set[int], str, 
         val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=True,
     )  # fmt: skip
     module = module_of(model, steps=7)
-    module.validation_step = lambda batch, _: module.log(  # type: ignore[method-assign]
+    module.validation_step = lambda batch, batch_idx: module.log(  # type: ignore[method-assign]
         "val/loss", LOSSES[module.steps - 1], batch_size=1
     )
     trainer.fit(module, datamodule=data_of(model))

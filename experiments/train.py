@@ -148,12 +148,12 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     if resume:
         path, checkpoint = resume
         current = _stage_index(stages, checkpoint, path)
-        state = checkpoint["callbacks"][StageTransition.__qualname__]
+        progress = checkpoint["callbacks"][StageTransition.__qualname__]
         steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
         log.info("going on from %s", path)
-        if stages[current].over(steps, position, state["stale"]) and current + 1 < len(stages):
-            done = {"val_loss_first": state["first"], "val_loss_last": state["last"]}
-            history = [*state["history"], {"name": stages[current].name, "steps": steps, **done}]
+        if stages[current].over(steps, position, progress["stale"]) and current + 1 < len(stages):
+            done = {"val_loss_first": progress["first"], "val_loss_last": progress["last"]}
+            history = [*progress["history"], {"name": stages[current].name, "steps": steps, **done}]
             current, init, resume = current + 1, path, None
     else:
         init = find_init(cfg)
@@ -178,7 +178,8 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     for source in data.stages:
         source.bind(model.prompt, facts["frozen"]["autoencoder"])
     module = LadderTuningModule(model, stages[current], cfg.seed, facts)
-    transition = StageTransition(stages, current, history, optimizer_state_of(start) if start else None)
+    state = optimizer_state_of(start) if start else None
+    transition = StageTransition(stages, current, history, state, resume[0] if resume else init)
     logger = instantiate(cfg.logger) if cfg.logger and not process_rank() else False
     callbacks = [*stages[current].callbacks, transition]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import read_checkpoint
 from tbac.training.stages import TRAINABLE, Stage
 from tests.experiments.test_applications import ran
@@ -131,3 +132,10 @@ def test_every_parameter_belongs_to_one_trainable_part(model: Any) -> None:
     parts = {trainable_part(name) for name, _ in module_of(model).named_parameters()}
     assert parts == set(TRAINABLE)
     assert isinstance(module_of(model).stage, Stage)
+
+
+def test_processes_that_would_begin_differently_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tbac.training.callbacks.stage_transition.gather_objects", lambda own: [own, "b.ckpt"])
+    transition = StageTransition([stage_named()], origin="a.ckpt")
+    with pytest.raises(ValueError, match=r"rank 0: a.ckpt, rank 1: b.ckpt"):
+        transition.setup(None, None, "fit")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from tbac.data.datamodule import StagedDataModule
+from tbac.distributed import gather_objects
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import load_named_state, named_state
 from tbac.training.stages import Stage
@@ -30,6 +31,10 @@ class StageTransition(L.Callback):
         current: index of the one to begin with.
         history: reports of the stages before.
         optimizer_state: by parameter name, for a first stage that keeps the optimizer's state.
+        origin: what this process starts or goes on from.
+
+    Raises:
+        ValueError: in `setup`, when processes have found different checkpoints to begin with.
     """
 
     def __init__(
@@ -38,7 +43,9 @@ class StageTransition(L.Callback):
         current: int = 0,
         history: Sequence[Mapping[str, Any]] = (),
         optimizer_state: Mapping[str, dict[str, Any]] | None = None,
+        origin: str | None = None,
     ) -> None:
+        self.origin = origin
         self.stages, self.current = list(stages), current
         self.history = [dict(report) for report in history]
         self._optimizer_state = optimizer_state
@@ -60,8 +67,13 @@ class StageTransition(L.Callback):
         return [*self.history, {"name": self.stage.name, "steps": module.steps, **losses}]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._prepare(trainer, pl_module)
+        if stage != "fit":
+            return
+        origins = gather_objects(self.origin)
+        if len(set(origins)) > 1:
+            found = ", ".join(f"rank {rank}: {origin}" for rank, origin in enumerate(origins))
+            raise ValueError(f"processes would begin from different checkpoints ({found}); give resume= or init=")
+        self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Everything of the current stage that is set before its optimizer is made."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tbac.evaluation.detectors import Detection, Scan
 from tbac.evaluation.rules import RELATIONS, aggregate_by_tag, judge_edit, judge_geneval, same_answer
+from tbac.evaluation.trees import sample_seed
 
 Detector = Callable[[Image.Image], Scan]
 
@@ -97,9 +98,9 @@ def _chunks(rows: Sequence[Any], size: int) -> Iterable[tuple[int, Sequence[Any]
     return ((start, rows[start : start + size]) for start in range(0, len(rows), size))
 
 
-def _seeded(options: SamplingOptions, start: int, count: int) -> list[torch.Generator]:
+def _seeded(options: SamplingOptions, prompts: Sequence[str]) -> list[torch.Generator]:
     """One generator per picture, so that a picture doesn't depend on its batch."""
-    return [torch.Generator().manual_seed(options.seed + 1000 * (start + i)) for i in range(count)]
+    return [torch.Generator().manual_seed(sample_seed(options.seed, prompt, 0)) for prompt in prompts]
 
 
 def run_geneval(pipeline: Any, rows: Sequence[dict], detector: Detector, options: SamplingOptions) -> dict[str, Any]:
@@ -109,12 +110,12 @@ def run_geneval(pipeline: Any, rows: Sequence[dict], detector: Detector, options
         `scores` (`overall` and one per tag), `images`, and `correct` per row.
     """
     images: list[Image.Image] = []
-    for start, part in _chunks(rows, options.batch_size):
+    for _, part in _chunks(rows, options.batch_size):
         images += pipeline(
             [row["prompt"] for row in part],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
-            generator=_seeded(options, start, len(part)),
+            generator=_seeded(options, [row["prompt"] for row in part]),
         ).images
     verdicts = [judge_geneval(detector(image).detections, row) for image, row in zip(images, rows, strict=True)]
     scores = aggregate_by_tag([(row["tag"], v.correct) for row, v in zip(rows, verdicts, strict=True)])
@@ -148,7 +149,7 @@ def run_edits(pipeline: Any, path: str | Path, detector: Detector, options: Samp
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             image_guidance_scale=options.image_guidance_scale,
-            generator=_seeded(options, start, len(part)),
+            generator=_seeded(options, [row["instruction"] for row in part]),
         ).images
     verdicts = [
         judge_edit(

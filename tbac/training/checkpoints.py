@@ -31,7 +31,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"checkpoint {file} doesn't exist")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # read when used
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None

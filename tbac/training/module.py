@@ -57,6 +57,7 @@ class LadderTuningModule(L.LightningModule):
         self.seed = seed
         self.facts = dict(facts or {})
         self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
+        self.begun = 0  # batches whose computation has begun in this process
         self.norms: GradientNorms | None = None
         self.measure_taps = False  # whether `tap_norms` will be asked for
         self._context_squares: Tensor | None = None  # (block,)
@@ -180,6 +181,7 @@ class LadderTuningModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
+        self.begun += 1
         latents = self.latents(batch)
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = noise_of(names, latents, self.stage.flow)

@@ -36,9 +36,9 @@ def test_the_job_ends_in_time_and_says_why(
     with output.open("w") as file:
         process = subprocess.Popen([*BASE, *overrides], env=environment, stdout=file, stderr=file)
         log = tmp_path / "sample_log" / "rank_1.jsonl"
-        while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None:
             time.sleep(0.1)
-            assert process.poll() is None, output.read_text()
+        assert log.exists(), output.read_text()
         reached = time.monotonic()
         assert process.wait(timeout=60) != 0
     assert time.monotonic() - reached < LIMIT + 15

@@ -44,10 +44,13 @@ class Watchdog(L.Callback):
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._progress = 0
+        self._module: LadderTuningModule | None = None
         self._where = "start"
         self._ended: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        self._module = pl_module
         if stage == "fit" and world_size() > 1 and self._thread is None:
             default: Any = distributed.distributed_c10d._get_default_store()
             store = distributed.PrefixStore("watchdog", default.clone())  # a connection of its own
@@ -64,9 +67,6 @@ class Watchdog(L.Callback):
     ) -> None:
         assert isinstance(pl_module, LadderTuningModule)
         self._moved(f"batch {batch_idx} of stage {pl_module.stage.name}")
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
-        self._progress += 1  # processes that wait for another one wait in the backward pass
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,7 +136,7 @@ class Watchdog(L.Callback):
         """What the others are told."""
         return {
             "beat": beat,
-            "progress": self._progress,
+            "progress": self._progress + (self._module.begun if self._module else 0),  # those that wait have begun
             "where": self._where,
             "ended": self._ended,
             "done": False,  # with training: this process may leave, or be busy without saying so

@@ -120,9 +120,10 @@ class Watchdog(L.Callback):
                 if store.check(names):
                     states = [json.loads(text) for text in store.multi_get(names)]
             except RuntimeError:
-                if not states or states[0]["done"] or self._done.is_set():
+                if self._done.is_set() or (states and states[0]["done"]):
                     return
-                self._end(f"rank 0 is gone; it was at {states[0]['where']}")  # it keeps the store
+                where = states[0]["where"] if states else "start"
+                self._end(f"rank 0 is gone; it was at {where}")  # it keeps the store
             for r, state in enumerate(states):
                 alive[r] = now if state["beat"] != seen[r][0] else alive[r]
                 moved[r] = now if state["progress"] != seen[r][1] else moved[r]

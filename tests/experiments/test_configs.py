@@ -19,7 +19,7 @@ OPTIONS = sorted(
 PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
-    "evaluate": ["checkpoint=x"],
+    "evaluate": ["checkpoint=x", "out=x"],
     "export": ["checkpoint=x", "out=x"],
     "generate": ["checkpoint=x", "out=."],
     "quantization": ["checkpoint=x"],

@@ -98,9 +98,9 @@ def output_dir() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as built-in types, interpolations resolved."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """The config as built-in types, interpolations resolved or as they are written."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
 

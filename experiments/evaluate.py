@@ -48,18 +48,22 @@ SHOWN = 40  # pictures on a sheet
 READERS = {"geneval": read_geneval, "edits": read_edits, "answers": read_questions}
 
 
+def sampling_options(benchmark: DictConfig) -> SamplingOptions:
+    """How a benchmark's config says that its pictures are made."""
+    return SamplingOptions(**{str(k): v for k, v in benchmark.items() if k not in ("name", "file")})
+
+
 def evaluate(pipeline: Any, detector: Any, benchmark: DictConfig, folder: Path | None = None) -> dict[str, Any]:
     """Run one benchmark; returns its scores and writes its pictures as one sheet."""
-    options = SamplingOptions(**{str(k): v for k, v in benchmark.items() if k not in ("name", "file")})
     if benchmark.name == "answers":
         result = run_answers(pipeline.model, benchmark.file)
         return {"accuracy": result["accuracy"], "answers": result["answers"]}
     if benchmark.name == "geneval":
         rows = read_geneval(benchmark.file)
-        result = run_geneval(pipeline, rows, detector, options)
+        result = run_geneval(pipeline, rows, detector, sampling_options(benchmark))
         captions, scores = [row["prompt"] for row in rows], result["scores"]
     else:
-        result = run_edits(pipeline, benchmark.file, detector, options)
+        result = run_edits(pipeline, benchmark.file, detector, sampling_options(benchmark))
         captions = [row["instruction"] for row in result["rows"]]
         scores = {k: result[k] for k in ("score", "happened", "kept", "by_kind")}
     if folder is not None:

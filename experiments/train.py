@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, read_write
 from torch import distributed
 
 from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
@@ -90,7 +90,7 @@ def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]
         return [cfg]
     kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
     configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
-    shared = [{k: v for k, v in _unresolved(c).items() if k not in PER_STAGE} for c in configs]
+    shared = [{k: v for k, v in plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
     for name, other in zip(cfg.stages, shared, strict=True):
         differing = [k for k in other if other[k] != shared[0][k]]
         if differing:
@@ -101,21 +101,16 @@ def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]
     return configs
 
 
-def _unresolved(cfg: DictConfig) -> dict[Any, Any]:
-    container = OmegaConf.to_container(cfg)
-    assert isinstance(container, dict)
-    return container
-
-
-def finished(stages: Sequence[DictConfig], folder: Path) -> dict[str, Any] | None:
-    """The report of a run that has nothing left to do in its folder."""
+def finished(stages: Sequence[DictConfig], folder: Path) -> bool:
+    """Whether a run has nothing left to do in its folder."""
     file = folder / "report.json"
     if not (stages[0].resume == "auto" and file.is_file()):
-        return None
+        return False
     report = json.loads(file.read_text())
     last, steps = report.get("stages", [report])[-1], stages[-1].stage.steps
-    done = last["name"] == stages[-1].stage.name and steps is not None and last["steps"] >= steps
-    return report if done and (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file() else None
+    if last["name"] != stages[-1].stage.name or steps is None or last["steps"] < steps:
+        return False
+    return (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file()
 
 
 def process_rank() -> int:
@@ -257,8 +252,7 @@ def main(cfg: DictConfig) -> None:
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         submit_job(configs, overrides)
         return
-    report = finished(configs, output_dir())
-    if report is not None:
+    if finished(configs, output_dir()):
         log.info("finished before; give stage.steps=… for more steps")
         return
     with point_alone():

@@ -10,12 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from experiments.common import open_model
+from experiments.evaluate import sampling_options
 from experiments.sweep.points import Point
-from tbac.evaluation.benchmarks import SamplingOptions, read_geneval, run_geneval
+from tbac.evaluation.benchmarks import read_geneval, run_geneval
+from tbac.evaluation.trees import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, read_checkpoint
-from tbac.training.module import noise_of
+from tbac.training.module import latents_of, noise_of
 from tbac.types import Condition
 
 FILE = "scores.json"
@@ -32,9 +34,8 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     if file.is_file():
         return json.loads(file.read_text())
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
-    options = SamplingOptions(**{str(k): v for k, v in cfg.geneval.items() if k not in ("name", "file")})
     rows = read_geneval(cfg.geneval.file)
-    result = run_geneval(pipeline, rows, detector, options)
+    result = run_geneval(pipeline, rows, detector, sampling_options(cfg.geneval))
     chosen = _first_of_each_tag(rows, cfg.prompts_per_tag)
     pictures = point.folder / "grid"
     pictures.mkdir(exist_ok=True)
@@ -48,9 +49,7 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         "layers": list(plan.layers),
         "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(scores, indent=2) + "\n")
-    temporary.replace(file)
+    write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
 
 
@@ -75,7 +74,7 @@ def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     count = 0
     for batch in data.val_dataloader():
         batch = batch.to(model.device)
-        latents = batch.latents if batch.latents is not None else model.autoencoder.encode(batch.pixels).float()
+        latents = latents_of(model, batch)
         noise, sigma = noise_of(batch.keys, latents)
         path = interpolate(latents, noise, sigma)
         condition = model.encode_condition(batch.prompt)

@@ -58,7 +58,7 @@ def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
     for i, row in enumerate(rows):
         folder = root / f"{i:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "metadata.jsonl", json.dumps(row).encode())
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode())
 
 
 def dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
@@ -100,7 +100,7 @@ def grid_of(pictures: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Make a file in one move."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
@@ -158,7 +158,7 @@ class Tree:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         grid_of(pictures).save(temporary, format="PNG")
         os.replace(temporary, path)
-        _write(record, json.dumps(self._expected(target)).encode())
+        write_whole(record, json.dumps(self._expected(target)).encode())
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,6 @@ class LadderTuningModule(L.LightningModule):
         progress = loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = loop._batches_that_stepped = checkpoint["global_step"]
 
-    def latents(self, batch: Batch) -> Tensor:
-        """Cached latents, or the target images encoded now: (batch, channel, height, width)."""
-        if batch.latents is not None:
-            return batch.latents
-        assert batch.pixels is not None
-        return self.model.autoencoder.encode(batch.pixels).float()
-
     def loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
         """Flow-matching loss of a batch.
 
@@ -182,7 +175,7 @@ class LadderTuningModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
         self.begun += 1
-        latents = self.latents(batch)
+        latents = latents_of(self.model, batch)
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = noise_of(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
@@ -194,7 +187,7 @@ class LadderTuningModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""
-        latents = self.latents(batch)
+        latents = latents_of(self.model, batch)
         noise, sigma = noise_of(batch.keys, latents)
         loss = self.loss(batch, noise, sigma, latents)
         self.log("val/loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(batch))
@@ -237,6 +230,14 @@ class LadderTuningModule(L.LightningModule):
         optimizer = self.stage.optimizer(parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def latents_of(model: UniImage, batch: Batch) -> Tensor:
+    """Cached latents, or the target images encoded now: (batch, channel, height, width)."""
+    if batch.latents is not None:
+        return batch.latents
+    assert batch.pixels is not None
+    return model.autoencoder.encode(batch.pixels).float()
 
 
 def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:

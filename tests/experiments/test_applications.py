@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
 import torch
 from PIL import Image
 
+from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import read_checkpoint
 from tests.conftest import noise_image
 from tests.experiments.test_errors import run_app
@@ -27,10 +27,6 @@ def ran(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 def only(pattern: str) -> Path:
     (found,) = Path().glob(pattern)
     return found
-
-
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import mlflow
 import pytest
 
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
+from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import read_checkpoint
 from tests.conftest import ROOT
 from tests.training.test_parallel import assert_close
-from tests.training.test_resume import equal
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,7 +100,7 @@ def test_a_preempted_job_goes_on_in_the_same_run(whole: Path, in_world: Path, tm
     assert "stopped by SIGTERM after step" in text
     assert "going on from" in text
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
-        assert equal(last(tmp_path)[part], last(whole)[part]), part
+        assert same(last(tmp_path)[part], last(whole)[part]), part
     for rank in (0, 1):
         own, reference = (_keys(f, rank) for f in (tmp_path, whole))
         assert own == reference
@@ -132,7 +132,7 @@ def test_a_job_near_its_time_limit_goes_back_into_the_queue(whole: Path, in_worl
     text = (tmp_path / f"slurm-{job}.log").read_text()
     assert "stopped by SIGUSR1 after step" in text
     assert f"SLURM job {job} is back in its queue" in text
-    assert equal(last(tmp_path)["state_dict"], last(whole)["state_dict"])
+    assert same(last(tmp_path)["state_dict"], last(whole)["state_dict"])
 
 
 def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.studies.faults.runs import same
 from tbac.training.callbacks.preemption import Preemption, slurm_job, slurm_job_runs_on
 from tbac.training.checkpoints import read_checkpoint
-from tests.training.test_resume import RUN, equal
+from tests.training.test_resume import RUN
 
 NAME = "ti2i_pretrain-step=16.ckpt"
 
@@ -31,7 +32,7 @@ def test_a_signal_saves_and_ends_and_the_command_goes_on(in_world: Path, tmp_pat
     assert run(in_world, tmp_path / "whole").returncode == 0
     one, other = (read_checkpoint(tmp_path / f / "checkpoints" / NAME) for f in ("stopped", "whole"))
     for part in ("state_dict", "current_model_state", "optimizer_states", "StagedDataModule", "callbacks"):
-        assert equal(one[part], other[part]), part
+        assert same(one[part], other[part]), part
 
 
 def test_unknown_signals_are_named() -> None:

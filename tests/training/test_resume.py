@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import newest_whole, read_checkpoint
 from tbac.training.writing import AtomicCheckpointIO
 
@@ -23,16 +24,6 @@ RUN = [
 def start(world: Path, folder: Path) -> subprocess.Popen:
     environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([*RUN, f"hydra.run.dir={folder}"], env=environment, start_new_session=True)
-
-
-def equal(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))  # type: ignore[arg-type]
-    return one == other
 
 
 def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
@@ -49,9 +40,9 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
         read_checkpoint(tmp_path / f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in ("whole", "killed")
     )
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule"):
-        assert equal(whole[part], again[part]), part
+        assert same(whole[part], again[part]), part
     guards = [next(v for k, v in c["callbacks"].items() if "GradNorm" in k) for c in (whole, again)]
-    assert equal(*guards)
+    assert same(*guards)
 
 
 def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

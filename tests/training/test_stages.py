@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.studies.faults.runs import same
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import read_checkpoint
 from tbac.training.stages import TRAINABLE, Stage
 from tests.experiments.test_applications import ran
 from tests.experiments.test_errors import run_app
 from tests.training.test_module import stage_named
-from tests.training.test_resume import equal
 
 pytestmark = pytest.mark.usefixtures("in_world")
 STAGES = ("t2i_pretrain", "ti2i_pretrain", "finetune")
@@ -35,9 +35,9 @@ def last(folder: str, stage: str) -> dict[str, Any]:
 
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     for part in PARTS:
-        assert equal(one[part], other[part]), part
+        assert same(one[part], other[part]), part
     guards = [next(v for k, v in c["callbacks"].items() if "GradNorm" in k) for c in (one, other)]
-    assert equal(*guards)
+    assert same(*guards)
 
 
 def test_stages_in_one_process_equal_separate_jobs_and_resume_anywhere(capfd: pytest.CaptureFixture[str]) -> None:

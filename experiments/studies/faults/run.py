@@ -17,18 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
 from experiments.bench.measure import markdown
 from experiments.common import CONF, user_errors
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
-from tbac.training.checkpoints import newest_whole
+from experiments.studies.faults.runs import Run, same_end
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]
@@ -42,7 +40,6 @@ BASE = [
     "callbacks.guard.rule.warmup=6", "callbacks.guard.rule.window=16", "callbacks.guard.then=skip",
 ]  # fmt: skip
 PAIR = ["machine.devices=2", "machine.strategy=ddp", f"stage.batch_size={BATCH // 2}"]
-PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule")
 
 
 @dataclass(frozen=True)
@@ -64,59 +61,6 @@ class Row:
     equal: str
     samples: str
     holds: bool
-
-
-@dataclass
-class Run:
-    """A run folder and how its last process ended."""
-
-    folder: Path
-    status: int = 0
-    text: str = ""
-    seconds: float = 0.0
-
-    def end(self) -> dict[str, Any]:
-        found = newest_whole(self.folder)
-        assert found is not None, f"{self.folder} has no checkpoint"
-        return found[1]
-
-    def loss(self) -> float:
-        """The last validation loss."""
-        return float(json.loads((self.folder / "report.json").read_text())["val_loss_last"])
-
-    def kept(self) -> list[str]:
-        """Keys in the order in which the weights that were kept saw them."""
-        return [key for line in self._lineage() if not line["rejected"] for key in line["keys"]]
-
-    def drawn(self) -> list[str]:
-        """The same with those of rejected steps."""
-        return [key for line in self._lineage() for key in line["keys"]]
-
-    def _lineage(self) -> list[dict[str, Any]]:
-        """Lines that weren't undone: going on from an earlier position undoes all from there on."""
-        lines: list[dict[str, Any]] = []
-        for file in sorted((self.folder / "sample_log").glob("*.jsonl")):
-            own: list[dict[str, Any]] = []
-            for text in file.read_text().splitlines():
-                line = json.loads(text)
-                own = [kept for kept in own if kept["positions"][0] < line["positions"][0]]
-                own.append(line)
-            lines += own
-        return sorted(lines, key=lambda line: line["positions"][0])
-
-    def rejected(self) -> int:
-        return len({line["step"] for line in self._lineage() if line["rejected"]})
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two states agree in every bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 class Faults:
@@ -172,7 +116,7 @@ class Faults:
         """A fault whose steps are rejected: equal to a run that leaves them out."""
         run = self.train(name, *overrides, fault=fault)
         reference = self.reference(*overrides, fault=f"LeftOut,batches:{left_out}".replace(" ", ""))
-        equal = run.status == 0 and same(*[[r.end()[p] for p in PARTS] for r in (run, reference)])
+        equal = run.status == 0 and same_end(run, reference)
         count = run.text.count("rejected the step after")
         ours = f"{count} step{'s' * (count > 1)} rejected, the rest as if never drawn"
         if "back from step" in run.text:
@@ -185,7 +129,7 @@ class Faults:
         """A fault that ended the run: it is started again, and must end as the reference."""
         again = self.train(name, *overrides)
         reference = self.reference(*overrides)
-        equal = again.status == 0 and same(*[[r.end()[p] for p in PARTS] for r in (again, reference)])
+        equal = again.status == 0 and same_end(again, reference)
         samples = _samples(again.kept(), reference.kept())
         return Row(title, release, ours, _word(equal), samples, equal and samples == NONE)
 
@@ -231,8 +175,8 @@ class Faults:
         moments, writing, run = random.Random(self.seed), 0, Run(self.root / "kill_9")
         for kill in range(self.kills):
             process = self.start(run, *overrides)
-            seen = _lines(run)
-            while _lines(run) == seen and process.poll() is None:
+            seen = run.batches()
+            while run.batches() == seen and process.poll() is None:
                 time.sleep(0.01)
             if kill % 2:
                 time.sleep(moments.uniform(0, 1.5))
@@ -265,14 +209,7 @@ class Faults:
         row = self.goes_on("truncated", "newest checkpoint cut in half", "reads it and fails †", "", run)
         text = (run.folder / "output.txt").read_text()
         named = f"passing over a checkpoint: {newest} can't be read" in text
-        return Row(
-            row.fault,
-            row.release,
-            "named and passed over" if named else "not named",
-            row.equal,
-            row.samples,
-            row.holds and named,
-        )
+        return replace(row, ours="named and passed over" if named else "not named", holds=row.holds and named)
 
     def disk_full(self) -> Row:
         run = self.train("disk_full", fault="DiskFull,batches:[4,14]")
@@ -281,7 +218,7 @@ class Faults:
         row = self.goes_on(
             "disk_full", "no space during checkpoints, from step 4 to 14", "writes in place: a torn file †", ours, run
         )
-        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and failed > 0 and run.status == 0)
+        return replace(row, holds=row.holds and failed > 0 and run.status == 0)
 
     def deleted_shard(self) -> Row:
         data = Path(os.environ.get("TBAC_SHAPES", "outputs/shapes")).absolute() / "data" / "edit"
@@ -297,7 +234,7 @@ class Faults:
         named = bool(found and ".tar" in found[0])
         ours = "ends with a message that names the shard; goes on when it is back" if named else "no message"
         row = self.goes_on("deleted_shard", "a shard deleted mid-epoch", "error of the tar reader †", ours, run, *own)
-        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and named and run.status == 1)
+        return replace(row, holds=row.holds and named and run.status == 1)
 
     def dead_rank(self) -> Row:
         run = self.train("dead_rank", *PAIR, fault="Signal,batches:[10],on_rank:1")
@@ -306,7 +243,7 @@ class Faults:
         row = self.goes_on(
             "dead_rank", "kill -9 of one rank of two", "waits for the collective's time-out †", ours, run, *PAIR
         )
-        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and ended)
+        return replace(row, holds=row.holds and ended)
 
     def stuck_rank(self) -> Row:
         limit = "machine.timeout_minutes=0.2"
@@ -316,14 +253,14 @@ class Faults:
         row = self.goes_on(
             "stuck_rank", "one rank of two hangs", "waits for the collective's time-out †", ours, run, *PAIR
         )
-        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and bool(found))
+        return replace(row, holds=row.holds and bool(found))
 
     def sigterm(self) -> Row:
         run = self.train("sigterm", fault="Signal,batches:[10],name:SIGTERM")
         saved = bool(re.search(r"stopped by SIGTERM after step 11", run.text))
         ours = f"checkpoint after the step in hand, exit status {run.status}; goes on"
         row = self.goes_on("sigterm", "SIGTERM", "ends; the steps since its checkpoint are lost †", ours, run)
-        return Row(row.fault, row.release, ours, row.equal, row.samples, row.holds and saved and run.status == 143)
+        return replace(row, holds=row.holds and saved and run.status == 143)
 
     def slurm_requeue(self) -> Row:
         absent = missing()
@@ -338,7 +275,7 @@ class Faults:
             process = self.start(run, *machine, f"stage.batch_size={BATCH // 2}", *slow)
             job = self.finish(run, process).text.partition("submitted job ")[2].partition(";")[0]
             log = run.folder / f"slurm-{job}.log"
-            until(lambda: _lines(run) >= 16)
+            until(lambda: run.batches() >= 16)
             other = ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 2"]
             subprocess.run(other, check=True, capture_output=True)
             until(lambda: state(job) == "PENDING")
@@ -346,7 +283,7 @@ class Faults:
             until(lambda: state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
             ended = state(job)
         reference = self.reference(*PAIR, "machine.num_workers=0")
-        equal = same(*[[r.end()[p] for p in PARTS] for r in (run, reference)])
+        equal = same_end(run, reference)
         samples = _samples(run.kept(), reference.kept())
         stopped = re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())
         ours = (
@@ -368,10 +305,6 @@ NONE = "none"
 
 def _fault(text: str | None) -> list[str]:
     return [f"+callbacks.fault={{_target_:experiments.studies.faults.inject.{text}}}"] if text else []
-
-
-def _lines(run: Run) -> int:
-    return sum(len(f.read_text().splitlines()) for f in (run.folder / "sample_log").glob("*.jsonl"))
 
 
 def _samples(own: list[str], reference: list[str]) -> str:

@@ -77,21 +77,28 @@ class Condition:
     """One cross-attention context per denoiser block.
 
     Attributes:
-        states: (tap, batch, query, channel); entry i is the context of block i.
+        states: (tap, batch, query, channel); entry i is the context of block i. Where the prompt's own states are part
+            of the context, its tokens follow the queries.
         mask: (batch, query), 1 where a query takes part, or None when all do.
+        reference: scaled latents (batch, channel, height, width) of the input images, 0 where there is none; or None.
     """
 
     states: Tensor
     mask: Tensor | None = None
+    reference: Tensor | None = None
 
     def __getitem__(self, rows: Any) -> "Condition":
         """The condition of some rows of the batch."""
-        return Condition(self.states[:, rows], None if self.mask is None else self.mask[rows])
+        mask, reference = (None if t is None else t[rows] for t in (self.mask, self.reference))
+        return Condition(self.states[:, rows], mask, reference)
 
     @staticmethod
     def cat(conditions: list["Condition"]) -> "Condition":
         """Join conditions along the batch."""
-        masks = [c.mask for c in conditions if c.mask is not None]
-        if masks and len(masks) != len(conditions):
-            raise ValueError("either all conditions carry a mask or none does")
-        return Condition(torch.cat([c.states for c in conditions], dim=1), torch.cat(masks) if masks else None)
+        joined: dict[str, Tensor | None] = {}
+        for name in ("mask", "reference"):
+            parts = [getattr(c, name) for c in conditions if getattr(c, name) is not None]
+            if parts and len(parts) != len(conditions):
+                raise ValueError(f"either all conditions carry a {name} or none does")
+            joined[name] = torch.cat(parts) if parts else None
+        return Condition(torch.cat([c.states for c in conditions], dim=1), **joined)

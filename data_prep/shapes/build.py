@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,8 +30,8 @@ from data_prep.shapes.language import caption, long_caption, sample_edit, sample
 from data_prep.shapes.pretrain_autoencoder import pixels_of, pretrain_autoencoder
 from data_prep.shapes.pretrain_denoiser import lone_scenes, pretrain_denoiser
 from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
-from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
-from data_prep.shapes.scene import render, sample_scene
+from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
+from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
 from experiments.common import CONF, plain, user_errors
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -59,12 +60,12 @@ def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
     log.info("made %s in %.0f s", folder, time.monotonic() - started)
 
 
-def make_tokenizer(folder: Path, seed: int) -> None:
+def make_tokenizer(folder: Path, seed: int, mixture: Mixture = USUAL) -> None:
     """Tokenizer and image processor of the world."""
     rng = Random(f"tokenizer/{seed}")
     texts = [SYSTEM_PROMPT, ANSWER_SYSTEM, "user", "assistant", "system"] * 50
     for _ in range(3000):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, mixture)
         texts += [caption(rng, scene), long_caption(scene), sample_edit(rng, scene).instruction]
         question, answer = sample_question(rng, scene)
         texts += [question, answer, f"{question} {answer}"]
@@ -76,7 +77,7 @@ def make_mllm(folder: Path, tokenizer_folder: Path, architecture: dict, recipe: 
     """The MLLM with its tokenizer, as a Hugging Face folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(tokenizer_folder)
-    model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed)
+    model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed, world.mixture)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
 
@@ -104,21 +105,20 @@ def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
     write_training_sets(world, folder, encode, autoencoder_digest(denoiser_folder))
 
 
-def _pictures_branch(out: Path, parts: dict, sizes: dict, seed: int, recipes: dict) -> None:
+def _pictures_branch(out: Path, parts: dict, world: World, recipes: dict) -> None:
     """What runs in one process: autoencoder, denoiser, shards."""
     _begin_process()
-    world = World.draw(seed, Sizes(**sizes))
     denoiser = out / "backbones" / "denoiser"
-    recipe = [parts["autoencoder"], parts["transformer"], parts["scheduler"], recipes, seed, source_digest()]
+    recipe = [parts["autoencoder"], parts["transformer"], parts["scheduler"], recipes, world.seed, source_digest()]
     make_part(denoiser, recipe, lambda folder: make_denoiser(folder, parts, world, recipes))
-    make_part(out / "data", [recipe, sizes], lambda folder: make_data(folder, world, denoiser))
+    made_from = [recipe, asdict(world.sizes), asdict(world.mixture)]
+    make_part(out / "data", made_from, lambda folder: make_data(folder, world, denoiser))
 
 
-def _language_branch(out: Path, architecture: dict, sizes: dict, seed: int, recipe: Recipe) -> None:
+def _language_branch(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
     """What runs beside it: the MLLM."""
     _begin_process()
-    world = World.draw(seed, Sizes(**sizes))
-    made_from = [architecture, recipe, sizes, seed, source_digest()]
+    made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, source_digest()]
     make_part(
         out / "backbones" / "mllm",
         made_from,
@@ -142,16 +142,16 @@ def source_digest() -> str:
 def build(cfg: DictConfig) -> Path:
     """Build what is missing; returns the world's folder."""
     out = Path(cfg.out)
-    sizes = {k: v for k, v in plain(cfg.sizes).items() if k != "_target_"}
+    sizes, mixture = instantiate(cfg.sizes), instantiate(cfg.scenes)
     parts = plain(cfg.model.architecture)
     recipes = {"autoencoder": plain(cfg.autoencoder), "denoiser": plain(cfg.denoiser)}
-    world = World.draw(cfg.seed, Sizes(**sizes))
-    made_from = [sizes, cfg.seed, source_digest()]
+    world = World.draw(cfg.seed, sizes, mixture)
+    made_from = [asdict(sizes), asdict(mixture), cfg.seed, source_digest()]
     make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
-    make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed))
+    make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
     branches: list[tuple[Callable[..., None], tuple]] = [
-        (_language_branch, (out, parts["mllm"], sizes, cfg.seed, instantiate(cfg.mllm))),
-        (_pictures_branch, (out, parts, sizes, cfg.seed, recipes)),
+        (_language_branch, (out, parts["mllm"], world, instantiate(cfg.mllm))),
+        (_pictures_branch, (out, parts, world, recipes)),
     ]
     context = multiprocessing.get_context("spawn")
     running = [context.Process(target=target, args=args) for target, args in branches]

@@ -9,6 +9,7 @@ from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
     GLYPHS,
+    ROW_NAMES,
     STACKED,
     Item,
     Scene,
@@ -80,8 +81,15 @@ def short_caption(rng: Random, scene: Scene) -> str:
     return rng.choice(OPENINGS) + body
 
 
+def word_caption(scene: Scene) -> str:
+    """What a picture of a word says, its colour, and in which row."""
+    return f'the word "{scene.letters}" in {scene.items[0].color} at the {ROW_NAMES[scene.items[0].row]}'
+
+
 def caption(rng: Random, scene: Scene) -> str:
     """A short caption where the places follow from it as pictures are composed; else, or sometimes, the long one."""
+    if scene.word:
+        return rng.choice(OPENINGS) + word_caption(scene) if rng.random() > 0.1 else long_caption(scene)
     follows = scene.composed or stacked(scene)
     return short_caption(rng, scene) if follows and rng.random() > 0.1 else long_caption(scene)
 

@@ -43,6 +43,8 @@ from data_prep.shapes.scene import (
     COLUMN_NAMES,
     GLYPHS,
     ROW_NAMES,
+    USUAL,
+    Mixture,
     Scene,
     in_reading_order,
     render,
@@ -198,8 +200,10 @@ def visible_part(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int]
 class Conversations:
     """Draws conversations about pictures, and about captions alone."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, scenes: Sequence[Scene], rng: Random) -> None:
-        self.scenes, self.rng = scenes, rng
+    def __init__(
+        self, tokenizer: Qwen2Tokenizer, scenes: Sequence[Scene], rng: Random, mixture: Mixture = USUAL
+    ) -> None:
+        self.scenes, self.rng, self.mixture = scenes, rng, mixture
         self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         words = [*GLYPHS, *COLORS, *BACKGROUNDS, "nothing"]
@@ -221,7 +225,7 @@ class Conversations:
         text, colored = "", True
         kinds: tuple[str, ...] = QUESTION_KINDS
         if kind in ("name", "answer", "imagine") and not seen:
-            cells, scene = [], sample_scene(rng)
+            cells, scene = [], sample_scene(rng, self.mixture)
             text = caption(rng, scene)
             colored = any(color in text for color in COLORS)
             kinds = TOLD_KINDS + (COLOR_KINDS if colored else ())
@@ -243,7 +247,7 @@ class Conversations:
         else:
             cells = []
             for _ in range(4):
-                said = caption(rng, sample_scene(rng))
+                said = caption(rng, sample_scene(rng, self.mixture))
                 opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
                 turns.append((said, said.removeprefix(opening)))
         return self._assemble(kind, text, turns, imagined, picture, cells, side)
@@ -393,6 +397,7 @@ def pretrain_mllm(
     processor: Qwen2VLImageProcessorPil,
     recipe: Recipe,
     seed: int,
+    mixture: Mixture = USUAL,
     report: Callable[..., None] | None = None,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Train a Qwen2.5-VL from scratch on the shapes world.
@@ -403,6 +408,7 @@ def pretrain_mllm(
         processor: image processor.
         recipe: how long and how fast.
         seed: of weights and data.
+        mixture: of the scenes.
         report: called after each step with (model, step, kind, side, loss).
     """
     torch.manual_seed(seed)
@@ -412,14 +418,14 @@ def pretrain_mllm(
     teach_vision(model, tokenizer, processor, recipe, rng)
     scenes: list[Scene] = []
     while len(scenes) < recipe.pictures:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, mixture)
         if not scene.held_out:
             scenes.append(scene)
     with torch.no_grad():
         features = torch.cat(
             [image_features(model, patches_of(processor, scenes[i : i + 256])) for i in range(0, len(scenes), 256)]
         )
-    draw = Conversations(tokenizer, scenes, rng).draw
+    draw = Conversations(tokenizer, scenes, rng, mixture).draw
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     bar = tqdm(range(recipe.steps), desc="mllm language", mininterval=5)

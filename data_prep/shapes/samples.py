@@ -16,7 +16,9 @@ from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
     GLYPHS,
+    USUAL,
     Item,
+    Mixture,
     Scene,
     render,
     sample_scene,
@@ -59,18 +61,20 @@ class World:
     seed: int
     val_scenes: list[Scene]
     val_edits: list[Edit]
+    mixture: Mixture = USUAL
 
     @classmethod
-    def draw(cls, seed: int, sizes: Sizes) -> "World":
+    def draw(cls, seed: int, sizes: Sizes, mixture: Mixture = USUAL) -> "World":
         rng = Random(f"held out/{seed}")
-        scenes = _take(max(sizes.val, sizes.questions), (s for s in _scenes(rng) if s.held_out))
-        edits = (sample_edit(rng, s) for s in _scenes(rng) if s.held_out)
-        return cls(sizes, seed, scenes, _take(max(sizes.val, sizes.edits), (e for e in edits if e.target.held_out)))
+        scenes = _take(max(sizes.val, sizes.questions), (s for s in _scenes(rng, mixture) if s.held_out))
+        drawn = (sample_edit(rng, s) for s in _scenes(rng, mixture) if s.held_out)
+        edits = _take(max(sizes.val, sizes.edits), (e for e in drawn if e.target.held_out))
+        return cls(sizes, seed, scenes, edits, mixture)
 
     def training_scenes(self, name: str) -> Iterator[tuple[Random, Scene]]:
         """Endless scenes that aren't held out, each with a generator for what is said of it."""
         rng = Random(f"{name}/{self.seed}")
-        return ((rng, scene) for scene in _scenes(rng) if not scene.held_out)
+        return ((rng, scene) for scene in _scenes(rng, self.mixture) if not scene.held_out)
 
     def training_edits(self, name: str) -> Iterator[Edit]:
         """Endless edits whose source and target aren't held out."""
@@ -78,9 +82,9 @@ class World:
         return (edit for edit in edits if not edit.target.held_out)
 
 
-def _scenes(rng: Random) -> Iterator[Scene]:
+def _scenes(rng: Random, mixture: Mixture) -> Iterator[Scene]:
     while True:
-        yield sample_scene(rng)
+        yield sample_scene(rng, mixture)
 
 
 def _take(count: int, items: Iterator[Any]) -> list[Any]:

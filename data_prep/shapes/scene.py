@@ -13,7 +13,7 @@ scenes, by a hash of the scene itself, is held out of training.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
@@ -61,6 +61,23 @@ COMPOSED = {
     6: ((0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2)),
 }
 STACKED = ((0, 1), (2, 1))
+LETTERS = tuple(name for name in GLYPHS if name.startswith("letter "))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What else than usual is among the scenes.
+
+    Args:
+        words: share of words: two or three letters of one colour, written in one row from the left.
+        dense: share of pictures of five or six objects, besides the few among the usual ones.
+    """
+
+    words: float = 0.0
+    dense: float = 0.0
+
+
+USUAL = Mixture()
 
 
 @dataclass(frozen=True)
@@ -84,10 +101,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and up to six objects, in reading order."""
+    """A background and up to six objects, in reading order; `word` = they are drawn as a word."""
 
     background: str
     items: tuple[Item, ...]
+    word: bool = field(default=False, repr=False)
 
     @property
     def cells(self) -> tuple[tuple[int, int], ...]:
@@ -98,6 +116,11 @@ class Scene:
     def composed(self) -> bool:
         """Whether the objects stand where the number of them alone would put them."""
         return self.cells == COMPOSED.get(len(self.items))
+
+    @property
+    def letters(self) -> str:
+        """The letters of a word, in reading order."""
+        return "".join(i.shape[-1] for i in self.items)
 
     @property
     def held_out(self) -> bool:
@@ -121,8 +144,28 @@ def place(rng: Random, items: list[Item], shape: str, color: str) -> None:
     items.append(Item(shape, color, row, column))
 
 
-def sample_scene(rng: Random) -> Scene:
+def word_scene(rng: Random) -> Scene:
+    """Draw a word."""
+    row, color = rng.randrange(CELLS), rng.choice(list(COLORS))
+    items = [Item(rng.choice(LETTERS), color, row, column) for column in range(rng.randint(2, CELLS))]
+    return Scene(rng.choice(list(BACKGROUNDS)), tuple(items), word=True)
+
+
+def crowded_scene(rng: Random) -> Scene:
+    """Draw a composed scene of five or six objects."""
+    cells = COMPOSED[rng.randint(5, 6)]
+    items = [Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), row, column) for row, column in cells]
+    return in_reading_order(rng.choice(list(BACKGROUNDS)), items)
+
+
+def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
     """Draw a scene of 1 to 6 objects: single, pair, group of one kind, or mixture; up to three may stand anywhere."""
+    if mixture != USUAL:
+        draw = rng.random()
+        if draw < mixture.words:
+            return word_scene(rng)
+        if draw < mixture.words + mixture.dense:
+            return crowded_scene(rng)
     shapes, colors = list(GLYPHS), list(COLORS)
     kind = rng.random()
     if kind < 0.25:

@@ -1,6 +1,7 @@
 """Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, read_checkpoint
 from tbac.training.module import latents_of, noise_of
-from tbac.types import Condition
 
 FILE = "scores.json"
 
@@ -82,7 +82,7 @@ def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
             states = condition.states.clone()
             if name != "whole":
                 states[blocks[int(name)]] = 0
-            predicted = model.predict_velocity(path.noisy, sigma, Condition(states, condition.mask))
+            predicted = model.predict_velocity(path.noisy, sigma, replace(condition, states=states))
             sums[name] += velocity_loss(predicted, path.velocity).item() * len(batch)
         count += len(batch)
     means = {name: total / count for name, total in sums.items()}

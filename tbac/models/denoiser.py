@@ -23,10 +23,12 @@ class ProjectedCondition:
     Attributes:
         keys_values: per block keys and values, each (batch, head, query, head channel).
         mask: as in `Condition`.
+        reference: as in `Condition`.
     """
 
     keys_values: tuple[KeyValue, ...]
     mask: Tensor | None = None
+    reference: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys_values)
@@ -34,7 +36,8 @@ class ProjectedCondition:
     def __getitem__(self, rows: Any) -> "ProjectedCondition":
         """The condition of some rows of the batch."""
         pairs = tuple((key[rows], value[rows]) for key, value in self.keys_values)
-        return ProjectedCondition(pairs, None if self.mask is None else self.mask[rows])
+        mask, reference = (None if t is None else t[rows] for t in (self.mask, self.reference))
+        return ProjectedCondition(pairs, mask, reference)
 
 
 class LadderCrossAttention:
@@ -96,9 +99,12 @@ class LadderDenoiser(nn.Module):
 
     Args:
         transformer: the pre-trained or freshly made transformer; its parameters are used as they are.
+        references: also read latents of input images, by a patch embedding of their own that is added to that of the
+            noisy latents. It starts at zero, so that the denoiser starts out as it was (the added input channels of
+            InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800).
     """
 
-    def __init__(self, transformer: SanaTransformer2DModel) -> None:
+    def __init__(self, transformer: SanaTransformer2DModel, references: bool = False) -> None:
         super().__init__()
         if transformer.config.guidance_embeds:
             raise ValueError("the denoiser has guidance embeddings (SANA-Sprint); ladder tuning needs plain SANA")
@@ -108,6 +114,13 @@ class LadderDenoiser(nn.Module):
         first = transformer.transformer_blocks[0].attn1
         self._first_attention = SharedSelfAttention(first.processor)
         first.set_processor(self._first_attention)
+        self.reference_embed: nn.Conv2d | None = None
+        if references:
+            config = transformer.config
+            width, patch = config.num_attention_heads * config.attention_head_dim, config.patch_size
+            self.reference_embed = nn.Conv2d(config.in_channels, width, patch, patch)
+            for parameter in self.reference_embed.parameters():
+                nn.init.zeros_(parameter)
         self.checkpointing = False  # blocks run again in the backward pass
         self._run_block: Callable[..., Tensor] = _run_block
 
@@ -129,7 +142,7 @@ class LadderDenoiser(nn.Module):
             LadderCrossAttention.project(block.attn2, context)
             for block, context in zip(self.transformer.transformer_blocks, self._contexts(condition), strict=True)
         )
-        return ProjectedCondition(pairs, condition.mask)
+        return ProjectedCondition(pairs, condition.mask, condition.reference)
 
     def _contexts(self, condition: Condition) -> Tensor:
         """(block, batch, query, width) of `condition.states`."""
@@ -165,6 +178,9 @@ class LadderDenoiser(nn.Module):
         rows, columns = height // patch, width // patch
 
         hidden = model.patch_embed(noisy_latents.to(model.dtype)).repeat(branches, 1, 1)
+        reference = None if self.reference_embed is None else condition.reference
+        if reference is not None:
+            hidden = hidden + self._refer(reference, noisy_latents)
         batch = len(hidden)
         modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
         modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
@@ -172,7 +188,7 @@ class LadderDenoiser(nn.Module):
         if condition.mask is not None:
             mask = ((1 - condition.mask.to(hidden.dtype)) * -10000.0).unsqueeze(1)
 
-        self._first_attention.branches = branches
+        self._first_attention.branches = branches if reference is None else 1  # references may differ
         for block in model.transformer_blocks:  # without gradient nothing needs what the activation overwrites
             block.ff.nonlinearity.inplace = not torch.is_grad_enabled()
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
@@ -186,6 +202,21 @@ class LadderDenoiser(nn.Module):
         hidden = model.proj_out(hidden)
         hidden = hidden.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return hidden.reshape(batch, -1, rows * patch, columns * patch)
+
+    def _refer(self, reference: Tensor, noisy_latents: Tensor) -> Tensor:
+        """(branch * batch, token, width), to be added to the embedded patches.
+
+        Raises:
+            ValueError: for a reference of another height or width than the noisy latents.
+        """
+        assert self.reference_embed is not None
+        if reference.shape[-2:] != noisy_latents.shape[-2:]:
+            raise ValueError(
+                f"reference latents of {tuple(reference.shape[-2:])} for noisy latents of "
+                f"{tuple(noisy_latents.shape[-2:])}"
+            )
+        embedded = self.reference_embed(reference.to(self.reference_embed.weight.dtype))
+        return embedded.flatten(2).transpose(1, 2)
 
 
 def _run_block(

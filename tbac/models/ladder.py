@@ -18,6 +18,7 @@ def check_ladder(
     num_layers: int = 2,
     num_heads: int = 8,
     query_std: float = 0.02,
+    prompt_context: bool = False,
 ) -> None:
     """Raise ValueError for options that no `Ladder` can be built from; arguments as there."""
     if num_queries < 1:
@@ -26,6 +27,8 @@ def check_ladder(
         raise ValueError(f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {connector!r}")
     if connector == "transformer" and (num_heads < 1 or hidden_size % num_heads):
         raise ValueError(f"ladder.num_heads={num_heads} must divide the MLLM's hidden size {hidden_size}")
+    if connector == "transformer" and prompt_context:
+        raise ValueError("ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp")
     if num_layers < 1 or query_std < 0:
         raise ValueError(
             f"ladder.num_layers must be at least 1 and ladder.query_std at least 0, got {num_layers}, {query_std}"
@@ -83,6 +86,7 @@ class Ladder(nn.Module):
         num_layers: encoder layers of the `transformer` connector.
         num_heads: its attention heads.
         query_std: standard deviation of the queries at the start.
+        prompt_context: the prompt's own tapped states follow the queries in every context, through the same connectors.
     """
 
     def __init__(
@@ -95,10 +99,12 @@ class Ladder(nn.Module):
         num_layers: int = 2,
         num_heads: int = 8,
         query_std: float = 0.02,
+        prompt_context: bool = False,
     ) -> None:
         super().__init__()
-        check_ladder(num_queries, hidden_size, connector, num_layers, num_heads, query_std)
+        check_ladder(num_queries, hidden_size, connector, num_layers, num_heads, query_std, prompt_context)
         self.plan = plan
+        self.prompt_context = prompt_context
         self.queries = nn.Parameter(query_std * torch.randn(num_queries, hidden_size))
         if connector == "per_tap_mlp":
             self.connector: nn.Module = nn.ModuleList(ConnectorMLP(hidden_size, channels) for _ in plan.layers)

@@ -52,6 +52,8 @@ def load_model(
     dtype: str = "float32",
     quantization: str | None = None,
     prompt_embeddings: str | None = None,
+    reference_latents: bool = False,
+    spell_words: bool = False,
     denoiser_checkpointing: bool = False,
     query_checkpointing: bool = False,
     compile: bool = False,
@@ -75,6 +77,8 @@ def load_model(
         dtype: type of the frozen parts' weights; trained parts stay in float32.
         quantization: of the MLLM's decoder layers by bitsandbytes: `nf4`, `int8`, or None.
         prompt_embeddings: exported folder whose table of word embeddings prompts are read with; None = the MLLM's own.
+        reference_latents: the denoiser also reads the latents of each prompt's first input image.
+        spell_words: after words in double quotes the prompt has their letters one by one.
         denoiser_checkpointing: run the denoiser's blocks again in the backward pass instead of keeping activations.
         query_checkpointing: the same for the MLLM's layers in the query pass.
         compile: compile the denoiser's blocks and, unless it is quantised, the query pass with `torch.compile`.
@@ -91,14 +95,21 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_init:
-            model = assemble_random(parts, plan, ladder, num_queries, DTYPES[dtype])
+            model = assemble_random(parts, plan, ladder, num_queries, DTYPES[dtype], reference_latents)
             model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
             return model
         built = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **ladder)
     mllm_folder = local_folder("model.mllm", mllm, MLLM_FILES)
     denoiser_folder = local_folder("model.denoiser", denoiser, DENOISER_FILES)
+    autoencoder = FrozenAutoencoder.from_folder(denoiser_folder / "vae", DTYPES[dtype])
+    transformer = load_transformer(denoiser_folder)
     prompt = PromptProcessor.from_pretrained(
-        mllm_folder, image_pixels=image_pixels, max_text_tokens=max_text_tokens, system_prompt=system_prompt
+        mllm_folder,
+        image_pixels=image_pixels,
+        max_text_tokens=max_text_tokens,
+        system_prompt=system_prompt,
+        spell_words=spell_words,
+        reference_size=reference_size(transformer, autoencoder) if reference_latents else None,
     )
     table = read_prompt_embeddings(prompt_embeddings)
     language = load_mllm(mllm_folder, parts.mllm, plan.deepest, DTYPES[dtype], quantization, table)
@@ -107,8 +118,8 @@ def load_model(
     model = UniImage(
         language,
         built,
-        LadderDenoiser(load_transformer(denoiser_folder)),
-        FrozenAutoencoder.from_folder(denoiser_folder / "vae", DTYPES[dtype]),
+        LadderDenoiser(transformer, reference_latents),
+        autoencoder,
         prompt,
         Provenance(
             mllm,
@@ -285,8 +296,19 @@ def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcesso
     ladder.queries.data.copy_(torch.stack(sums))
 
 
+def reference_size(transformer: SanaTransformer2DModel, autoencoder: FrozenAutoencoder) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a denoiser makes by default."""
+    side = transformer.config.sample_size * autoencoder.compression
+    return side, side
+
+
 def assemble_random(
-    parts: Architecture, plan: TapPlan, ladder: Mapping[str, Any], num_queries: int, dtype: torch.dtype = torch.float32
+    parts: Architecture,
+    plan: TapPlan,
+    ladder: Mapping[str, Any],
+    num_queries: int,
+    dtype: torch.dtype = torch.float32,
+    reference_latents: bool = False,
 ) -> UniImage:
     """All parts with fresh weights, on the default device, the frozen ones in `dtype`; no tokenizer."""
     usual = torch.get_default_dtype()
@@ -300,7 +322,7 @@ def assemble_random(
             Qwen2_5_VLForConditionalGeneration._from_config(parts.mllm, dtype=dtype, attn_implementation="sdpa")
         ),
         Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **ladder),
-        LadderDenoiser(SanaTransformer2DModel(**parts.transformer)),
+        LadderDenoiser(SanaTransformer2DModel(**parts.transformer), reference_latents),
         FrozenAutoencoder(autoencoder),
         None,
         Provenance(ladder=dict(ladder), scheduler=parts.scheduler),
@@ -343,8 +365,10 @@ def load_export(
                 f"{folder} was trained on another {part}: its digest is not that of "
                 f"{mllm if part == 'mllm' else denoiser}"
             )
+    referring = config["denoiser"].get("references", False)
     with init_empty_weights(include_buffers=False):
-        transformer = SanaTransformer2DModel.from_config(config["denoiser"]["config"])
+        denoiser_model = LadderDenoiser(SanaTransformer2DModel.from_config(config["denoiser"]["config"]), referring)
+        transformer = denoiser_model.transformer
         ladder = Ladder(
             plan,
             config["num_queries"],
@@ -352,13 +376,17 @@ def load_export(
             transformer.config.caption_channels,
             **config["ladder"],
         )
+    autoencoder = FrozenAutoencoder.from_folder(denoiser_folder / "vae", weights)
     model = cls(
         load_mllm(mllm_folder, mllm_config, plan.deepest, weights, quantization, table),
         ladder,
-        LadderDenoiser(transformer),
-        FrozenAutoencoder.from_folder(denoiser_folder / "vae", weights),
+        denoiser_model,
+        autoencoder,
         PromptProcessor.from_pretrained(
-            mllm_folder, **{k: config[k] for k in ("image_pixels", "max_text_tokens", "system_prompt")}
+            mllm_folder,
+            **{k: config[k] for k in ("image_pixels", "max_text_tokens", "system_prompt")},
+            spell_words=config.get("spell_words", False),
+            reference_size=reference_size(transformer, autoencoder) if referring else None,
         ),
         Provenance(mllm, denoiser, config["ladder"], config["scheduler"], digests),
     )

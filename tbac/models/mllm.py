@@ -31,12 +31,17 @@ class Prefix:
         values: the same, not rotated.
         mask: (batch, token), True for real tokens.
         next_position: (batch,), rotary position of the first query on all three axes.
+        states: (tap, batch, token, hidden) at the layers that were asked for, without the tokens that all prompts
+            begin with; or None.
+        states_mask: (batch, token) of `states`, True for real tokens.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
     next_position: Tensor
+    states: Tensor | None = None
+    states_mask: Tensor | None = None
 
 
 def check_mllm(config: Qwen2_5_VLConfig) -> None:
@@ -157,7 +162,7 @@ class FrozenMLLM(nn.Module):
         return self.body.get_rope_index(ids, kinds, inputs["image_grid_thw"], attention_mask=mask)[0]
 
     @torch.no_grad()
-    def prefix(self, inputs: dict[str, Tensor], depth: int) -> Prefix:
+    def prefix(self, inputs: dict[str, Tensor], depth: int, layers: Sequence[int] = ()) -> Prefix:
         """Run the prompt through the first `depth` layers without gradient.
 
         Args:
@@ -165,6 +170,7 @@ class FrozenMLLM(nn.Module):
                 channel) and `image_grid_thw` (image, 3). `position_ids` and `shared_ids`, which the prompt code adds to
                 inputs padded on the right, save work and a wait for the device.
             depth: how many layers the queries will pass.
+            layers: ascending tap indices at which the prompt's own states are wanted; at most `depth`.
         """
         inputs = pad_right(inputs)
         mask = inputs["attention_mask"].bool()
@@ -178,9 +184,10 @@ class FrozenMLLM(nn.Module):
             {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])} if shared else {"is_causal": True}
         )
         keys, values = [], []
-        layers = self.body.language_model.layers[:depth]
-        for index, layer in enumerate(layers):
-            last = index + 1 == len(layers)
+        states = {0: hidden}
+        decoder = self.body.language_model.layers[:depth]
+        for index, layer in enumerate(decoder):
+            last = index + 1 == len(decoder) and depth not in layers
             if last:
                 key, value = _project_last(layer, hidden, rotary)
             else:
@@ -195,8 +202,14 @@ class FrozenMLLM(nn.Module):
             if not last:
                 attended = scaled_dot_product_attention(query, key, value, enable_gqa=True, **causal)
                 hidden = _finish_layer(layer, hidden, attended)
+                if index + 1 in layers:
+                    states[index + 1] = hidden
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
-        return Prefix(keys, values, mask, next_position)
+        if not layers:
+            return Prefix(keys, values, mask, next_position)
+        if self.num_layers in layers:
+            states[self.num_layers] = self.body.language_model.norm(hidden)
+        return Prefix(keys, values, mask, next_position, torch.stack([states[i] for i in layers]), mask[:, shared:])
 
     def _constant(self, ids: tuple[int, ...], depth: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the tokens that every prompt begins with, of the first `depth` layers; computed once.

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ class PromptInputs(BatchFeature):
 
     Padded on the right also `position_ids` (3, batch, token), the rotary positions, and `shared_ids`, the tokens of the
     system message that all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
+    Where references are made also `reference_pixels` (batch, 3, height, width) in [-1, 1], the first input image of
+    each prompt or zeros, and `has_reference` (batch,); neither without any image.
     """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":
@@ -47,6 +50,9 @@ class PromptProcessor:
         image_pixels: area in pixels that each input image is resized to, with sides rounded as Qwen does.
         max_text_tokens: longer texts are cut to this many tokens.
         system_prompt: system message of generation prompts.
+        spell_words: after words in double quotes their letters follow one by one, so that words which are to be drawn
+            are read as letters, however the tokenizer cuts them.
+        reference_size: (height, width) in pixels of references; None makes none.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class PromptProcessor:
         image_pixels: int,
         max_text_tokens: int = 256,
         system_prompt: str = SYSTEM_PROMPT,
+        spell_words: bool = False,
+        reference_size: tuple[int, int] | None = None,
     ) -> None:
         if image_pixels < 1:
             raise ValueError(f"model.image_pixels must be positive, got {image_pixels}")
@@ -64,6 +72,7 @@ class PromptProcessor:
         self.image_pixels = image_pixels
         self.max_text_tokens = max_text_tokens
         self.system_prompt = system_prompt
+        self.spell_words, self.reference_size = spell_words, reference_size
         self._shared: dict[str, tuple[int, ...]] = {}
         self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
@@ -136,6 +145,7 @@ class PromptProcessor:
         system: str | None = None,
         ending: str = VISION_START,
         padding_side: str = "right",
+        reference_size: tuple[int, int] | None = None,
     ) -> PromptInputs:
         """Build the inputs of a batch.
 
@@ -145,6 +155,7 @@ class PromptProcessor:
             system: system message; None = the generation prompt's.
             ending: markup after the generation prompt; the queries follow it.
             padding_side: `right` for conditioning, `left` for answering.
+            reference_size: (height, width) of references where they are made; None = the size given at the start.
 
         Raises:
             ValueError: when the numbers of texts and of image lists differ, or a text isn't a string.
@@ -154,6 +165,9 @@ class PromptProcessor:
             raise ValueError(f"{len(texts)} texts but {len(images)} lists of images; give one list (or None) per text")
         if bad := [t for t in texts if not isinstance(t, str)]:
             raise ValueError(f"prompts must be strings, got {type(bad[0]).__name__}")
+        conditioning = padding_side == "right"
+        if self.spell_words and conditioning:
+            texts = [spelled(text) for text in texts]
         vision = self.vision([image for group in images for image in group or ()])
         grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
@@ -166,10 +180,14 @@ class PromptProcessor:
             start = end
         ids, mask = self._pad(sequences, padding_side)
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
-        if padding_side == "right":
+        if conditioning:
             data["position_ids"] = self._positions(sequences, ids.shape[1], grids.tolist())
             shared = self.shared_ids(self.system_prompt if system is None else system)
             data["shared_ids"] = torch.tensor(shared, dtype=torch.long)
+            if self.reference_size and any(images):
+                data |= references(
+                    [group[0] if group else None for group in images], reference_size or self.reference_size
+                )
         return PromptInputs(data)
 
     def shared_ids(self, system: str) -> tuple[int, ...]:
@@ -223,3 +241,26 @@ class PromptProcessor:
             ids[row, place] = torch.tensor(sequence)
             mask[row, place] = 1
         return ids, mask
+
+
+def spelled(text: str) -> str:
+    """The text with the letters of each word in double quotes after it: `"LT"` becomes `"LT" (L T)`."""
+
+    def with_letters(found: re.Match) -> str:
+        letters = " ".join(c for c in found[1] if not c.isspace())
+        return f"{found[0]} ({letters})" if letters else found[0]
+
+    return re.sub(r'"([^"]*)"', with_letters, text)
+
+
+def references(images: Sequence[Image.Image | None], size: tuple[int, int]) -> dict[str, Tensor]:
+    """`reference_pixels` and `has_reference`: the largest central part of that shape, resized; zeros for None."""
+    height, width = size
+    pixels = torch.zeros(len(images), 3, height, width)
+    for row, image in enumerate(images):
+        if image is not None:
+            fitted = image.convert("RGB")
+            if fitted.size != (width, height):
+                fitted = ImageOps.fit(fitted, (width, height), Image.Resampling.LANCZOS)
+            pixels[row] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+    return {"reference_pixels": pixels, "has_reference": torch.tensor([float(i is not None) for i in images])}

@@ -103,11 +103,33 @@ class UniImage(nn.Module):
             inputs: of `prompt()`, on the model's device.
 
         Returns:
-            states (tap, batch, query, caption_channels), entry i for block i.
+            states (tap, batch, query, caption_channels), entry i for block i; with `ladder.prompt_context` the prompt's
+            tokens follow the queries, and there is a mask; with references also the latents of the input images.
+
+        Raises:
+            ValueError: for inputs that aren't of `prompt()`, where the prompt's states are wanted.
         """
         plan = self.ladder.plan
-        prefix = self.mllm.prefix(inputs, plan.deepest)
-        return Condition(self.ladder(self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)))
+        if not self.ladder.prompt_context:
+            prefix = self.mllm.prefix(inputs, plan.deepest)
+            states, mask = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
+        elif "shared_ids" not in inputs:
+            raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
+        else:
+            prefix = self.mllm.prefix(inputs, plan.deepest, plan.layers)
+            assert prefix.states is not None
+            assert prefix.states_mask is not None
+            states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
+            mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
+            states = torch.cat([states, prefix.states.to(states)], dim=2)
+        return Condition(self.ladder(states), mask, self.reference_of(inputs))
+
+    def reference_of(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
+        """Scaled latents (batch, channel, height, width) of each prompt's first input image, 0 where it has none."""
+        pixels = inputs.get("reference_pixels") if self.denoiser.reference_embed is not None else None
+        if pixels is None:
+            return None
+        return self.autoencoder.encode(pixels).float() * inputs["has_reference"].view(-1, 1, 1, 1)
 
     def predict_velocity(
         self, noisy_latents: Tensor, sigma: Tensor, condition: Condition | ProjectedCondition, branches: int = 1
@@ -132,6 +154,14 @@ class UniImage(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """Every tensor that training may change: queries, connectors, denoiser."""
         return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in TRAINED}
+
+    def options(self) -> dict[str, bool]:
+        """What this model does beyond the released one."""
+        return {
+            "reference_latents": self.denoiser.reference_embed is not None,
+            "prompt_context": self.ladder.prompt_context,
+            "spell_words": self._prompt is not None and self._prompt.spell_words,
+        }
 
     def set_checkpointing(self, denoiser: bool = False, queries: bool = False) -> None:
         """Run the denoiser's blocks, or the query pass, again in the backward pass instead of keeping activations."""
@@ -177,6 +207,7 @@ class UniImage(nn.Module):
             "image_pixels": prompt.image_pixels,
             "max_text_tokens": prompt.max_text_tokens,
             "system_prompt": prompt.system_prompt,
+            "spell_words": prompt.spell_words,
             "taps": {
                 "layers": list(plan.layers),
                 "assignment": list(plan.assignment),
@@ -185,7 +216,11 @@ class UniImage(nn.Module):
             },
             "ladder": self.provenance.ladder,
             "mllm": {"source": absolute(self.provenance.mllm)},
-            "denoiser": {"source": absolute(self.provenance.denoiser), "config": transformer},
+            "denoiser": {
+                "source": absolute(self.provenance.denoiser),
+                "config": transformer,
+                "references": self.denoiser.reference_embed is not None,
+            },
             "frozen_digests": self.provenance.digests,
             "scheduler": self.provenance.scheduler,
         }

@@ -65,11 +65,17 @@ class UniImagePipeline:
 
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str], guidance: Guidance
+        self,
+        prompts: list[str],
+        images: list[list[Image.Image] | None],
+        negatives: list[str],
+        guidance: Guidance,
+        size: tuple[int, int] | None = None,
     ) -> ProjectedCondition:
         """Conditions of all guidance branches, read in one batch: rows (branch * prompt).
 
-        What several branches or prompts have in common, such as one negative prompt for all, is read once.
+        What several branches or prompts have in common, such as one negative prompt for all, is read once. References
+        have `size`, (height, width) in pixels, where the model reads any; None = its own.
         """
         asked: list[tuple[str, list[Image.Image] | None]] = []
         for branch in guidance.branches:
@@ -77,7 +83,7 @@ class UniImagePipeline:
         keys = [(text, tuple(map(id, group or ()))) for text, group in asked]
         order = list(dict.fromkeys(keys))
         first = [asked[keys.index(key)] for key in order]
-        inputs = self.model.prompt([text for text, _ in first], [group for _, group in first])
+        inputs = self.model.prompt([t for t, _ in first], [group for _, group in first], reference_size=size)
         condition = self.model.denoiser.project(self.model.encode_condition(inputs.to(self.model.device)))
         rows = [order.index(key) for key in keys]
         return condition if rows == list(range(len(order))) else condition[torch.tensor(rows, device=self.model.device)]
@@ -147,7 +153,8 @@ class UniImagePipeline:
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
 
-        condition = self.encode(prompts, images, negatives, guidance)
+        factor = self.model.autoencoder.compression
+        condition = self.encode(prompts, images, negatives, guidance, (shape[2] * factor, shape[3] * factor))
         # Rows (branch, prompt) -> (branch, prompt, picture): each picture keeps the condition of its own prompt.
         if num_images_per_prompt > 1:
             rows = torch.arange(len(guidance.branches) * len(prompts), device=self.model.device)

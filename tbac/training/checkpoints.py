@@ -13,6 +13,7 @@ from tbac.models import UniImage
 from tbac.models.uniimage import PROMPT_EMBEDDINGS, read_state
 
 FACTS = "tbac"
+REFERENCE = "denoiser.reference_embed."
 log = logging.getLogger(__name__)
 
 
@@ -84,6 +85,9 @@ def check_frozen(facts: Mapping[str, Any], model: UniImage, origin: str) -> None
 def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) -> None:
     """Load the trained weights of a checkpoint into `model`.
 
+    Its options may be others, so that a model trained without can be tuned with them: a model that reads references
+    goes on from one that doesn't with their embedding at zero, where it changes nothing.
+
     Raises:
         ValueError: for other frozen parts, other taps, or any missing, unexpected or misshapen tensor, by name.
     """
@@ -93,7 +97,14 @@ def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) ->
     taps = {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed}
     if facts["taps"] != taps:
         raise ValueError(f"{origin} was trained with taps {facts['taps']}, this model has {taps}")
-    model.load_trained_state(checkpoint["state_dict"], origin)
+    own, known = model.options(), facts.get("options", {})
+    if changed := [f"{name} {known[name]} -> {own[name]}" for name in own if known.get(name, own[name]) != own[name]]:
+        log.warning("%s was trained with other options: %s", origin, ", ".join(changed))
+    state = dict(checkpoint["state_dict"])
+    if own["reference_latents"] and not any(name.startswith(REFERENCE) for name in state):
+        log.warning("%s was trained without references: their embedding starts at zero", origin)
+        state |= {name: tensor for name, tensor in model.trained_state().items() if name.startswith(REFERENCE)}
+    model.load_trained_state(state, origin)
 
 
 def load_exported(folder: Path, model: UniImage) -> None:
@@ -109,7 +120,13 @@ def load_exported(folder: Path, model: UniImage) -> None:
             f"init={folder} reads prompts with a table of its own; give model.prompt_embeddings={folder} as well"
         )
     taps = {k: config["taps"][k] for k in ("layers", "assignment", "mixed")}
-    load_weights({FACTS: {"frozen": config["frozen_digests"], "taps": taps}, "state_dict": state}, model, str(folder))
+    options = {
+        "reference_latents": config["denoiser"].get("references", False),
+        "prompt_context": config["ladder"].get("prompt_context", False),
+        "spell_words": config.get("spell_words", False),
+    }
+    facts = {"frozen": config["frozen_digests"], "taps": taps, "options": options}
+    load_weights({FACTS: facts, "state_dict": state}, model, str(folder))
 
 
 def describe_model(model: UniImage) -> dict[str, Any]:
@@ -118,5 +135,6 @@ def describe_model(model: UniImage) -> dict[str, Any]:
     return {
         "frozen": model.provenance.digests,
         "taps": {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed},
+        "options": model.options(),
         "sources": {"mllm": model.provenance.mllm, "denoiser": model.provenance.denoiser},
     }

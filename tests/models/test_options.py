@@ -1,0 +1,193 @@
+"""What goes beyond the released model: references, the prompt as context, words spelled out. All are off by default."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tbac.models import UniImage
+from tbac.models.prompt import PromptInputs, spelled
+from tbac.sampling import UniImagePipeline
+from tbac.training.checkpoints import FACTS, describe_model, load_weights
+from tests.conftest import noise_image, small_model
+
+ALL = ("model.reference_latents=true", "model.spell_words=true", "ladder.prompt_context=true")
+TEXTS = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]
+
+
+@pytest.fixture
+def referring(in_world: Path) -> UniImage:
+    model = small_model(in_world, "model.reference_latents=true")
+    assert model.denoiser.reference_embed is not None
+    torch.nn.init.normal_(model.denoiser.reference_embed.weight, std=0.5)
+    return model
+
+
+def loss_gradients(model: UniImage, inputs: PromptInputs) -> dict[str, Tensor]:
+    latents = torch.randn(len(inputs["input_ids"]), 8, 6, 6, generator=torch.Generator().manual_seed(5))
+    model.predict_velocity(latents, torch.tensor([0.5]), model.encode_condition(inputs)).square().mean().backward()
+    return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def test_all_are_off_by_default(model: UniImage) -> None:
+    assert not any(model.options().values())
+    condition = model.encode_condition(model.prompt(TEXTS, [[noise_image(0)], None, None]))
+    assert condition.mask is None
+    assert condition.reference is None
+
+
+def test_references_start_out_changing_nothing(model: UniImage, in_world: Path) -> None:
+    with_references = small_model(in_world, "model.reference_latents=true")
+    images = [[noise_image(0)], None, [noise_image(1)]]
+    latents = torch.randn(3, 8, 6, 6)
+    made = [
+        m.predict_velocity(latents, torch.tensor([0.3]), m.encode_condition(m.prompt(TEXTS, images)))
+        for m in (model, with_references)
+    ]
+    assert torch.equal(*made)
+
+
+def test_references_are_the_latents_of_the_first_image(referring: UniImage) -> None:
+    picture = noise_image(1, (24, 24))
+    condition = referring.encode_condition(referring.prompt(TEXTS, [[picture, noise_image(2)], None, [noise_image(3)]]))
+    pixels = torch.tensor(list(picture.get_flattened_data())).view(24, 24, 3).permute(2, 0, 1)[None] / 127.5 - 1
+    assert condition.reference is not None
+    torch.testing.assert_close(condition.reference[:1], referring.autoencoder.encode(pixels))
+    assert condition.reference[1].abs().max() == 0
+    assert referring.encode_condition(referring.prompt(TEXTS)).reference is None
+
+
+def test_references_reach_the_prediction_and_train(referring: UniImage) -> None:
+    inputs = referring.prompt(TEXTS, [[noise_image(1)], None, [noise_image(2)]])
+    condition = referring.encode_condition(inputs)
+    latents = torch.randn(3, 8, 6, 6)
+    made = referring.predict_velocity(latents, torch.tensor([0.5]), condition)
+    condition.reference = None
+    plain = referring.predict_velocity(latents, torch.tensor([0.5]), condition)
+    changed = (made - plain).abs().amax((1, 2, 3))
+    assert changed[0] > 1e-4
+    assert changed[2] > 1e-4
+    bias_only = referring.denoiser.reference_embed.bias  # type: ignore[union-attr]
+    assert bias_only.abs().max() == 0
+    assert changed[1] == 0
+    assert loss_gradients(referring, inputs)["denoiser.reference_embed.weight"].abs().max() > 0
+
+
+def test_every_guidance_branch_has_its_own_reference(referring: UniImage) -> None:
+    pipe = UniImagePipeline(referring)
+    noise = torch.randn(2, 8, 6, 6)
+    options = {"num_inference_steps": 2, "latents": noise, "output_type": "latent"}
+    images = [noise_image(1), noise_image(2)]
+    together = pipe(TEXTS[:2], image=images, **options).images
+    apart = pipe(TEXTS[:2], image=images, batch_branches=False, **options).images
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    one = pipe(TEXTS[:1], image=images[:1], **(options | {"latents": noise[:1]})).images
+    torch.testing.assert_close(together[:1], one, rtol=1e-4, atol=1e-5)
+    other = pipe(TEXTS[:1], image=[noise_image(3)], **(options | {"latents": noise[:1]})).images
+    assert (other - one).abs().max() > 1e-3
+
+
+def test_references_follow_the_size_of_the_picture(referring: UniImage) -> None:
+    made = UniImagePipeline(referring)("a circle", image=noise_image(1), height=16, width=32, num_inference_steps=1)
+    assert made.images[0].size == (32, 16)
+
+
+@pytest.fixture
+def reading(in_world: Path) -> UniImage:
+    return small_model(in_world, "ladder.prompt_context=true")
+
+
+@pytest.mark.parametrize("images", [None, [[noise_image(1)], None, [noise_image(2), noise_image(3)]]])
+def test_the_prompts_states_are_those_of_the_whole_sequence(reading: UniImage, images: list | None) -> None:
+    """Against the library's own forward pass of each prompt."""
+    condition = reading.encode_condition(reading.prompt(TEXTS, images))
+    queries = reading.ladder.queries.shape[0]
+    reading.mllm.whole()  # the library norms the last state of what it has
+    assert condition.mask is not None
+    for row, text in enumerate(TEXTS):
+        inputs = reading.prompt([text], None if images is None else [images[row]])
+        shared = len(inputs["shared_ids"])
+        body = reading.mllm.body
+        plain = body.language_model(
+            inputs_embeds=reading.mllm.embed(inputs),
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        expected = reading.ladder(torch.stack([plain[i][:, shared:] for i in reading.ladder.plan.layers]))
+        own = condition.states[:, row, queries:][:, condition.mask[row, queries:]]
+        torch.testing.assert_close(own, expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_the_prompt_is_never_read(reading: UniImage) -> None:
+    latents = torch.randn(3, 8, 6, 6)
+    together = reading.predict_velocity(latents, torch.tensor([0.5]), reading.encode_condition(reading.prompt(TEXTS)))
+    for row, text in enumerate(TEXTS):
+        condition = reading.encode_condition(reading.prompt([text]))
+        alone = reading.predict_velocity(latents[row : row + 1], torch.tensor([0.5]), condition)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", ["final", "learned_mix", "single"])
+def test_the_prompt_is_read_at_every_kind_of_tap(in_world: Path, taps: str) -> None:
+    model = small_model(in_world, "ladder.prompt_context=true", f"taps={taps}")
+    inputs = model.prompt(TEXTS)
+    assert model.encode_condition(inputs).states.shape[2] > model.ladder.queries.shape[0]
+    assert loss_gradients(model, inputs)["ladder.queries"].abs().max() > 0
+
+
+def test_the_prompt_as_context_needs_the_prompt_code(reading: UniImage, in_world: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs inputs of model.prompt\(\)"):
+        reading.encode_condition(reading.prompt(TEXTS, padding_side="left"))
+    with pytest.raises(Exception, match=r"ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp"):
+        small_model(in_world, "ladder=transformer", "ladder.prompt_context=true")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('the word "LT" in red', 'the word "LT" (L T) in red'),
+        ('"a b" and "c"', '"a b" (a b) and "c" (c)'),
+        ("no word", "no word"),
+        ('an empty "" and a blank " "', 'an empty "" and a blank " "'),
+        ('one " alone', 'one " alone'),
+        ('"ÄÖ"', '"ÄÖ" (Ä Ö)'),
+    ],
+)
+def test_words_are_spelled(text: str, expected: str) -> None:
+    assert spelled(text) == expected
+
+
+def test_words_are_spelled_for_drawing_alone(in_world: Path) -> None:
+    plain, spelling = small_model(in_world), small_model(in_world, "model.spell_words=true")
+    text = 'the word "LT"'
+    assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spelled(text)])["input_ids"])
+    asked = [m.prompt([text], padding_side="left")["input_ids"] for m in (plain, spelling)]
+    assert torch.equal(*asked)
+
+
+def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
+    model = small_model(in_world, *ALL)
+    assert model.denoiser.reference_embed is not None
+    torch.nn.init.normal_(model.denoiser.reference_embed.weight)
+    model.save_pretrained(tmp_path / "export")
+    assert "denoiser.reference_embed.weight" in load_file(tmp_path / "export" / "model.safetensors")
+    again = UniImage.from_pretrained(tmp_path / "export")
+    assert all(again.options().values())
+    prompts = 'the word "LT"', [[noise_image(1)]]
+    options = {"num_inference_steps": 2, "latents": torch.randn(1, 8, 6, 6), "output_type": "latent"}
+    made = [UniImagePipeline(m)(prompts[0], image=prompts[1], **options).images for m in (model, again)]
+    torch.testing.assert_close(*made)
+
+
+def test_a_model_without_is_tuned_with_them(model: UniImage, in_world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts, state = describe_model(model), model.trained_state()
+    tuned = small_model(in_world, *ALL)
+    load_weights({FACTS: facts, "state_dict": state}, tuned, "before.ckpt")
+    assert "prompt_context False -> True" in caplog.text
+    assert "without references: their embedding starts at zero" in caplog.text
+    assert all(torch.equal(tuned.trained_state()[k], v) for k, v in state.items())
+    with pytest.raises(ValueError, match=r"unexpected denoiser.reference_embed"):
+        load_weights({FACTS: describe_model(tuned), "state_dict": tuned.trained_state()}, model, "tuned.ckpt")

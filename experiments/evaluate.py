@@ -1,13 +1,17 @@
-"""Score a model: python experiments/evaluate.py checkpoint=PATH benchmark=geneval|edits|answers
+"""Score a model: python experiments/evaluate.py checkpoint=PATH benchmark=NAME
 
-GenEval has three steps, each of which goes on where it stopped when `out` is the same folder: `generate` writes the
-tree that GenEval's own scorer reads, on any number of processes (`torchrun`, `srun`); `score` judges what is there;
-`report` writes `report.json` and `report.md`.
+NAME is geneval, dpg, tiif, tiif_mini, imgedit, wise or folder. Each has three steps, which go on where they stopped
+when `out` is the same folder: `generate` writes the tree that the benchmark's own scorer reads, on any number of
+processes (`torchrun`, `srun`); `score` judges what is there; `report` writes `report.json`, `report.md` and
+`report.html`, and logs the scores to the checkpoint's MLflow run. `edits` and `answers` are small ones with files of
+their own, without steps.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.bench.measure import markdown
-from experiments.common import CONF, open_model, output_dir, user_errors
+from experiments.benchmarks.report import write_report
+from experiments.benchmarks.rows import Benchmark, Row, Summary
+from experiments.benchmarks.suites import SUITES, GenEval, opened
+from experiments.common import CONF, open_model, output_dir, plain, user_errors
 from tbac.evaluation.benchmarks import (
     SamplingOptions,
     read_edits,
@@ -29,23 +35,16 @@ from tbac.evaluation.benchmarks import (
     run_edits,
     run_geneval,
 )
-from tbac.evaluation.rules import aggregate_by_tag, judge_geneval
-from tbac.evaluation.trees import (
-    Target,
-    Tree,
-    generate,
-    geneval_targets,
-    pending,
-    readable,
-    write_geneval_metadata,
-)
+from tbac.evaluation.detectors import TemplateDetector
+from tbac.evaluation.judges import DetectorJudge, Kept, KeptDetector, KeptJudge
+from tbac.evaluation.trees import Tree, generate, pending, write_whole
 from tbac.models.weights import digest_of
 from tbac.sampling.grid import picture_grid
+from tbac.training.tracking import parent_run, tag_name
 
 log = logging.getLogger(__name__)
 STEPS = ("generate", "score", "report")
-SHOWN = 40  # pictures on a sheet
-READERS = {"geneval": read_geneval, "edits": read_edits, "answers": read_questions}
+READERS = {"edits": read_edits, "answers": read_questions}
 
 
 def sampling_options(benchmark: DictConfig) -> SamplingOptions:
@@ -74,8 +73,8 @@ def evaluate(pipeline: Any, detector: Any, benchmark: DictConfig, folder: Path |
     return scores
 
 
-def geneval(cfg: DictConfig, rows: list[dict], detector: Any, out: Path) -> dict[str, Any]:
-    """The steps of GenEval; returns what `report.json` holds, or nothing before the last step."""
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError for steps and processes that don't go together."""
     unknown = set(cfg.steps) - set(STEPS)
     if unknown or not cfg.steps:
         raise ValueError(f"steps={list(cfg.steps)} must be some of {', '.join(STEPS)}")
@@ -83,115 +82,128 @@ def geneval(cfg: DictConfig, rows: list[dict], detector: Any, out: Path) -> dict
         raise ValueError(f"samples={cfg.samples} and rank={cfg.rank} of world_size={cfg.world_size} don't go together")
     if cfg.world_size > 1 and list(cfg.steps) != ["generate"]:
         raise ValueError("several processes take steps=[generate]; score and report are for one, when all are done")
-    root, targets = out / "geneval", geneval_targets(rows, cfg.samples)
+
+
+def run_steps(cfg: DictConfig, suite: Benchmark, out: Path) -> None:
+    """The steps that are asked for, in their order."""
+    root, results = out / cfg.benchmark.name, out / f"{cfg.benchmark.name}.results.jsonl"
+    judge = judge_for(suite, cfg, out) if "score" in cfg.steps and suite.judged else None
     if "generate" in cfg.steps:
-        draw_tree(cfg, rows, targets, root)
-    results = out / "geneval.results.jsonl"
+        draw_tree(cfg, suite, root)
     if "score" in cfg.steps:
-        judged = judge_tree(rows, targets, root, detector, cfg.samples)
-        results.write_text("".join(f"{json.dumps(row)}\n" for row in judged))
-    if "report" not in cfg.steps:
-        return {}
-    if not results.is_file():
-        raise ValueError(f"{results} doesn't exist; steps=[score] writes it")
-    return geneval_report(cfg, [json.loads(line) for line in results.read_text().splitlines()], root, out)
+        rows = list(tqdm(suite.rows(root, judge), total=len(suite.targets()), unit="picture", desc="judging"))
+        named = {"judge": judge_name(cfg, judge)}
+        lines = [json.dumps(named), *(json.dumps(asdict(row)) for row in rows)]
+        write_whole(results, ("\n".join(lines) + "\n").encode())
+    if "report" in cfg.steps:
+        if not results.is_file():
+            raise ValueError(f"{results} doesn't exist; steps=[score] writes it")
+        named, *found = (json.loads(line) for line in results.read_text().splitlines())
+        rows, name = [Row(**row) for row in found], cfg.benchmark.name
+        summary = suite.summary(rows, named["judge"])
+        report = write_report(name, suite.title, summary, rows, root, out, str(cfg.checkpoint), named["judge"])
+        log_scores(cfg, summary, [out / f"report.{kind}" for kind in ("json", "md", "html")])
+        first = next(iter(summary.scores.items()))
+        log.info(
+            "%s: %s %.3f; %d missing, %d failed; see %s",
+            name,
+            *first,
+            len(report["missing"]),
+            len(report["failed"]),
+            out / "report.md",
+        )
 
 
-def draw_tree(cfg: DictConfig, rows: list[dict], targets: Sequence[Target], root: Path) -> None:
+def judge_for(suite: Benchmark, cfg: DictConfig, out: Path) -> Any:
+    """The judge of this benchmark; what is slow keeps what it found in `<benchmark>.judged.jsonl`."""
+    judge = instantiate(cfg.judge)
+    if isinstance(judge, TemplateDetector) and not isinstance(suite, GenEval):
+        judge = DetectorJudge(judge, judge.glyph_names, judge.color_names)
+    suite.check_judge(judge)
+    kept = Kept(out / f"{cfg.benchmark.name}.judged.jsonl")
+    if hasattr(judge, "ask"):
+        return KeptJudge(judge, kept) if judge.slow else judge
+    return KeptDetector(judge, kept) if hasattr(judge, "identity") else judge
+
+
+def judge_name(cfg: DictConfig, judge: Any) -> str:
+    """Who judged."""
+    return getattr(judge, "identity", cfg.judge._target_) if judge is not None else "nobody"
+
+
+def draw_tree(cfg: DictConfig, suite: Benchmark, root: Path) -> None:
     """Make this process's share of the tree."""
     pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
-    model, options = pipeline.model, {k: cfg.benchmark[k] for k in ("num_inference_steps", "guidance_scale", "seed")}
+    model = pipeline.model
+    names = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "seed")
+    options = {name: cfg.benchmark[name] for name in names if name in cfg.benchmark}
     made_by = {
         "trained": digest_of(sorted(model.trained_state().items())),
         "frozen": model.provenance.digests,
         "dtype": cfg.dtype,
         "quantization": cfg.quantization,
     }
-    tree = Tree(root, options | made_by | {"drawn_together": cfg.samples}, cfg.overwrite)
+    if any(model.options().values()):
+        made_by["options"] = model.options()
+    targets = suite.targets()
+    together = max(Counter(target.item for target in targets for _ in target.samples).values())
+    tree = Tree(root, options | made_by | {"drawn_together": together}, cfg.overwrite)
     work = pending(tree, targets, cfg.rank, cfg.world_size)
-    write_geneval_metadata(rows, root)
+    suite.write_beside(root)
+    seed = options.pop("seed")
 
     def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline(
             prompt,
-            num_inference_steps=options["num_inference_steps"],
-            guidance_scale=options["guidance_scale"],
+            image=[opened(path) for path in images] or None,
             num_images_per_prompt=len(seeds),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(one) for one in seeds],
+            **options,
         ).images
 
     total = sum(len(item.missing) for item in work)
     log.info("%d pictures to make in %s", total, root)
-    for _ in tqdm(generate(tree, work, draw, options["seed"]), total=total, unit="picture"):
+    for _ in tqdm(generate(tree, work, draw, seed), total=total, unit="picture"):
         pass
 
 
-def judge_tree(
-    rows: list[dict], targets: Sequence[Target], root: Path, detector: Any, samples: int
-) -> Iterator[dict[str, Any]]:
-    """A verdict on each picture; one that is absent or can't be read is wrong, and said to be missing."""
-    for number, target in enumerate(targets):
-        row = rows[number // samples]
-        found = {"picture": target.path, "tag": row["tag"], "prompt": row["prompt"]}
-        if not readable(root / target.path):
-            yield {**found, "correct": False, "missing": True, "reason": "the picture is missing"}
-            continue
-        verdict = judge_geneval(detector(Image.open(root / target.path)).detections, row)
-        yield {**found, "correct": verdict.correct, "missing": False, "reason": verdict.reason}
-
-
-def geneval_report(cfg: DictConfig, results: list[dict[str, Any]], root: Path, out: Path) -> dict[str, Any]:
-    """Scores with what they are comparable with, as JSON, as Markdown, and as sheets of right and wrong pictures."""
-    scores = aggregate_by_tag([(row["tag"], row["correct"]) for row in results])
-    missing = [row["picture"] for row in results if row["missing"]]
-    protocol = (
-        f"GenEval's rules; {len(results) // cfg.samples} prompts of {cfg.benchmark.file}, {cfg.samples} each; judge "
-        f"{cfg.judge._target_}"
-    )
-    report = {**scores, "pictures": len(results), "missing": missing, "protocol": protocol, "comparable": False}
-    lines = ["# GenEval", markdown([*scores], [[f"{v:.3f}" for v in scores.values()]])]
-    lines.append(
-        f"{protocol}. Not comparable with published numbers (TBAC-UniImage-3B: 0.87), which are of 553 prompts, 4 "
-        "pictures each, judged by Mask2Former and CLIP."
-    )
-    if missing:
-        lines.append(f"{len(missing)} of {len(results)} pictures are missing and count as wrong: {', '.join(missing)}")
-    for title, right in (("right", True), ("wrong", False)):
-        shown = [row for row in results if row["correct"] is right and not row["missing"]][:SHOWN]
-        if shown:
-            captions = [row["prompt"] if right else f"{row['prompt']}: {row['reason']}" for row in shown]
-            images = [Image.open(root / row["picture"]).convert("RGB") for row in shown]
-            scale = max(1, 96 // images[0].width)
-            picture_grid(images, columns=10, scale=scale, captions=captions, wrap=15).save(out / f"{title}.png")
-            lines.append(f"## Some of those that are {title}\n\n![{title}]({title}.png)")
-    (out / "report.md").write_text("\n\n".join(lines) + "\n")
-    return report
+def log_scores(cfg: DictConfig, summary: Summary, files: Sequence[Path]) -> None:
+    """Add the scores and the report to the run that made the checkpoint, or to a run of their own."""
+    name = cfg.benchmark.name
+    folder = Path(cfg.checkpoint).expanduser().absolute()
+    noted = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
+    run_id_file = next((str(file) for file in noted if file.is_file()), None)
+    with parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
+        if run_id_file is None:
+            run.log_config(plain(cfg))
+        run.log_metrics({f"{name}/{tag_name(k.replace(', ', '_'))}": v for k, v in summary.scores.items()})
+        for file in files:
+            run.log_file(file)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @user_errors
 def main(cfg: DictConfig) -> None:
-    if cfg.benchmark.name not in READERS:
-        raise ValueError(f"benchmark.name must be one of {', '.join(READERS)}; got {cfg.benchmark.name!r}")
-    rows = READERS[cfg.benchmark.name](cfg.benchmark.file)
-    detector = instantiate(cfg.judge)
-    if cfg.benchmark.name == "geneval":
+    name = cfg.benchmark.name
+    if name in SUITES:
+        check(cfg)
+        suite = SUITES[name](cfg.benchmark, cfg.samples)
         out = Path(cfg.out).absolute()
         out.mkdir(parents=True, exist_ok=True)
-        report = geneval(cfg, rows, detector, out)
-        if report:
-            (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-            log.info("geneval: overall %.3f; see %s", report["overall"], out / "report.md")
+        run_steps(cfg, suite, out)
         return
+    if name not in READERS:
+        raise ValueError(f"benchmark.name must be one of {', '.join([*SUITES, *READERS])}; got {name!r}")
+    READERS[name](cfg.benchmark.file)  # before a model is loaded
     scores = evaluate(
         open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization),
-        detector,
+        instantiate(cfg.judge),
         cfg.benchmark,
         output_dir() / "samples",
     )
     scores.pop("answers", None)
     (output_dir() / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
-    log.info("%s: %s", cfg.benchmark.name, json.dumps(scores))
+    log.info("%s: %s", name, json.dumps(scores))
 
 
 if __name__ == "__main__":

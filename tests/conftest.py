@@ -26,7 +26,18 @@ from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
 
 ROOT = Path(__file__).parent.parent
-SIZES = Sizes(t2i=96, edit=48, curated=48, val=16, samples_per_shard=24, prompts_per_tag=2, questions=12, edits=6)
+SIZES = Sizes(
+    t2i=96,
+    edit=48,
+    curated=48,
+    val=16,
+    samples_per_shard=24,
+    prompts_per_tag=2,
+    questions=12,
+    edits=6,
+    dense=2,
+    pairs_per_type=1,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from data_prep.shapes.scene import (
     render,
     sample_scene,
 )
+from data_prep.shapes.suites import write_dense, write_pairs
 from data_prep.shards import write_shards
 
 Encode = Callable[[list[Image.Image]], Any]
@@ -41,6 +42,8 @@ class Sizes:
         prompts_per_tag: GenEval-format prompts for each of the six tags.
         questions: of the answering benchmark.
         edits: of the editing benchmark.
+        dense: prompts of the suite of dense prompts.
+        pairs_per_type: pairs of a short and a long prompt of each type.
     """
 
     t2i: int = 12000
@@ -51,6 +54,8 @@ class Sizes:
     prompts_per_tag: int = 20
     questions: int = 200
     edits: int = 48
+    dense: int = 24
+    pairs_per_type: int = 8
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ def scene_to_json(scene: Scene) -> dict[str, Any]:
 
 
 def write_benchmarks(world: World, out: Path) -> None:
-    """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures."""
+    """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures; `dense/`
+    and `pairs/`.
+    """
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     glyphs = {name: ["".join(".#"[int(v)] for v in row) for row in mask] for name, mask in GLYPHS.items()}
@@ -186,6 +193,8 @@ def write_benchmarks(world: World, out: Path) -> None:
             }
         )
     _write_rows(out / "edits.jsonl", edits)
+    write_dense(Random(f"dense/{world.seed}"), world.sizes.dense, out / "dense")
+    write_pairs(Random(f"pairs/{world.seed}"), world.sizes.pairs_per_type, out / "pairs")
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

@@ -5,8 +5,10 @@ worlds; it is built from the `world.json` that such a world ships.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -42,6 +44,14 @@ class Scan:
 
     background: str
     detections: tuple[Detection, ...]
+
+
+class Detector(Protocol):
+    """What the rules look through."""
+
+    def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
+        """Read one picture; objects whose name is in `colored` need their colour."""
+        ...
 
 
 class TemplateDetector:
@@ -100,8 +110,8 @@ class TemplateDetector:
                     best = (index, float(overlap[index]))
         return best
 
-    def __call__(self, image: Image.Image) -> Scan:
-        """Read one picture of any mode; its pixels are taken as they are, without resizing."""
+    def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
+        """Read one picture of any mode; its pixels are taken as they are, without resizing. Every colour is told."""
         pixels = np.asarray(image.convert("RGB"), np.float32)
         distance = ((pixels[:, :, None] - self.palette) ** 2).sum(-1)
         nearest = distance.argmin(-1)

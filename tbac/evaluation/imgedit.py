@@ -1,9 +1,14 @@
 """ImgEdit: from a judge's replies to scores by kind of edit."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from tbac.evaluation.benchmarks import BenchmarkFileError
+
+PLACEHOLDER = "<edit_prompt>"  # in the judge's prompts: where the instruction stands
 NUM_KINDS = 9  # of the published macro mean
 
 
@@ -71,3 +76,60 @@ def edit_scores(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> 
     means = {kind: round(sum(scores) / len(scores), 2) for kind, scores in by_kind.items()}
     every = [score for scores in by_kind.values() for score in scores]
     return EditScores(sum(means.values()) / len(means), sum(every) / len(every), means, len(every), unscored)
+
+
+@dataclass(frozen=True)
+class EditItem:
+    """An edit of ImgEdit: its kind, the instruction, and the picture that it changes."""
+
+    kind: str
+    instruction: str
+    image: Path
+
+
+def read_imgedit(path: str | Path, images: str | Path) -> dict[str, EditItem]:
+    """Edits by key, from ImgEdit's single-turn file.
+
+    Args:
+        path: JSON: key -> `id` (the picture, relative to `images`), `prompt`, `edit_type`.
+        images: folder of the source pictures.
+
+    Raises:
+        BenchmarkFileError: naming file, key and field, or a picture that isn't there.
+    """
+    rows = _read_object(path)
+    items = {}
+    for key, row in rows.items():
+        for name in ("id", "prompt", "edit_type"):
+            if not isinstance(row, dict) or not isinstance(row.get(name), str):
+                raise BenchmarkFileError(f"{path}: edit {key!r} needs {name!r} as str")
+        items[key] = EditItem(row["edit_type"], row["prompt"], Path(images).expanduser() / row["id"])
+    if absent := [item.image for item in items.values() if not item.image.is_file()]:
+        raise BenchmarkFileError(f"{len(absent)} pictures of {path} aren't there, such as {absent[0]}")
+    return items
+
+
+def read_judge_prompts(path: str | Path, kinds: set[str]) -> dict[str, str]:
+    """Kind -> what the judge is told, with `<edit_prompt>` for the instruction.
+
+    Raises:
+        BenchmarkFileError: when one of `kinds` has none, or one without the placeholder.
+    """
+    prompts = _read_object(path)
+    for kind in sorted(kinds):
+        if not isinstance(prompts.get(kind), str) or PLACEHOLDER not in prompts[kind]:
+            raise BenchmarkFileError(f"{path} needs a prompt with {PLACEHOLDER} for edits of kind {kind!r}")
+    return prompts
+
+
+def _read_object(path: str | Path) -> dict:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BenchmarkFileError(f"benchmark file {file} doesn't exist")
+    try:
+        rows = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
+    if not isinstance(rows, dict) or not rows:
+        raise BenchmarkFileError(f"{file} must hold a JSON object with at least one entry")
+    return rows

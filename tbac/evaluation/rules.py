@@ -13,6 +13,34 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """Which detections count.
+
+    Attributes:
+        score: the score that a detection must exceed,
+        counting: and the one for prompts with the tag `counting`.
+        most: detections of one class, the best ones.
+    """
+
+    score: float = 0.0
+    counting: float = 0.0
+    most: int = 10**6
+
+    def apply(self, detections: Sequence[Detection], tag: str) -> list[Detection]:
+        """Those that count for a prompt with this tag, the best first."""
+        least = self.counting if tag == "counting" else self.score
+        kept: dict[str, list[Detection]] = {}
+        for detection in sorted(detections, key=lambda d: -d.score):
+            if detection.score > least and len(own := kept.setdefault(detection.name, [])) < self.most:
+                own.append(detection)
+        return [detection for own in kept.values() for detection in own]
+
+
+GENEVAL_THRESHOLDS = Thresholds(score=0.3, counting=0.9, most=16)
+EVERY = Thresholds()
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Whether a picture is right, and if not why."""
 
@@ -33,7 +61,9 @@ def relations(first: Detection, second: Detection) -> set[str]:
     return {name for holds, name in (*named, (y > POSITION_SINE, "below")) if holds}
 
 
-def judge_geneval(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> Verdict:
+def judge_geneval(
+    detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds = EVERY
+) -> Verdict:
     """GenEval's rules for one picture.
 
     Every entry of `include` needs at least `count` objects of its class, of its colour where it has one, standing in
@@ -43,9 +73,10 @@ def judge_geneval(detections: Sequence[Detection], metadata: Mapping[str, Any]) 
     Args:
         detections: what a detector found.
         metadata: a row of GenEval's `evaluation_metadata.jsonl`.
+        thresholds: which detections count; GenEval's own are `GENEVAL_THRESHOLDS`.
     """
     by_class: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda d: -d.score):
+    for detection in thresholds.apply(detections, metadata.get("tag", "")):
         by_class.setdefault(detection.name, []).append(detection)
     groups: list[list[Detection]] = []
     for wanted in metadata.get("include", ()):

@@ -79,6 +79,33 @@ def edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
     return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
 
 
+def read_prompt_folder(path: str | Path) -> dict[str, str]:
+    """Name -> prompt: the lines of a text file, by their numbers, or the text files of a folder, by their stems.
+
+    Raises:
+        ValueError: when there is nothing, or no text in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
+    elif path.is_file():
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = {f"{i:05d}": line for i, line in enumerate(line for line in lines if line)}
+    else:
+        raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")
+    if empty := [name for name, text in prompts.items() if not text]:
+        raise ValueError(f"benchmark.file={path}: {empty[0]}.txt is empty; it must hold a prompt")
+    if not prompts:
+        raise ValueError(f"benchmark.file={path} holds no prompt")
+    return prompts
+
+
+def folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
+    """`<name>.png`, or `<name>_<k>.png` with several samples."""
+    names = [(name, f"{name}_{k}.png" if samples > 1 else f"{name}.png", k) for name in prompts for k in range(samples)]
+    return [Target(path, name, prompts[name], (k,)) for name, path, k in names]
+
+
 def readable(path: Path) -> bool:
     """Whether a picture file decodes to its end."""
     try:

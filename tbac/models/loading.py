@@ -21,7 +21,7 @@ from tbac.models.architecture import Architecture, check_model, configs_of, read
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.denoiser import LadderDenoiser
 from tbac.models.ladder import Ladder
-from tbac.models.mllm import FrozenMLLM
+from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
 from tbac.models.taps import TapPlan, TapRule
 from tbac.models.uniimage import FORMAT, PROMPT_EMBEDDINGS, Provenance, UniImage, read_state
@@ -173,6 +173,29 @@ def load_mllm(
         raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
     table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
     return FrozenMLLM(_keep_layout(model), load_whole, text.num_hidden_layers, table)
+
+
+def open_mllm(option: str, source: str, dtype: str, quantization: str | None = None) -> tuple[Path, FrozenMLLM]:
+    """A whole MLLM that only answers, and its folder.
+
+    Args:
+        option: what the user calls it, for messages.
+        source: folder or hub id.
+        dtype: of its weights.
+        quantization: of its decoder layers: `nf4`, `int8`, or None.
+
+    Raises:
+        ValueError: for anything that doesn't fit or isn't there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
+    check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
+    folder = local_folder(option, source, MLLM_FILES)
+    with _no_report():
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
+    return folder, FrozenMLLM(_keep_layout(model))
 
 
 def _keep_layout(model: Any) -> Any:

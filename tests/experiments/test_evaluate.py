@@ -1,15 +1,21 @@
-"""GenEval's steps: a tree on any number of processes, scored and reported, and gone on with."""
+"""The steps of a benchmark: a tree on any number of processes, scored and reported, and gone on with."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
+from tests.endpoint import Server, completion, serving
 from tests.experiments.test_applications import FEW, ran
 from tests.experiments.test_errors import message
 
-COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2", "benchmark.batch_size=5"]
+COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
 
 
 def tree(out: str) -> dict[str, bytes]:
@@ -24,13 +30,19 @@ def _trained(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=one")
     report = json.loads(Path("one/report.json").read_text())
-    rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
+    judge, *rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
+    assert judge == {"judge": "tbac.evaluation.detectors.TemplateDetector.from_world"}
     assert report["pictures"] == len(rows) == sum(name.endswith(".png") for name in tree("one"))
     assert not report["missing"]
     assert not report["comparable"]
     assert "2 each; judge tbac.evaluation.detectors.TemplateDetector" in report["protocol"]
-    assert Image.open("one/wrong.png").width > 100
-    assert "Not comparable with published numbers" in Path("one/report.md").read_text()
+    assert Image.open("one/worst.png").width > 100
+    text = Path("one/report.md").read_text()
+    assert "Not comparable with published numbers: 12 prompts instead of 553; 2 samples per prompt instead of 4" in text
+    assert "| TBAC-UniImage-3B, published | 0.87 | 0.99 |" in text
+    page = Path("one/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<td>0.87</td>" in page
 
     for rank in (0, 1, 2):
         ran("evaluate", capfd, *COMMON, "out=three", "steps=[generate]", f"rank={rank}", "world_size=3")
@@ -74,3 +86,140 @@ def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture
     ran("evaluate", capfd, *COMMON, "checkpoint=other", "out=one", "overwrite=true", "steps=[generate]")
     assert tree("one").keys() == before.keys()
     assert tree("one") != before
+
+
+def result(out: str) -> dict:
+    return json.loads(Path(out, "report.json").read_text())
+
+
+@pytest.mark.parametrize(("benchmark", "pictures"), [("dpg", 2), ("tiif", 10), ("tiif_mini", 10)])
+def test_suites_with_questions_are_drawn_by_any_number_of_processes_and_scored(
+    benchmark: str, pictures: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*COMMON, f"benchmark={benchmark}"]
+    ran("evaluate", capfd, *options, "out=one")
+    made = {p.relative_to("one").as_posix(): p.read_bytes() for p in Path("one", benchmark).rglob("*.png")}
+    assert len(made) == result("one")["pictures"] == pictures
+    for rank in (0, 1):
+        ran("evaluate", capfd, *options, "out=two", "steps=[generate]", f"rank={rank}", "world_size=2")
+    assert {p.relative_to("two").as_posix(): p.read_bytes() for p in Path("two", benchmark).rglob("*.png")} == made
+    assert not result("one")["failed"]
+    assert not result("one")["comparable"]
+    first = sorted(made)[0]
+    Path("one", first).unlink()
+    ran("evaluate", capfd, *options, "out=one", "steps=[score,report]")
+    assert result("one")["missing"] == [first.removeprefix(f"{benchmark}/")]
+
+
+def test_a_killed_run_goes_on_to_the_same_tree(capfd: pytest.CaptureFixture[str]) -> None:
+    ran("evaluate", capfd, *COMMON, "out=whole", "steps=[generate]")
+    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), *COMMON, "out=cut", "steps=[generate]"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(Path("cut").rglob("*.png"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 3 <= len(tree("cut")) - len(list(Path("cut").rglob("metadata.jsonl"))) < len(tree("whole"))
+    ran("evaluate", capfd, *COMMON, "out=cut", "steps=[generate]")
+    kept = {name: data for name, data in tree("cut").items() if not Path(name).name.startswith(".")}
+    assert kept == tree("whole")
+
+
+def test_ones_own_prompts_give_pictures_and_a_sheet(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("a red circle\n\na blue square\n")
+    options = [*COMMON, "benchmark=folder", "benchmark.file=prompts.txt"]
+    ran("evaluate", capfd, *options, "out=one")
+    names = sorted(p.name for p in Path("one/folder").glob("*.png"))
+    assert names == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
+    assert result("one")["pictures"] == 4
+    assert Image.open("one/pictures.png").width > 100
+    Path("texts").mkdir()
+    Path("texts/cat.txt").write_text("a red circle")
+    ran("evaluate", capfd, *options, "benchmark.file=texts", "samples=1", "out=two")
+    assert [p.name for p in Path("two/folder").glob("*.png")] == ["cat.png"]
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serving(monkeypatch) as server:
+        yield server
+
+
+def write_imgedit(world: Path) -> list[str]:
+    rows = {
+        str(i): {"id": f"pictures/edit_{i:04d}.png", "prompt": f"make it {color}", "edit_type": kind}
+        for i, (color, kind) in enumerate([("red", "adjust"), ("blue", "adjust"), ("green", "style")])
+    }
+    Path("edits.json").write_text(json.dumps(rows))
+    Path("prompts.json").write_text(json.dumps({kind: "rate <edit_prompt>" for kind in ("adjust", "style")}))
+    files = [
+        "benchmark.file=edits.json",
+        f"benchmark.images={world / 'benchmarks'}",
+        "benchmark.questions=prompts.json",
+    ]
+    return ["benchmark=imgedit", *files, "judge=endpoint", "judge.max_retries=0", "judge.timeout=5"]
+
+
+def test_edits_are_rated_and_what_the_judge_fails_at_is_counted_and_asked_again(
+    in_world: Path, endpoint: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*COMMON, *write_imgedit(in_world)]
+    endpoint.answers = [completion("a: 5\nb: 4\nc: 4"), (500, "broken"), completion("a: 2")]
+    ran("evaluate", capfd, *options, "out=one")
+    assert [len(r["messages"][0]["content"]) for r in endpoint.requests] == [3, 3, 3]  # text, source, edited
+    report = result("one")
+    assert (report["adjust"], report["style"], report["overall"]) == (4.33, 2.0, pytest.approx((4.33 + 2) / 2))
+    assert list(report["failed"]) == ["1.png"]
+    assert "1 edits without a rating, which are in no mean" in report["differences"]
+
+    endpoint.answers = [completion("a: 1")]
+    ran("evaluate", capfd, *options, "out=one", "steps=[score,report]")
+    assert len(endpoint.requests) == 4
+    assert result("one")["mean over edits"] == pytest.approx((4.33 + 1 + 2) / 3)
+    assert not result("one")["failed"]
+
+
+def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt_id": i, "Prompt": f"p{i}", "Explanation": "e", "Category": category}
+        for i, category in enumerate(("Cultural knowledge", "time", "space", "biology", "physics", "chemistry"))
+    ]
+    Path("wise.json").write_text(json.dumps(rows))
+    endpoint.answers = [completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]
+    ran("evaluate", capfd, *COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "out=one")
+    assert result("one")["overall"] == pytest.approx((0.7 * 2 + 0.2) / 2)
+    assert len(endpoint.requests) == 6
+
+
+def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.samples.prompts=[]", "logger=mlflow")
+    ran("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
+    run_id = Path("logged/mlflow_run_id").read_text().strip()
+    client = MlflowClient("sqlite:///mlflow.db")
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["geneval/overall"] == result("one")["overall"]
+    assert {"report.json", "report.md", "report.html"} <= {f.path for f in client.list_artifacts(run_id)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["benchmark=dpg", "benchmark.mode=strict"], "benchmark.mode must be official or fixed, got 'strict'"),
+        (["benchmark=dpg", "benchmark.file=absent"], "DPG-Bench's folder absent has no prompt"),
+        (["benchmark=dpg", "benchmark.questions=null", "steps=[score]"], "benchmark.questions is needed for scoring"),
+        (["benchmark=tiif", "benchmark.file=absent"], "TIIF-Bench's folder absent has no *.jsonl file"),
+        (["benchmark=wise", "benchmark.file=absent"], "WISE's prompts absent don't exist"),
+        (["benchmark=folder", "benchmark.file=absent"], "benchmark.file=absent is neither a text file"),
+        (["benchmark=imgedit"], "benchmark.file"),
+        (["benchmark=dpg", "judge=endpoint", "steps=[score]"], "judge=endpoint needs OPENAI_BASE_URL"),
+        (["judge=local", "judge.mllm=absent", "steps=[score]"], "judge.mllm=absent: no such folder"),
+        (["benchmark.name=other"], "benchmark.name must be one of geneval, dpg, tiif"),
+    ],
+)
+def test_bad_benchmarks_are_named(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert words in message("evaluate", capfd, *COMMON, "out=x", *arguments)

@@ -1,11 +1,13 @@
 """The main job, end to end: python experiments/demo.py
 
 Builds the shapes world, trains the three stages one after the other, scores the model before training and after each
-stage, draws, edits, answers, and writes `report.json`, `report.md` and a contact sheet.
+stage, draws, edits, answers, and writes `report.json`, `report.md` and a contact sheet. `experiment=shapes_full` does
+the same for longer, and scores more.
 """
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,15 @@ from PIL import Image
 
 from data_prep.shapes.build import build
 from data_prep.shapes.pretrain_autoencoder import pixels_of
+from experiments.benchmarks.suites import SUITES
 from experiments.common import CONF, open_model, output_dir, plain, user_errors
-from experiments.evaluate import evaluate
+from experiments.evaluate import evaluate, run_steps
 from experiments.train import train
 from tbac.evaluation.benchmarks import read_edits, read_geneval, read_questions, scan_from_json
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import picture_grid
 from tbac.sampling.pipeline import to_pil
-from tbac.training.tracking import ParentRun, parent_run
+from tbac.training.tracking import ParentRun, parent_run, tag_name
 
 log = logging.getLogger(__name__)
 PER_TAG = 6  # pictures of each tag on the contact sheet
@@ -116,13 +119,29 @@ def table(report: dict[str, Any]) -> str:
         "detector accuracy, reconstructions": report["detector_accuracy_reconstructed"],
     }
     lines += [f"| {name} | {value:.3f} |" for name, value in rows.items()]
+    lines += [f"| {name} | {value:.2f} |" for name, value in report["suites"].items()]
     return "\n".join(lines)
+
+
+def suite_scores(cfg: DictConfig, model: Path) -> dict[str, float]:
+    """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
+    scores: dict[str, float] = {}
+    for name in cfg.suites:
+        out = Path(cfg.out).absolute() / name
+        out.mkdir(parents=True, exist_ok=True)
+        chosen = [f"benchmark={name}", f"checkpoint={model}", f"out={out}", "overwrite=true", "device=cpu"]
+        suite_cfg = compose("evaluate", [*chosen, f"tracking_uri='{cfg.tracking_uri}'"])
+        suite = SUITES[name](suite_cfg.benchmark, suite_cfg.samples)
+        run_steps(suite_cfg, suite, out)
+        found = json.loads((out / "report.json").read_text())
+        scores |= {f"{suite.title}: {key}": found[key] for key in cfg.suites[name] if key in found}
+    return scores
 
 
 def train_config(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
     """The config of `experiments/train.py` for one stage on the shapes world."""
     chosen = [f"stage={stage}", "model=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
-    return compose("train", [*chosen, *cfg.train_overrides])
+    return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
 
 
 def score(pipeline: UniImagePipeline, detector: Any, cfg: DictConfig, name: str, run: ParentRun) -> dict[str, float]:
@@ -159,7 +178,10 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     after = evaluate(pipeline, detector, cfg.answers)
     pipeline.model.save_pretrained(out / "model")
     contact_sheet(pipeline, cfg, after["answers"], out / "contact_sheet.png")
+    suites = suite_scores(cfg, out / "model")
+    run.log_metrics({tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()})
     return {
+        "suites": suites,
         "stages": stages,
         "geneval": geneval,
         "edit": edits["score"],
@@ -180,6 +202,7 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     started = time.monotonic()
     out = Path(cfg.out)
+    os.environ["TBAC_SHAPES"] = cfg.world  # where all configs look for the world
     build(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
     with parent_run(cfg.tracking_uri, "tbac", "demo") as run:
@@ -188,9 +211,8 @@ def main(cfg: DictConfig) -> None:
         report["seconds_world"] = round(built - started, 1)
         report["seconds"] = round(time.monotonic() - started, 1)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (out / "report.md").write_text(
-            "# Shapes demo\n\n" + table(report) + "\n\n![contact sheet](contact_sheet.png)\n"
-        )
+        text = f"# {cfg.title}\n\n{table(report)}\n\n![contact sheet](contact_sheet.png)\n"
+        (out / "report.md").write_text(text)
         for name in ("report.json", "report.md", "contact_sheet.png"):
             run.log_file(out / name)
     print(f"\n{table(report)}\n")

@@ -23,7 +23,7 @@ from data_prep.shapes.build import build
 from data_prep.shapes.pretrain_autoencoder import pixels_of
 from experiments.benchmarks.suites import SUITES
 from experiments.common import CONF, open_model, output_dir, plain, user_errors
-from experiments.evaluate import evaluate, run_steps
+from experiments.evaluate import evaluate, score_suite
 from experiments.train import train
 from tbac.evaluation.benchmarks import read_edits, read_geneval, read_questions, scan_from_json
 from tbac.sampling import UniImagePipeline
@@ -127,14 +127,8 @@ def suite_scores(cfg: DictConfig, model: Path) -> dict[str, float]:
     """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
     scores: dict[str, float] = {}
     for name in cfg.suites:
-        out = Path(cfg.out).absolute() / name
-        out.mkdir(parents=True, exist_ok=True)
-        chosen = [f"benchmark={name}", f"checkpoint={model}", f"out={out}", "overwrite=true", "device=cpu"]
-        suite_cfg = compose("evaluate", [*chosen, f"tracking_uri='{cfg.tracking_uri}'"])
-        suite = SUITES[name](suite_cfg.benchmark, suite_cfg.samples)
-        run_steps(suite_cfg, suite, out)
-        found = json.loads((out / "report.json").read_text())
-        scores |= {f"{suite.title}: {key}": found[key] for key in cfg.suites[name] if key in found}
+        found = score_suite(name, model, Path(cfg.out) / name, cfg.tracking_uri)
+        scores |= {f"{SUITES[name].title}: {key}": found[key] for key in cfg.suites[name] if key in found}
     return scores
 
 

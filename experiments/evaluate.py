@@ -17,6 +17,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
@@ -112,6 +113,15 @@ def run_steps(cfg: DictConfig, suite: Benchmark, out: Path) -> None:
             len(report["failed"]),
             out / "report.md",
         )
+
+
+def score_suite(name: str, checkpoint: Path, out: Path, tracking_uri: str) -> dict[str, Any]:
+    """All steps of a benchmark with its default options, on the CPU; returns what its `report.json` holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [f"benchmark={name}", f"checkpoint='{checkpoint}'", f"out='{out.absolute()}'", "overwrite=true"]
+    cfg = compose("evaluate", [*chosen, f"tracking_uri='{tracking_uri}'", "device=cpu", "rank=0", "world_size=1"])
+    run_steps(cfg, SUITES[name](cfg.benchmark, cfg.samples), out)
+    return json.loads((out / "report.json").read_text())
 
 
 def judge_for(suite: Benchmark, cfg: DictConfig, out: Path) -> Any:

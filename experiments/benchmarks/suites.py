@@ -214,9 +214,12 @@ def quarters(grid: Image.Image) -> list[Image.Image]:
 class TIIF(_Asked):
     """Pairs of a short and a long prompt with yes/no questions."""
 
+    title = "TIIF-Bench"
+
     def __init__(self, cfg: DictConfig, samples: int) -> None:
         self.file, self.model_name, self.published = str(cfg.file), str(cfg.model_name), int(cfg.published)
-        self.title = "TIIF-Bench testmini" if cfg.name == "tiif_mini" else "TIIF-Bench"
+        if cfg.name == "tiif_mini":
+            self.title = "TIIF-Bench testmini"
         self.pairs = read_pairs(self.file, cfg.questions)
         self.asked = bool(cfg.questions)
 

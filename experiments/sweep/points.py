@@ -44,9 +44,14 @@ class Point:
         return file.read_text().strip() if file.is_file() else None
 
     @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What is reported of each of its stages."""
+        return self.report.get("stages", [self.report])
+
+    @property
     def checkpoint(self) -> Path:
         """Of the end of its training."""
-        return self.folder / "checkpoints" / Path(self.report["checkpoint"]).name
+        return self.folder / "checkpoints" / Path(self.stages[-1]["checkpoint"]).name
 
 
 def swept(name: str) -> dict[str, list[str]]:

@@ -45,6 +45,21 @@ def table(groups: Mapping[str, Sequence[Point]]) -> str:
     return markdown(["point", "seeds", "overall", "validation loss", *tags], rows)
 
 
+def suite_table(groups: Mapping[str, Sequence[Point]]) -> str:
+    """What further suites say, a row per group; nothing where there are none."""
+    names = list(next(iter(groups.values()))[0].scores.get("suites", {}))
+    if not names:
+        return ""
+    rows = []
+    for group, points in groups.items():
+        cells = [group]
+        for name in names:
+            values = [p.scores["suites"][name] for p in points if name in p.scores["suites"]]
+            cells.append(spread(values, 3 if name.startswith("edits") else 1) if values else "")
+        rows.append(cells)
+    return markdown(["point", *names], rows)
+
+
 def comparison(points: Sequence[Point]) -> str:
     """Whether the ladder beats the final state, seed by seed, at equal other choices."""
     by_choice: dict[tuple, dict[str, Point]] = {}
@@ -101,12 +116,14 @@ def write_report(
     _grid(groups, out / "grid.png")
     pictures.append(("The same prompts from the same noise; the lowest seed of each point", "grid.png"))
     best = next(iter(groups.values()))[0]
+    steps = [f"{stage['steps']} steps of {stage['name']}" for stage in best.stages]
     chosen = " ".join(f"{k}={v}" for k, v in best.choices.items() if k != SEED)
     sections = [
         f"# Sweep {name}",
-        f"{len(points)} of {expected} points are finished, {best.report['steps']} steps of {best.report['name']} each. "
+        f"{len(points)} of {expected} points are finished, {' and '.join(steps)} each. "
         f"`make sweep SWEEP={name}` printed this; ± is the standard deviation over seeds.",
         table(groups),
+        suite_table(groups),
         comparison(points),
         f"The best point on average: `python experiments/train.py sweep={name} hydra.mode=RUN {chosen}`.",
         *(f"## {title}\n\n![{title}]({file})" for title, file in pictures),

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from experiments.common import CONF, plain, user_errors
 from experiments.sweep.points import read_points, swept
 from experiments.sweep.report import write_report
-from experiments.sweep.score import score
+from experiments.sweep.score import SUITE_SCORES, score
 from tbac.training.tracking import metric_history, parent_run
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 @user_errors
 def main(cfg: DictConfig) -> None:
     choices = swept(cfg.name)
+    if unknown := set(cfg.suites) - {"edits", *SUITE_SCORES}:
+        raise ValueError(f"suites={sorted(unknown)} must be some of edits, {', '.join(SUITE_SCORES)}")
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = 1

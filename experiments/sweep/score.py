@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from experiments.common import open_model
-from experiments.evaluate import sampling_options
+from experiments.evaluate import sampling_options, score_suite
 from experiments.sweep.points import Point
-from tbac.evaluation.benchmarks import read_geneval, run_geneval
+from tbac.evaluation.benchmarks import read_geneval, run_edits, run_geneval
 from tbac.evaluation.trees import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
@@ -21,6 +21,7 @@ from tbac.training.checkpoints import FACTS, read_checkpoint
 from tbac.training.module import latents_of, noise_of
 
 FILE = "scores.json"
+SUITE_SCORES = {"dpg": ("overall",), "tiif": ("overall, short", "overall, long", "text, short", "text, long")}
 
 
 def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
@@ -28,11 +29,14 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
 
     Returns:
         `geneval` (overall and tags), `loss` of the validation set, `without` (MLLM layer -> loss when the contexts
-        that it feeds are zero), and `mix` (block by layer) where the mix of taps is learned.
+        that it feeds are zero), `mix` (block by layer) where the mix of taps is learned, and `suites` (name -> value)
+        where there are any.
     """
     file = point.folder / FILE
     if file.is_file():
-        return json.loads(file.read_text())
+        known = json.loads(file.read_text())
+        if known["asked"] == list(cfg.suites):
+            return known
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
     rows = read_geneval(cfg.geneval.file)
     result = run_geneval(pipeline, rows, detector, sampling_options(cfg.geneval))
@@ -48,9 +52,24 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         **losses(model, point.checkpoint),
         "layers": list(plan.layers),
         "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
+        "asked": list(cfg.suites),
+        "suites": suites(point, cfg, pipeline, detector),
     }
     write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
+
+
+def suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
+    """What the further suites say, each by its own name."""
+    found: dict[str, float] = {}
+    for name in cfg.suites:
+        if name == "edits":
+            result = run_edits(pipeline, cfg.edits.file, detector, sampling_options(cfg.edits))
+            found |= {f"edits: {key}": result[key] for key in ("score", "happened", "kept")}
+            continue
+        report = score_suite(name, point.checkpoint, point.folder / name, cfg.tracking_uri)
+        found |= {f"{name}: {key}": report[key] for key in SUITE_SCORES[name] if key in report}
+    return found
 
 
 def _first_of_each_tag(rows: list[dict], count: int) -> list[int]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments.sweep import plots
 from experiments.sweep.points import Point, swept
-from experiments.sweep.report import comparison, grouped, spread, table
+from experiments.sweep.report import comparison, grouped, spread, suite_table, table
 from tests.conftest import ROOT
 from tests.experiments.test_errors import run_app
 
@@ -20,7 +20,7 @@ FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_
 def point(taps: str, seed: int, overall: float, loss: float = 0.1, **choices: str) -> Point:
     scores = {
         "geneval": {"overall": overall, "counting": overall / 2}, "loss": loss, "layers": [1, 2], "mix": None,
-        "without": {"1": loss + 0.1, "2": loss + 0.2},
+        "without": {"1": loss + 0.1, "2": loss + 0.2}, "suites": {},
     }  # fmt: skip
     return Point(Path(f"{taps}{seed}"), {"taps": taps, "seed": str(seed), **choices}, {"steps": 1}, scores)
 
@@ -29,7 +29,7 @@ def point(taps: str, seed: int, overall: float, loss: float = 0.1, **choices: st
 def test_every_sweep_names_its_command_and_varies_something(name: str) -> None:
     first = (ROOT / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()[1]
     assert f"make sweep SWEEP={name} " in first
-    assert "taps" in swept(name)
+    assert len(swept(name)) > 1
 
 
 def test_an_unknown_sweep_is_named() -> None:
@@ -56,6 +56,14 @@ def test_the_ladder_is_compared_with_the_final_state_seed_by_seed() -> None:
     assert "0.1000 ± 0.2828; better in 1 of 2 pairs, on average better" in text
     assert "0.0500 ± 0.2121; better in 1 of 2 pairs, on average not better" in text
     assert comparison([point("uniform", 0, 0.1)]) == ""
+
+
+def test_further_suites_have_a_table_of_their_own() -> None:
+    points = [point("final", s, 0.2) for s in (0, 1)]
+    assert suite_table(grouped(points)) == ""
+    for number, p in enumerate(points):
+        p.scores["suites"] = {"edits: score": 0.5 + number / 10, "dpg: overall": 40.0 + 20 * number}
+    assert suite_table(grouped(points)).splitlines()[2] == "| taps=final | 0.550 ± 0.071 | 50.0 ± 14.1 |"
 
 
 def test_a_single_seed_has_no_spread() -> None:
@@ -107,3 +115,33 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
     assert (lost / "report.json").is_file()
     assert len(client.search_runs([experiment.experiment_id])) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_world")
+def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = json.dumps(FEW)
+    stages = [f"stage_overrides.{stage}={few}" for stage in ("t2i_pretrain", "ti2i_pretrain")]
+    overrides = [*stages, "experiment=as_released,references", "seed=0"]
+    arguments = [
+        "name=weaknesses",
+        f"out={tmp_path}/sweep",
+        f"tracking_uri='sqlite:///{tmp_path}/mlflow.db'",
+        "geneval.num_inference_steps=2",
+        "edits.num_inference_steps=2",
+        "suites=[edits,tiif]",
+        "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
+    ]
+    status, text = run_app("sweep.run", capfd, *arguments)
+    assert status == 0, text
+    report = (tmp_path / "sweep" / "report.md").read_text()
+    assert "2 of 12 points are finished, 2 steps of t2i_pretrain and 2 steps of ti2i_pretrain each" in report
+    assert "| point | edits: score | edits: happened | edits: kept | tiif: overall, short |" in report
+    assert "| experiment=references | 0." in report
+    found = json.loads((tmp_path / "sweep" / "report.json").read_text())
+    assert all("edits: kept" in point["scores"]["suites"] for point in found)
+    status, text = run_app("sweep.run", capfd, *arguments, "suites=[faces]")
+    assert status == 1
+    assert "suites=['faces'] must be some of edits, dpg, tiif" in text

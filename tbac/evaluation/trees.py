@@ -6,8 +6,10 @@ whole or not at all. What we note about them lies beside the tree, in `<tree>.re
 """
 
 import hashlib
+import io
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +60,7 @@ def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
     for i, row in enumerate(rows):
         folder = root / f"{i:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "metadata.jsonl", json.dumps(row).encode())
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode(), records_of(root))
 
 
 def dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
@@ -127,11 +129,25 @@ def grid_of(pictures: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Make a file in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """Make a file in one move.
+
+    Args:
+        path: the file; its folder must be there.
+        content: of the file.
+        scratch: folder on the same disk where it is made before, so that nothing half-made lies beside it even when the
+            process is killed; None = the file's own.
+    """
+    folder = scratch or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{uuid.uuid4().hex}"  # process numbers repeat on other machines
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def records_of(root: Path) -> Path:
+    """The folder beside a tree for what we note about it."""
+    return root.with_name(f"{root.name}.records")
 
 
 class Tree:
@@ -147,7 +163,7 @@ class Tree:
     def __init__(self, root: Path, settings: Mapping, overwrite: bool = False) -> None:
         self.root, self.overwrite = root, overwrite
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
-        self.records = root.with_name(f"{root.name}.records")
+        self.records = records_of(root)
 
     def _record(self, target: Target) -> Path:
         return self.records / f"{target.path}.json"
@@ -182,9 +198,9 @@ class Tree:
         for file in (path, record):
             file.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        grid_of(pictures).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        made = io.BytesIO()
+        grid_of(pictures).save(made, format="PNG")
+        write_whole(path, made.getvalue(), self.records)
         write_whole(record, json.dumps(self._expected(target)).encode())
 
 

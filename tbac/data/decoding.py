@@ -2,16 +2,26 @@
 
 import io
 import json
+import struct
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from tbac.types import Sample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+UNREADABLE = (  # what parsers of untrusted bytes raise
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, LookupError,
+    TypeError, ArithmeticError, AttributeError, RuntimeError, MemoryError, struct.error,
+)  # fmt: skip
+MAX_PIXELS = 2**26  # 8192 x 8192; larger ones are refused before they are decoded
+MIN_SIDE = 8
+MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; Qwen's resizing accepts no more
 
 
 class CorruptSampleError(ValueError):
@@ -19,26 +29,67 @@ class CorruptSampleError(ValueError):
 
 
 def decode_image(data: bytes, field: str) -> Image.Image:
-    """Decode all pixels, so that a file that breaks off is noticed here."""
+    """Decode all pixels, so that a file that breaks off is noticed here, as an upright RGB picture.
+
+    Pictures are turned as their EXIF says; transparent parts become white; 16-bit gray keeps its range.
+
+    Raises:
+        CorruptSampleError: for what isn't a readable JPEG, PNG or WebP, for animations, and for absurd sizes, which are
+            found out before any pixel is decoded.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        check_size(image.size, field)
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a camera's MPO holds previews, no motion
+            raise CorruptSampleError(f"{field} is animated")
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptSampleError(f"{field} is not a readable image ({error})") from None
-    return image
+        return to_rgb(ImageOps.exif_transpose(image))
+    except CorruptSampleError:
+        raise
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"{field} is not a readable image ({error or type(error).__name__})") from None
+
+
+def check_size(size: tuple[int, int], field: str) -> None:
+    """Raise CorruptSampleError for a width and height that no sensible picture has."""
+    short, long = sorted(size)
+    if short * long > MAX_PIXELS or short < MIN_SIDE or long > MAX_ASPECT_RATIO * short:
+        raise CorruptSampleError(
+            f"{field} has {size[0]} x {size[1]} pixels; accepted are sides from {MIN_SIDE}, up to {MAX_PIXELS} pixels "
+            f"and an aspect ratio up to {MAX_ASPECT_RATIO}"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits; what is transparent becomes white.
+
+    Raises:
+        ValueError: for pixels without a known range.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
 
 
 def decode_text(raw: Mapping[str, Any]) -> str:
     """The caption (`txt`), or the instruction or caption of `json`."""
     try:
         if "txt" in raw:
-            text = raw["txt"].decode()
+            text = raw["txt"].decode("utf-8-sig")
         elif "json" in raw:
             fields = json.loads(raw["json"])
             text = fields.get("instruction", fields.get("caption")) if isinstance(fields, dict) else None
         else:
             raise CorruptSampleError("neither txt nor json")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CorruptSampleError(f"text can't be read ({error})") from None
     if not isinstance(text, str) or not text.strip():
         raise CorruptSampleError("the caption or instruction is missing or empty")
@@ -81,6 +132,8 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
             latents = load_safetensors(packed)["latents"]
         except (SafetensorError, KeyError) as error:
             raise CorruptSampleError(f"cached latents can't be read ({error})") from None
+        if latents.ndim != 3:
+            raise CorruptSampleError(f"cached latents have shape {tuple(latents.shape)} instead of three axes")
         if not latents.isfinite().all():
             raise CorruptSampleError("cached latents aren't finite")
         return Sample(key, text, sources, None, latents.float(), origin)

@@ -3,7 +3,7 @@
 import logging
 import os
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tbac.data.shards import Source, ends_properly, read_manifest
 
 log = logging.getLogger(__name__)
 Members = dict[str, tuple[int, int]]  # field -> offset and size of its bytes
+NOWHERE = (0, 0)  # a field of which nobody can say which of two is meant; it reads as empty
 
 
 class TarIndex:
@@ -23,6 +24,8 @@ class TarIndex:
         samples: key and members of each.
         broken: why the tar can't be read to its end, or None. The last sample before a break is left out, since
             nothing says that it is complete.
+        refused: what kind of members were passed over, and how many: links and devices, sparse files, names that lead
+            out of the archive, fields that a sample has twice.
 
     Raises:
         OSError: when the file can't be opened.
@@ -31,22 +34,36 @@ class TarIndex:
     def __init__(self, path: Path) -> None:
         self.samples: list[tuple[str, Members]] = []
         self.broken: str | None = None
+        self.refused: Counter[str] = Counter()
         with path.open("rb") as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     while (member := tar.next()) is not None:
                         key, field = base_plus_ext(member.name)
-                        if not member.isfile() or not key or not field:
+                        if member.isdir() or not key or not field:
+                            continue
+                        if not member.isfile() or member.issparse():
+                            self.refused["not a plain file"] += 1
+                            continue
+                        if member.name.startswith("/") or ".." in member.name.split("/"):
+                            self.refused["a name that leads out of the archive"] += 1
                             continue
                         if not self.samples or self.samples[-1][0] != key:
                             self.samples.append((key, {}))
-                        self.samples[-1][1][field.lower()] = (member.offset_data, member.size)
+                        own = self.samples[-1][1]
+                        if field.lower() in own:
+                            self.refused["a second field of the same name"] += 1
+                            own[field.lower()] = NOWHERE
+                            continue
+                        own[field.lower()] = (member.offset_data, member.size)
             except (tarfile.TarError, EOFError) as error:
                 self.broken = str(error)
         if self.broken is None and not ends_properly(path):
             self.broken = "it has no end mark"
         if self.broken is not None:
             self.samples = self.samples[:-1]
+        for kind, count in self.refused.items():
+            log.warning("passed over %d members of %s: %s", count, path, kind)
 
 
 class TarReader:

@@ -112,7 +112,7 @@ def test_the_manifest_says_what_the_shards_hold(in_world: Path) -> None:
 
 def test_dropout_has_the_stated_probabilities() -> None:
     dropout = ConditionDropout(0.1, 0.2, 0.3)
-    edit = Sample("k", "go", [noise_image(0, (4, 4))])
+    edit = Sample("k", "go", [noise_image(0, (8, 8))])
     outcomes: Counter = Counter()
     for i in range(6000):
         sample = dropout(edit, Random(f"x/{i}"))
@@ -150,12 +150,12 @@ def test_several_sources_keep_their_order(tmp_path: Path) -> None:
     from tbac.data.shards import Source
     from tests.data.test_reader import reader_of, samples_of
 
-    fields = {f"source_{i}.png": noise_image(i, (4, 4)) for i in (10, 2, 1)}
-    fields = {"source.png": noise_image(0, (4, 4)), **fields, "target.png": noise_image(99, (4, 4))}
+    fields = {f"source_{i}.png": noise_image(i, (8, 8)) for i in (10, 2, 1)}
+    fields = {"source.png": noise_image(0, (8, 8)), **fields, "target.png": noise_image(99, (8, 8))}
     write_shards(tmp_path / "a", "train", [("k", {**fields, "json": {"instruction": "go"}})], 1)  # type: ignore[dict-item]
     sample = samples_of(reader_of(Source(str(tmp_path / "a"))))[0]
-    assert [s.tobytes() for s in sample.sources] == [noise_image(i, (4, 4)).tobytes() for i in (0, 1, 2, 10)]
-    assert sample.target.tobytes() == noise_image(99, (4, 4)).tobytes()  # type: ignore[union-attr]
+    assert [s.tobytes() for s in sample.sources] == [noise_image(i, (8, 8)).tobytes() for i in (0, 1, 2, 10)]
+    assert sample.target.tobytes() == noise_image(99, (8, 8)).tobytes()  # type: ignore[union-attr]
 
 
 def read_on(data: Any, batches: int) -> list[Batch]:

@@ -1,0 +1,160 @@
+"""Untrusted bytes: every kind of picture comes out right, or is refused by name."""
+
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tbac.data.decoding import CorruptSampleError, decode_image, decode_sample, decode_text
+from tbac.data.tars import TarIndex, TarReader
+from tests.conftest import noise_image
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def halves(mode: str, left: Any, right: Any) -> Image.Image:
+    image = Image.new(mode, (32, 16), left)
+    image.paste(right, (16, 0, 32, 16))
+    return image
+
+
+def seen(data: bytes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    image = decode_image(data, "png")
+    assert image.mode == "RGB"
+    pixels = np.asarray(image).astype(int)
+    return tuple(pixels[8, 4]), tuple(pixels[8, -4])
+
+
+def palette(transparent: bool) -> bytes:
+    image = halves("P", 0, 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return saved(image, "PNG", **({"transparency": 1} if transparent else {}))
+
+
+def test_every_mode_comes_out_as_it_looks() -> None:
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    assert seen(saved(halves("RGB", red, blue), "PNG")) == (red, blue)
+    assert seen(saved(halves("L", 7, 200), "PNG")) == ((7,) * 3, (200,) * 3)
+    assert seen(saved(halves("1", 0, 1), "PNG")) == ((0,) * 3, white)
+    assert seen(saved(halves("LA", (7, 255), (7, 0)), "PNG")) == ((7,) * 3, white)
+    assert seen(saved(halves("RGBA", (*red, 255), (*blue, 0)), "PNG")) == (red, white)
+    assert seen(palette(False)) == (red, blue)
+    assert seen(palette(True)) == (red, white)
+    assert seen(saved(halves("RGBA", (*red, 255), (*blue, 0)), "WEBP", lossless=True)) == (red, white)
+    deep = Image.fromarray(np.repeat(np.array([[257 * 7] * 16 + [257 * 200] * 16], np.uint16), 16, 0))
+    assert seen(saved(deep, "PNG")) == ((7,) * 3, (200,) * 3)
+    cyan, yellow = seen(saved(halves("CMYK", (255, 0, 0, 0), (0, 0, 255, 0)), "JPEG", quality=95))
+    assert np.abs(np.subtract(cyan, (0, 255, 255))).max() < 8
+    assert np.abs(np.subtract(yellow, (255, 255, 0))).max() < 8
+
+
+def test_pictures_are_turned_upright() -> None:
+    image, exif = noise_image(1, (24, 16)), Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    made = decode_image(saved(image, "PNG", exif=exif.tobytes()), "png")
+    assert made.size == (16, 24)
+    assert np.array_equal(np.asarray(made), np.rot90(np.asarray(image), -1))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size and whose data is a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+FRAMES = [noise_image(i, (16, 16)) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not a readable image"),
+        (b"\xff\xd8 not a jpeg", "not a readable image"),
+        (saved(noise_image(0), "JPEG")[:200], "not a readable image"),
+        (saved(noise_image(0), "PNG")[:-60], "not a readable image"),
+        (saved(noise_image(0), "GIF"), "not a readable image"),
+        (saved(noise_image(0), "BMP"), "not a readable image"),
+        (saved(noise_image(0), "TIFF"), "not a readable image"),
+        (saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "is animated"),
+        (saved(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "is animated"),
+        (png_of_size(100_000, 100_000), "not a readable image"),
+        (png_of_size(12_000, 12_000), "has 12000 x 12000 pixels"),
+        (png_of_size(10_000, 10), "aspect ratio up to 200"),
+        (png_of_size(7, 7), "sides from 8"),
+        (png_of_size(64, 64), "not a readable image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable image"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_isnt_a_sensible_picture_is_refused_by_name(data: bytes, words: str) -> None:
+    with pytest.raises(CorruptSampleError, match=f"source.png.*{words}"):
+        decode_image(data, "source.png")
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"txt": b"caf\xe9"}, "text can't be read"),
+        ({"txt": b" \n"}, "missing or empty"),
+        ({"json": b"{"}, "text can't be read"),
+        ({"json": b"[" * 100_000}, "text can't be read"),
+        ({"json": b'{"instruction": 3}'}, "missing or empty"),
+        ({}, "neither txt nor json"),
+    ],
+)
+def test_captions_that_cant_be_read_are_refused(raw: dict, words: str) -> None:
+    with pytest.raises(CorruptSampleError, match=words):
+        decode_text(raw)
+
+
+def test_a_byte_order_mark_isnt_part_of_the_caption() -> None:
+    assert decode_text({"txt": "\ufeffa cat".encode()}) == "a cat"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def test_tricks_in_archives_are_passed_over_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = saved(noise_image(0), "PNG")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "good.png", picture)
+        add(tar, "good.txt", b"a cat")
+        add(tar, "../../etc/passwd.txt", b"root")
+        add(tar, "/etc/shadow.txt", b"root")
+        add(tar, "link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.txt", type=tarfile.LNKTYPE, linkname="good.txt")
+        add(tar, "device.txt", type=tarfile.CHRTYPE)
+        add(tar, "twice.png", picture)
+        add(tar, "twice.txt", b"a cat")
+        add(tar, "twice.txt", b"a dog")
+    index = TarIndex(tmp_path / "x.tar")
+    assert [key for key, _ in index.samples] == ["good", "twice"]
+    assert index.refused == {
+        "a name that leads out of the archive": 2,
+        "not a plain file": 3,
+        "a second field of the same name": 1,
+    }
+    assert "passed over 3 members" in caplog.text
+    reader = TarReader()
+    assert decode_sample(reader.read(tmp_path / "x.tar", 0)).text == "a cat"
+    with pytest.raises(CorruptSampleError, match="missing or empty"):
+        decode_sample(reader.read(tmp_path / "x.tar", 1))

@@ -30,6 +30,61 @@ def encode_field(name: str, value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+class _Hashing:
+    """A file that is hashed and counted while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class ShardWriter:
+    """Writes one tar whose bytes depend on its samples alone; it has its name only when it is complete.
+
+    Args:
+        path: of the tar.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.samples = path, 0
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._file = _Hashing(self._partial)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w")  # type: ignore[arg-type]  # it writes and asks where
+
+    def add(self, key: str, fields: Mapping[str, Any]) -> None:
+        """Add a sample: field -> image, text, JSON, latents, or bytes.
+
+        Raises:
+            ValueError: for a key that WebDataset would split.
+        """
+        if not key or "." in key or "/" in key:
+            raise ValueError(f"sample key {key!r} must hold neither a dot nor a slash")
+        for name, value in fields.items():
+            data = encode_field(name, value)
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self.samples += 1
+
+    def close(self) -> dict[str, Any]:
+        """Finish the tar; returns its entry of the manifest."""
+        self._tar.close()
+        self._file.close()
+        self._partial.rename(self.path)
+        return {"samples": self.samples, "bytes": self._file.size, "sha256": self._file.digest.hexdigest()}
+
+
 def write_shards(
     folder: Path,
     split: str,
@@ -55,36 +110,14 @@ def write_shards(
     if file.is_file():
         manifest = json.loads(file.read_text())
     manifest.update(facts or {})
-    batch: list[tuple[str, Mapping[str, Any]]] = []
+    shards, writer = manifest["shards"], None
     index = 0
-
-    def flush() -> None:
-        nonlocal index, batch
-        if batch:
-            name = f"{split}-{index:06d}.tar"
-            manifest["shards"][name] = _write_tar(folder / name, batch)
-            index, batch = index + 1, []
-
     for key, fields in samples:
-        if "." in key or "/" in key:
-            raise ValueError(f"sample key {key!r} must hold neither a dot nor a slash")
-        batch.append((key, fields))
-        if len(batch) == samples_per_shard:
-            flush()
-    flush()
+        if writer is None:
+            writer = ShardWriter(folder / f"{split}-{index:06d}.tar")
+        writer.add(key, fields)
+        if writer.samples == samples_per_shard:
+            shards[writer.path.name], writer, index = writer.close(), None, index + 1
+    if writer is not None:
+        shards[writer.path.name] = writer.close()
     file.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _write_tar(path: Path, samples: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Write one tar whose bytes depend on its content alone; returns its entry of the manifest."""
-    temporary = path.with_suffix(".partial")
-    with tarfile.open(temporary, "w") as tar:
-        for key, fields in samples:
-            for name, value in fields.items():
-                data = encode_field(name, value)
-                info = tarfile.TarInfo(f"{key}.{name}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    content = temporary.read_bytes()
-    temporary.rename(path)
-    return {"samples": len(samples), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

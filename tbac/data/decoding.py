@@ -25,7 +25,16 @@ MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; Qwen's resizing acc
 
 
 class CorruptSampleError(ValueError):
-    """A sample that is incomplete or can't be decoded; the message says why."""
+    """A sample that is incomplete or can't be decoded; the message says why.
+
+    Args:
+        message: names the field and what is wrong.
+        kind: what is wrong, in the same few words for all such samples, for counting.
+    """
+
+    def __init__(self, message: str, kind: str = "incomplete") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def decode_image(data: bytes, field: str) -> Image.Image:
@@ -41,13 +50,15 @@ def decode_image(data: bytes, field: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         check_size(image.size, field)
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a camera's MPO holds previews, no motion
-            raise CorruptSampleError(f"{field} is animated")
+            raise CorruptSampleError(f"{field} is animated", "animated image")
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except CorruptSampleError:
         raise
     except UNREADABLE as error:
-        raise CorruptSampleError(f"{field} is not a readable image ({error or type(error).__name__})") from None
+        raise CorruptSampleError(
+            f"{field} is not a readable image ({error or type(error).__name__})", "unreadable image"
+        ) from None
 
 
 def check_size(size: tuple[int, int], field: str) -> None:
@@ -56,7 +67,8 @@ def check_size(size: tuple[int, int], field: str) -> None:
     if short * long > MAX_PIXELS or short < MIN_SIDE or long > MAX_ASPECT_RATIO * short:
         raise CorruptSampleError(
             f"{field} has {size[0]} x {size[1]} pixels; accepted are sides from {MIN_SIDE}, up to {MAX_PIXELS} pixels "
-            f"and an aspect ratio up to {MAX_ASPECT_RATIO}"
+            f"and an aspect ratio up to {MAX_ASPECT_RATIO}",
+            "absurd size",
         )
 
 
@@ -88,11 +100,11 @@ def decode_text(raw: Mapping[str, Any]) -> str:
             fields = json.loads(raw["json"])
             text = fields.get("instruction", fields.get("caption")) if isinstance(fields, dict) else None
         else:
-            raise CorruptSampleError("neither txt nor json")
+            raise CorruptSampleError("neither txt nor json", "no caption")
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptSampleError(f"text can't be read ({error})") from None
+        raise CorruptSampleError(f"text can't be read ({error})", "unreadable text") from None
     if not isinstance(text, str) or not text.strip():
-        raise CorruptSampleError("the caption or instruction is missing or empty")
+        raise CorruptSampleError("the caption or instruction is missing or empty", "no caption")
     return text
 
 
@@ -126,18 +138,20 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
         sources.append(decode_image(found[1], found[0]))
     has_target = any(f.startswith("target.") for f in raw)
     if has_target and not sources:
-        raise CorruptSampleError("an edit sample without a source image")
+        raise CorruptSampleError("an edit sample without a source image", "no source image")
     if use_latents and (packed := raw.get("target.latent.safetensors", raw.get("latent.safetensors"))):
         try:
             latents = load_safetensors(packed)["latents"]
         except (SafetensorError, KeyError) as error:
-            raise CorruptSampleError(f"cached latents can't be read ({error})") from None
+            raise CorruptSampleError(f"cached latents can't be read ({error})", "unreadable latents") from None
         if latents.ndim != 3:
-            raise CorruptSampleError(f"cached latents have shape {tuple(latents.shape)} instead of three axes")
+            raise CorruptSampleError(
+                f"cached latents have shape {tuple(latents.shape)} instead of three axes", "unreadable latents"
+            )
         if not latents.isfinite().all():
-            raise CorruptSampleError("cached latents aren't finite")
+            raise CorruptSampleError("cached latents aren't finite", "unreadable latents")
         return Sample(key, text, sources, None, latents.float(), origin)
     found = find_image(raw, "target" if has_target or sources else "")
     if found is None:
-        raise CorruptSampleError("no target image")
+        raise CorruptSampleError("no target image", "no target image")
     return Sample(key, text, sources, decode_image(found[1], found[0]), None, origin)

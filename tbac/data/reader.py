@@ -1,8 +1,9 @@
 """From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -20,10 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """Samples seen and refused by one reader."""
+    """Samples seen and refused by one reader, the latter also by kind."""
 
     seen: int = 0
     bad: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
 
 
 def check_bad_share(share: float) -> None:
@@ -106,18 +108,21 @@ class ShardReader(Dataset[Batch]):
                 "the newest checkpoint"
             ) from None
         except OSError as error:
-            raise CorruptSampleError(f"the shard can't be read ({error.strerror or error})") from None
+            raise CorruptSampleError(
+                f"the shard can't be read ({error.strerror or error})", "unreadable shard"
+            ) from None
         except IndexError:
             reason = self.tars.index(path).broken or "its manifest says more"
-            raise CorruptSampleError(f"the shard holds fewer samples ({reason})") from None
+            raise CorruptSampleError(f"the shard holds fewer samples ({reason})", "unreadable shard") from None
         try:
             return decode_sample(raw, self.use_latents)
         except CorruptSampleError as error:
-            raise CorruptSampleError(f"{raw['__key__']!s}: {error}") from None
+            raise CorruptSampleError(f"{raw['__key__']!s}: {error}", error.kind) from None
 
     def _refuse(self, what: str, why: CorruptSampleError) -> None:
         tally = self.tally
         tally.bad += 1
+        tally.kinds[why.kind] += 1
         log.warning("skipped %s: %s (%d bad of %d)", what, str(why).split("\n")[0], tally.bad, tally.seen)
         judged = -(-tally.seen // self.min_seen) * self.min_seen  # early on a few bad ones say little
         if tally.bad > self.max_bad_share * judged:

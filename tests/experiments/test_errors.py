@@ -16,8 +16,11 @@ SHAPES = ["model=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv",
 
 
 def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run an application in this process; returns exit status and what it printed."""
-    module = importlib.import_module(f"experiments.{name}")
+    """Run an application in this process; returns exit status and what it printed.
+
+    `name` is that of its module, in `experiments` unless it begins with `data_prep.`.
+    """
+    module = importlib.import_module(name if name.startswith("data_prep.") else f"experiments.{name}")
     GlobalHydra.instance().clear()
     argv, sys.argv = sys.argv, [f"{name}.py", *arguments]
     try:

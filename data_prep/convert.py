@@ -1,0 +1,31 @@
+"""A published dataset, or pictures of one's own, to shards: python data_prep/convert.py dataset=NAME dataset.path=…"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from data_prep.conversion import convert, table
+from experiments.common import CONF, user_errors
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="convert")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    if cfg.processes < 1:
+        raise ValueError(f"processes must be at least 1, got {cfg.processes}")
+    options = instantiate(cfg.options)
+    dataset = instantiate(cfg.dataset, _convert_="all")
+    out = Path(cfg.out).expanduser().absolute()
+    counts = convert(dataset, out, options, cfg.processes)
+    print(f"\n{dataset.name} in {out}:\n{table(counts)}")
+    if counts.expected is not None and counts.read != counts.expected:
+        log.warning("%s has %d samples; %d were found", dataset.name, counts.expected, counts.read)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Fields of samples as shards have them, from what datasets give."""
+
+import json
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from data_prep.conversion import Record, Rejected
+from data_prep.datasets.archives import FileStore, LookupFailedError
+from tbac.data.decoding import IMAGE_EXTENSIONS
+
+MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
+
+
+def image_extension(data: bytes, name: str = "") -> str:
+    """Extension of an image by its first bytes, or else by its name; "bin" when neither says."""
+    for magic, extension in MAGIC:
+        if data.startswith(magic):
+            return extension
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    suffix = PurePosixPath(name).suffix.lower().lstrip(".")
+    return suffix if suffix in IMAGE_EXTENSIONS else "bin"
+
+
+def text_to_image(key: str, text: str, image: bytes, name: str = "") -> Record:
+    """A text-to-image sample."""
+    return Record(key, {image_extension(image, name): image, "txt": text.encode()})
+
+
+def edit(key: str, instruction: str, sources: Sequence[bytes], target: bytes, kind: str = "") -> Record:
+    """An edit: `source`, `source_1`, …, `target`, and `json` of one constant schema."""
+    fields = {}
+    for number, source in enumerate(sources):
+        fields[f"source{f'_{number}' if number else ''}.{image_extension(source)}"] = source
+    fields[f"target.{image_extension(target)}"] = target
+    fields["json"] = json.dumps({"instruction": instruction, "kind": kind}).encode()
+    return Record(key, fields)
+
+
+def from_paths(
+    store: FileStore, key: str, text: object, output: object, inputs: Sequence[object] | None, kind: str = ""
+) -> Record | Rejected:
+    """A sample from paths of its pictures; an edit where `inputs` isn't None."""
+    if not isinstance(text, str) or not text.strip():
+        return Rejected(key, "no caption")
+    if not isinstance(output, str) or not output:
+        return Rejected(key, "no target image")
+    if inputs is not None and not inputs:
+        return Rejected(key, "no source image")
+    paths = [str(path) for path in inputs or ()]
+    try:
+        sources = [store.read(path) for path in paths]
+        target = store.read(output)
+    except LookupFailedError as error:
+        return Rejected(key, f"a picture that isn't found: {error}")
+    if inputs is None:
+        return text_to_image(key, text, target, output)
+    return edit(key, text, sources, target, kind)

@@ -1,0 +1,107 @@
+"""GPT-Image-Edit-1.5M: archives in parts with their metadata inside, or pictures with training JSON files."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.conversion import Record, Rejected
+from data_prep.datasets.archives import FileStore, archive_groups, unpacked
+from data_prep.datasets.fields import from_paths
+from data_prep.datasets.sharegpt4o import SLICE, read_list
+from tbac.data.shards import DataError
+
+EXPECTED = 1_553_575
+IMAGE_MARK = "<image>"  # in training conversations: where a picture stands
+
+
+def parse_row(row: dict) -> tuple[object, object, list, str]:
+    """Instruction, target, sources and kind, of either form of metadata."""
+    if "conversations" in row:
+        said = [turn.get("value", "") for turn in row["conversations"] if isinstance(turn, dict)]
+        asked = next((text for text in said if isinstance(text, str) and text.replace(IMAGE_MARK, "").strip()), "")
+        images = row.get("image")
+        images = images if isinstance(images, list) else []
+        return asked.replace(IMAGE_MARK, "").strip(), images[-1] if images else None, images[:-1], ""
+    source = row.get("input")
+    sources = source if isinstance(source, list) else [source] if source else []
+    return row.get("instruction"), row.get("output"), sources, str(row.get("instruction_type") or "")
+
+
+class GPTImageEdit:
+    """Each archive with its own metadata, or the files of a folder with the JSON files beside them.
+
+    Args:
+        path: folder with the archives, or with what they hold.
+        metadata: training JSON files (`{image: [input, output], conversations}`) relative to `path`; None takes the
+            metadata that the archives hold (`<task>/metadata/*.json`).
+
+    Raises:
+        DataError: when there is neither.
+    """
+
+    name, expected = "GPT-Image-Edit-1.5M", EXPECTED
+
+    def __init__(self, path: str, metadata: Sequence[str] | None = None) -> None:
+        self.root = Path(path).expanduser()
+        self.metadata = list(metadata or ())
+        self.groups = archive_groups(self.root)
+        if absent := [name for name in self.metadata if not (self.root / name).is_file()]:
+            raise DataError(f"dataset.metadata: {self.root / absent[0]} doesn't exist")
+        loose = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob("**/metadata/*.json"))
+        self.loose = [] if self.metadata else loose
+        if self.metadata and (packed := [group for group in self.groups if not _plain(group)]):
+            raise DataError(f"{packed[0][0]} is compressed; unpack it, or leave dataset.metadata out to use its own")
+        if not (self.groups or self.metadata or self.loose):
+            raise DataError(f"dataset.path={path} holds neither archives nor */metadata/*.json; see dataset.metadata")
+        self._store: FileStore | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_store": None}
+
+    def units(self) -> Sequence[str]:
+        """Archives with metadata of their own, or slices of the JSON files."""
+        if self.groups and not self.metadata:
+            return [group[0].relative_to(self.root).as_posix() for group in self.groups]
+        slices = []
+        for name in self.metadata or self.loose:
+            count = len(read_list(self.root / name))
+            slices += [f"{name}:{i}:{min(i + SLICE, count)}" for i in range(0, count, SLICE)]
+        return slices
+
+    def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
+        """Samples in the order of the metadata."""
+        if self.groups and not self.metadata:
+            yield from self._read_archive(unit, scratch)
+            return
+        if self._store is None:
+            self._store = FileStore([self.root], self.groups)
+        name, start, stop = unit.rsplit(":", 2)
+        rows = read_list(self.root / name)
+        for number in range(int(start), int(stop)):
+            yield self._sample(self._store, f"{name.removesuffix('.json')}_{number:07d}", rows[number])
+
+    def _read_archive(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
+        group = next(g for g in self.groups if g[0].relative_to(self.root).as_posix() == unit)
+        try:
+            store = FileStore(archives=[unpacked(group, scratch)])
+        except tarfile.TarError as error:
+            yield Rejected(f"{unit}: {error}", "an archive that breaks off")
+            return
+        for name in store.broken:
+            yield Rejected(name, "an archive that breaks off")
+        metadata = [name for name in store.names() if "/metadata/" in f"/{name}" and name.endswith(".json")]
+        if not metadata:
+            yield Rejected(unit, "an archive without metadata")
+        for name in sorted(metadata):
+            file = scratch / "metadata.json"
+            file.write_bytes(store.read(name))
+            for number, row in enumerate(read_list(file)):
+                yield self._sample(store, f"{name.removesuffix('.json')}_{number:07d}", row)
+
+    def _sample(self, store: FileStore, key: str, row: dict) -> Record | Rejected:
+        instruction, target, sources, kind = parse_row(row)
+        return from_paths(store, key, instruction, target, sources, kind)
+
+
+def _plain(group: Sequence[Path]) -> bool:
+    return not any(part in group[0].name for part in (".gz", ".xz", ".tgz"))

@@ -1,0 +1,75 @@
+"""Datasets that are WebDataset already: BLIP3o-Pretrain-Long-Caption, BLIP3o-Pretrain-JourneyDB, BLIP3o-60k."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.conversion import Record, Rejected
+from data_prep.datasets.fields import image_extension
+from tbac.data.shards import DataError
+from tbac.data.tars import NOWHERE, TarReader
+
+CAPTIONS = ("caption", "prompt", "text", "long_caption", "recaption")  # fields of `json` that may hold the caption
+
+
+class WebDatasetTars:
+    """Tars with an image and a caption for each key.
+
+    Keys are made unique by the name of their tar. A caption is `txt`, or else a field of `json`.
+
+    Args:
+        path: folder with the tars, at any depth.
+        name: of the dataset.
+        expected: number of samples, where it is known.
+        caption: field of `json` that holds the caption; None tries the usual ones.
+
+    Raises:
+        DataError: when there is no tar.
+    """
+
+    def __init__(self, path: str, name: str, expected: int | None = None, caption: str | None = None) -> None:
+        self.root, self.name, self.expected, self.caption = Path(path).expanduser(), name, expected, caption
+        self.tars = sorted(self.root.rglob("*.tar"))
+        if not self.tars:
+            raise DataError(f"dataset.path={path} holds no *.tar")
+
+    def units(self) -> Sequence[str]:
+        """One for each tar."""
+        return [tar.relative_to(self.root).as_posix() for tar in self.tars]
+
+    def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
+        """Samples in the order of the tar."""
+        path, reader = self.root / unit, TarReader()
+        index = reader.index(path)
+        stem = unit.removesuffix(".tar")
+        for number, (key, members) in enumerate(index.samples):
+            name = f"{stem}_{key}"
+            if NOWHERE in members.values():
+                yield Rejected(name, "a field that it has twice")
+                continue
+            yield self._record(name, reader.read(path, number))
+        for kind, count in index.refused.items():
+            if not kind.startswith("a second"):
+                for _ in range(count):
+                    yield Rejected(unit, f"a member that is {kind}")
+        if index.broken is not None:
+            yield Rejected(f"{unit}: {index.broken}", "an archive that breaks off")
+
+    def _record(self, name: str, raw: dict) -> Record | Rejected:
+        images = [(field, data) for field, data in raw.items() if field in ("jpg", "jpeg", "png", "webp")]
+        if len(images) != 1:
+            return Rejected(name, "no target image" if not images else "several target images")
+        text = raw.get("txt")
+        if text is None and "json" in raw:
+            try:
+                found = json.loads(raw["json"])
+            except (ValueError, RecursionError):
+                return Rejected(name, "unreadable text")
+            wanted = (self.caption,) if self.caption else CAPTIONS
+            said = next((found[c] for c in wanted if isinstance(found, dict) and isinstance(found.get(c), str)), None)
+            text = None if said is None else said.encode()
+        if text is None:
+            return Rejected(name, "no caption")
+        field, data = images[0]
+        fields = {image_extension(data, f"x.{field}"): data, "txt": text}
+        return Record(name, fields | ({"json": raw["json"]} if "json" in raw else {}))

@@ -10,7 +10,7 @@ READY := .venv/.ready
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu lint ui
+.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu shards-verify lint ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench: $(READY) ## speed and memory against the release's way, on the CPU, as ra
 
 bench-gpu: $(READY) ## the same at real sizes with random weights on a GPU, with the largest batches that fit
 	$(BIN)/python experiments/bench/run.py experiment=bench_gpu $(ARGS)
+
+shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
+	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)
 
 ui: $(READY) ## compare runs in the MLflow UI on 127.0.0.1:$(PORT)
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db} --host 127.0.0.1 --port $(PORT)

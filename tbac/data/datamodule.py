@@ -79,8 +79,20 @@ class ShardDataModule(L.LightningDataModule):
         for source, sizes in self.sizes.items():
             if not sum(sizes):
                 raise DataError(f"{source.path} gave no usable sample: its {source.split} shards are empty")
+        if use_latents and check_manifest:
+            self._check_cached_size()
         self.collator: Collator | None = None
         self._position: dict[str, Any] | None = None
+
+    def _check_cached_size(self) -> None:
+        """Refuse latents that were cached for pictures of another size."""
+        for source in self.shards:
+            cached = (read_manifest(_folder(source)) or {}).get("image_size")
+            if cached and cached != self.image_size:
+                raise DataError(
+                    f"the cached latents of {source.path} are of pictures of {cached} pixels, stage.image_size is "
+                    f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
+                )
 
     def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None) -> None:
         """Collate with this model's prompt code.

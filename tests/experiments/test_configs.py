@@ -20,6 +20,7 @@ OPTIONS = sorted(
 PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
+    "cache_latents": ["path=x", "out=x", "denoiser=x"],
     "convert": ["dataset=folder", "dataset.path=x", "out=x"],
     "evaluate": ["checkpoint=x", "out=x"],
     "export": ["checkpoint=x", "out=x"],

@@ -67,8 +67,8 @@ def curve(model: Any, folder: str, **options: Any) -> list[float]:
     module = module_of(model, steps=6)
     inner = module.training_step
 
-    def step(batch: Any, index: int) -> Any:
-        loss = inner(batch, index)
+    def step(batch: Any, batch_idx: int) -> Any:
+        loss = inner(batch, batch_idx)
         losses.append(loss.item())
         return loss
 

@@ -190,6 +190,15 @@ class ShardDataModule(L.LightningDataModule):
         """Samples that training has taken, of all processes together."""
         return self._position["position"] if self._position else 0
 
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Samples that training has taken of each source, of all processes together; by folder and split."""
+        counts = self._position["drawn"] if self._position else [0] * len(self.sources)
+        names = [f"{_folder(s).name}-{s.split}" for s in self.sources]
+        alike = {n for n in names if names.count(n) > 1}
+        names = [f"{n}-{i}" if n in alike else n for i, n in enumerate(names)]
+        return dict(zip(names, counts, strict=True))
+
     def _circumstances(self) -> dict[str, Any]:
         """What decides the sequence of samples, and how it is shared out."""
         return {
@@ -261,6 +270,10 @@ class StagedDataModule(L.LightningDataModule):
         stage = self.stages[self.current]
         stage.trainer = self.trainer
         return stage
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        return self.active.drawn
 
     def train_dataloader(self) -> "CleanLoader":
         return self.active.train_dataloader()

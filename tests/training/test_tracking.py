@@ -1,12 +1,16 @@
 """What is told to MLflow."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import mlflow
 import pytest
 
+from tbac.models import UniImage
+from tbac.training.callbacks.throughput import ThroughputMonitor
 from tbac.training.tracking import parent_run, tag_name
+from tests.training.test_module import data_of, module_of, trainer_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +39,18 @@ def test_a_parent_run_ends_as_its_block_does(fails: bool, tmp_path: Path) -> Non
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == ("FAILED" if fails else "FINISHED")
     assert run.data.metrics == {"a": 1.0}
+
+
+def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
+    world = os.environ["TBAC_SHAPES"]
+    sources = ",".join(
+        f"{{path: {world}/data/{name}, split: train, weight: {w}}}" for name, w in (("t2i", 3), ("edit", 1))
+    )
+    data = data_of(model, "stage=ti2i_pretrain", f"stage.sources=[{sources}]")
+    trainer = trainer_of(8, callbacks=[ThroughputMonitor(every=4)])
+    trainer.fit(module_of(model, steps=8), datamodule=data)
+    logged = {k.removeprefix("data/drawn/"): v.item() for k, v in trainer.logged_metrics.items() if "drawn" in k}
+    assert logged == data.drawn
+    assert set(logged) == {"t2i-train", "edit-train"}
+    assert sum(logged.values()) == 32
+    assert logged["t2i-train"] > logged["edit-train"] > 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from textwrap import shorten
 from typing import Any
 
 from experiments.bench.measure import markdown
@@ -15,8 +16,9 @@ from experiments.benchmarks.rows import Row, Summary
 from experiments.benchmarks.suites import opened
 from tbac.sampling.grid import picture_grid
 
-SHOWN = 40  # pictures on a sheet
+SHOWN = 40  # pictures on a sheet, but at most half of all
 WIDTH = 96  # least pixels of a picture on a sheet
+PROMPT, REASON = 100, 80  # characters of a caption
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ def score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Tabl
 def sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
     """Pictures with their prompts, and what is wrong with them."""
     images = [opened(root / row.picture) for row in rows]
-    captions = [f"{row.prompt}: {row.reason}" if row.reason and row.score != 1 else row.prompt for row in rows]
+    captions = [shorten(row.prompt, PROMPT, placeholder=" …") for row in rows]
+    for i, row in enumerate(rows):
+        if row.reason and row.score != 1:
+            captions[i] += f": {shorten(row.reason, REASON, placeholder=' …')}"
     picture_grid(images, columns=10, scale=max(1, WIDTH // images[0].width), captions=captions, wrap=15).save(file)
 
 
@@ -126,7 +131,8 @@ def write_report(
     if failed:
         parts.append(f"{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}")
     ordered = by_prompt(rows)
-    shown = [("Of the best prompts", "best", ordered[:SHOWN]), ("Of the worst prompts", "worst", ordered[::-1][:SHOWN])]
+    most = min(SHOWN, -(-len(ordered) // 2))
+    shown = [("Of the best prompts", "best", ordered[:most]), ("Of the worst prompts", "worst", ordered[::-1][:most])]
     if not ordered:
         shown = [("Pictures", "pictures", [row for row in rows if row.state == "scored"][:SHOWN])]
     for heading, file, chosen in shown:

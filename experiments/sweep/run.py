@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from data_prep.shapes.build import build
 from experiments.common import CONF, plain, user_errors
 from experiments.sweep.points import read_points, swept
 from experiments.sweep.report import write_report
@@ -19,6 +21,15 @@ from tbac.training.tracking import metric_history, parent_run
 
 log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def build_world(cfg: DictConfig) -> None:
+    """Build the shapes world where the sweep trains on it and it isn't there, so that a fresh clone can begin here."""
+    world = compose("shapes")
+    mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
+    if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
+        log.info("%s trains on the shapes world, which is built first", cfg.name)
+        build(world)
 
 
 def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
@@ -37,6 +48,7 @@ def main(cfg: DictConfig) -> None:
     choices = swept(cfg.name)
     if unknown := set(cfg.suites) - {"edits", *SUITE_SCORES}:
         raise ValueError(f"suites={sorted(unknown)} must be some of edits, {', '.join(SUITE_SCORES)}")
+    build_world(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.sweep import plots
@@ -115,6 +116,23 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
     assert (lost / "report.json").is_file()
     assert len(client.search_runs([experiment.experiment_id])) == 5
+
+
+def test_a_sweep_on_a_fresh_clone_begins_with_the_world(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TBAC_SHAPES", "absent")
+    built: list[str] = []
+
+    def build(cfg: DictConfig) -> None:
+        built.append(cfg.out)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("experiments.sweep.run.build", build)
+    status, text = run_app("sweep.run", capfd, "name=layer_selection_mini", "out=sweep")
+    assert status == 1
+    assert "enough" in text
+    assert built == ["absent"]
 
 
 @pytest.mark.slow

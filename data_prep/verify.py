@@ -62,8 +62,13 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
 
 
 def _look(tar: Path, listed: dict, count_tokens: Callable[[str], int]) -> Facts:
-    logging.getLogger("tbac.data.tars").setLevel(logging.ERROR)  # what it passes over is in the report
-    return look_at(tar, listed.get(tar.name), count_tokens)
+    logger = logging.getLogger("tbac.data.tars")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it passes over is in the report
+    try:
+        return look_at(tar, listed.get(tar.name), count_tokens)
+    finally:
+        logger.setLevel(level)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="verify")

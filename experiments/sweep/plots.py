@@ -61,6 +61,7 @@ def _heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], t
 def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     """A metric over steps: the mean over seeds, and its range. Returns whether there was anything to draw."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     drawn = False
     for name, runs in histories.items():
         series = [dict(run[metric]) for run in runs if metric in run]
@@ -74,8 +75,8 @@ def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
     axes.set_yscale("log")
-    axes.legend(fontsize=8)
     if drawn:
+        axes.legend(fontsize=7 if len(histories) > 8 else 8)
         _save(figure, path)
     plt.close(figure)
     return drawn
@@ -91,12 +92,18 @@ def learned_mix(points: Sequence[Point], path: Path) -> None:
 
 def bars_by_tap(values: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path) -> None:
     """For each group one panel: a bar per tap with the mean over seeds and its standard deviation."""
-    figure, axes = plt.subplots(1, len(values), figsize=(2.4 * len(values) + 1, 3.2), sharey=True, squeeze=False)
-    for panel, (name, taps) in zip(axes[0], values.items(), strict=True):
+    columns = min(4, len(values))
+    rows = -(-len(values) // columns)
+    size = (2.4 * columns + 1, 2.6 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for panel in axes.flat[len(values) :]:
+        panel.axis("off")
+    for panel, (name, taps) in zip(axes.flat, values.items(), strict=False):
         heights = [mean(v) for v in taps.values()]
         errors = [stdev(v) if len(v) > 1 else 0 for v in taps.values()]
         panel.bar(list(taps), heights, yerr=errors, color="#a1d99b", ecolor="#31a354", capsize=3)
         panel.set_title(name, fontsize=9)
         panel.set_xlabel("tap")
-    axes[0][0].set_ylabel(label)
+    for row in axes:
+        row[0].set_ylabel(label)
     _save(figure, path)

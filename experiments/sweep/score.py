@@ -35,7 +35,7 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     file = point.folder / FILE
     if file.is_file():
         known = json.loads(file.read_text())
-        if known["asked"] == list(cfg.suites):
+        if known.get("asked", []) == list(cfg.suites):
             return known
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
     rows = read_geneval(cfg.geneval.file)

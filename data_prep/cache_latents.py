@@ -33,18 +33,18 @@ def main(cfg: DictConfig) -> None:
             f"image_size={cfg.image_size} and batch_size={cfg.batch_size} must be at least 1, and rank={cfg.rank} "
             f"below world_size={cfg.world_size}"
         )
-    config = read_config("denoiser", cfg.denoiser, "vae/config.json")
-    factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
-    if cfg.image_size % factor:
-        raise ValueError(f"image_size={cfg.image_size} must be a multiple of {factor}, which the autoencoder needs")
+    read_config("denoiser", cfg.denoiser, "vae/config.json")
     folder = local_folder("denoiser", cfg.denoiser, DENOISER_FILES)
+    autoencoder = FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype])  # weights are read when used
+    if cfg.image_size % (step := autoencoder.compression):
+        raise ValueError(f"image_size={cfg.image_size} must be a multiple of {step}, which the autoencoder needs")
     device = pick_device(cfg.device)
     if device.type == "cuda" and cfg.world_size > 1:
         device = torch.device("cuda", cfg.rank % torch.cuda.device_count())
     cache_latents(
         source,
         out,
-        FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype]),
+        autoencoder,
         autoencoder_digest(folder),
         cfg.image_size,
         cfg.batch_size,

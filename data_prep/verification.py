@@ -53,9 +53,9 @@ class Facts:
         captions: digest of a caption -> how often it occurs.
         images: digest of a target image's bytes -> how often it occurs.
         geneval: captions of GenEval's templates.
+        geneval_named: some of them.
         edits: samples with input images.
         cached: samples with cached latents.
-        extensions: extension of the target -> number.
         schemas: fields of a sample -> number.
     """
 

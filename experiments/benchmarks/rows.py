@@ -9,8 +9,6 @@ from omegaconf import DictConfig
 
 from tbac.evaluation.trees import Target, readable
 
-STATES = ("scored", "missing", "failed")
-
 
 @dataclass(frozen=True)
 class Row:

@@ -25,7 +25,7 @@ from tbac.evaluation.trees import (
     read_prompt_folder,
     write_geneval_metadata,
 )
-from tbac.evaluation.wise import INSTRUCTION, ratings, read_wise, wiscore, wise_scores, wise_targets
+from tbac.evaluation.wise import INSTRUCTION, NUM_PROMPTS, ratings, read_wise, wiscore, wise_scores, wise_targets
 
 YES_OR_NO = "{question} Answer with yes or no."
 LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
@@ -377,7 +377,7 @@ class WISE(_Asked):
         """WiScore by category and overall; a missing picture has 0, one without ratings isn't counted."""
         numbers = {target.path: row.number for row, target in zip(self.prompts, self.targets(), strict=True)}
         counted = {numbers[row.picture]: row.score or 0.0 for row in rows if row.state != "failed"}
-        differences = count_difference(len(self.prompts), 1000, "prompts")
+        differences = count_difference(len(self.prompts), NUM_PROMPTS, "prompts")
         differences.append("the judge is instructed in our own words")
         if "gpt-4" not in judge_name.lower():
             differences.append(f"judged by {judge_name} instead of GPT-4o")

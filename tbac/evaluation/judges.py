@@ -20,9 +20,9 @@ from PIL import Image
 
 from tbac.evaluation.detectors import Detection, Scan
 from tbac.evaluation.rules import RELATIONS, Thresholds, relations
+from tbac.models.uniimage import ANSWER_SYSTEM
 
 THIRDS = (("top", "middle", "bottom"), ("left", "center", "right"))
-ANSWER_SYSTEM = "You are a helpful assistant."
 
 
 class JudgeError(RuntimeError):

@@ -187,10 +187,7 @@ def open_mllm(option: str, source: str, dtype: str, quantization: str | None = N
     Raises:
         ValueError: for anything that doesn't fit or isn't there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
+    check_precision("", dtype, quantization)
     check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
     folder = local_folder(option, source, MLLM_FILES)
     with _no_report():
@@ -297,10 +294,7 @@ def check_config(
     Raises:
         ValueError: for anything that doesn't fit or isn't there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"model.quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
+    check_precision("model.", dtype, quantization)
     parts = configs_of(mllm, denoiser, random_init, architecture)
     plan = check_model(parts, taps, ladder, num_queries)
     if query_phrases is not None and len(query_phrases) != num_queries:
@@ -311,6 +305,14 @@ def check_config(
     if empty := [p for p in query_phrases or () if not p.strip()]:
         raise ValueError(f"every phrase of model.query_phrases needs a word, got {empty[0]!r}")
     return parts, plan
+
+
+def check_precision(prefix: str, dtype: str, quantization: str | None) -> None:
+    """Raise ValueError for a type or a quantisation that there isn't; `prefix` is that of the options' names."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"{prefix}quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
 
 
 def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:

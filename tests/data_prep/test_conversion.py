@@ -45,14 +45,14 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> bytes:
     return path.read_bytes()
 
 
-def blip3o(folder: Path) -> None:
+def blip3o(folder: Path, shards: int = 2, each: int = 4) -> None:
     """Tars `sa_000000.tar` of `<key>.jpg` and `<key>.txt`."""
-    for shard in range(2):
+    for shard in range(shards):
         members = {}
-        for i in range(4):
-            members[f"sa_{shard}{i}.jpg"] = encoded(10 * shard + i)
+        for i in range(each):
+            members[f"sa_{shard}{i}.jpg"] = encoded(1000 * shard + i)
             members[f"sa_{shard}{i}.txt"] = f"a long caption {shard}{i}".encode()
-        write_tar(folder / f"sa_00000{shard}.tar", members)
+        write_tar(folder / f"sa_{shard:06d}.tar", members)
 
 
 def sharegpt(folder: Path) -> None:
@@ -239,12 +239,7 @@ def test_shards_dont_depend_on_the_number_of_processes(layout: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
-    for shard in range(6):
-        members = {}
-        for i in range(150):
-            members[f"{i:04d}.jpg"] = encoded(1000 * shard + i)
-            members[f"{i:04d}.txt"] = f"caption {i}".encode()
-        write_tar(tmp_path / "raw" / f"{shard}.tar", members)
+    blip3o(tmp_path / "raw", shards=6, each=150)
     rng = random.Random(0)
 
     def command(out: str) -> list[str]:

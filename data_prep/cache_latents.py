@@ -8,7 +8,8 @@ import torch
 from omegaconf import DictConfig
 
 from data_prep.latents import cache_latents
-from experiments.common import CONF, pick_device, user_errors
+from experiments.common import CONF, pick_device, plain, user_errors
+from tbac.data.buckets import parse_buckets
 from tbac.models.architecture import read_config
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.loading import DTYPES
@@ -33,11 +34,15 @@ def main(cfg: DictConfig) -> None:
             f"image_size={cfg.image_size} and batch_size={cfg.batch_size} must be at least 1, and rank={cfg.rank} "
             f"below world_size={cfg.world_size}"
         )
+    buckets = parse_buckets(plain(cfg)["buckets"], cfg.image_size)
+    if cfg.reducing_gap is not None and cfg.reducing_gap < 1:
+        raise ValueError(f"reducing_gap must be at least 1, or null to decode in full; got {cfg.reducing_gap}")
     read_config("denoiser", cfg.denoiser, "vae/config.json")
     folder = local_folder("denoiser", cfg.denoiser, DENOISER_FILES)
     autoencoder = FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype])  # weights are read when used
-    if cfg.image_size % (step := autoencoder.compression):
-        raise ValueError(f"image_size={cfg.image_size} must be a multiple of {step}, which the autoencoder needs")
+    step, name = autoencoder.compression, "buckets" if buckets else f"image_size={cfg.image_size}"
+    if any(side % step for size in (buckets.sizes if buckets else [(cfg.image_size,)]) for side in size):
+        raise ValueError(f"{name}: sides must be a multiple of {step}, which the autoencoder needs")
     device = pick_device(cfg.device)
     if device.type == "cuda" and cfg.world_size > 1:
         device = torch.device("cuda", cfg.rank % torch.cuda.device_count())
@@ -53,6 +58,8 @@ def main(cfg: DictConfig) -> None:
         cfg.rank,
         cfg.world_size,
         str(device),
+        buckets,
+        cfg.reducing_gap,
     )
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.shards import ShardWriter
+from tbac.data.buckets import Buckets
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
+from tbac.data.sizes import target_sizes
 from tbac.data.tars import NOWHERE, TarReader
-from tbac.data.transforms import to_pixels, to_square
+from tbac.data.transforms import crop_to, to_pixels
 from tbac.evaluation.trees import write_whole
 from tbac.models.autoencoder import FrozenAutoencoder
 
@@ -36,6 +38,8 @@ def cache_latents(
     rank: int = 0,
     world_size: int = 1,
     device: str = "cpu",
+    buckets: Buckets | None = None,
+    reducing_gap: float | None = 2.0,
 ) -> None:
     """Copy shards with the latents of their targets; goes on tar by tar where it stopped.
 
@@ -53,6 +57,8 @@ def cache_latents(
         rank: of this process.
         world_size: of all processes that share the tars.
         device: where the autoencoder runs.
+        buckets: `data.buckets` of the training to come.
+        reducing_gap: ditto, `data.reducing_gap`.
 
     Raises:
         DataError: when there is no tar, or the copies were made otherwise.
@@ -62,8 +68,10 @@ def cache_latents(
         raise DataError(f"path={source} holds no *.tar")
     recipe = {
         "source": _identity(source, tars), "autoencoder_digest": digest, "image_size": image_size,
-        "dtype": str(dtype).removeprefix("torch."), "keep_images": keep_images,
+        "dtype": str(dtype).removeprefix("torch."), "keep_images": keep_images, "reducing_gap": reducing_gap,
     }  # fmt: skip
+    if buckets:
+        recipe["buckets"] = [list(size) for size in buckets.sizes]
     work = out / WORK
     if not work.is_dir() and (out / MANIFEST).is_file():
         if (read_manifest(out) or {}).get("latents") != recipe:
@@ -78,7 +86,9 @@ def cache_latents(
     left = [tar for tar in tars[rank::world_size] if not (work / f"{tar.name}.json").is_file()]
     for tar in tqdm(left, unit="shard", desc="caching latents"):
         writer, bad = ShardWriter(out / tar.name), 0
-        for key, fields in _with_latents(tar, autoencoder, image_size, batch_size, dtype, keep_images, device):
+        for key, fields in _with_latents(
+            tar, autoencoder, image_size, buckets, reducing_gap, batch_size, dtype, keep_images, device
+        ):
             if fields is None:
                 bad += 1
             else:
@@ -95,6 +105,7 @@ def cache_latents(
         "shards": {name: entry["shard"] for name, entry in found.items()},
         "autoencoder_digest": digest,
         "image_size": image_size,
+        "buckets": recipe.get("buckets"),
         "latents": recipe,
         "left_out": sum(entry["left_out"] for entry in found.values()),
     }
@@ -110,6 +121,13 @@ def _identity(source: Path, tars: list[Path]) -> dict[str, Any]:
     return {tar.name: listed.get(tar.name, {}).get("sha256", tar.stat().st_size) for tar in tars}
 
 
+def _sizes(tar: Path, samples: int, image_size: int, buckets: Buckets | None) -> list[tuple[int, int]]:
+    """(height, width) that training crops the target of each sample to."""
+    if buckets is None:
+        return [(image_size, image_size)] * samples
+    return [buckets.sizes[i] for i in buckets.nearest(target_sizes(tar, use_latents=False))]
+
+
 Encoded = Iterator[tuple[str, Mapping[str, Any] | None]]
 
 
@@ -118,6 +136,8 @@ def _with_latents(
     tar: Path,
     autoencoder: FrozenAutoencoder,
     image_size: int,
+    buckets: Buckets | None,
+    reducing_gap: float | None,
     batch_size: int,
     dtype: torch.dtype,
     keep_images: bool,
@@ -130,21 +150,27 @@ def _with_latents(
     def flush() -> Encoded:
         if not waiting:
             return
-        encoded = autoencoder.encode(torch.stack([pixels for *_, pixels in waiting]).to(device)).to("cpu", dtype)
-        for (key, fields, _), latents in zip(waiting, encoded, strict=True):
+        encoded: dict[int, Tensor] = {}
+        for shape in {pixels.shape for *_, pixels in waiting}:
+            alike = [i for i, (*_, pixels) in enumerate(waiting) if pixels.shape == shape]
+            made = autoencoder.encode(torch.stack([waiting[i][2] for i in alike]).to(device)).to("cpu", dtype)
+            encoded |= zip(alike, made, strict=True)
+        for i, (key, fields, _) in enumerate(waiting):
             edit = any(name.startswith("target.") for name in fields)
             prefix = "target." if edit else ""
             kept = {k: v for k, v in fields.items() if keep_images or not _is_target(k)}
-            packed = save_safetensors({"latents": latents.contiguous().clone()})
+            packed = save_safetensors({"latents": encoded[i].contiguous().clone()})
             yield key, {**kept, f"{prefix}latent.safetensors": packed}
         waiting.clear()
 
-    for number, (key, members) in enumerate(reader.index(tar).samples):
+    samples = reader.index(tar).samples
+    sizes = _sizes(tar, len(samples), image_size, buckets)
+    for number, (key, members) in enumerate(samples):
         raw = reader.read(tar, number)
         try:
             if NOWHERE in members.values():
                 raise CorruptSampleError("a field that it has twice")
-            sample = decode_sample(raw, use_latents=False)
+            sample = decode_sample(raw, False, sizes[number], reducing_gap)
         except CorruptSampleError as error:
             log.warning("left out %s of %s: %s", key, tar, str(error).splitlines()[0])
             yield from flush()
@@ -152,7 +178,7 @@ def _with_latents(
             continue
         assert sample.target is not None
         fields = {k: v for k, v in raw.items() if not k.startswith("__") and not k.endswith("latent.safetensors")}
-        waiting.append((key, fields, to_pixels(to_square(sample.target, image_size))))
+        waiting.append((key, fields, to_pixels(crop_to(sample.target, sizes[number]))))
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()

@@ -171,7 +171,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
         log.info("starting from the weights of %s", init)
     facts = describe_model(model)
     for source in data.stages:
-        source.bind(model.prompt, facts["frozen"]["autoencoder"])
+        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple)
     module = LadderTuningModule(model, stages[current], cfg.seed, facts)
     state = optimizer_state_of(start) if start else None
     transition = StageTransition(stages, current, history, state, resume[0] if resume else init)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
-from tbac.data.transforms import to_pixels, to_square
+from tbac.data.shards import DataError
+from tbac.data.transforms import crop_to, to_pixels
 from tbac.types import Batch, Sample
 
-PromptCode = Callable[[list[str], list[list[Image.Image] | None]], Any]
+PromptCode = Callable[..., Any]  # texts, images, reference_size=(height, width) -> model inputs
 
 
 class Collator:
@@ -17,31 +17,37 @@ class Collator:
 
     Args:
         prompt: the model's prompt code: texts and input images -> model inputs.
-        image_size: pixels a side of target images.
     """
 
-    def __init__(self, prompt: PromptCode, image_size: int) -> None:
+    def __init__(self, prompt: PromptCode) -> None:
         self.prompt = prompt
-        self.image_size = image_size
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
+    def __call__(self, samples: Sequence[Sample], size: tuple[int, int]) -> Batch:
         """Collate; latents are used when every sample has them.
 
+        Args:
+            samples: of the batch.
+            size: (height, width) of target images in pixels.
+
         Raises:
-            ValueError: when some samples have cached latents and others only images.
+            DataError: when some samples have cached latents and others only images, or their latents differ in shape.
         """
         texts = [s.text for s in samples]
-        inputs = self.prompt(texts, [s.sources or None for s in samples])
+        inputs = self.prompt(texts, [s.sources or None for s in samples], reference_size=size)
         batch = Batch(prompt=inputs, keys=[s.key for s in samples], texts=texts)
         if all(s.latents is not None for s in samples):
-            batch.latents = torch.stack([s.latents for s in samples if s.latents is not None])
+            latents = [s.latents for s in samples if s.latents is not None]
+            if len(shapes := {tuple(one.shape) for one in latents}) > 1:
+                raise DataError(
+                    f"sample {samples[0].key} of {samples[0].origin} and others of its batch have cached latents of "
+                    f"the shapes {sorted(shapes)}; give the buckets that they were cached with as data.buckets"
+                )
+            batch.latents = torch.stack(latents)
         elif missing := [s for s in samples if s.target is None]:
-            raise ValueError(
+            raise DataError(
                 f"sample {missing[0].key} of {missing[0].origin} has cached latents and no image, but others of the "
                 "same batch have no latents; cache latents for every source of the mixture"
             )
         else:
-            batch.pixels = torch.stack(
-                [to_pixels(to_square(s.target, self.image_size)) for s in samples if s.target is not None]
-            )
+            batch.pixels = torch.stack([to_pixels(crop_to(s.target, size)) for s in samples if s.target is not None])
         return batch

@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from tbac.data.buckets import BucketIndex, parse_buckets
 from tbac.data.collation import Collator, PromptCode
-from tbac.data.order import BatchPlan, TrainingOrder, ValidationOrder
+from tbac.data.order import BatchPlan, BucketedOrder, TrainingOrder, ValidationOrder
 from tbac.data.reader import ShardReader, check_bad_share
 from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
 from tbac.data.tars import shard_sizes
@@ -31,7 +32,7 @@ class ShardDataModule(L.LightningDataModule):
         sources: training mixture: mappings with `path`, and optionally `split` and `weight`.
         val_sources: the same for validation; no dropout, fixed order.
         batch_size: samples per process and step.
-        image_size: pixels a side of target images.
+        image_size: pixels a side of target images; with buckets, of the one that is a square.
         dropout: condition dropout of training samples.
         val_batch_size: samples per process and validation step.
         val_samples: validation stops after this many samples of all processes together.
@@ -41,9 +42,15 @@ class ShardDataModule(L.LightningDataModule):
         max_bad_share: greatest share of corrupt samples before training stops.
         use_latents: take cached latents where there are any.
         check_manifest: compare shards with their manifest.
+        buckets: None crops targets to squares; `sana`, or a list of (height, width) in pixels, crops each to the one of
+            them that is nearest to its own shape, and makes batches of one shape.
+        reducing_gap: JPEG targets much larger than needed are decoded at a fraction of their size, at least this many
+            times what is needed; None decodes in full.
+        prefetch_factor: batches that each loader process reads ahead.
 
     Raises:
         DataError: for absent, empty or altered sources.
+        ValueError: for other values that can't be used.
     """
 
     def __init__(
@@ -61,10 +68,18 @@ class ShardDataModule(L.LightningDataModule):
         max_bad_share: float = 0.05,
         use_latents: bool = True,
         check_manifest: bool = True,
+        buckets: str | Sequence[Sequence[int]] | None = None,
+        reducing_gap: float | None = 2.0,
+        prefetch_factor: int = 2,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"stage.batch_size must be at least 1, got {batch_size}")
+        for name, count in (("stage.batch_size", batch_size), ("data.prefetch_factor", prefetch_factor)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if reducing_gap is not None and reducing_gap < 1:
+            raise ValueError(f"data.reducing_gap must be at least 1, or null to decode in full; got {reducing_gap}")
+        self.buckets, self.reducing_gap = parse_buckets(buckets, image_size), reducing_gap
+        self.prefetch_factor = prefetch_factor
         self.sources = [parse_source(s) for s in sources]
         self.val_sources = [parse_source(s) for s in val_sources]
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
@@ -85,26 +100,40 @@ class ShardDataModule(L.LightningDataModule):
         self._position: dict[str, Any] | None = None
 
     def _check_cached_size(self) -> None:
-        """Refuse latents that were cached for pictures of another size."""
+        """Refuse latents that were cached for pictures of other sizes."""
         for source in self.shards:
-            cached = (read_manifest(_folder(source)) or {}).get("image_size")
+            manifest = read_manifest(_folder(source)) or {}
+            cached = manifest.get("image_size")
             if cached and cached != self.image_size:
                 raise DataError(
                     f"the cached latents of {source.path} are of pictures of {cached} pixels, stage.image_size is "
                     f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
                 )
+            own = [list(size) for size in self.buckets.sizes] if self.buckets else None
+            if cached and manifest.get("buckets") != own:
+                state = f"the buckets {found}" if (found := manifest.get("buckets")) else "no buckets"
+                raise DataError(
+                    f"the cached latents of {source.path} were made with {state}, data.buckets is another; give those, "
+                    "cache them again, or encode online with data.use_latents=false"
+                )
 
-    def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None) -> None:
+    def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None, multiple: int = 1) -> None:
         """Collate with this model's prompt code.
 
         Args:
             prompt: `model.prompt`.
             autoencoder_digest: sha256 of the model's autoencoder; compared with that of cached latents.
+            multiple: pixels that every side of a target must be a multiple of.
 
         Raises:
             DataError: when cached latents come from another autoencoder.
+            ValueError: for sides that the model can't take.
         """
-        self.collator = Collator(prompt, self.image_size)
+        name = "data.buckets" if self.buckets else "stage.image_size"
+        for side in sorted({side for size in self._target_sizes for side in size}):
+            if side % multiple:
+                raise ValueError(f"{name}: sides must be multiples of {multiple} pixels for this model, got {side}")
+        self.collator = Collator(prompt)
         if not (self.use_latents and autoencoder_digest):
             return
         for source in [*self.sources, *self.val_sources]:
@@ -115,6 +144,11 @@ class ShardDataModule(L.LightningDataModule):
                     f"model's ({autoencoder_digest[:12]}…); cache them again, or encode online with "
                     "data.use_latents=false"
                 )
+
+    @property
+    def _target_sizes(self) -> Sequence[tuple[int, int]]:
+        """(height, width) of the targets that there may be."""
+        return self.buckets.sizes if self.buckets else [(self.image_size, self.image_size)]
 
     def manifest_digests(self) -> dict[str, str]:
         """Per source folder the digest of its manifest, for the log of a run."""
@@ -140,9 +174,11 @@ class ShardDataModule(L.LightningDataModule):
             [self.sizes[s] for s in sources],
             seed=self.seed,
             collate=self.collator,
+            size=(self.image_size, self.image_size),
             dropout=self.dropout if train else None,
             use_latents=self.use_latents,
             max_bad_share=self.max_bad_share,
+            reducing_gap=self.reducing_gap,
         )
         num_workers = self.num_workers if train else 0
         return CleanLoader(
@@ -150,13 +186,14 @@ class ShardDataModule(L.LightningDataModule):
             sampler=order,
             batch_size=None,
             num_workers=num_workers,
+            prefetch_factor=self.prefetch_factor if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if num_workers else None,
         )
 
     def train_dataloader(self) -> "CleanLoader":
         """Endless batches of this process's share of the mixture, from the restored position on."""
-        order = TrainingOrder(
+        arguments = (
             [self.sizes[s] for s in self.sources],
             [s.weight for s in self.sources],
             self.seed,
@@ -166,6 +203,8 @@ class ShardDataModule(L.LightningDataModule):
             self._world_size,
             self._position,
         )
+        bucket_of = self._bucket_index(self.sources)
+        order = BucketedOrder(bucket_of, *arguments) if bucket_of else TrainingOrder(*arguments)
         return self._loader(self.sources, order, train=True)
 
     def val_dataloader(self) -> "CleanLoader | list":
@@ -173,8 +212,18 @@ class ShardDataModule(L.LightningDataModule):
         if not self.val_sources:
             return []
         sizes = [self.sizes[s] for s in self.val_sources]
-        order = ValidationOrder(sizes, self.val_samples, self.val_batch_size, self._rank, self._world_size)
+        order = ValidationOrder(
+            sizes,
+            self.val_samples,
+            self.val_batch_size,
+            self._rank,
+            self._world_size,
+            self._bucket_index(self.val_sources),
+        )
         return self._loader(self.val_sources, order, train=False)
+
+    def _bucket_index(self, sources: Sequence[Source]) -> BucketIndex | None:
+        return BucketIndex(self.buckets, [self.shards[s] for s in sources], self.use_latents) if self.buckets else None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Note how far training has come: what the loader has read ahead doesn't count."""
@@ -208,6 +257,7 @@ class ShardDataModule(L.LightningDataModule):
             "stage.batch_size": self.batch_size,
             "number of processes": self._world_size,
             "weights of the mixture": [s.weight for s in self.sources],
+            "data.buckets": [list(size) for size in self.buckets.sizes] if self.buckets else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,11 +267,17 @@ class ShardDataModule(L.LightningDataModule):
             {"path": s.path, "split": s.split, "samples": sum(self.sizes[s]), "drawn": n}
             for s, n in zip(self.sources, position["drawn"], strict=True)
         ]
-        return {"position": position["position"], "sources": drawn, "circumstances": self._circumstances()}
+        waiting = [list(draw) for draw in position.get("waiting", ())]
+        circumstances = self._circumstances()
+        return {
+            "position": position["position"], "sources": drawn, "waiting": waiting, "circumstances": circumstances,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a position; says what has changed since, and what it means for the order."""
         self._position = {"position": state_dict["position"], "drawn": [0] * len(self.sources)}
+        places: dict[int, int] = {}  # index of a source then -> index now
+        numbers = {(s["path"], s["split"]): i for i, s in enumerate(state_dict["sources"])}
         known = {(s["path"], s["split"]): s for s in state_dict["sources"]}
         for index, source in enumerate(self.sources):
             entry = known.pop((source.path, source.split), None)
@@ -229,6 +285,7 @@ class ShardDataModule(L.LightningDataModule):
                 log.warning("%s wasn't part of the mixture before: it is read from its beginning", source.path)
                 continue
             self._position["drawn"][index] = entry["drawn"]
+            places[numbers[source.path, source.split]] = index
             if entry["samples"] != (own := sum(self.sizes[source])):
                 log.warning(
                     "%s has %d samples, it had %d: its order is another one, and samples of this pass may repeat",
@@ -238,11 +295,15 @@ class ShardDataModule(L.LightningDataModule):
                 )
         for path, _ in known:
             log.warning("%s was part of the mixture before and isn't any more", path)
+        waiting = [(p, places[s], n) for p, s, n in state_dict.get("waiting", ()) if s in places]
+        if self.buckets:
+            self._position["waiting"] = waiting
         before, now = state_dict["circumstances"], self._circumstances()
         changed = [f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]]
         if not changed:
             return
         reordered = any(before.get(k) != now[k] for k in ("data.seed", "data.shuffle_buffer"))
+        reordered |= bool(waiting) and not self.buckets  # what waited for its bucket has been passed over
         log.warning(
             "going on at sample %d with %s; %s",
             state_dict["position"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
@@ -21,6 +22,7 @@ UNREADABLE = (  # what parsers of untrusted bytes raise
 )  # fmt: skip
 MAX_PIXELS = 2**26  # 8192 x 8192; larger ones are refused before they are decoded
 MIN_SIDE = 8
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # tag of EXIF, and its values that swap width and height
 MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; Qwen's resizing accepts no more
 
 
@@ -37,10 +39,19 @@ class CorruptSampleError(ValueError):
         self.kind = kind
 
 
-def decode_image(data: bytes, field: str) -> Image.Image:
+def decode_image(
+    data: bytes, field: str, size: tuple[int, int] | None = None, reducing_gap: float | None = None
+) -> Image.Image:
     """Decode all pixels, so that a file that breaks off is noticed here, as an upright RGB picture.
 
     Pictures are turned as their EXIF says; transparent parts become white; 16-bit gray keeps its range.
+
+    Args:
+        data: the file.
+        field: its name, for messages.
+        size: (height, width) in pixels that the picture will be cropped and resized to, if known.
+        reducing_gap: a JPEG may be decoded at a fraction of its size that leaves it this many times larger than `size`;
+            None decodes in full.
 
     Raises:
         CorruptSampleError: for what isn't a readable JPEG, PNG or WebP, for animations, and for absurd sizes, which are
@@ -51,6 +62,8 @@ def decode_image(data: bytes, field: str) -> Image.Image:
         check_size(image.size, field)
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a camera's MPO holds previews, no motion
             raise CorruptSampleError(f"{field} is animated", "animated image")
+        if size and reducing_gap and isinstance(image, JpegImageFile):
+            _reduce(image, size, reducing_gap)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except CorruptSampleError:
@@ -59,6 +72,14 @@ def decode_image(data: bytes, field: str) -> Image.Image:
         raise CorruptSampleError(
             f"{field} is not a readable image ({error or type(error).__name__})", "unreadable image"
         ) from None
+
+
+def _reduce(image: Image.Image, size: tuple[int, int], gap: float) -> None:
+    """Have a JPEG decoded at the smallest of its own scales that is still `gap` times what covers `size`."""
+    width, height = image.size[::-1] if image.getexif().get(ORIENTATION) in TURNED else image.size
+    larger = min(width / size[1], height / size[0]) / gap
+    factor = next((f for f in (8, 4, 2) if f <= larger), 1)
+    image.draft(None, (image.width // factor, image.height // factor))
 
 
 def check_size(size: tuple[int, int], field: str) -> None:
@@ -117,12 +138,19 @@ def find_image(raw: Mapping[str, Any], name: str) -> tuple[str, bytes] | None:
     return None
 
 
-def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
+def decode_sample(
+    raw: Mapping[str, Any],
+    use_latents: bool = True,
+    size: tuple[int, int] | None = None,
+    reducing_gap: float | None = None,
+) -> Sample:
     """Decode one sample of either kind.
 
     Args:
         raw: fields of one key, as bytes, with `__key__` and `__url__`.
         use_latents: take cached latents where the shard has them, instead of the target image.
+        size: (height, width) in pixels that the target will be cropped to; with `reducing_gap`, as `decode_image`.
+        reducing_gap: of the target; input images are always decoded in full.
 
     Raises:
         CorruptSampleError: when a part is missing or unreadable.
@@ -154,4 +182,4 @@ def decode_sample(raw: Mapping[str, Any], use_latents: bool = True) -> Sample:
     found = find_image(raw, "target" if has_target or sources else "")
     if found is None:
         raise CorruptSampleError("no target image", "no target image")
-    return Sample(key, text, sources, decode_image(found[1], found[0]), None, origin)
+    return Sample(key, text, sources, decode_image(found[1], found[0], size, reducing_gap), None, origin)

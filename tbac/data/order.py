@@ -7,14 +7,16 @@ from a position therefore needs no reading, and another world size neither repea
 - Mixture: draw n picks a source by weight, from a counter-based generator.
 - Passes: each source is gone through again and again. For each pass its shards are permuted, and the samples are
   permuted within consecutive windows of `shuffle_buffer` samples, so that few shards are in use at a time.
+- Buckets: draws wait, by the bucket of their sample, until there are enough for a batch of one size. What waits is part
+  of the position, and every process works it out for all of them, so none has fewer batches than another.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, islice
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -43,10 +45,27 @@ class Draw:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The draws of one batch of one process, and the state of the sequence after the batches of all processes."""
+    """One batch of one process.
+
+    Attributes:
+        draws: its samples.
+        after: state of the sequence after the batches of all processes: `position`, samples taken; `drawn`, those of
+            each source; with buckets `waiting`, the draws that wait, as (position, source, number within the source).
+        size: (height, width) of its targets in pixels; None where all batches have the same.
+    """
 
     draws: list[Draw]
     after: Mapping[str, Any]
+    size: tuple[int, int] | None = None
+
+
+class BucketOf(Protocol):
+    """Says the bucket of a draw, and the (height, width) of each bucket."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]: ...
+
+    def __call__(self, draw: Draw) -> int: ...
 
 
 def philox(*names: object) -> np.random.Generator:
@@ -143,10 +162,63 @@ class TrainingOrder(Sampler[BatchPlan]):
             yield BatchPlan(draws, {"position": position, "drawn": drawn.tolist()})
 
 
+class BucketedOrder(TrainingOrder):
+    """Endless batch plans of one process, each of one bucket.
+
+    Batches are filled in the order of the draws, whatever the number of processes: that, and the size of a batch, are
+    all that decides them.
+
+    Args:
+        bucket_of: the bucket of each draw.
+        arguments: as `TrainingOrder`.
+    """
+
+    def __init__(self, bucket_of: BucketOf, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bucket_of = bucket_of
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        taken, drawn = self.state["position"], list(self.state["drawn"])
+        piles: dict[int, list[tuple[Draw, int]]] = {}
+        for position, source, n in self.state.get("waiting", ()):
+            draw = Draw(position, source, *self.orders[source][n])
+            piles.setdefault(self.bucket_of(draw), []).append((draw, n))
+            drawn[source] += 1
+        position = taken + sum(map(len, piles.values()))
+        chosen: list[int] = []  # sources of the draws to come, the next one last
+        while True:
+            batches: list[tuple[int, list[tuple[Draw, int]]]] = []
+            for bucket, pile in piles.items():  # after going on with smaller batches there may be some already
+                while len(pile) >= self.batch_size and len(batches) < self.world_size:
+                    batches.append((bucket, pile[: self.batch_size]))
+                    del pile[: self.batch_size]
+            while len(batches) < self.world_size:
+                if not chosen:
+                    chosen = self.sources(position, position + BLOCK).tolist()[::-1]
+                source = chosen.pop()
+                draw = Draw(position, source, *self.orders[source][drawn[source]])
+                pile = piles.setdefault(bucket := self.bucket_of(draw), [])
+                pile.append((draw, drawn[source]))
+                drawn[source] += 1
+                position += 1
+                if len(pile) == self.batch_size:
+                    batches.append((bucket, pile.copy()))
+                    pile.clear()
+            taken += self.batch_size * self.world_size
+            waiting = sorted([draw.position, draw.source, n] for pile in piles.values() for draw, n in pile)
+            counts = list(drawn)
+            for _, source, _ in waiting:
+                counts[source] -= 1
+            bucket, pile = batches[self.rank]
+            after = {"position": taken, "drawn": counts, "waiting": waiting}
+            yield BatchPlan([draw for draw, _ in pile], after, self.bucket_of.sizes[bucket])
+
+
 class ValidationOrder(Sampler[BatchPlan]):
     """The first samples of all sources in the order of the shards, each process its own; one pass.
 
     All processes have equally many samples, so none waits for another: up to `world_size - 1` samples are left out.
+    With buckets they have equally many batches instead, of which some are smaller.
 
     Args:
         sizes: per source, the samples of each shard.
@@ -154,15 +226,35 @@ class ValidationOrder(Sampler[BatchPlan]):
         batch_size: of each process.
         rank: of this process.
         world_size: number of processes.
+        bucket_of: the bucket of each draw, for batches of one bucket.
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[int]], count: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        sizes: Sequence[Sequence[int]],
+        count: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        bucket_of: BucketOf | None = None,
     ) -> None:
-        places = [(k, i, n) for k, shards in enumerate(sizes) for i, size in enumerate(shards) for n in range(size)]
-        each = min(count, len(places)) // world_size
-        own = [Draw(j, k, 0, i, n) for j, (k, i, n) in enumerate(places)][rank : each * world_size : world_size]
-        self.plans = [BatchPlan(own[i : i + batch_size], {}) for i in range(0, len(own), batch_size)]
+        places = ((k, i, n) for k, shards in enumerate(sizes) for i, size in enumerate(shards) for n in range(size))
+        draws = [Draw(j, k, 0, i, n) for j, (k, i, n) in enumerate(islice(places, count))]
+        draws = draws[: len(draws) // world_size * world_size]
+        if bucket_of is None:
+            own = draws[rank::world_size]
+            self.plans = [BatchPlan(own[i : i + batch_size], {}) for i in range(0, len(own), batch_size)]
+            return
+        piles: dict[int, list[Draw]] = {}
+        for draw in draws:
+            piles.setdefault(bucket_of(draw), []).append(draw)
+        batches = [(b, p[i : i + batch_size]) for b, p in sorted(piles.items()) for i in range(0, len(p), batch_size)]
+        while len(batches) % world_size:
+            bucket, largest = max(batches, key=lambda batch: len(batch[1]))
+            batches.remove((bucket, largest))
+            half = len(largest) // 2
+            batches += [(bucket, largest[:half]), (bucket, largest[half:])]
+        self.plans = [BatchPlan(pile, {}, bucket_of.sizes[b]) for b, pile in batches[rank::world_size]]
 
     def __len__(self) -> int:
         return len(self.plans)

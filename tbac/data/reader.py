@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tbac.data.decoding import CorruptSampleError, decode_sample
@@ -34,6 +35,11 @@ def check_bad_share(share: float) -> None:
         raise ValueError(f"data.max_bad_share must be between 0 and 1, got {share}")
 
 
+def _alike(latents: Tensor, size: tuple[int, int]) -> bool:
+    """Whether latents (channel, height, width) have the aspect ratio of a size."""
+    return latents.shape[1] * size[1] == latents.shape[2] * size[0]
+
+
 class ShardReader(Dataset[Batch]):
     """Batches by plan.
 
@@ -44,11 +50,14 @@ class ShardReader(Dataset[Batch]):
         shards: per source, its tars.
         sizes: per source, the samples of each tar.
         seed: of dropout and of replacements.
-        collate: samples to a batch.
+        collate: samples and the (height, width) of their targets to a batch.
+        size: (height, width) of targets in pixels, for plans that name none.
         dropout: condition dropout; None keeps everything.
         use_latents: take cached latents instead of target images where there are any.
         max_bad_share: greatest share of refused samples that is tolerated.
         min_seen: the share is judged over multiples of this many samples, or of a pass where that is less.
+        reducing_gap: JPEGs that are at least twice this large are decoded at a half, a quarter or an eighth of their
+            size, which stays this much larger than what is kept; None decodes in full.
     """
 
     def __init__(
@@ -56,26 +65,34 @@ class ShardReader(Dataset[Batch]):
         shards: Sequence[Sequence[Path]],
         sizes: Sequence[Sequence[int]],
         seed: int,
-        collate: Callable[[Sequence[Sample]], Batch],
+        collate: Callable[[Sequence[Sample], tuple[int, int]], Batch],
+        size: tuple[int, int],
         dropout: ConditionDropout | None = None,
         use_latents: bool = True,
         max_bad_share: float = 0.05,
         min_seen: int = 200,
+        reducing_gap: float | None = None,
     ) -> None:
         check_bad_share(max_bad_share)
         self.shards, self.sizes = [list(s) for s in shards], [list(s) for s in sizes]
         self.seed, self.collate, self.dropout, self.use_latents = seed, collate, dropout, use_latents
         self.max_bad_share, self.min_seen = max_bad_share, min(min_seen, sum(map(sum, self.sizes)))
+        self.size, self.reducing_gap = size, reducing_gap
         self.tally, self.tars = Tally(), TarReader()
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        batch = self.collate([self.sample(draw) for draw in plan.draws])
+        size = plan.size or self.size
+        batch = self.collate([self.sample(draw, plan.size) for draw in plan.draws], size)
         batch.positions = [draw.position for draw in plan.draws]
         batch.after = dict(plan.after)
         return batch
 
-    def sample(self, draw: Draw) -> Sample:
+    def sample(self, draw: Draw, bucket: tuple[int, int] | None = None) -> Sample:
         """The sample of a draw, or its replacement.
+
+        Args:
+            draw: which.
+            bucket: (height, width) that its target is cropped to; cached latents of another aspect ratio are passed by.
 
         Raises:
             DataError: when a shard is gone, too many samples are corrupt, or none of a source can be used.
@@ -87,10 +104,13 @@ class ShardReader(Dataset[Batch]):
             path = self.shards[draw.source][shard]
             self.tally.seen += 1
             try:
-                sample = self._decode(path, index)
+                sample = self._decode(path, index, bucket or self.size)
             except CorruptSampleError as error:
                 self._refuse(f"sample {index} of {path}", error)
+                fits = False
             else:
+                fits = bucket is None or sample.latents is None or _alike(sample.latents, bucket)
+            if fits:
                 if self.dropout is not None:
                     name = f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"
                     sample = self.dropout(sample, Random(name))
@@ -99,7 +119,7 @@ class ShardReader(Dataset[Batch]):
             index = substitutes.randrange(sizes[shard])
         raise DataError(f"{self.shards[draw.source][0].parent} gave no usable sample in 1000 attempts")
 
-    def _decode(self, path: Path, index: int) -> Sample:
+    def _decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
         try:
             raw = self.tars.read(path, index)
         except FileNotFoundError:
@@ -115,7 +135,7 @@ class ShardReader(Dataset[Batch]):
             reason = self.tars.index(path).broken or "its manifest says more"
             raise CorruptSampleError(f"the shard holds fewer samples ({reason})", "unreadable shard") from None
         try:
-            return decode_sample(raw, self.use_latents)
+            return decode_sample(raw, self.use_latents, size, self.reducing_gap)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{raw['__key__']!s}: {error}", error.kind) from None
 

@@ -56,14 +56,16 @@ def black_like(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size)
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """RGB, the largest central square, resized to `size` pixels a side."""
+def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """RGB, the largest central part of the aspect ratio of `size` (height, width), resized to it."""
     image = image.convert("RGB")
-    if image.size == (size, size):
+    height, width = size
+    if image.size == (width, height):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    scale = min(image.width / width, image.height / height)
+    part = min(round(width * scale), image.width), min(round(height * scale), image.height)
+    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    return image.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + part[0], top + part[1]))
 
 
 def to_pixels(image: Image.Image) -> Tensor:

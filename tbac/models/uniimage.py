@@ -93,6 +93,11 @@ class UniImage(nn.Module):
         return self.ladder.queries.device
 
     @property
+    def size_multiple(self) -> int:
+        """Pixels that each side of a picture must be a multiple of."""
+        return self.autoencoder.compression * self.denoiser.transformer.config.patch_size
+
+    @property
     def latent_channels(self) -> int:
         return self.denoiser.transformer.config.in_channels
 

@@ -173,9 +173,8 @@ class UniImagePipeline:
 
     def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         config, factor = self.model.denoiser.transformer.config, self.model.autoencoder.compression
-        sides = []
+        sides, step = [], self.model.size_multiple
         for name, pixels in (("height", height), ("width", width)):
-            step = factor * config.patch_size
             pixels = config.sample_size * factor if pixels is None else pixels
             if pixels < step or pixels % step:
                 raise ValueError(f"{name} must be a positive multiple of {step} pixels, got {pixels}")

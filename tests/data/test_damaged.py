@@ -78,7 +78,7 @@ def test_the_good_ones_are_trained_on_and_the_damaged_ones_counted_by_kind(tmp_p
     kinds = write(tmp_path, 10_000, 1_000)
     tars = sorted(tmp_path.glob("*.tar"))
     sizes = [1000] * SHARDS
-    reader = ShardReader([tars], [sizes], seed=0, collate=list, max_bad_share=0.2)
+    reader = ShardReader([tars], [sizes], seed=0, collate=lambda samples, size: samples, size=(8, 8), max_bad_share=0.2)
     drawn = [reader.sample(Draw(n, 0, 0, *divmod(n, 1000))) for n in range(11_000)]
     texts = Counter(sample.text for sample in drawn)
     assert len(texts) == 10_000

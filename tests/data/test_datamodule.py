@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from data_prep.shards import write_shards
 from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
-from tbac.data.transforms import ConditionDropout, to_pixels, to_square
+from tbac.data.transforms import ConditionDropout, crop_to, to_pixels
 from tbac.models import UniImage
 from tbac.types import Batch, Sample
 from tests.conftest import composed, noise_image
@@ -138,7 +138,7 @@ def test_impossible_probabilities_are_refused(bad: tuple[float, float, float]) -
 
 def test_targets_become_the_central_square() -> None:
     image = noise_image(0, (40, 20))
-    square = to_square(image, 20)
+    square = crop_to(image, (20, 20))
     assert square.tobytes() == image.crop((10, 0, 30, 20)).tobytes()
     pixels = to_pixels(square)
     assert pixels.shape == (3, 20, 20)
@@ -195,7 +195,7 @@ def test_going_on_decodes_nothing_of_what_is_past(model: UniImage, monkeypatch: 
     state["sources"][0]["drawn"] = 4 * 10**6
     data.load_state_dict(state)
     decoded = []
-    monkeypatch.setattr(reader, "decode_sample", lambda raw, use: decoded.append(raw["__key__"]) or plain(raw, use))
+    monkeypatch.setattr(reader, "decode_sample", lambda raw, *how: decoded.append(raw["__key__"]) or plain(raw, *how))
     assert len(next(iter(data.train_dataloader()))) == 4
     assert len(decoded) == 4
 

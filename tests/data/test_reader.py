@@ -30,7 +30,8 @@ def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> 
     """A reader whose batches are lists of samples."""
     shards = [list_shards(s, check_manifest) for s in sources]
     sizes = [shard_sizes(s, found, check_manifest) for s, found in zip(sources, shards, strict=True)]
-    return ShardReader(shards, sizes, **({"seed": 0, "collate": list} | options))
+    usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
+    return ShardReader(shards, sizes, **(usual | options))
 
 
 def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:

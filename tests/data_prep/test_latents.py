@@ -15,7 +15,7 @@ from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError
 from tbac.data.tars import TarReader
-from tbac.data.transforms import to_pixels, to_square
+from tbac.data.transforms import crop_to, to_pixels
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
 from tests.conftest import composed, noise_image
@@ -98,7 +98,7 @@ def test_latents_are_those_of_the_crop_that_training_makes(denoiser: Path) -> No
     for i in range(3):
         sample = decode_sample(raw.read(Path("raw/train-000000.tar"), i))
         assert sample.target is not None
-        expected = autoencoder.encode(to_pixels(to_square(sample.target, 24))[None])[0]
+        expected = autoencoder.encode(to_pixels(crop_to(sample.target, (24, 24)))[None])[0]
         fields = cached.read(Path("cached/train-000000.tar"), i)
         found = decode_sample(fields)
         assert found.latents is not None
@@ -157,7 +157,7 @@ def test_latents_of_another_size_or_autoencoder_are_refused(denoiser: Path) -> N
     assert ShardDataModule(source, [], batch_size=2, image_size=32, use_latents=False)
     data = ShardDataModule(source, [], batch_size=2, image_size=24)
     with pytest.raises(DataError, match="come from another autoencoder"):
-        data.bind(lambda texts, images: None, "0" * 64)
+        data.bind(lambda texts, images, **_: None, "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_latents_of_another_size_or_autoencoder_are_refused(denoiser: Path) -> N
     [
         (["path=absent"], "path=absent isn't a folder of shards"),
         (["out=raw"], "out= must be another folder"),
-        (["image_size=25"], "image_size=25 must be a multiple of 4"),
+        (["image_size=25"], "image_size=25: sides must be a multiple of 4"),
         (["dtype=int4"], "dtype must be one of float32"),
         (["denoiser=absent"], "denoiser=absent: no such folder"),
         (["rank=2", "world_size=2"], "rank=2 below world_size=2"),

@@ -18,7 +18,7 @@ from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
 from tbac.data.sizes import target_sizes
 from tbac.data.tars import NOWHERE, TarReader
-from tbac.data.transforms import crop_to, to_pixels
+from tbac.data.transforms import crop_to
 from tbac.evaluation.trees import write_whole
 from tbac.models.autoencoder import FrozenAutoencoder
 
@@ -178,7 +178,7 @@ def _with_latents(
             continue
         assert sample.target is not None
         fields = {k: v for k, v in raw.items() if not k.startswith("__") and not k.endswith("latent.safetensors")}
-        waiting.append((key, fields, to_pixels(crop_to(sample.target, sizes[number]))))
+        waiting.append((key, fields, crop_to(sample.target, sizes[number])))
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()

@@ -37,7 +37,7 @@ class Batch:
     Attributes:
         prompt: what the model's prompt code made of texts and input images: a mapping of tensors.
         keys: `__key__` of each sample.
-        pixels: target images (batch, 3, height, width) in [-1, 1], or None where latents are given.
+        pixels: target images (batch, 3, height, width), uint8, or None where latents are given.
         latents: scaled latents (batch, channel, height, width), or None.
         texts: captions after dropout, for logs.
         positions: numbers of the draws that gave the samples, unique within a stage; in validation, within the pass.

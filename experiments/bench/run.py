@@ -1,4 +1,4 @@
-"""Speed and memory of a training step and of sampling, the release's way against ours, interleaved.
+"""Speed and memory of training steps, sampling and loading, against other ways of doing the same, interleaved.
 
 python experiments/bench/run.py                       (make bench)      on the CPU, with the real model's proportions
 python experiments/bench/run.py experiment=bench_gpu  (make bench-gpu)  on a GPU, real sizes, random weights
@@ -15,6 +15,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from experiments.bench.cached import bench_cached
+from experiments.bench.loader import bench_loader
 from experiments.bench.real_size import bench_step
 from experiments.bench.sampling import bench_sampling
 from experiments.bench.training import BASELINE, OURS, SIDES, bench_batches, bench_training
@@ -23,6 +25,8 @@ from experiments.common import CONF, keep_freed_memory, pick_device, plain, user
 PARTS = {
     "training": bench_training,
     "sampling": bench_sampling,
+    "cached": bench_cached,
+    "loader": bench_loader,
     "batches": bench_batches,
     "step": bench_step,
 }
@@ -51,6 +55,8 @@ def check(cfg: dict[str, Any]) -> None:
         ("repeats", cfg["repeats"]),
         ("turns", cfg["turns"]),
         ("sampling.repeats", cfg["sampling"]["repeats"]),
+        ("loader.repeats", cfg["loader"]["repeats"]),
+        ("loader.batches", cfg["loader"]["batches"]),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -90,7 +96,7 @@ def main(cfg: DictConfig) -> None:
             if options["isolate"]
             else "rounds, each side once in every round"
         )
-        + "; latents cached on all sides."
+        + "; latents cached on all sides unless a table says otherwise."
     )
     text = "\n\n".join(["# The release's way against ours", facts, *tables]) + "\n"
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

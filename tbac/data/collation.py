@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tbac.data.shards import DataError
-from tbac.data.transforms import crop_to, to_pixels
+from tbac.data.transforms import crop_to
 from tbac.types import Batch, Sample
 
 PromptCode = Callable[..., Any]  # texts, images, reference_size=(height, width) -> model inputs
@@ -49,5 +49,5 @@ class Collator:
                 "same batch have no latents; cache latents for every source of the mixture"
             )
         else:
-            batch.pixels = torch.stack([to_pixels(crop_to(s.target, size)) for s in samples if s.target is not None])
+            batch.pixels = torch.stack([crop_to(s.target, size) for s in samples if s.target is not None])
         return batch

@@ -75,10 +75,13 @@ def decode_image(
 
 
 def _reduce(image: Image.Image, size: tuple[int, int], gap: float) -> None:
-    """Have a JPEG decoded at the smallest of its own scales that is still `gap` times what covers `size`."""
+    """Have a JPEG decoded at the smallest of its own scales that is still `gap` times what covers `size`.
+
+    Scales that don't divide the sides are left out, since they would shift the picture by a part of a pixel.
+    """
     width, height = image.size[::-1] if image.getexif().get(ORIENTATION) in TURNED else image.size
     larger = min(width / size[1], height / size[0]) / gap
-    factor = next((f for f in (8, 4, 2) if f <= larger), 1)
+    factor = next((f for f in (8, 4, 2) if f <= larger and width % f == height % f == 0), 1)
     image.draft(None, (image.width // factor, image.height // factor))
 
 

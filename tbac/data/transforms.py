@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from tbac.types import Sample
 
@@ -56,18 +57,20 @@ def black_like(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size)
 
 
-def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """RGB, the largest central part of the aspect ratio of `size` (height, width), resized to it."""
-    image = image.convert("RGB")
+def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The largest central part of the aspect ratio of `size` (height, width), resized to it.
+
+    Bicubic with antialiasing, as in SANA's trainer: Pillow's filter up to rounding, several times faster.
+
+    Returns:
+        (3, height, width), uint8.
+    """
     height, width = size
-    if image.size == (width, height):
-        return image
     scale = min(image.width / width, image.height / height)
-    part = min(round(width * scale), image.width), min(round(height * scale), image.height)
-    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
-    return image.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + part[0], top + part[1]))
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """(3, height, width) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    part = min(round(height * scale), image.height), min(round(width * scale), image.width)
+    top, left = (image.height - part[0]) // 2, (image.width - part[1]) // 2
+    pixels = np.asarray(image.convert("RGB"))[top : top + part[0], left : left + part[1]].copy()
+    cropped = torch.from_numpy(pixels).permute(2, 0, 1)
+    if part == size:
+        return cropped
+    return functional.interpolate(cropped[None], size, mode="bicubic", antialias=True)[0]

@@ -71,7 +71,13 @@ class FrozenAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [-1, 1] -> scaled latents (batch, channel, height / f, width / f)."""
+        """Pixels to scaled latents (batch, channel, height / f, width / f).
+
+        Args:
+            pixels: (batch, 3, height, width) in [-1, 1]; or uint8 in [0, 255].
+        """
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
         weight = next(self.part("encoder", pixels.device).parameters())
         return self.model.encode(pixels.to(weight.dtype)).latent * self.model.config.scaling_factor
 

@@ -74,6 +74,7 @@ class PromptProcessor:
         self.system_prompt = system_prompt
         self.spell_words, self.reference_size = spell_words, reference_size
         self._shared: dict[str, tuple[int, ...]] = {}
+        self._frames: dict[tuple[Any, ...], tuple[list[int], str, str, list[int]]] = {}
         self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
 
@@ -104,9 +105,10 @@ class PromptProcessor:
 
         As released, a long text is cut by tokens, turned into text again, and read within the plain markup around it.
         """
-        ids = self._plain_ids(text)
-        if len(ids) > self.max_text_tokens:
-            text = self.tokenizer.decode(ids[: self.max_text_tokens], clean_up_tokenization_spaces=False)
+        if not (text.isascii() and len(text) <= self.max_text_tokens):  # else it can't have more tokens than letters
+            ids = self._plain_ids(text)
+            if len(ids) > self.max_text_tokens:
+                text = self.tokenizer.decode(ids[: self.max_text_tokens], clean_up_tokenization_spaces=False)
         return self._plain_ids(before + text + after)
 
     def _plain_ids(self, text: str) -> list[int]:
@@ -117,6 +119,16 @@ class PromptProcessor:
 
     def _sequence(self, text: str, image_tokens: Sequence[int], system: str, ending: str) -> list[int]:
         """One conversation by the tokenizer's own chat template, with the text spliced in as plain tokens."""
+        key = (tuple(image_tokens), system, ending)
+        if key not in self._frames:
+            if len(self._frames) > 4096:  # edits have as many as there are sizes of input images
+                self._frames.clear()
+            self._frames[key] = self._frame(*key)
+        head, near, far, tail = self._frames[key]
+        return head + self.text_ids(text, near, far) + tail
+
+    def _frame(self, image_tokens: Sequence[int], system: str, ending: str) -> tuple[list[int], str, str, list[int]]:
+        """What is around the text: ids, markup that is read together with the text on either side, ids."""
         marker = "\x00"
         content: list[dict[str, str]] = [{"type": "image"} for _ in image_tokens]
         content.append({"type": "text", "text": marker})
@@ -130,7 +142,7 @@ class PromptProcessor:
         before, after = (rendered + ending).split(marker)
         # Markup next to the text ("user\n") is read together with it, since a token may span both.
         head, near, far, tail = *self._split(before, last=True), *self._split(after, last=False)
-        return self._markup_ids(head) + self.text_ids(text, near, far) + self._markup_ids(tail)
+        return self._markup_ids(head), near, far, self._markup_ids(tail)
 
     def _split(self, markup: str, last: bool) -> tuple[str, str]:
         """Markup before and after the end of its last special token, or the start of its first."""

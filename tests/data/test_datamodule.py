@@ -7,14 +7,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
 
 from data_prep.shards import write_shards
 from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
-from tbac.data.transforms import ConditionDropout, crop_to, to_pixels
+from tbac.data.transforms import ConditionDropout, crop_to
 from tbac.models import UniImage
 from tbac.types import Batch, Sample
 from tests.conftest import composed, noise_image
@@ -136,14 +138,30 @@ def test_impossible_probabilities_are_refused(bad: tuple[float, float, float]) -
         ConditionDropout(*bad)
 
 
-def test_targets_become_the_central_square() -> None:
+def test_targets_become_the_central_part() -> None:
     image = noise_image(0, (40, 20))
     square = crop_to(image, (20, 20))
-    assert square.tobytes() == image.crop((10, 0, 30, 20)).tobytes()
-    pixels = to_pixels(square)
-    assert pixels.shape == (3, 20, 20)
-    assert -1 <= pixels.min() < -0.9
-    assert 0.9 < pixels.max() <= 1
+    assert (square.shape, square.dtype) == ((3, 20, 20), torch.uint8)
+    assert square.permute(1, 2, 0).numpy().tobytes() == image.crop((10, 0, 30, 20)).tobytes()
+
+
+@pytest.mark.parametrize(("given", "size", "part"), [
+    ((90, 60), (24, 24), (15, 0, 75, 60)),
+    ((60, 90), (24, 48), (0, 30, 60, 60)),
+    ((33, 47), (64, 32), (4, 0, 28, 47)),
+    ((1200, 800), (512, 512), (200, 0, 1000, 800)),
+])  # fmt: skip
+def test_resizing_is_pillows_bicubic(given: tuple[int, int], size: tuple[int, int], part: tuple[int, ...]) -> None:
+    image = noise_image(1, given)
+    expected = image.crop(part).resize(size[::-1], Image.Resampling.BICUBIC)
+    difference = crop_to(image, size).permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
+    assert difference.abs().max() <= 1
+    assert (difference != 0).float().mean() < 0.02
+
+
+def test_uint8_pixels_are_encoded_as_their_floats(model: UniImage) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    assert torch.equal(model.autoencoder.encode(pixels), model.autoencoder.encode(pixels.float() / 127.5 - 1))
 
 
 def test_several_sources_keep_their_order(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         latent_side: of the latents.
 
     Returns:
-        `vision`, `prefix`, `queries`, `ladder`, `denoiser`; what encodes target images online is `autoencoder_flops`.
+        `vision`, `prefix`, `queries`, `ladder`, `denoiser`, and `reference` where the input image's latents are read;
+        what encodes target images online is `autoencoder_flops`.
     """
     with torch.device("meta"):
         model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
@@ -88,17 +89,27 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         with torch.no_grad():
             count("vision", lambda: model.mllm.see(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
-    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest))
+    also = plan.layers if model.ladder.prompt_context else ()
+    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, also))
     taps = count("queries", lambda: model.mllm.read_queries(model.ladder.queries, prefix, plan.layers))
-    tapped = taps.detach().requires_grad_()
+    both = taps.detach() if prefix.states is None else torch.cat([taps.detach(), prefix.states], dim=2)
+    tapped = both.requires_grad_()
     states = count("ladder", lambda: model.ladder(tapped))
     read = states.detach().requires_grad_()
     latents, noise = (torch.randn(1, model.latent_channels, latent_side, latent_side, device="meta") for _ in range(2))
     path = interpolate(latents, noise, torch.rand(1, device="meta"))
-    predicted = count("denoiser", lambda: model.predict_velocity(path.noisy, path.sigma, Condition(read)))
+    reference = None
+    if model.denoiser.reference_embed is not None:
+        reference = latents
+        if case.side:
+            counted["reference"] = autoencoder_flops(model_config, latent_side * model.autoencoder.compression)
+    condition = Condition(read, None, reference)
+    predicted = count("denoiser", lambda: model.predict_velocity(path.noisy, path.sigma, condition))
     count("denoiser", lambda: velocity_loss(predicted, path.velocity).backward())
     count("ladder", lambda: states.backward(read.grad))
-    count("queries", lambda: taps.backward(tapped.grad))
+    assert tapped.grad is not None
+    of_queries = tapped.grad[:, :, : taps.shape[2]]
+    count("queries", lambda: taps.backward(of_queries))
     return counted
 
 

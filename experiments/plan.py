@@ -244,8 +244,8 @@ def tables(report: dict[str, Any]) -> str:
     def table(title: str, rows: list[tuple[str, list[Any]]]) -> str:
         return markdown([title, *names], [[name, *values] for name, values in rows])
 
-    parts = stages[0]["flops_per_sample"]
-    tera = [(p, [f"{s['flops_per_sample'][p] / 1e12:.2f}" for s in stages]) for p in parts]
+    parts = dict.fromkeys(part for s in stages for part in s["flops_per_sample"])
+    tera = [(p, [f"{s['flops_per_sample'].get(p, 0.0) / 1e12:.2f}" for s in stages]) for p in parts]
     text.append(table("TFLOP per sample", [*tera, ("in all", [f"{s['flops'] / 1e12:.2f}" for s in stages])]))
     kinds = stages[0]["memory_gib"]
     gib = [(k, [f"{s['memory_gib'][k]:.2f}" for s in stages]) for k in kinds]

@@ -157,7 +157,7 @@ def _grid(groups: Mapping[str, Sequence[Point]], path: Path) -> None:
     for name, points in groups.items():
         own = grid_pictures(points[0])
         images += own
-        captions += [name, *[""] * (len(own) - 1)]
+        captions += [name.replace("=", " = "), *[""] * (len(own) - 1)]  # so that long names break there
     prompts = list(next(iter(groups.values()))[0].scores["prompts"].values())
     for column, prompt in enumerate(prompts):
         captions[column] = f"{captions[column]} “{prompt}”".strip()

@@ -141,3 +141,18 @@ def test_planned_memory_is_near_the_measured(case: Case) -> None:
     above = sum(p.numel() for p in model.mllm.body.language_model.layers[-1].parameters()) * 4  # it has all its layers
     measured = in_child(one_side, OURS, config, "cpu", case, 0)["memory"]["peak_mib"]
     assert (sum(planned.values()) + above) / MIB == pytest.approx(measured, rel=0.1)
+
+
+def test_options_of_the_model_are_counted(config: dict) -> None:
+    text, edit = Case("text", 24, 1), Case("image + text", 24, 1, 3)
+    plain = {case.name: flops_of(config, case, 4) for case in (text, edit)}
+    context = flops_of({**config, "ladder": {**config["ladder"], "prompt_context": True}}, text, 4)
+    queries = config["num_queries"]
+    assert context["ladder"] == pytest.approx(plain["text"]["ladder"] * (queries + 24) / queries, rel=0.02)
+    assert context["denoiser"] > plain["text"]["denoiser"]
+    assert context["queries"] == plain["text"]["queries"]
+    with_reference = {**config, "reference_latents": True}
+    assert "reference" not in flops_of(with_reference, text, 4)
+    found = flops_of(with_reference, edit, 4)
+    assert found["reference"] == autoencoder_flops(config, 128)
+    assert found["queries"] == plain["image + text"]["queries"]

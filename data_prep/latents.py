@@ -178,7 +178,7 @@ def _with_latents(
             continue
         assert sample.target is not None
         fields = {k: v for k, v in raw.items() if not k.startswith("__") and not k.endswith("latent.safetensors")}
-        waiting.append((key, fields, crop_to(sample.target, sizes[number])))
+        waiting.append((key, fields, crop_to(sample.target, sizes[number]).permute(2, 0, 1)))
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()

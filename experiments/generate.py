@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments.common import CONF, open_model, user_errors
 
@@ -47,13 +47,13 @@ def read_prompts(path: str) -> list[str]:
 
 
 def read_image(path: str) -> Image.Image:
-    """An RGB image.
+    """An RGB image, upright as its EXIF says.
 
     Raises:
         ValueError: when the file is absent or not an image.
     """
     try:
-        return Image.open(Path(path).expanduser()).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(Path(path).expanduser())).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"image {path} can't be read ({error})") from None
 
@@ -69,8 +69,9 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(
             f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt"
         )
-    if cfg.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    for name in ("batch_size", "height", "width"):
+        if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < 1):
+            raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
     sources = images * len(prompts) if len(images) == 1 else images
     pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
     if cfg.compile:
@@ -91,6 +92,8 @@ def main(cfg: DictConfig) -> None:
             guidance_interval=tuple(cfg.guidance_interval),
             batch_branches=cfg.batch_branches,
             num_images_per_prompt=cfg.num_images_per_prompt,
+            height=cfg.height,
+            width=cfg.width,
             generator=[torch.Generator().manual_seed(cfg.seed + first + i) for i in range(count)],
             progress=True,
         ).images

@@ -8,12 +8,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
@@ -26,7 +28,8 @@ from tbac.data.tars import TarReader
 from tbac.data.transforms import ConditionDropout
 from tbac.models.prompt import PromptProcessor
 
-PLAIN, OURS, FULL, BUCKETS = "plain read + decode", "ours", "ours, decoded in full", "ours, buckets"
+PLAIN, PILLOW = "read + decode alone", "read + decode + crop by Pillow, to floats"
+OURS, REDUCED, BUCKETS = "ours", "ours, reducing_gap=1", "ours, buckets"
 WORDS = "a photo of the old harbour at dusk with three red boats and many people who wait for a ship near tall houses"
 Place = tuple[Path, int]
 
@@ -78,20 +81,29 @@ def module_of(folder: Path, prompt: PromptProcessor, cfg: dict[str, Any], **opti
     return data
 
 
-class PlainPictures(Dataset[int]):
-    """Reads the bytes of pictures and decodes them in full; gives their number of pixels."""
+class PlainPictures(Dataset[Any]):
+    """Batches of pictures without anything else.
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places, self.tars = places, TarReader()
+    Args:
+        places: tar and number of each picture.
+        image_size: pixels a side that they are cropped to, as tensors of floats; None decodes them and gives nothing.
+    """
 
-    def __getitem__(self, batch: list[int]) -> int:
-        pixels = 0
-        for i in batch:
-            path, sample = self.places[i % len(self.places)]
-            picture = io.BytesIO(self.tars.read(path, sample)["jpg"])
-            with Image.open(picture, formats=IMAGE_FORMATS) as image:
-                pixels += image.convert("RGB").width * image.height
-        return pixels
+    def __init__(self, places: list[Place], image_size: int | None = None) -> None:
+        self.places, self.image_size, self.tars = places, image_size, TarReader()
+
+    def __getitem__(self, batch: list[int]) -> Tensor:
+        pictures = [self._picture(*self.places[i % len(self.places)]) for i in batch]
+        return torch.stack(pictures) if self.image_size else torch.empty(0)
+
+    def _picture(self, path: Path, sample: int) -> Tensor:
+        data = io.BytesIO(self.tars.read(path, sample)["jpg"])
+        with Image.open(data, formats=IMAGE_FORMATS) as opened:
+            image = opened.convert("RGB")
+        if not (size := self.image_size):
+            return torch.empty(0)
+        fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _endless(batch: int) -> Iterator[list[int]]:
@@ -106,9 +118,9 @@ def _sides(folder: Path, prompt: PromptProcessor, cfg: dict[str, Any]) -> dict[s
     reader.close()
     workers = cfg["workers"]
 
-    def plain() -> DataLoader:
+    def plain(image_size: int | None = None) -> DataLoader:
         return DataLoader(
-            PlainPictures(places),
+            PlainPictures(places, image_size),
             sampler=_endless(cfg["batch"]),
             batch_size=None,
             num_workers=workers,
@@ -117,8 +129,9 @@ def _sides(folder: Path, prompt: PromptProcessor, cfg: dict[str, Any]) -> dict[s
 
     return {
         PLAIN: plain,
+        PILLOW: partial(plain, cfg["image_size"]),
         OURS: module_of(folder, prompt, cfg).train_dataloader,
-        FULL: module_of(folder, prompt, cfg, reducing_gap=None).train_dataloader,
+        REDUCED: module_of(folder, prompt, cfg, reducing_gap=1.0).train_dataloader,
         BUCKETS: module_of(folder, prompt, cfg, buckets="sana").train_dataloader,
     }
 
@@ -197,12 +210,12 @@ def bench_loader(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     options = cfg["loader"]
     found = measure(cfg)
     memory = in_child(memory_of_loading, options["memory_samples"], options["workers"])
-    rates = found["samples_per_s"]
+    rates, shares = found["samples_per_s"], found["choosing_share"]
     rows = [
-        [side, f"{rate:.1f}", f"{rate / rates[PLAIN]:.2f}", *_percent(found["choosing_share"].get(side))]
+        [side, f"{rate:.1f}", *(f"{rate / rates[b]:.2f}" for b in (PLAIN, PILLOW)), *_percent(shares.get(side))]
         for side, rate in rates.items()
     ]
-    header = ["loader", "samples a second", "of the plain cost", "shuffle, mixture, buckets"]
+    header = ["loader", "samples a second", "to decoding alone", "to Pillow's crop", "shuffle, mixture, buckets"]
     first, last = memory["mib"][0], memory["mib"][-1]
     text = (
         f"Memory of all processes after {memory['samples'][0]:,} samples {first:,.0f} MiB, after "

@@ -60,6 +60,8 @@ def check(cfg: dict[str, Any]) -> None:
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if (count := cfg["loader"]["memory_samples"]) < 500:
+        raise ValueError(f"loader.memory_samples must be at least 500, got {count}")
 
 
 def bench(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import default_collate as join  # in a worker, straight into the memory that it shares
 
 from tbac.data.shards import DataError
 from tbac.data.transforms import crop_to
@@ -49,5 +50,5 @@ class Collator:
                 "same batch have no latents; cache latents for every source of the mixture"
             )
         else:
-            batch.pixels = torch.stack([crop_to(s.target, size) for s in samples if s.target is not None])
+            batch.pixels = join([crop_to(s.target, size) for s in samples if s.target is not None]).permute(0, 3, 1, 2)
         return batch

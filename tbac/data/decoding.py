@@ -65,7 +65,8 @@ def decode_image(
         if size and reducing_gap and isinstance(image, JpegImageFile):
             _reduce(image, size, reducing_gap)
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
     except CorruptSampleError:
         raise
     except UNREADABLE as error:

@@ -63,14 +63,16 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
     Bicubic with antialiasing, as in SANA's trainer: Pillow's filter up to rounding, several times faster.
 
     Returns:
-        (3, height, width), uint8.
+        (height, width, 3), uint8.
     """
     height, width = size
     scale = min(image.width / width, image.height / height)
     part = min(round(height * scale), image.height), min(round(width * scale), image.width)
     top, left = (image.height - part[0]) // 2, (image.width - part[1]) // 2
-    pixels = np.asarray(image.convert("RGB"))[top : top + part[0], left : left + part[1]].copy()
-    cropped = torch.from_numpy(pixels).permute(2, 0, 1)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    pixels = torch.from_numpy(np.asarray(image)[top : top + part[0], left : left + part[1]].copy())
     if part == size:
-        return cropped
-    return functional.interpolate(cropped[None], size, mode="bicubic", antialias=True)[0]
+        return pixels
+    resized = functional.interpolate(pixels.permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
+    return resized.permute(1, 2, 0)

@@ -98,7 +98,7 @@ def test_latents_are_those_of_the_crop_that_training_makes(denoiser: Path) -> No
     for i in range(3):
         sample = decode_sample(raw.read(Path("raw/train-000000.tar"), i))
         assert sample.target is not None
-        expected = autoencoder.encode(crop_to(sample.target, (24, 24))[None])[0]
+        expected = autoencoder.encode(crop_to(sample.target, (24, 24)).permute(2, 0, 1)[None])[0]
         fields = cached.read(Path("cached/train-000000.tar"), i)
         found = decode_sample(fields)
         assert found.latents is not None

@@ -96,6 +96,9 @@ def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str])
     for picture in drawn:  # whatever the batch size
         first, second = (torch.tensor(list(Image.open(f).getdata())) for f in (picture, Path("again") / picture.name))
         assert (first - second).abs().max() <= 2
+    ran("generate", capfd, *few, "prompts=[a circle]", "height=16", "width=40", "out=wide")
+    with Image.open("wide/00000.png") as image:
+        assert image.size == (40, 16)
     ran("generate", capfd, *few, "prompts=[remove the circle]", "images=[scene.png]", "out=edited")
     assert Image.open("edited/00000.png").size == (24, 24)
     assert ran(

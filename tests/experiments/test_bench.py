@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.bench.cached import IMAGES, LATENTS
+from experiments.bench.loader import BUCKETS, PILLOW, measure, memory_of_loading
 from experiments.bench.measure import Memory, in_child, interleaved, markdown, search_largest, summary
 from experiments.bench.release import ReleaseWay
 from experiments.bench.training import BASELINE, OURS, Side, check_equal, make_model, targets
@@ -49,6 +51,16 @@ SMALL = [
     "sampling.fewer_steps=2",
     "sampling.latent_sides=[4]",
     "sampling.tokens=12",
+    "cached.tokens=24",
+    "cached.image_side=3",
+    "cached.batch=2",
+    "loader.samples=24",
+    "loader.pictures=[[96,64],[64,64]]",
+    "loader.image_size=32",
+    "loader.batch=4",
+    "loader.batches=3",
+    "loader.repeats=1",
+    "loader.memory_samples=500",
 ]
 
 
@@ -116,6 +128,16 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
         assert found["ratio"] == pytest.approx(found["median_s"][BASELINE] / found["median_s"][OURS], rel=0.2)
         assert set(found["memory"]) == {"release", "ours", "ours, checkpointed"}
     assert report["sampling"]["cases"]["4 x 4"]["difference"]["release"] < 1e-3
+    for case in ("text", "image + text"):
+        found = report["cached"]["cases"][case]
+        assert found["losses"][IMAGES] == pytest.approx(found["losses"][LATENTS], rel=1e-5)
+        assert found["memory"][IMAGES]["standing_mib"] > found["memory"][LATENTS]["standing_mib"]
+        assert 0 < found["encoder_share"] < 1
+    found = report["loader"]
+    for side, seconds in found["median_s"].items():
+        assert found["samples_per_s"][side] == pytest.approx(12 / seconds, rel=0.01)
+    assert 0 < found["choosing_share"][OURS] < found["choosing_share"][BUCKETS] * 5
+    assert found["memory"]["samples"] == list(range(50, 501, 50))
     assert Path("bench/report.md").read_text().strip() in text
     assert "| release | ours | ours, checkpointed |" in text
 
@@ -130,11 +152,12 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["parts=[training,speed]"], "parts may hold training, sampling, batches, step; got 'speed'"),
+        (["parts=[training,speed]"], "parts may hold training, sampling, cached, loader, batches, step; got 'speed'"),
         (["parts=[batches]"], "parts=[batches] caps the memory of a GPU"),
         (["precision=fp8"], "precision must be 32-true or bf16-mixed for these parts, got 'fp8'"),
         (["tokens=[16]"], "every entry of tokens must exceed shared_tokens=32"),
         (["repeats=0"], "repeats must be at least 1, got 0"),
+        (["loader.memory_samples=499"], "loader.memory_samples must be at least 500, got 499"),
         (["sides=[ours]"], "sides must begin with release, ours"),
         (["parts=[step,training]", "precision=bf16-true"], "so it comes alone"),
     ],
@@ -159,6 +182,21 @@ def test_the_real_sizes_take_a_step_within_24_gb() -> None:
     found = json.loads(Path("bench/report.json").read_text())["step"]
     assert found["parameters"] > 5e9
     assert found["peak_gib"] * 1024**3 < 24e9
+
+
+@pytest.mark.slow
+def test_memory_of_loading_is_flat_over_many_samples() -> None:
+    found = in_child(memory_of_loading, 100_000, 2)
+    assert found["samples"][-1] == 100_000
+    assert max(found["mib"][2:]) < 1.03 * found["mib"][1]
+
+
+@pytest.mark.slow
+def test_loading_costs_little_more_than_decoding() -> None:
+    found = measure({"loader": plain(composed("bench").loader)})
+    rates = found["samples_per_s"]
+    assert rates[OURS] > 0.9 * rates[PILLOW]
+    assert max(found["choosing_share"].values()) < 0.05
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")

@@ -12,6 +12,7 @@ import torch
 
 from tbac.training.checkpoints import read_checkpoint
 from tbac.training.strategies import make_strategy
+from tests.data.test_buckets import write
 
 SLOW = pytest.mark.slow
 GLOBAL_BATCH = 8
@@ -102,6 +103,22 @@ def test_going_on_with_another_number_of_processes(
         train(world_folder, tmp_path, processes, f"machine.strategy={strategy}", f"trainer.max_steps={steps}")
     assert keys(tmp_path) == keys(alone)
     assert_close(saved(alone), saved(tmp_path))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=SLOW)])
+def test_batches_of_several_shapes_keep_no_process_waiting(strategy: str, world_folder: Path, tmp_path: Path) -> None:
+    """Two processes have batches of different buckets in a step, one has the same ones after each other."""
+    write("raw", 26)
+    sources = f"[{{path: {Path('raw').absolute()}, split: train}}]"
+    buckets = ["data.buckets=[[24,24],[16,32],[32,16]]", f"stage.sources={sources}", f"stage.val_sources={sources}"]
+    more = ["stage.val_samples=26", "data.val_batch_size=4", *buckets]
+    train(world_folder, tmp_path / "one", 1, *more, accumulate=2)
+    train(world_folder, tmp_path / "two", 2, f"machine.strategy={strategy}", *more)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["keys"] for line in one] == [line["keys"] for line in two]
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=2e-5)
+    assert len(one) == 2 * STEPS
+    assert_close(saved(tmp_path / "one"), saved(tmp_path / "two"))
 
 
 @pytest.mark.slow

@@ -200,9 +200,9 @@ def memory_of_loading(samples: int, workers: int, batch: int = 50) -> dict[str, 
 
 
 def _proportional(pid: int) -> int:
-    """Bytes of a process, with shared pages divided among those that share them."""
+    """Bytes of a process without program files; shared pages are divided among those that share them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def bench_loader(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:

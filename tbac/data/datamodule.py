@@ -1,5 +1,6 @@
 """The Lightning data module: one stage's mixture for training, one fixed pass for validation."""
 
+import gc
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -356,11 +357,22 @@ class StagedDataModule(L.LightningDataModule):
 
 
 class CleanLoader(DataLoader):
-    """A DataLoader whose data errors read the same whether a worker process or this one met them."""
+    """A DataLoader whose data errors read the same whether a worker process or this one met them.
+
+    Workers leave what they have inherited out of their garbage collection: going through it would write to its pages,
+    and each worker would sooner or later hold a copy of this process's memory.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.num_workers:
+            gc.collect()
+            gc.freeze()
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+        finally:
+            gc.unfreeze()
+        try:
+            yield from batches
         except DataError as error:
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 

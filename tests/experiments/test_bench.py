@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.bench.cached import IMAGES, LATENTS
-from experiments.bench.loader import BUCKETS, PILLOW, measure, memory_of_loading
+from experiments.bench.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
 from experiments.bench.measure import Memory, in_child, interleaved, markdown, search_largest, summary
 from experiments.bench.release import ReleaseWay
 from experiments.bench.training import BASELINE, OURS, Side, check_equal, make_model, targets
@@ -131,7 +131,8 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
     for case in ("text", "image + text"):
         found = report["cached"]["cases"][case]
         assert found["losses"][IMAGES] == pytest.approx(found["losses"][LATENTS], rel=1e-5)
-        assert found["memory"][IMAGES]["standing_mib"] > found["memory"][LATENTS]["standing_mib"]
+        assert found["ratio"] == pytest.approx(found["median_s"][IMAGES] / found["median_s"][LATENTS], rel=0.2)
+        assert set(found["memory"]) == {IMAGES, LATENTS}
         assert 0 < found["encoder_share"] < 1
     found = report["loader"]
     for side, seconds in found["median_s"].items():
@@ -195,7 +196,8 @@ def test_memory_of_loading_is_flat_over_many_samples() -> None:
 def test_loading_costs_little_more_than_decoding() -> None:
     found = measure({"loader": plain(composed("bench").loader)})
     rates = found["samples_per_s"]
-    assert rates[OURS] > 0.9 * rates[PILLOW]
+    assert rates[OURS] > 1.3 * rates[PILLOW]
+    assert rates[REDUCED] > 0.7 * rates[PLAIN]
     assert max(found["choosing_share"].values()) < 0.05
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_prep.shards import ShardWriter
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError
-from tbac.evaluation.trees import write_whole
+from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
 WORK = ".conversion"

@@ -19,7 +19,7 @@ from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
 from tbac.data.sizes import target_sizes
 from tbac.data.tars import NOWHERE, TarReader
 from tbac.data.transforms import crop_to
-from tbac.evaluation.trees import write_whole
+from tbac.files import write_whole
 from tbac.models.autoencoder import FrozenAutoencoder
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,8 @@ from tbac.evaluation.benchmarks import (
 )
 from tbac.evaluation.detectors import TemplateDetector
 from tbac.evaluation.judges import DetectorJudge, Kept, KeptDetector, KeptJudge
-from tbac.evaluation.trees import Tree, generate, pending, write_whole
+from tbac.evaluation.trees import Tree, generate, pending
+from tbac.files import write_whole
 from tbac.models.weights import digest_of
 from tbac.sampling.grid import picture_grid
 from tbac.training.tracking import parent_run, tag_name

@@ -14,7 +14,7 @@ from experiments.common import open_model
 from experiments.evaluate import sampling_options, score_suite
 from experiments.sweep.points import Point
 from tbac.evaluation.benchmarks import read_geneval, run_edits, run_geneval
-from tbac.evaluation.trees import write_whole
+from tbac.files import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, read_checkpoint

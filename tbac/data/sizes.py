@@ -13,6 +13,7 @@ from PIL import Image
 
 from tbac.data.decoding import IMAGE_EXTENSIONS, IMAGE_FORMATS, ORIENTATION, TURNED, UNREADABLE
 from tbac.data.tars import Members, TarIndex
+from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,9 @@ def target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
 def write_sizes(shard: Path) -> int:
     """Write the file beside a shard that spares reading its headers; returns the number of samples."""
     found = {"latents": read_sizes(shard, True), "images": read_sizes(shard, False)}
-    file = sizes_file(shard)
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as out:
-        np.savez(out, shard=np.array(_fingerprint(shard)), **found)  # type: ignore[arg-type]
-    partial.rename(file)
+    content = io.BytesIO()
+    np.savez(content, shard=np.array(_fingerprint(shard)), **found)  # type: ignore[arg-type]
+    write_whole(sizes_file(shard), content.getvalue())
     return len(found["images"])
 
 

@@ -8,13 +8,13 @@ whole or not at all. What we note about them lies beside the tree, in `<tree>.re
 import hashlib
 import io
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from tbac.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,6 @@ def grid_of(pictures: Sequence[Image.Image]) -> Image.Image:
     for i, picture in enumerate(pictures):
         whole.paste(picture, (i % 2 * width, i // 2 * height))
     return whole
-
-
-def write_whole(path: Path, content: bytes, scratch: Path | None = None) -> None:
-    """Make a file in one move.
-
-    Args:
-        path: the file; its folder must be there.
-        content: of the file.
-        scratch: folder on the same disk where it is made before, so that nothing half-made lies beside it even when the
-            process is killed; None = the file's own.
-    """
-    folder = scratch or path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{uuid.uuid4().hex}"  # process numbers repeat on other machines
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def records_of(root: Path) -> Path:

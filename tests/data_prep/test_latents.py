@@ -77,15 +77,18 @@ def curve(model: Any, folder: str, **options: Any) -> list[float]:
     return losses
 
 
-def test_training_on_latents_is_training_on_images(denoiser: Path, in_world: Path) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
+def test_training_on_latents_is_training_on_images(
+    denoiser: Path, in_world: Path, dtype: torch.dtype, tolerance: float
+) -> None:
     from tests.conftest import small_model
 
     edits(Path("raw"))
-    cache(denoiser)
+    cache(denoiser, dtype=dtype)
     on_images = curve(small_model(in_world), "raw")
     model = small_model(in_world)
     on_latents = curve(model, "cached")
-    assert on_latents == pytest.approx(on_images, rel=1e-5)
+    assert on_latents == pytest.approx(on_images, rel=tolerance)
     assert len(set(on_images)) == 6
     assert next(model.autoencoder.model.encoder.parameters()).is_meta  # the encoder was never read
     assert curve(small_model(in_world), "cached", use_latents="false") == pytest.approx(on_images, rel=1e-6)

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from data_prep.shards import ShardWriter
+from data_prep.work import Work
 from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError
+from tbac.data.shards import SCHEMA_VERSION, DataError
 from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -130,13 +131,13 @@ def convert(dataset: Dataset, out: Path, options: Options, processes: int = 1) -
         DataError: when the folder holds other shards, or nothing could be converted.
     """
     recipe = {"dataset": dataset.name, "units": list(dataset.units()), **asdict(options)}
-    work = out / WORK
-    if (manifest := _finished(out, recipe)) is not None:
+    work = Work(out, WORK, recipe, "conversion")
+    if (manifest := work.finished()) is not None:
         log.info("%s is there already", out)
         return Counts(**manifest["conversion"]["counts"])
-    _begin(out, work, recipe)
+    work.begin()
     units = recipe["units"]
-    left = [i for i in range(len(units)) if not _state(work, i).is_file()]
+    left = [i for i in range(len(units)) if not work.state(_stem(i)).is_file()]
     log.info("%d of %d parts of %s to convert", len(left), len(units), dataset.name)
     bar = tqdm(total=len(units), initial=len(units) - len(left), unit="part", desc=f"converting {dataset.name}")
     if processes < 2:
@@ -150,15 +151,15 @@ def convert(dataset: Dataset, out: Path, options: Options, processes: int = 1) -
                 done.result()
                 bar.update()
     bar.close()
-    return _assemble(dataset, out, work, recipe)
+    return _assemble(dataset, work)
 
 
-def convert_unit(dataset: Dataset, index: int, unit: str, work: Path, options: Options) -> None:
+def convert_unit(dataset: Dataset, index: int, unit: str, work: Work, options: Options) -> None:
     """Convert one unit; its state file says that it is complete."""
-    stem = f"unit-{index:06d}"
-    for stale in work.glob(f"{stem}.*"):
+    stem = _stem(index)
+    for stale in work.folder.glob(f"{stem}.*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    scratch = work / f"{stem}.scratch"
+    scratch = work.folder / f"{stem}.scratch"
     scratch.mkdir()
     counts = Counts()
     rejected: Counter[str] = Counter()
@@ -194,7 +195,7 @@ def convert_unit(dataset: Dataset, index: int, unit: str, work: Path, options: O
         done = {split: counts.written.get(split, 0) for split in ("train", "val")}
         split = "val" if index == 0 and done["val"] < min(options.val_samples, done["train"]) else "train"
         if split not in writers:
-            writers[split] = ShardWriter(work / f"{stem}.{split}-{len(shards[split]):06d}.tar")
+            writers[split] = ShardWriter(work.folder / f"{stem}.{split}-{len(shards[split]):06d}.tar")
         writers[split].add(key, record.fields)
         counts.written[split] = done[split] + 1
         if writers[split].samples == options.samples_per_shard:
@@ -203,42 +204,16 @@ def convert_unit(dataset: Dataset, index: int, unit: str, work: Path, options: O
         finish(split)
     shutil.rmtree(scratch)
     counts.rejected = dict(rejected)
-    write_whole(_state(work, index), json.dumps({"counts": asdict(counts), "shards": shards}).encode())
+    write_whole(work.state(stem), json.dumps({"counts": asdict(counts), "shards": shards}).encode())
 
 
-def _state(work: Path, index: int) -> Path:
-    return work / f"unit-{index:06d}.json"
+def _stem(index: int) -> str:
+    return f"unit-{index:06d}"
 
 
-def _finished(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a conversion that is complete and was made the same way."""
-    file = out / MANIFEST
-    if not file.is_file() or (out / WORK).is_dir():
-        return None
-    manifest = json.loads(file.read_text())
-    known = manifest.get("conversion", {}).get("recipe")
-    if known != recipe:
-        raise DataError(f"{out} holds shards that were made otherwise; give another folder with out=")
-    return manifest
-
-
-def _begin(out: Path, work: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the work folder, or check that it belongs to the same conversion."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = work / "recipe.json"
-    if file.is_file():
-        if json.loads(file.read_text()) != recipe:
-            raise DataError(f"{out} holds the beginning of another conversion; give another folder, or remove {work}")
-    elif strange := sorted(p.name for p in out.glob("*.tar")):
-        raise DataError(f"{out} holds other shards already, such as {strange[0]}; give another folder with out=")
-    else:
-        work.mkdir(exist_ok=True)
-        write_whole(file, json.dumps(recipe).encode())
-
-
-def _assemble(dataset: Dataset, out: Path, work: Path, recipe: Mapping[str, Any]) -> Counts:
+def _assemble(dataset: Dataset, work: Work) -> Counts:
     """Give the tars their numbers, and write the manifest; goes on where it stopped as well."""
-    states = [json.loads(_state(work, i).read_text()) for i in range(len(recipe["units"]))]
+    states = [json.loads(work.state(_stem(i)).read_text()) for i in range(len(work.recipe["units"]))]
     total = Counts(expected=dataset.expected)
     rejected: Counter[str] = Counter()
     shards: dict[str, dict[str, Any]] = {}
@@ -254,21 +229,16 @@ def _assemble(dataset: Dataset, out: Path, work: Path, recipe: Mapping[str, Any]
         tars = [shard for state in states for shard in state["shards"][split]]
         for number, shard in enumerate(tars):
             name = f"{split}-{number:06d}.tar"
-            if (work / shard["file"]).is_file():
-                (work / shard["file"]).rename(out / name)
+            if (made := work.folder / shard["file"]).is_file():
+                made.rename(work.out / name)
             shards[name] = {k: v for k, v in shard.items() if k != "file"}
         if tars:
             total.written[split] = sum(shard["samples"] for shard in tars)
     if not total.total:
         raise DataError(f"no sample of {dataset.name} could be converted: {total.rejected or 'it is empty'}")
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "shards": shards,
-        "provenance": {"dataset": dataset.name},
-        "conversion": {"recipe": dict(recipe), "counts": asdict(total)},
-    }
-    write_whole(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    shutil.rmtree(work)
+    provenance = {"dataset": dataset.name}
+    manifest = {"schema_version": SCHEMA_VERSION, "shards": shards, "provenance": provenance}
+    work.finish(manifest, {"counts": asdict(total)})
     return total
 
 

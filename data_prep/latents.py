@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.shards import ShardWriter
+from data_prep.work import Work
 from tbac.data.buckets import Buckets
 from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
+from tbac.data.shards import SCHEMA_VERSION, DataError, read_manifest
 from tbac.data.sizes import target_sizes
 from tbac.data.tars import NOWHERE, TarReader
 from tbac.data.transforms import crop_to
@@ -72,18 +72,12 @@ def cache_latents(
     }  # fmt: skip
     if buckets:
         recipe["buckets"] = [list(size) for size in buckets.sizes]
-    work = out / WORK
-    if not work.is_dir() and (out / MANIFEST).is_file():
-        if (read_manifest(out) or {}).get("latents") != recipe:
-            raise DataError(f"{out} holds shards that were made otherwise; give another folder with out=")
+    work = Work(out, WORK, recipe, "latents")
+    if work.finished() is not None:
         log.info("%s is there already", out)
         return
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "recipe.json"
-    if file.is_file() and json.loads(file.read_text()) != recipe:
-        raise DataError(f"{out} holds the beginning of another caching; give another folder, or remove {work}")
-    write_whole(file, json.dumps(recipe).encode())
-    left = [tar for tar in tars[rank::world_size] if not (work / f"{tar.name}.json").is_file()]
+    work.begin()
+    left = [tar for tar in tars[rank::world_size] if not work.state(tar.name).is_file()]
     for tar in tqdm(left, unit="shard", desc="caching latents"):
         writer, bad = ShardWriter(out / tar.name), 0
         for key, fields in _with_latents(
@@ -94,11 +88,11 @@ def cache_latents(
             else:
                 writer.add(key, fields)
         entry = {"shard": writer.close(), "left_out": bad}
-        write_whole(work / f"{tar.name}.json", json.dumps(entry).encode())
-    entries = {tar.name: work / f"{tar.name}.json" for tar in tars}
-    if not all(path.is_file() for path in entries.values()):
-        return  # another process is still at it
-    found = {name: json.loads(path.read_text()) for name, path in entries.items()}
+        write_whole(work.state(tar.name), json.dumps(entry).encode())
+    try:
+        found = {tar.name: json.loads(work.state(tar.name).read_text()) for tar in tars}
+    except FileNotFoundError:
+        return  # another process is still at it, or has just finished it all
     manifest = {
         **(read_manifest(source) or {}),
         "schema_version": SCHEMA_VERSION,
@@ -106,11 +100,9 @@ def cache_latents(
         "autoencoder_digest": digest,
         "image_size": image_size,
         "buckets": recipe.get("buckets"),
-        "latents": recipe,
         "left_out": sum(entry["left_out"] for entry in found.values()),
     }
-    write_whole(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    shutil.rmtree(work, ignore_errors=True)
+    work.finish(manifest, {})
     if manifest["left_out"]:
         log.warning("%d samples couldn't be decoded and were left out", manifest["left_out"])
 

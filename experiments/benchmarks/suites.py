@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments.benchmarks.rows import Benchmark, Row, Summary, missing
 from tbac.evaluation.benchmarks import read_geneval
-from tbac.evaluation.dense import Mode, Question, dense_score, read_dpg_prompts, read_dpg_questions
+from tbac.evaluation.dense import Mode, Question, dense_score, read_dpg_questions
 from tbac.evaluation.imgedit import PLACEHOLDER, edit_scores, read_imgedit, read_judge_prompts, reply_score
 from tbac.evaluation.judges import JudgeError, yes_or_no, yes_or_no_lines
 from tbac.evaluation.rules import EVERY, aggregate_by_tag, judge_geneval
@@ -113,7 +113,7 @@ class DPG(_Asked):
         self.file, self.mode = str(cfg.file), cfg.mode
         if self.mode not in ("official", "fixed"):
             raise ValueError(f"benchmark.mode must be official or fixed, got {self.mode!r}")
-        self.prompts = read_dpg_prompts(self.file)
+        self.prompts = read_prompt_folder(self.file)
         self.questions_file = cfg.questions
         self.questions: dict[Mode, dict[str, list[Question]]] = {}
         if cfg.questions:

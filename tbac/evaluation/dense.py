@@ -61,21 +61,6 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     return dict(questions)
 
 
-def read_dpg_prompts(folder: str | Path) -> dict[str, str]:
-    """Stem -> prompt, from DPG-Bench's folder of text files.
-
-    Raises:
-        ValueError: when there are none, or one is empty.
-    """
-    folder = Path(folder).expanduser()
-    prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(folder.glob("*.txt"))}
-    if not prompts:
-        raise ValueError(f"DPG-Bench's folder {folder} has no prompt (*.txt)")
-    if empty := [stem for stem, text in prompts.items() if not text]:
-        raise ValueError(f"{folder / empty[0]}.txt is empty; it must hold a prompt")
-    return prompts
-
-
 def with_dependencies(
     right: Mapping[int, bool], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> dict[int, bool]:

@@ -206,7 +206,7 @@ def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest
     ("arguments", "words"),
     [
         (["benchmark=dpg", "benchmark.mode=strict"], "benchmark.mode must be official or fixed, got 'strict'"),
-        (["benchmark=dpg", "benchmark.file=absent"], "DPG-Bench's folder absent has no prompt"),
+        (["benchmark=dpg", "benchmark.file=absent"], "benchmark.file=absent is neither a text file of prompts nor"),
         (["benchmark=dpg", "benchmark.questions=null", "steps=[score]"], "benchmark.questions is needed for scoring"),
         (["benchmark=tiif", "benchmark.file=absent"], "TIIF-Bench's folder absent has no *.jsonl file"),
         (["benchmark=wise", "benchmark.file=absent"], "WISE's prompts absent don't exist"),

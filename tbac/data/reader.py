@@ -56,8 +56,8 @@ class ShardReader(Dataset[Batch]):
         use_latents: take cached latents instead of target images where there are any.
         max_bad_share: greatest share of refused samples that is tolerated.
         min_seen: the share is judged over multiples of this many samples, or of a pass where that is less.
-        reducing_gap: JPEGs that are at least twice this large are decoded at a half, a quarter or an eighth of their
-            size, which stays this much larger than what is kept; None decodes in full.
+        reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, which
+            stays at least this many times what is kept; None decodes in full.
     """
 
     def __init__(

@@ -9,15 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.pretrain_mllm import (
-    Conversation,
-    Conversations,
-    Recipe,
-    conversation_states,
-    make_config,
-    pretrain_mllm,
-    visible_part,
-)
+from data_prep.shapes.conversations import Conversation, Conversations, visible_part
+from data_prep.shapes.pretrain_mllm import Recipe, conversation_states, make_config, pretrain_mllm
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
 from tests.conftest import composed, plain

@@ -18,6 +18,11 @@ from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch, Sample
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 1000  # at finding another sample in the place of a corrupt one
+
+
+class NoSubstituteError(DataError):
+    """A corrupt sample whose place no other of its bucket could take."""
 
 
 @dataclass
@@ -81,11 +86,26 @@ class ShardReader(Dataset[Batch]):
         self.tally, self.tars = Tally(), TarReader()
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        size = plan.size or self.size
-        batch = self.collate([self.sample(draw, plan.size) for draw in plan.draws], size)
+        batch = self.collate(self.samples(plan), plan.size or self.size)
         batch.positions = [draw.position for draw in plan.draws]
         batch.after = dict(plan.after)
         return batch
+
+    def samples(self, plan: BatchPlan) -> list[Sample]:
+        """The samples of a batch. A corrupt one whose bucket is too rare for a substitute is replaced by the others.
+
+        Raises:
+            DataError: as `sample`.
+        """
+        found: list[Sample] = []
+        for draw in plan.draws:
+            try:
+                found.append(self.sample(draw, plan.size))
+            except NoSubstituteError as error:
+                rare = error
+        if not found:
+            raise rare
+        return [found[i % len(found)] for i in range(len(plan.draws))]
 
     def sample(self, draw: Draw, bucket: tuple[int, int] | None = None) -> Sample:
         """The sample of a draw, or its replacement.
@@ -100,7 +120,7 @@ class ShardReader(Dataset[Batch]):
         sizes = self.sizes[draw.source]
         substitutes = Random(f"substitute/{self.seed}/{draw.position}")
         shard, index = draw.shard, draw.sample
-        for _ in range(1000):
+        for _ in range(ATTEMPTS):
             path = self.shards[draw.source][shard]
             self.tally.seen += 1
             try:
@@ -117,7 +137,9 @@ class ShardReader(Dataset[Batch]):
                 return sample
             shard = substitutes.choices(range(len(sizes)), sizes)[0]
             index = substitutes.randrange(sizes[shard])
-        raise DataError(f"{self.shards[draw.source][0].parent} gave no usable sample in 1000 attempts")
+        folder = self.shards[draw.source][0].parent
+        kind = NoSubstituteError if bucket else DataError
+        raise kind(f"{folder} gave no usable sample in {ATTEMPTS} attempts")
 
     def _decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
         try:

@@ -388,6 +388,28 @@ def test_a_corrupt_picture_among_cached_ones_is_replaced_by_one_of_its_shape(in_
     assert len(set(seen)) == 59
 
 
+def test_a_corrupt_picture_of_a_rare_shape_is_replaced_by_its_batch(
+    in_world: Path, model: UniImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("raw", 60)
+    denoiser = in_world / "backbones" / "denoiser"
+    autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
+    buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
+    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), 24, buckets=buckets)
+    place = TarReader().index(Path("cached/train-000000.tar")).samples[3][1]["txt"]
+    with Path("cached/train-000000.tar").open("r+b") as file:
+        file.seek(place[0])
+        file.write(b"\xff" * place[1])
+    monkeypatch.setattr("tbac.data.reader.ATTEMPTS", 1)
+    data = data_of("cached", GIVEN, "data.max_bad_share=0.2")
+    batches = list(batches_of(data, model, 40))
+    assert all(len(batch) == len(batch.positions) == 4 for batch in batches)
+    seen = [key for batch in batches for key in batch.keys]
+    assert "s003" not in seen
+    assert len(set(seen)) == 59
+    assert any(len(set(batch.keys)) < 4 for batch in batches)
+
+
 # --- draft decoding
 
 

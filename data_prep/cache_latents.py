@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from data_prep.latents import cache_latents
 from experiments.common import CONF, pick_device, plain, user_errors
 from tbac.data.buckets import parse_buckets
+from tbac.data.decoding import check_reducing_gap
 from tbac.models.architecture import read_config
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.loading import DTYPES
@@ -35,8 +36,7 @@ def main(cfg: DictConfig) -> None:
             f"below world_size={cfg.world_size}"
         )
     buckets = parse_buckets(plain(cfg)["buckets"], cfg.image_size)
-    if cfg.reducing_gap is not None and cfg.reducing_gap < 1:
-        raise ValueError(f"reducing_gap must be at least 1, or null to decode in full; got {cfg.reducing_gap}")
+    check_reducing_gap(cfg.reducing_gap, "reducing_gap")
     read_config("denoiser", cfg.denoiser, "vae/config.json")
     folder = local_folder("denoiser", cfg.denoiser, DENOISER_FILES)
     autoencoder = FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype])  # weights are read when used

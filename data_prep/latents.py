@@ -71,7 +71,7 @@ def cache_latents(
         "dtype": str(dtype).removeprefix("torch."), "keep_images": keep_images, "reducing_gap": reducing_gap,
     }  # fmt: skip
     if buckets:
-        recipe["buckets"] = [list(size) for size in buckets.sizes]
+        recipe["buckets"] = buckets.listed()
     work = Work(out, WORK, recipe, "latents")
     if work.finished() is not None:
         log.info("%s is there already", out)

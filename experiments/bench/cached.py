@@ -57,12 +57,9 @@ class CachedStep:
         keys = [""] * case.batch
         self.batches = {IMAGES: Batch(inputs, keys, pixels=pixels), LATENTS: Batch(inputs, keys)}
 
-    def cache(self) -> Tensor:
+    def cache(self) -> None:
         """Encode the images once; steps on latents take these."""
-        with autocast(self.cfg, self.model.device):
-            latents = latents_of(self.model, self.batches[IMAGES])
-        self.batches[LATENTS].latents = latents
-        return latents
+        self.batches[LATENTS].latents = self._latents(self.batches[IMAGES])
 
     def loss(self, name: str) -> float:
         """Loss of the batch, by one of both ways."""
@@ -103,9 +100,9 @@ def bench_cached(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         RuntimeError: when they aren't.
     """
     config, cases, rows = model_config(cfg), {}, []
-    encoder = autoencoder_flops(config, cfg["latent_side"] * 32)
     for case in cases_of(cfg):
         model = make_model(config, device.type)
+        encoder = autoencoder_flops(config, cfg["latent_side"] * model.autoencoder.compression)
         steps = CachedStep(model, case, cfg)
         steps.cache()
         losses = {name: steps.loss(name) for name in (IMAGES, LATENTS)}

@@ -45,6 +45,10 @@ class Buckets:
         """Height over width of each, to two decimals as in SANA's table."""
         return np.array([round(height / width, 2) for height, width in self.sizes])
 
+    def listed(self) -> list[list[int]]:
+        """The sizes as JSON has them."""
+        return [list(size) for size in self.sizes]
+
     def nearest(self, sizes: np.ndarray) -> np.ndarray:
         """Index of the bucket of each size.
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tbac.data.buckets import BucketIndex, parse_buckets
 from tbac.data.collation import Collator, PromptCode
+from tbac.data.decoding import check_reducing_gap
 from tbac.data.order import BatchPlan, BucketedOrder, TrainingOrder, ValidationOrder
 from tbac.data.reader import ShardReader, check_bad_share
 from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
@@ -77,8 +78,7 @@ class ShardDataModule(L.LightningDataModule):
         for name, count in (("stage.batch_size", batch_size), ("data.prefetch_factor", prefetch_factor)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if reducing_gap is not None and reducing_gap < 1:
-            raise ValueError(f"data.reducing_gap must be at least 1, or null to decode in full; got {reducing_gap}")
+        check_reducing_gap(reducing_gap, "data.reducing_gap")
         self.buckets, self.reducing_gap = parse_buckets(buckets, image_size), reducing_gap
         self.prefetch_factor = prefetch_factor
         self.sources = [parse_source(s) for s in sources]
@@ -110,7 +110,7 @@ class ShardDataModule(L.LightningDataModule):
                     f"the cached latents of {source.path} are of pictures of {cached} pixels, stage.image_size is "
                     f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
                 )
-            own = [list(size) for size in self.buckets.sizes] if self.buckets else None
+            own = self.buckets.listed() if self.buckets else None
             if cached and manifest.get("buckets") != own:
                 state = f"the buckets {found}" if (found := manifest.get("buckets")) else "no buckets"
                 raise DataError(
@@ -258,7 +258,7 @@ class ShardDataModule(L.LightningDataModule):
             "stage.batch_size": self.batch_size,
             "number of processes": self._world_size,
             "weights of the mixture": [s.weight for s in self.sources],
-            "data.buckets": [list(size) for size in self.buckets.sizes] if self.buckets else None,
+            "data.buckets": self.buckets.listed() if self.buckets else None,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -75,6 +75,12 @@ def decode_image(
         ) from None
 
 
+def check_reducing_gap(gap: float | None, name: str) -> None:
+    """Raise ValueError, naming the field, for a gap that would decode less than is needed."""
+    if gap is not None and gap < 1:
+        raise ValueError(f"{name} must be at least 1, or null to decode in full; got {gap}")
+
+
 def _reduce(image: Image.Image, size: tuple[int, int], gap: float) -> None:
     """Have a JPEG decoded at the smallest of its own scales that is still `gap` times what covers `size`.
 

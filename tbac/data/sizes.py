@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
 
 def write_sizes(shard: Path) -> int:
     """Write the file beside a shard that spares reading its headers; returns the number of samples."""
-    found = {"latents": read_sizes(shard, True), "images": read_sizes(shard, False)}
+    found = dict(zip(("latents", "images"), _read(shard, (True, False)), strict=True))
     content = io.BytesIO()
     np.savez(content, shard=np.array(_fingerprint(shard)), **found)  # type: ignore[arg-type]
     write_whole(sizes_file(shard), content.getvalue())
@@ -57,13 +58,18 @@ def read_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
     Raises:
         OSError: when the shard can't be read.
     """
+    return _read(shard, (use_latents,))[0]
+
+
+def _read(shard: Path, kinds: Sequence[bool]) -> list[np.ndarray]:
+    """Sizes by each value of `use_latents`, with the tar's index made once."""
     samples = TarIndex(shard).samples
     descriptor = os.open(shard, os.O_RDONLY)
     try:
-        found = [_target_size(descriptor, members, use_latents) for _, members in samples]
+        found = [[_target_size(descriptor, members, use) for _, members in samples] for use in kinds]
     finally:
         os.close(descriptor)
-    return np.array(found, np.int32).reshape(-1, 2)
+    return [np.array(sizes, np.int32).reshape(-1, 2) for sizes in found]
 
 
 def _fingerprint(shard: Path) -> str:

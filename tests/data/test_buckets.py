@@ -1,6 +1,5 @@
 """Aspect-ratio buckets: SANA's table, sizes without decoding, batches of one bucket that no process waits for."""
 
-import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,24 +13,23 @@ import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from PIL import Image
 
 from data_prep.latents import cache_latents
 from data_prep.shards import write_shards
 from tbac.data.buckets import Buckets, parse_buckets
 from tbac.data.datamodule import ShardDataModule
-from tbac.data.decoding import ORIENTATION, decode_image, decode_sample
+from tbac.data.decoding import decode_sample
 from tbac.data.order import BatchPlan, BucketedOrder, Draw, ValidationOrder
 from tbac.data.shards import DataError
 from tbac.data.sizes import read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.tars import TarReader
-from tbac.data.transforms import crop_to
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
 from tests.conftest import composed, noise_image, small_model
+from tests.data.test_decoding import saved, turned
 from tests.experiments.test_errors import run_app
-from tests.training.test_module import module_of, trainer_of
+from tests.training.test_module import losses_of, module_of, trainer_of
 
 # --- the table
 
@@ -81,18 +79,11 @@ def test_other_buckets_are_refused(value: Any, side: int, words: str) -> None:
 # --- sizes
 
 
-def encoded(image: Image.Image, kind: str, orientation: int = 1) -> bytes:
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[ORIENTATION] = orientation
-    image.save(buffer, kind, exif=exif.tobytes())
-    return buffer.getvalue()
-
-
 def pictures() -> list[tuple[str, dict[str, Any]]]:
     """Targets of all formats, some turned; edits among them; one that can't be read; one with latents."""
     samples: list[tuple[str, dict[str, Any]]] = []
     for i, (kind, orientation) in enumerate(itertools.product(("JPEG", "PNG", "WEBP"), (1, 3, 6, 8))):
-        data = encoded(noise_image(i, (40 + i, 20 + 3 * i)), kind, orientation)
+        data = saved(noise_image(i, (40 + i, 20 + 3 * i)), kind, exif=turned(orientation))
         field = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
         fields: dict[str, Any] = {field: data, "txt": f"caption {i}"}
         if i % 3 == 1:
@@ -100,7 +91,7 @@ def pictures() -> list[tuple[str, dict[str, Any]]]:
             fields = {"source.png": source, f"target.{field}": data, "json": {"instruction": "go"}}
         samples.append((f"s{i:02d}", fields))
     cmyk = noise_image(50, (33, 44)).convert("CMYK")
-    samples.append(("s12", {"jpg": encoded(cmyk, "JPEG"), "txt": "x"}))
+    samples.append(("s12", {"jpg": saved(cmyk, "JPEG"), "txt": "x"}))
     samples.append(("s13", {"jpg": b"garbage", "txt": "x"}))
     samples.append(("s14", {"png": noise_image(3, (24, 48)), "latent.safetensors": torch.zeros(4, 6, 3), "txt": "x"}))
     return samples
@@ -263,19 +254,9 @@ def batches_of(data: ShardDataModule, model: UniImage, count: int) -> Iterator[A
     return itertools.islice(data.train_dataloader(), count)
 
 
-def losses(model: UniImage, data: ShardDataModule, steps: int = 6) -> list[float]:
+def losses(model: UniImage, data: ShardDataModule) -> list[float]:
     data.bind(model.prompt, model.provenance.digests["autoencoder"], model.size_multiple)
-    module, found = module_of(model, steps=steps), []
-    inner = module.training_step
-
-    def step(batch: Any, batch_idx: int) -> Any:
-        loss = inner(batch, batch_idx)
-        found.append(loss.item())
-        return loss
-
-    module.training_step = step  # type: ignore[method-assign]
-    trainer_of(steps).fit(module, datamodule=data)
-    return found
+    return losses_of(model, data)
 
 
 def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> None:
@@ -371,18 +352,23 @@ def test_sides_that_the_model_cant_take_are_named(model: UniImage) -> None:
             data.bind(model.prompt, None, model.size_multiple)
 
 
-def test_a_corrupt_picture_among_cached_ones_is_replaced_by_one_of_its_shape(in_world: Path, model: UniImage) -> None:
+def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
+    """60 samples in buckets, of which s003 can't be read."""
     write("raw", 60)
-    denoiser = in_world / "backbones" / "denoiser"
+    denoiser = world / "backbones" / "denoiser"
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
     cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), 24, buckets=buckets)
     tar = Path("cached/train-000000.tar")
-    place = TarReader().index(tar).samples[3][1]["txt"]
+    offset, size = TarReader().index(tar).samples[3][1]["txt"]
     with tar.open("r+b") as file:
-        file.seek(place[0])
-        file.write(b"\xff" * place[1])
-    data = data_of("cached", GIVEN, "data.max_bad_share=0.2")
+        file.seek(offset)
+        file.write(b"\xff" * size)
+    return data_of("cached", GIVEN, "data.max_bad_share=0.2")
+
+
+def test_a_corrupt_picture_among_cached_ones_is_replaced_by_one_of_its_shape(in_world: Path, model: UniImage) -> None:
+    data = cached_with_a_broken_caption(in_world)
     seen = [key for batch in batches_of(data, model, 40) for key in batch.keys]
     assert "s003" not in seen
     assert len(set(seen)) == 59
@@ -391,74 +377,11 @@ def test_a_corrupt_picture_among_cached_ones_is_replaced_by_one_of_its_shape(in_
 def test_a_corrupt_picture_of_a_rare_shape_is_replaced_by_its_batch(
     in_world: Path, model: UniImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write("raw", 60)
-    denoiser = in_world / "backbones" / "denoiser"
-    autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
-    buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
-    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), 24, buckets=buckets)
-    place = TarReader().index(Path("cached/train-000000.tar")).samples[3][1]["txt"]
-    with Path("cached/train-000000.tar").open("r+b") as file:
-        file.seek(place[0])
-        file.write(b"\xff" * place[1])
     monkeypatch.setattr("tbac.data.reader.ATTEMPTS", 1)
-    data = data_of("cached", GIVEN, "data.max_bad_share=0.2")
+    data = cached_with_a_broken_caption(in_world)
     batches = list(batches_of(data, model, 40))
     assert all(len(batch) == len(batch.positions) == 4 for batch in batches)
     seen = [key for batch in batches for key in batch.keys]
     assert "s003" not in seen
     assert len(set(seen)) == 59
     assert any(len(set(batch.keys)) < 4 for batch in batches)
-
-
-# --- draft decoding
-
-
-def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Smooth, as photographs are: noise enlarged, with some detail."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    detail = rng.normal(0, 4, (size[1], size[0], 3))
-    return Image.fromarray(np.clip(np.asarray(coarse) + detail, 0, 255).astype(np.uint8))
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize(
-    ("size", "wanted", "gap", "fraction"),
-    [
-        ((1200, 904), (64, 64), 2.0, 4),  # an eighth would be 1.8 times what is needed
-        ((1200, 1104), (64, 64), 2.0, 8),
-        ((1200, 1104), (64, 64), 4.0, 4),
-        ((1200, 904), (256, 256), 2.0, 1),
-        ((1200, 904), (256, 256), 1.0, 2),
-        ((1200, 904), (64, 128), 2.0, 4),
-        ((1200, 904), (64, 64), None, 1),
-        ((1202, 906), (64, 64), 2.0, 2),  # what doesn't divide the sides would shift the picture
-        ((1201, 904), (64, 64), 2.0, 1),
-        ((50, 40), (64, 64), 2.0, 1),
-    ],
-)
-def test_jpegs_are_decoded_no_larger_than_needed(
-    size: tuple[int, int], wanted: tuple[int, int], gap: float | None, fraction: int, orientation: int
-) -> None:
-    upright = wanted if orientation == 1 else wanted[::-1]
-    image = decode_image(encoded(photo(size), "JPEG", orientation), "jpg", upright, gap)
-    found = image.size if orientation == 1 else image.size[::-1]
-    assert found == (size[0] // fraction, size[1] // fraction)
-
-
-def test_a_smaller_decoding_changes_pixels_by_less_than_the_jpeg_itself() -> None:
-    image = photo((1600, 1200), 3)
-    data = encoded(image, "JPEG")
-    plain, reduced = (crop_to(decode_image(data, "jpg", (128, 128), gap), (128, 128)) for gap in (None, 2.0))
-    original = crop_to(image, (128, 128))
-
-    def rms(a: torch.Tensor, b: torch.Tensor) -> float:
-        return (a.float() - b.float()).square().mean().sqrt().item()
-
-    assert 0 < rms(plain, reduced) < 1.0  # of 255
-    assert rms(reduced, original) < 2.0
-
-
-def test_formats_other_than_jpeg_are_decoded_in_full() -> None:
-    for kind in ("PNG", "WEBP"):
-        assert decode_image(encoded(photo((400, 300)), kind), kind.lower(), (24, 24), 2.0).size == (400, 300)

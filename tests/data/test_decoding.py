@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tbac.data.decoding import CorruptSampleError, decode_image, decode_sample, decode_text
+from tbac.data.decoding import ORIENTATION, CorruptSampleError, decode_image, decode_sample, decode_text
 from tbac.data.tars import TarIndex, TarReader
+from tbac.data.transforms import crop_to
 from tests.conftest import noise_image
 
 
@@ -158,3 +160,60 @@ def test_tricks_in_archives_are_passed_over_by_name(tmp_path: Path, caplog: pyte
     assert decode_sample(reader.read(tmp_path / "x.tar", 0)).text == "a cat"
     with pytest.raises(CorruptSampleError, match="missing or empty"):
         decode_sample(reader.read(tmp_path / "x.tar", 1))
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif.tobytes()
+
+
+def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Smooth, as photographs are: noise enlarged, with some detail."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    detail = rng.normal(0, 4, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + detail, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "wanted", "gap", "fraction"),
+    [
+        ((1200, 904), (64, 64), 2.0, 4),  # an eighth would be 1.8 times what is needed
+        ((1200, 1104), (64, 64), 2.0, 8),
+        ((1200, 1104), (64, 64), 4.0, 4),
+        ((1200, 904), (256, 256), 2.0, 1),
+        ((1200, 904), (256, 256), 1.0, 2),
+        ((1200, 904), (64, 128), 2.0, 4),
+        ((1200, 904), (64, 64), None, 1),
+        ((1202, 906), (64, 64), 2.0, 2),  # what doesn't divide the sides would shift the picture
+        ((1201, 904), (64, 64), 2.0, 1),
+        ((50, 40), (64, 64), 2.0, 1),
+    ],
+)
+def test_jpegs_are_decoded_no_larger_than_needed(
+    size: tuple[int, int], wanted: tuple[int, int], gap: float | None, fraction: int, orientation: int
+) -> None:
+    upright = wanted if orientation == 1 else wanted[::-1]
+    image = decode_image(saved(photo(size), "JPEG", exif=turned(orientation)), "jpg", upright, gap)
+    found = image.size if orientation == 1 else image.size[::-1]
+    assert found == (size[0] // fraction, size[1] // fraction)
+
+
+def test_a_smaller_decoding_changes_pixels_by_less_than_the_jpeg_itself() -> None:
+    image = photo((1600, 1200), 3)
+    data = saved(image, "JPEG")
+    plain, reduced = (crop_to(decode_image(data, "jpg", (128, 128), gap), (128, 128)) for gap in (None, 2.0))
+    original = crop_to(image, (128, 128))
+
+    def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (a.float() - b.float()).square().mean().sqrt().item()
+
+    assert 0 < rms(plain, reduced) < 1.0  # of 255
+    assert rms(reduced, original) < 2.0
+
+
+def test_formats_other_than_jpeg_are_decoded_in_full() -> None:
+    for kind in ("PNG", "WEBP"):
+        assert decode_image(saved(photo((400, 300)), kind), kind.lower(), (24, 24), 2.0).size == (400, 300)

@@ -21,7 +21,7 @@ from tbac.models.weights import autoencoder_digest
 from tests.conftest import composed, noise_image
 from tests.data.test_reader import break_members
 from tests.experiments.test_errors import run_app
-from tests.training.test_module import module_of, trainer_of
+from tests.training.test_module import losses_of
 
 
 def edits(folder: Path, count: int = 8) -> None:
@@ -63,18 +63,7 @@ def curve(model: Any, folder: str, **options: Any) -> list[float]:
         ).data
     )  # fmt: skip
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
-    losses: list[float] = []
-    module = module_of(model, steps=6)
-    inner = module.training_step
-
-    def step(batch: Any, batch_idx: int) -> Any:
-        loss = inner(batch, batch_idx)
-        losses.append(loss.item())
-        return loss
-
-    module.training_step = step  # type: ignore[method-assign]
-    trainer_of(6).fit(module, datamodule=data)
-    return losses
+    return losses_of(model, data)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])

@@ -46,6 +46,21 @@ def data_of(model: UniImage, *overrides: str) -> Any:
     return data
 
 
+def losses_of(model: UniImage, data: Any, steps: int = 6) -> list[float]:
+    """The loss of each step of a training on bound data."""
+    module, found = module_of(model, steps=steps), []
+    inner = module.training_step
+
+    def step(batch: Any, batch_idx: int) -> Any:
+        loss = inner(batch, batch_idx)
+        found.append(loss.item())
+        return loss
+
+    module.training_step = step  # type: ignore[method-assign]
+    trainer_of(steps).fit(module, datamodule=data)
+    return found
+
+
 def test_no_bit_of_the_frozen_parts_changes_and_all_others_train(model: UniImage) -> None:
     before = {k: v.clone() for k, v in read_everything(model).state_dict().items()}
     answers = model.answer(["what color is the circle?"], None, 4)

@@ -55,10 +55,10 @@ sweep: $(READY) ## a committed multirun of conf/sweep/, then its report; SWEEP=t
 	$(BIN)/python experiments/sweep/run.py name=$(SWEEP) $(ARGS)
 
 bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
-	$(BIN)/python experiments/bench/run.py $(ARGS)
+	$(BIN)/python experiments/bench.py $(ARGS)
 
 bench-gpu: $(READY) ## the same at real sizes with random weights on a GPU, with the largest batches that fit
-	$(BIN)/python experiments/bench/run.py experiment=bench_gpu $(ARGS)
+	$(BIN)/python experiments/bench.py experiment=bench_gpu $(ARGS)
 
 shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
 	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.bench.measure import markdown
+from experiments.speed.measure import markdown
 from experiments.common import CONF, output_dir, plain, user_errors
 from experiments.costs import Activations, Case, activations_of, autoencoder_flops, flops_of
 from tbac.models import UniImage

@@ -10,7 +10,7 @@ from statistics import mean
 from textwrap import shorten
 from typing import Any
 
-from experiments.bench.measure import markdown
+from experiments.speed.measure import markdown
 from experiments.benchmarks.published import PUBLISHED
 from experiments.benchmarks.rows import Row, Summary
 from experiments.benchmarks.suites import opened

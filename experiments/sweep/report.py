@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.bench.measure import markdown
+from experiments.speed.measure import markdown
 from experiments.sweep import plots
 from experiments.sweep.points import SEED, Point
 from experiments.sweep.score import grid_pictures

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench.cached import IMAGES, LATENTS
-from experiments.bench.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
-from experiments.bench.measure import Memory, in_child, interleaved, markdown, search_largest, summary
-from experiments.bench.release import ReleaseWay
-from experiments.bench.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from experiments.speed.cached import IMAGES, LATENTS
+from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
+from experiments.speed.measure import Memory, in_child, interleaved, markdown, search_largest, summary
+from experiments.speed.release import ReleaseWay
+from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
 from experiments.common import plain
 from experiments.costs import Case, make_inputs
 from tbac.models import UniImage
@@ -178,7 +178,7 @@ def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> N
 @pytest.mark.slow
 def test_the_real_sizes_take_a_step_within_24_gb() -> None:
     """In a process of its own, as its user runs it."""
-    command = [sys.executable, str(ROOT / "experiments/bench/run.py"), "experiment=real_size_cpu", "out=bench"]
+    command = [sys.executable, str(ROOT / "experiments/bench.py"), "experiment=real_size_cpu", "out=bench"]
     subprocess.run(command, check=True)
     found = json.loads(Path("bench/report.json").read_text())["step"]
     assert found["parameters"] > 5e9

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.bench.measure import MIB, markdown
+from experiments.speed.measure import MIB, markdown
 from experiments.common import CONF, open_model, user_errors
 from experiments.evaluate import evaluate
 from tbac.evaluation.benchmarks import read_geneval

@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from experiments.bench.measure import (
+from experiments.speed.measure import (
     MIB,
     Memory,
     in_child,
@@ -23,7 +23,7 @@ from experiments.bench.measure import (
     summary,
     wait_for,
 )
-from experiments.bench.release import ReleaseWay
+from experiments.speed.release import ReleaseWay
 from experiments.costs import Case, flops_of, make_inputs
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs

@@ -1,8 +1,8 @@
 """Speed and memory of training steps, sampling and loading, against other ways of doing the same, interleaved.
 
-python experiments/bench/run.py                       (make bench)      on the CPU, with the real model's proportions
-python experiments/bench/run.py experiment=bench_gpu  (make bench-gpu)  on a GPU, real sizes, random weights
-python experiments/bench/run.py experiment=real_size_cpu                 one step of real sizes within 24 GB on a CPU
+python experiments/bench.py                       (make bench)      on the CPU, with the real model's proportions
+python experiments/bench.py experiment=bench_gpu  (make bench-gpu)  on a GPU, real sizes, random weights
+python experiments/bench.py experiment=real_size_cpu                 one step of real sizes within 24 GB on a CPU
 """
 
 import gc
@@ -15,11 +15,11 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from experiments.bench.cached import bench_cached
-from experiments.bench.loader import bench_loader
-from experiments.bench.real_size import bench_step
-from experiments.bench.sampling import bench_sampling
-from experiments.bench.training import BASELINE, OURS, SIDES, bench_batches, bench_training
+from experiments.speed.cached import bench_cached
+from experiments.speed.loader import bench_loader
+from experiments.speed.real_size import bench_step
+from experiments.speed.sampling import bench_sampling
+from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training
 from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
 
 PARTS = {

@@ -5,7 +5,6 @@ python experiments/bench.py experiment=bench_gpu  (make bench-gpu)  on a GPU, re
 python experiments/bench.py experiment=real_size_cpu                 one step of real sizes within 24 GB on a CPU
 """
 
-import gc
 import json
 import platform
 from pathlib import Path
@@ -15,16 +14,28 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
 from experiments.speed.cached import bench_cached
+from experiments.speed.gpu_tests import run_gpu_tests
+from experiments.speed.kernels import bench_kernels
 from experiments.speed.loader import bench_loader
+from experiments.speed.measure import bench_rates
+from experiments.speed.memory import bench_memory
+from experiments.speed.parts import run_parts
 from experiments.speed.real_size import bench_step
 from experiments.speed.sampling import bench_sampling
+from experiments.speed.trainer import bench_first_steps, bench_overhead, device_name
 from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training
-from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
 
 PARTS = {
+    "first_steps": bench_first_steps,
+    "rates": bench_rates,
+    "tests": run_gpu_tests,
     "training": bench_training,
+    "memory": bench_memory,
+    "overhead": bench_overhead,
     "sampling": bench_sampling,
+    "kernels": bench_kernels,
     "cached": bench_cached,
     "loader": bench_loader,
     "batches": bench_batches,
@@ -49,11 +60,13 @@ def check(cfg: dict[str, Any]) -> None:
         raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
     if "step" in cfg["parts"] and len(cfg["parts"]) > 1:
         raise ValueError(f"parts=[step] measures a fresh process, so it comes alone; got {cfg['parts']}")
-    if not cfg["tokens"] or min(cfg["tokens"]) <= cfg["shared_tokens"]:
+    lengths = cfg["tokens"]["text"] + cfg["tokens"]["image"]
+    if not lengths or min(lengths) <= cfg["shared_tokens"]:
         raise ValueError(f"every entry of tokens must exceed shared_tokens={cfg['shared_tokens']}, got {cfg['tokens']}")
     for name, value in (
         ("repeats", cfg["repeats"]),
         ("turns", cfg["turns"]),
+        ("warm_up", cfg["warm_up"]),
         ("sampling.repeats", cfg["sampling"]["repeats"]),
         ("loader.repeats", cfg["loader"]["repeats"]),
         ("loader.batches", cfg["loader"]["batches"]),
@@ -64,21 +77,18 @@ def check(cfg: dict[str, Any]) -> None:
         raise ValueError(f"loader.memory_samples must be at least 500, got {count}")
 
 
-def bench(cfg: dict[str, Any]) -> dict[str, Any]:
+def bench(cfg: dict[str, Any], out: Path) -> dict[str, Any]:
     """Everything that the config asks for."""
     device = pick_device(cfg["device"])
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "device": device_name(device),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "precision": cfg["precision"],
         "repeats": cfg["repeats"],
         "config": cfg,
     }
-    for part in cfg["parts"]:
-        report[part] = PARTS[part](cfg, device)
-        gc.collect()
-    return report
+    return report | run_parts({name: PARTS[name] for name in cfg["parts"]}, cfg, device, out)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
@@ -88,9 +98,9 @@ def main(cfg: DictConfig) -> None:
     options = plain(cfg)
     check(options)
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    report = bench(options)
-    tables = [f"## {part.capitalize()}\n\n{report[part].pop('table')}" for part in options["parts"]]
+    report = bench(options, out)
+    texts = {part: report[part].pop("table", report[part].get("error", "")) for part in options["parts"]}
+    tables = [f"## {part.replace('_', ' ').capitalize()}\n\n{text}" for part, text in texts.items()]
     facts = (
         f"{report['device']}, {report['precision']}; medians of {options['repeats']} "
         + (
@@ -104,6 +114,9 @@ def main(cfg: DictConfig) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report.md").write_text(text)
     print(text)
+    failed = [part for part in options["parts"] if "error" in report[part]]
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed; the others' results are in {out}, and the same command goes on")
 
 
 if __name__ == "__main__":

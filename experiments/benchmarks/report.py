@@ -10,10 +10,10 @@ from statistics import mean
 from textwrap import shorten
 from typing import Any
 
-from experiments.speed.measure import markdown
 from experiments.benchmarks.published import PUBLISHED
 from experiments.benchmarks.rows import Row, Summary
 from experiments.benchmarks.suites import opened
+from experiments.speed.measure import markdown
 from tbac.sampling.grid import picture_grid
 
 SHOWN = 40  # pictures on a sheet, but at most half of all

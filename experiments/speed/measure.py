@@ -3,10 +3,13 @@
 import ctypes
 import gc
 import multiprocessing
+import os
+import signal
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,25 @@ import torch
 MIB = 1024**2
 
 
-def interleaved(sides: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each side, run in turn, so that what disturbs the machine disturbs all alike; one round warms up."""
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each side, run in turn, so that what disturbs the machine disturbs all alike.
+
+    Args:
+        sides: what is measured, by name.
+        repeats: rounds that count.
+        device: what is waited for.
+        warm_up: rounds before, which don't.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(repeats + 1):
+    for round_ in range(warm_up + repeats):
         for name, run in sides.items():
             wait_for(device)
             started = time.perf_counter()
             run()
             wait_for(device)
-            if round_:
+            if round_ >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
@@ -69,28 +81,41 @@ class Memory:
         return {"standing_mib": round(self.standing / MIB, 1), "peak_mib": round(peak / MIB, 1)}
 
 
-def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+def in_child(work: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
     """`work(*arguments)` in a fresh process, whose memory is its own.
 
+    Args:
+        work: a function of a module.
+        arguments: its own.
+        limit_s: seconds after which the process is ended, with all that it has started.
+
     Raises:
-        RuntimeError: with the child's traceback, or when it ends without a result.
+        RuntimeError: with the child's traceback, or when it ends without a result or is too slow.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_in_child, args=(work, arguments, sender, torch.get_num_threads()))
+    alone = limit_s is not None
+    process = context.Process(target=_run_in_child, args=(work, arguments, sender, torch.get_num_threads(), alone))
     process.start()
     sender.close()
+    result, problem = None, f"it took more than its {limit_s} s"
     try:
-        result, problem = receiver.recv()
+        if limit_s is None or receiver.poll(limit_s):
+            result, problem = receiver.recv()
     except EOFError:
-        result, problem = None, "it ended without a result; was it killed for its memory?"
+        problem = "it ended without a result; was it killed for its memory?"
+    if alone:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started ends with it
     process.join()
     if problem:
         raise RuntimeError(f"{work.__name__} failed in a process of its own: {problem}")
     return result
 
 
-def _run_in_child(work: Callable[..., Any], arguments: tuple, sender: Any, threads: int) -> None:
+def _run_in_child(work: Callable[..., Any], arguments: tuple, sender: Any, threads: int, alone: bool) -> None:
+    if alone:
+        os.setpgid(0, 0)
     torch.set_num_threads(threads)
     try:
         sender.send((work(*arguments), None))
@@ -144,6 +169,25 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: in
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = interleaved({"matmul": lambda: a @ b}, repeats, device)["matmul"]
     return 2 * size**3 / statistics.median(seconds)
+
+
+def bench_rates(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the device itself gives: matrix products in the benchmark's precision, copies within its memory."""
+    dtype = torch.bfloat16 if cfg["precision"] == "bf16-mixed" else torch.float32
+    flops, copied = matmul_rate(device, dtype, cfg["matmul_size"]), copy_rate(device, cfg["copy_mib"])
+    line = f"{flops / 1e12:.1f} TFLOP/s of {dtype}, {copied / 1e12:.3f} TB/s"
+    table = markdown(
+        ["rate", ""], [["matrix product, TFLOP/s", f"{flops / 1e12:.1f}"], ["copy, TB/s", f"{copied / 1e12:.3f}"]]
+    )
+    return {"matmul_flops_per_s": flops, "copy_bytes_per_s": copied, "line": line, "table": table}
+
+
+def copy_rate(device: torch.device, mib: int, repeats: int = 20) -> float:
+    """Measured bytes per second of a copy within a device's memory, read and written bytes added up."""
+    source = torch.zeros(mib * MIB, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+    return 2 * mib * MIB / statistics.median(seconds)
 
 
 def wait_for(device: torch.device) -> None:

@@ -9,9 +9,9 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
+from experiments.costs import make_inputs
 from experiments.speed.measure import markdown, status
 from experiments.speed.training import make_model, targets, training_cases
-from experiments.costs import make_inputs
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import parameter_groups
 from tbac.training.stages import Stage

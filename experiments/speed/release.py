@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tbac.flow import timestep_of
 from tbac.models import UniImage
+from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import make_scheduler
 
 CLOSING = 2  # tokens after the queries: <|vision_end|>, <|im_end|>
@@ -31,7 +32,9 @@ class ReleaseWay(nn.Module):
         super().__init__()
         self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.whole())
         self.connector = copy.deepcopy(model.ladder.connector)
-        self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer)).to(model.device)
+        with torch.device(model.device):
+            self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer))
+        self.transformer.to(model.denoiser.transformer.dtype)
         self.transformer.load_state_dict(model.denoiser.transformer.state_dict())
         self.scheduler = model.provenance.scheduler
         queries = model.ladder.queries.detach()
@@ -59,13 +62,31 @@ class ReleaseWay(nn.Module):
         closing = torch.full((CLOSING,), self.mllm.config.vision_end_token_id, device=ids.device)
         ids = torch.cat([ids, torch.cat([rows, closing]).expand(len(ids), -1)], dim=1)
         images: dict[str, Tensor] = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
-        kinds = (ids == self.mllm.config.image_token_id).int()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **images}
+        return {"input_ids": ids, **images}
 
     def encode_condition(self, inputs: dict[str, Tensor]) -> Tensor:
         """(block, batch, query, channel)."""
-        self.mllm.model.rope_deltas = None
-        states = self.mllm(**self.sequence(inputs), output_hidden_states=True, use_cache=False).hidden_states
+        sequence, body = self.sequence(inputs), self.mllm.model
+        ids = sequence["input_ids"]
+        embeddings = self.mllm.get_input_embeddings()(ids)
+        grids = sequence.get("image_grid_thw")
+        if grids is not None:
+            grids = grids.to(ids.device)
+            # The release trains back through no vision tower: the patches carry no gradient.
+            with torch.no_grad():
+                features = body.visual(sequence["pixel_values"], grid_thw=grids).pooler_output
+            places = ids == self.mllm.config.image_token_id
+            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings))
+            positions = body.get_rope_index(ids, places.int(), grids, torch.ones_like(ids))[0]
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
+        states = self.mllm(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids),
+            position_ids=positions,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
         stacked = torch.stack(states, dim=0)
         queries = stacked[:, :, -self.num_queries - CLOSING : -CLOSING]
         return self.connector(queries[-len(self.transformer.transformer_blocks) - 1 : -1])
@@ -97,15 +118,15 @@ class ReleaseWay(nn.Module):
         return (predicted.float() - (noise - latents).float()).square().mean()
 
     @torch.no_grad()
-    def sample(self, inputs: dict[str, Tensor], latents: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Latents; `inputs` hold the negative prompts, then the prompts."""
+    def sample(self, inputs: dict[str, Tensor], latents: Tensor, steps: int, guidance: Guidance) -> Tensor:
+        """Latents; `inputs` hold the prompts of each guidance branch, one branch after the other."""
         contexts = self.encode_condition(inputs)
         scheduler = make_scheduler(self.scheduler)
         scheduler.set_timesteps(steps, device=latents.device)
         for timestep in scheduler.timesteps:
-            noisy = torch.cat([latents] * 2)
-            uncond, full = self.predict_velocity(noisy, timestep.expand(len(noisy)), contexts).chunk(2)
-            latents = scheduler.step(uncond + guidance_scale * (full - uncond), timestep, latents, return_dict=False)[0]
+            noisy = torch.cat([latents] * len(guidance.branches)).to(contexts.dtype)
+            predicted = self.predict_velocity(noisy, timestep.expand(len(noisy)), contexts)
+            latents = scheduler.step(guidance.combine(predicted.float()), timestep, latents, return_dict=False)[0]
         return latents
 
 

@@ -12,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from experiments.costs import Case, flops_of, make_inputs
 from experiments.speed.measure import (
     MIB,
     Memory,
@@ -24,7 +25,6 @@ from experiments.speed.measure import (
     wait_for,
 )
 from experiments.speed.release import ReleaseWay
-from experiments.costs import Case, flops_of, make_inputs
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.training.module import LadderTuningModule
@@ -35,8 +35,10 @@ from tbac.types import Batch
 log = logging.getLogger(__name__)
 BASELINE, OURS, CHECKPOINTED, COMPILED = "release", "ours", "ours, checkpointed", "ours, compiled"
 SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED)
+LIMIT = 1e-3  # relative difference in float32
 TEXT_BESIDE_IMAGE = 4  # tokens, at least
 Targets = tuple[Tensor, Tensor, Tensor]
+LayerFunctions = dict[tuple[str, str], Callable[..., Any]]
 
 
 def make_model(options: dict[str, Any], device: str) -> UniImage:
@@ -62,12 +64,28 @@ def autocast(cfg: dict[str, Any], device: torch.device) -> Any:
 
 def training_cases(cfg: dict[str, Any]) -> list[Case]:
     """Text alone, and image with text, at each length; an image fills up to three quarters of its prompt."""
-    cases = [Case("text", tokens, cfg["batch"]["text"]) for tokens in cfg["tokens"]]
-    for tokens in cfg["tokens"]:
+    cases = [Case("text", tokens, cfg["batch"]["text"]) for tokens in cfg["tokens"]["text"]]
+    for tokens in cfg["tokens"]["image"]:
         room = min(0.75 * tokens, tokens - cfg["shared_tokens"] - TEXT_BESIDE_IMAGE)
         if room >= 1:
             cases.append(Case("image + text", tokens, cfg["batch"]["image"], int(room**0.5)))
     return cases
+
+
+def layer_functions(model: UniImage) -> LayerFunctions:
+    """What runs each kind of layer: what compiling replaces, by part and attribute."""
+    return {
+        (part, name): value
+        for part in ("denoiser", "mllm")
+        for name, value in vars(getattr(model, part)).items()
+        if callable(value) and not isinstance(value, nn.Module) and name.startswith("_run")
+    }
+
+
+def set_layer_functions(model: UniImage, functions: LayerFunctions) -> None:
+    """Put back what `layer_functions` gave."""
+    for (part, name), function in functions.items():
+        setattr(getattr(model, part), name, function)
 
 
 class Side:
@@ -91,12 +109,12 @@ class Side:
             self.parameters = [p for p in self.module.parameters() if p.requires_grad]
             groups = parameter_groups([model.ladder, model.denoiser], 0.05)
         self.optimizer = adamw(groups, lr=1e-6)
-        self.compiled: tuple[Callable, Callable] | None = None
+        self.compiled: LayerFunctions | None = None
         if name == COMPILED:
-            plain = model.denoiser._run_block, model.mllm._query_layer
-            model.compile_parts()
-            self.compiled = model.denoiser._run_block, model.mllm._query_layer
-            model.denoiser._run_block, model.mllm._query_layer = plain
+            plain = layer_functions(model)
+            model.compile_parts(**cfg["compile_options"])
+            self.compiled = layer_functions(model)
+            set_layer_functions(model, plain)
 
     def loss(self, inputs: PromptInputs, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         with autocast(self.cfg, self.device):
@@ -106,19 +124,19 @@ class Side:
 
     def step(self, *arguments: Any) -> None:
         """Forward, backward, clipping, optimizer; `arguments` as of `loss`."""
-        model, plain = self.model, None
-        if model is not None:
+        plain = None
+        if self.model is not None:
             both = self.name == CHECKPOINTED
-            model.set_checkpointing(denoiser=both, queries=both)
+            self.model.set_checkpointing(denoiser=both, queries=both)
             if self.compiled is not None:
-                plain = model.denoiser._run_block, model.mllm._query_layer
-                model.denoiser._run_block, model.mllm._query_layer = self.compiled
+                plain = layer_functions(self.model)
+                set_layer_functions(self.model, self.compiled)
         self.loss(*arguments).backward()
         nn.utils.clip_grad_norm_(self.parameters, 0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if model is not None and plain is not None:
-            model.denoiser._run_block, model.mllm._query_layer = plain
+        if self.model is not None and plain is not None:
+            set_layer_functions(self.model, plain)
 
     def holds(self) -> list[int | float]:
         """Trainable tensors, trainable parameters, MiB of optimizer state."""
@@ -154,8 +172,8 @@ def check_equal(release: Side, ours: Side, arguments: tuple) -> dict[str, float]
     found = {"loss": abs(theirs[0] - mine[0]) / abs(theirs[0])}
     for name, a, b in (("queries", theirs[1], mine[1]), ("others", theirs[2], mine[2])):
         found[name] = ((a - b).norm() / a.norm()).item()
-    limit = 0.1 if ours.cfg["precision"] == "bf16-mixed" else 1e-3
-    if max(found.values()) > limit:
+    # bf16 rounds both ways of computing differently, so there the figures only stand in the report.
+    if ours.cfg["precision"] != "bf16-mixed" and max(found.values()) > LIMIT:
         raise RuntimeError(f"the release's way and ours differ: {found}")
     return found
 
@@ -203,7 +221,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     few steps, since two of them don't fit at real sizes.
     """
     names = list(cfg["sides"])
-    difference = in_child(compare_sides, cfg, device.type)
+    difference = in_child(compare_sides, cfg, device.type) if cfg["compare"] else {}
     mixed = cfg["precision"] == "bf16-mixed"
     rate = matmul_rate(device, torch.bfloat16 if mixed else torch.float32, cfg["matmul_size"])
     model = None if cfg["isolate"] else make_model(cfg["model"], device.type)
@@ -222,35 +240,44 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         else:
             arguments = arguments_of(model, case, cfg)
             runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
-            seconds = interleaved(runs, cfg["repeats"], device)
-            alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
+            seconds = interleaved(runs, cfg["repeats"], device, cfg["warm_up"])
+            if cfg["measure_memory"]:
+                alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
         found = summary(seconds, BASELINE, OURS)
         median = found["median_s"]
         flops = case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
         found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in median.items()}
-        found["flops"], found["utilisation"] = flops, round(flops / median[OURS] / rate, 3)
-        found["difference"] = difference[f"{case.name}, {case.tokens}"]
+        found["flops"] = flops
+        found["utilisation"] = {name: round(flops / s / rate, 3) for name, s in median.items() if name != BASELINE}
+        found["difference"] = difference.get(f"{case.name}, {case.tokens}")
         found["memory"] = {name: one["memory"] for name, one in alone.items()}
         holds = {name: one["holds"] for name, one in alone.items()}
-        peaks = [found["memory"][name]["peak_mib"] for name in names]
         cases[f"{case.name}, {case.tokens}"] = found
         label = [case.name, case.tokens, case.batch]
         took = [median[name] for name in names]
         times.append([*label, *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
-        times[-1].append(f"{found['utilisation']:.2f}")
+        times[-1].append(f"{max(found['utilisation'].values()):.2f}")
+        if not alone:
+            continue
+        peaks = [found["memory"][name]["peak_mib"] for name in names]
         memory.append([*label, *(f"{p:,.0f}" for p in peaks), *(f"{peaks[0] / p:.2f}" for p in peaks[1:])])
         log.info("%s, %d tokens: %.2f", case.name, case.tokens, found["ratio"])
     over = [f"release / {name}" for name in names[1:]]
     header = ["prompt", "tokens", "batch"]
-    tables = [
-        "Seconds a step:\n\n" + markdown([*header, *names, *over, "utilisation of ours"], times),
-        "Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory),
-        markdown(
-            ["what trains", "tensors", "parameters", "optimizer state, MiB"],
-            [[name, *(f"{v:,}" for v in holds[name])] for name in names],
-        ),
-    ]
-    return {"cases": cases, "holds": holds, "matmul_flops_per_s": rate, "table": "\n\n".join(tables)}
+    tables = ["Seconds a step:\n\n" + markdown([*header, *names, *over, "utilisation of ours, at best"], times)]
+    if memory:
+        tables.append("Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory))
+        tables.append(
+            markdown(
+                ["what trains", "tensors", "parameters", "optimizer state, MiB"],
+                [[name, *(f"{v:,}" for v in holds[name])] for name in names],
+            )
+        )
+    line = "; ".join(
+        f"{label}: release / ours {' '.join(f'{s[BASELINE] / s[n]:.2f}' for n in names[1:])}"
+        for label, s in ((label, one["median_s"]) for label, one in cases.items())
+    )
+    return {"cases": cases, "holds": holds, "matmul_flops_per_s": rate, "table": "\n\n".join(tables), "line": line}
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:

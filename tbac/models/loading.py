@@ -131,7 +131,7 @@ def load_model(
     )
     model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
     if compile:
-        model.compile_parts(queries=quantization is None)
+        model.compile_parts(mllm=quantization is None)
     return model
 
 

@@ -18,7 +18,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+)
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 
@@ -42,6 +45,56 @@ class Prefix:
     next_position: Tensor
     states: Tensor | None = None
     states_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sequences that lie one after another in a row of tokens, and how they become a rectangle for batched attention.
+
+    Attributes:
+        count: of segments.
+        longest: tokens of the longest segment.
+        places: (segment * longest,): the token that each place of the rectangle takes; the room that a short segment
+            leaves repeats its first token. None when all are equally long, so that the row only has to be folded.
+        back: (token,): each token's place in the rectangle; None likewise.
+        mask: (segment, 1, 1, longest), True for a segment's own tokens; None likewise.
+    """
+
+    count: int
+    longest: int
+    places: Tensor | None = None
+    back: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> "Segments":
+        """Segments of these `lengths` (segment,), which are on the CPU; what comes of them goes to `device`."""
+        longest = int(lengths.max())
+        if bool((lengths == longest).all()):
+            return cls(len(lengths), longest)
+        starts, steps = lengths.cumsum(0) - lengths, torch.arange(longest)
+        own = steps < lengths[:, None]
+        places = starts[:, None] + torch.where(own, steps, 0)
+        back = torch.arange(own.numel())[own.flatten()]
+        moved = (send(t, device) for t in (places.flatten(), back, own[:, None, None]))
+        return cls(len(lengths), longest, *moved)
+
+    def fold(self, row: Tensor) -> Tensor:
+        """(token, …) -> (segment, longest, …)."""
+        filled = row if self.places is None else row[self.places]
+        return filled.unflatten(0, (self.count, self.longest))
+
+    def unfold(self, rectangle: Tensor) -> Tensor:
+        """(segment, longest, …) -> (token, …)."""
+        row = rectangle.flatten(0, 1)
+        return row if self.back is None else row[self.back]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, without waiting for it: a copy from ordinary memory would wait for a GPU."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def check_mllm(config: Qwen2_5_VLConfig) -> None:
@@ -81,7 +134,9 @@ class FrozenMLLM(nn.Module):
         self._load_whole = load_whole
         self.register_buffer("prompt_embeddings", prompt_embeddings)
         self.checkpointing = False  # of the query pass: its layers run again in the backward pass
-        self._query_layer: Callable[..., Tensor] = _query_layer
+        self._run_query_layer: Callable[..., Tensor] = _run_query_layer
+        self._run_projections, self._run_rest = _project, _finish_layer
+        self._run_vision_layer = _run_vision_layer
         self._constants: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
 
     def train(self, mode: bool = True) -> "FrozenMLLM":
@@ -97,9 +152,15 @@ class FrozenMLLM(nn.Module):
     def hidden_size(self) -> int:
         return self.model.config.text_config.hidden_size
 
-    def compile_queries(self, **options: Any) -> None:
-        """Compile the layers of the query pass; `options` are those of `torch.compile`."""
-        self._query_layer = torch.compile(_query_layer, **options)
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers of vision tower, prompt and queries; `options` are those of `torch.compile`.
+
+        In the prompt pass attention stays as it is, on the causal fast path; what surrounds it is compiled.
+        """
+        self._run_query_layer = torch.compile(_run_query_layer, **options)
+        self._run_projections = torch.compile(_project, **options)
+        self._run_rest = torch.compile(_finish_layer, **options)
+        self._run_vision_layer = torch.compile(_run_vision_layer, **options)
 
     def whole(self) -> Qwen2_5_VLForConditionalGeneration:
         """The model with all its layers and its language head, read now if it hasn't been.
@@ -131,25 +192,35 @@ class FrozenMLLM(nn.Module):
     def see(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
         """Features of images (merged patch, hidden), in order.
 
-        The vision tower finds its windows from the grids; with `grids` on the CPU it does so without waiting for the
-        device.
+        The layers of the vision tower are called part by part, as those of the language model are: the library runs
+        the attention of each window by itself, which on a GPU is a thousand launches for one image; here all windows
+        of a layer, and all whole images, are one batch (`Segments`).
 
         Args:
             pixel_values: (patch, patch channel).
-            grids: (image, 3): patches in time, height and width.
+            grids: (image, 3): patches in time, height and width. On the CPU nothing waits for the device.
         """
         visual, device = self.body.visual, pixel_values.device
-        windows, window_lengths = get_vision_window_index(
+        # Windows and lengths follow from the grids alone, so they are worked out where the grids are.
+        order, window_ends = get_vision_window_index(
             grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
         )
-        places = get_vision_position_ids(grids, visual.spatial_merge_size)
-        return visual(
-            pixel_values.to(visual.dtype),
-            grid_thw=grids,
-            position_ids=places.to(device, non_blocking=True),
-            window_index=windows.to(device, non_blocking=True),
-            cu_window_seqlens=window_lengths,
-        ).pooler_output
+        frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
+        windows = Segments.of(window_ends.diff().cpu(), device)
+        images = Segments.of(frames.cpu(), device)
+        order = send(order, device)
+        places = send(get_vision_position_ids(grids, visual.spatial_merge_size), device)
+
+        # Patches are sorted by windows for the layers and put back in order at the end.
+        hidden = visual.patch_embed(pixel_values.to(visual.dtype))
+        count = len(hidden)
+        hidden = visual.permute_input_for_window_attn(hidden, order, seq_len=count)
+        rotary = visual.rotary_pos_emb(hidden, places)
+        cos, sin = (visual.permute_input_for_window_attn(table, order, seq_len=count) for table in rotary)
+        for index, block in enumerate(visual.blocks):
+            segments = images if index in visual.fullatt_block_indexes else windows
+            hidden = self._run_vision_layer(block, hidden, (cos, sin), segments)
+        return visual.merger(hidden)[order.argsort()]
 
     def positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """Rotary positions (3, batch, token) for time, height and width: given, or found from the images' grids."""
@@ -191,7 +262,7 @@ class FrozenMLLM(nn.Module):
             if last:
                 key, value = _project_last(layer, hidden, rotary)
             else:
-                query, key, value = _project(layer, hidden, rotary)
+                query, key, value = self._run_projections(layer, hidden, rotary)
             if shared:
                 key, value = (
                     torch.cat([first.expand(len(own), -1, -1, -1), own], dim=2)
@@ -201,7 +272,7 @@ class FrozenMLLM(nn.Module):
             values.append(value)
             if not last:
                 attended = scaled_dot_product_attention(query, key, value, enable_gqa=True, **causal)
-                hidden = _finish_layer(layer, hidden, attended)
+                hidden = self._run_rest(layer, hidden, attended)
                 if index + 1 in layers:
                     states[index + 1] = hidden
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
@@ -256,17 +327,19 @@ class FrozenMLLM(nn.Module):
         mask = torch.cat([prefix.mask[:, None, None, :].expand(batch, 1, count, -1), causal], dim=-1)
         config = self.model.config.text_config
         mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
+        # Attention would turn a mask of booleans into numbers again in every layer.
+        bias = torch.zeros(mask.shape, dtype=prefix.keys[0].dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
         hidden = queries.to(language_model.embed_tokens.weight.dtype).expand(batch, -1, -1)
         rotary = language_model.rotary_emb(hidden, positions)
         wanted = set(layers)
         states = {0: hidden}
         for index in range(max(layers)):
-            arguments = language_model.layers[index], hidden, rotary, prefix.keys[index], prefix.values[index], mask
+            arguments = language_model.layers[index], hidden, rotary, prefix.keys[index], prefix.values[index], bias
             if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(self._query_layer, *arguments, use_reentrant=False)
+                hidden = checkpoint(self._run_query_layer, *arguments, use_reentrant=False)
             else:
-                hidden = self._query_layer(*arguments)
+                hidden = self._run_query_layer(*arguments)
             if index + 1 in wanted:
                 states[index + 1] = hidden
         if self.num_layers in wanted:
@@ -321,19 +394,32 @@ def _heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-def _query_layer(
-    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor
+def _run_query_layer(
+    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, bias: Tensor
 ) -> Tensor:
     """One layer of the query pass, against the prompt's keys and values, which are only read.
 
-    Heads that share keys and values become rows of one head, so that these are read once; `mask` has a row for each.
+    Heads that share keys and values become rows of one head, so that these are read once; `bias` has a row for each,
+    0 where it may look and minus infinity where not.
     """
     query, key, value = _project(layer, hidden, rotary)
     heads, tokens = query.shape[1:3]
     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    attended = scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+    attended = scaled_dot_product_attention(grouped, key, value, attn_mask=bias)
     return _finish_layer(layer, hidden, attended.unflatten(2, (-1, tokens)).reshape(-1, heads, tokens, key.shape[-1]))
+
+
+def _run_vision_layer(block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+    """One layer of the vision tower on (token, hidden); attention stays within each segment."""
+    attention = block.attn
+    projected = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = projected.unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+    query, key, value = (segments.fold(part.to(value.dtype)).transpose(1, 2) for part in (query, key, value))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=segments.mask, scale=attention.scaling)
+    hidden = hidden + attention.proj(segments.unfold(attended.transpose(1, 2).flatten(2)))
+    return hidden + block.mlp(block.norm2(hidden))
 
 
 def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -173,14 +173,14 @@ class UniImage(nn.Module):
         self.denoiser.checkpointing = denoiser
         self.mllm.checkpointing = queries
 
-    def compile_parts(self, queries: bool = True, **options: Any) -> None:
-        """Compile the denoiser's blocks and, with `queries`, the layers of the query pass, for prompts of any length.
+    def compile_parts(self, mllm: bool = True, **options: Any) -> None:
+        """Compile the denoiser's blocks and, with `mllm`, the MLLM's layers, for prompts of any length.
 
         `options` are those of `torch.compile`.
         """
         self.denoiser.compile_blocks(**options)
-        if queries:
-            self.mllm.compile_queries(**{"dynamic": True, **options})
+        if mllm:
+            self.mllm.compile_layers(**{"dynamic": True, **options})
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
         """Load `trained_state()` of another model; with `assign` the tensors themselves are taken.

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from tbac.flow import NUM_TIMESTEPS
 from tbac.models import UniImage
 from tbac.models.denoiser import ProjectedCondition
+from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance
 
 
@@ -36,6 +37,7 @@ def solve(
     generator: torch.Generator | None = None,
     progress: bool = False,
     batch_branches: bool = True,
+    graphs: PredictionGraphs | None = None,
 ) -> Tensor:
     """Denoise.
 
@@ -49,6 +51,8 @@ def solve(
         generator: for schedulers that add noise.
         progress: show a progress bar.
         batch_branches: predict all branches in one batch; False takes less memory and more time.
+        graphs: recorded predictions of this model, which are replayed where all branches are predicted in one batch at
+            every step, on a CUDA device; the same bits, faster at small batches.
 
     Returns:
         Scaled latents (batch, channel, height, width).
@@ -60,6 +64,8 @@ def solve(
     count = len(guidance.branches)
     rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
     parts = [condition[r] for r in rows] if not batch_branches or guidance.interval != (0.0, 1.0) else []
+    replayed = graphs is not None and not parts and latents.is_cuda
+    graph = graphs.get(condition, latents, count) if graphs is not None and replayed else None
     takes = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generator} if takes else {}
     steps = zip(scheduler.timesteps, levels, strict=True)
@@ -68,6 +74,8 @@ def solve(
         sigma = (timestep.float() / NUM_TIMESTEPS).view(1)
         if not guidance.applies(level):
             velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
+        elif graph is not None:
+            velocity = guidance.combine(graph(noisy, sigma).float())
         elif batch_branches:
             velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition, count).float())
         else:

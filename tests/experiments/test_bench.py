@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.common import plain
+from experiments.costs import Case, make_inputs
 from experiments.speed.cached import IMAGES, LATENTS
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
 from experiments.speed.measure import Memory, in_child, interleaved, markdown, search_largest, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
-from experiments.common import plain
-from experiments.costs import Case, make_inputs
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
@@ -121,7 +121,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
 
 
 def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("bench.run", capfd, *SMALL, "tokens=[12]", "out=bench")
+    text = ran("bench", capfd, *SMALL, "tokens={text: [12], image: [12]}", "out=bench")
     report = json.loads(Path("bench/report.json").read_text())
     for case in ("text, 12", "image + text, 12"):
         found = report["training"]["cases"][case]
@@ -144,8 +144,9 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
 
 
 def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
-    options = [*SMALL, "parts=[training]", "tokens=[8]", "isolate=true", "turns=1", "sides=[release,ours]"]
-    text = ran("bench.run", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
+    options = [*SMALL, "parts=[training]", "tokens={text: [8], image: [8]}", "isolate=true", "turns=1"]
+    options.append("sides=[release,ours]")
+    text = ran("bench", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
     assert "medians of 1 steps in each of 1 turns" in text
     assert set(json.loads(Path("bench/report.json").read_text())["training"]["cases"]) == {"text, 8"}
 
@@ -156,7 +157,7 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
         (["parts=[training,speed]"], "parts may hold training, sampling, cached, loader, batches, step; got 'speed'"),
         (["parts=[batches]"], "parts=[batches] caps the memory of a GPU"),
         (["precision=fp8"], "precision must be 32-true or bf16-mixed for these parts, got 'fp8'"),
-        (["tokens=[16]"], "every entry of tokens must exceed shared_tokens=32"),
+        (["tokens={text: [16], image: []}"], "every entry of tokens must exceed shared_tokens=32"),
         (["repeats=0"], "repeats must be at least 1, got 0"),
         (["loader.memory_samples=499"], "loader.memory_samples must be at least 500, got 499"),
         (["sides=[ours]"], "sides must begin with release, ours"),
@@ -164,12 +165,19 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
     ],
 )
 def test_what_can_t_be_measured_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
-    assert words in message("bench.run", capfd, *options)
+    assert words in message("bench", capfd, *options)
 
 
 def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> None:
-    options = [*SMALL, "parts=[step]", "precision=bf16-true", "optim=adamw8bit", "tokens=[12]", "model.dtype=bfloat16"]
-    assert "| peak gib |" in ran("bench.run", capfd, *options, "out=bench")
+    options = [
+        *SMALL,
+        "parts=[step]",
+        "precision=bf16-true",
+        "optim=adamw8bit",
+        "tokens={text: [12], image: [12]}",
+        "model.dtype=bfloat16",
+    ]
+    assert "| peak gib |" in ran("bench", capfd, *options, "out=bench")
     found = json.loads(Path("bench/report.json").read_text())["step"]
     assert 0.1 < found["peak_gib"] < 4
     assert found["gradient_norm"] > 0
@@ -203,7 +211,7 @@ def test_loading_costs_little_more_than_decoding() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")
 def test_the_gpu_preset_says_that_there_is_no_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "this computer has no CUDA device" in message("bench.run", capfd, "experiment=bench_gpu")
+    assert "this computer has no CUDA device" in message("bench", capfd, "experiment=bench_gpu")
 
 
 def test_the_gpu_preset_has_the_real_sizes() -> None:

@@ -110,14 +110,14 @@ def test_mixed_precision_stays_near_the_plain_pass(model: UniImage, case: str) -
 
 @pytest.mark.parametrize("case", ["text", "mixed"])
 @pytest.mark.parametrize("way", ["checkpointing", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_checkpointing_and_compiling_the_query_pass_change_nothing(model: UniImage, case: str, way: str) -> None:
+def test_checkpointing_and_compiling_change_nothing(model: UniImage, case: str, way: str) -> None:
     """The library drops its cache under checkpointing in training mode; here neither mode matters."""
     model.train()
     inputs = model.prompt(*prompt_cases()[case])
     results = []
     for changed in (False, True):
         if changed and way != "checkpointing":
-            model.mllm.compile_queries(dynamic=True, backend=way)
+            model.mllm.compile_layers(dynamic=True, backend=way)
         model.set_checkpointing(queries=changed and way == "checkpointing")
         model.zero_grad()
         states = model.encode_condition(inputs).states
@@ -125,6 +125,24 @@ def test_checkpointing_and_compiling_the_query_pass_change_nothing(model: UniIma
         results.append((states.detach(), model.ladder.queries.grad.clone()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [
+        [[1, 8, 8]],  # one window by whole ones
+        [[1, 4, 6], [1, 4, 6]],
+        [[1, 10, 14], [1, 2, 2], [1, 18, 4]],  # windows and images of all lengths
+        [[2, 6, 10], [1, 8, 8]],  # two frames
+    ],
+)
+def test_windows_in_one_batch_give_the_library_s_features(model: UniImage, grids: list[list[int]]) -> None:
+    visual, grid = model.mllm.body.visual.double(), torch.tensor(grids)
+    config = visual.config
+    channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(int(grid.prod(-1).sum()), channels, dtype=torch.float64)
+    expected = visual(pixels, grid_thw=grid).pooler_output
+    torch.testing.assert_close(model.mllm.see(pixels, grid), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniImage) -> None:

@@ -17,8 +17,8 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.speed.measure import markdown
 from experiments.common import CONF, keep_freed_memory, user_errors
+from experiments.speed.measure import markdown
 from experiments.studies.guard.alternate import Alternate
 from experiments.train import stage_configs, train
 

@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.speed.measure import MIB, markdown
 from experiments.common import CONF, open_model, user_errors
 from experiments.evaluate import evaluate
+from experiments.speed.measure import MIB, markdown
 from tbac.evaluation.benchmarks import read_geneval
 from tbac.models import UniImage
 

@@ -1,0 +1,58 @@
+"""The planner's memory against what a training step really takes, and the largest batches that fit."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.costs import Case, activations_of
+from experiments.plan import Setting, build, memory_of
+from experiments.speed.measure import MIB, in_child, markdown
+from experiments.speed.training import CHECKPOINTED, OURS, largest_batches, one_side, training_cases
+
+
+def planned_mib(cfg: dict[str, Any], case: Case, checkpointing: bool) -> float:
+    """What the planner says of a step of the benchmark, which also holds parts that training doesn't read."""
+    mixed = cfg["precision"] == "bf16-mixed"
+    model, dtype = build(cfg["model"]), cfg["model"]["dtype"]
+    setting = Setting("adamw", None, checkpointing, False, "auto", 1, mixed, cached=False)
+    kept = activations_of(cfg["model"], case, cfg["latent_side"], mixed)
+    planned = sum(memory_of(model, dtype, setting, kept, case.batch).values())
+    size = 2 if dtype == "bfloat16" else 4
+    unread: list[nn.Module] = list(model.mllm.body.language_model.layers[model.ladder.plan.deepest :])
+    return (planned + size * sum(p.numel() for layer in unread for p in layer.parameters())) / MIB
+
+
+def bench_memory(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Planned and measured peaks of every kind of prompt, with and without checkpointing, then the largest batches.
+
+    On a CPU there is no allocator to cap, so the largest batches are left out.
+    """
+    rows, peaks = [], {}
+    for case in _shortest_and_longest(cfg):
+        for name in (OURS, CHECKPOINTED):
+            measured = in_child(one_side, name, cfg, device.type, case, 0)["memory"]["peak_mib"]
+            planned = planned_mib(cfg, case, name == CHECKPOINTED)
+            peaks[f"{name}; {case.name}, {case.tokens}"] = {"planned_mib": planned, "measured_mib": measured}
+            label = [f"{name}; {case.name}, {case.tokens} tokens, batch {case.batch}"]
+            rows.append([*label, f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}"])
+    tables = [markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)]
+    largest: dict[str, Any] = {}
+    if device.type == "cuda":
+        for case in _shortest_and_longest(cfg):
+            for name in (OURS, CHECKPOINTED):
+                found = in_child(largest_batches, name, cfg, device.type, replace(case, batch=1))
+                largest[f"{name}; {case.name}, {case.tokens}"] = found
+        caps = [f"{cap} GiB" for cap in cfg["memory_caps_gib"]]
+        tables.append(
+            markdown(["largest batch", *caps], [[label, *sizes.values()] for label, sizes in largest.items()])
+        )
+    worst = max((abs(p["planned_mib"] / p["measured_mib"] - 1) for p in peaks.values()), default=0.0)
+    line = f"the planner is off by {100 * worst:.0f} % at most"
+    return {"peaks": peaks, "largest_batch": largest, "table": "\n\n".join(tables), "line": line}
+
+
+def _shortest_and_longest(cfg: dict[str, Any]) -> list[Case]:
+    cases = training_cases(cfg)
+    return [cases[0], cases[-1]]

@@ -1,0 +1,110 @@
+"""What only a GPU can show: it computes what the CPU does, never waits within a step, and its fast paths are exact."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.common import plain
+from experiments.costs import Case, make_inputs
+from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from tbac.models import UniImage
+from tbac.sampling.cuda_graph import PredictionGraphs
+from tbac.sampling.guidance import Guidance
+from tbac.sampling.solver import solve
+from tbac.types import Batch
+from tests.conftest import composed, prompt_cases, read_everything
+from tests.training.test_module import data_of, module_of, trainer_of
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _whole_float32() -> Any:
+    """Products of float32 stay float32, as on a CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def loss_and_gradients(model: UniImage, case: str, device: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of one step on prompts of a kind, on a device."""
+    texts, images = prompt_cases()[case]
+    module = module_of(model).to(device)
+    model.to(device)
+    latents, noise, sigma = targets(model, len(texts), 6)
+    inputs = model.prompt(texts, images).to(device)
+    loss = module.loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
+    loss.backward()
+    return loss.item(), {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", ["text", "mixed", "several_images"])
+def test_a_step_has_the_loss_and_gradients_of_the_cpu(model: UniImage, case: str) -> None:
+    other = copy.deepcopy(read_everything(model))
+    there, here = loss_and_gradients(other, case, "cuda"), loss_and_gradients(model, case, "cpu")
+    assert there[0] == pytest.approx(here[0], rel=1e-4)
+    assert there[1].keys() == here[1].keys()
+    for name, expected in here[1].items():
+        assert (there[1][name] - expected).norm() <= 2e-3 * expected.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("stage", ["t2i_pretrain", "ti2i_pretrain"])
+def test_a_step_never_waits_for_the_device(model: UniImage, stage: str) -> None:
+    """PyTorch itself raises where it would wait."""
+    module = module_of(read_everything(model)).to("cuda")
+    model.to("cuda")
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batches = [b.pin_memory() for b in (next(iter(data_of(model, f"stage={stage}").train_dataloader())),) * 2]
+    module.training_step(batches[0].to("cuda", non_blocking=True), 0).backward()  # libraries set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.training_step(batches[1].to("cuda", non_blocking=True), 1).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_lowers_the_loss_and_leaves_frozen_parts_alone(model: UniImage, precision: str) -> None:
+    before = {k: v.clone() for k, v in read_everything(model).state_dict().items()}
+    module = module_of(model, steps=8)
+    trainer = trainer_of(8, accelerator="cuda", devices=1, precision=precision)
+    trainer.fit(module, datamodule=data_of(model))
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    for name, value in model.state_dict().items():
+        if name.startswith(("mllm.", "autoencoder.")):
+            assert torch.equal(value.cpu(), before[name]), name
+
+
+@pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
+def test_the_release_s_way_computes_the_same(case: Case) -> None:
+    config = plain(composed("bench", "experiment=bench_gpu_small", "device=cuda"))
+    model = make_model(config["model"], "cuda")
+    torch.nn.init.normal_(model.ladder.queries, std=0.5)
+    arguments = (make_inputs(model, case, 4), *targets(model, case.batch, 4))
+    check_equal(Side(BASELINE, model, config), Side(OURS, model, config), arguments)
+
+
+def test_compiled_layers_change_nothing(model: UniImage) -> None:
+    plain = loss_and_gradients(model, "mixed", "cuda")
+    model.zero_grad()
+    model.compile_parts()
+    compiled = loss_and_gradients(model, "mixed", "cuda")
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-4)
+    for name, expected in plain[1].items():
+        assert (compiled[1][name] - expected).norm() <= 2e-3 * expected.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("guidance", [Guidance(4.5), Guidance(4.5, 1.5)])
+def test_recorded_predictions_give_the_same_bits(model: UniImage, guidance: Guidance) -> None:
+    read_everything(model).to("cuda").eval()
+    graphs = PredictionGraphs(model)
+    noise = targets(model, 2, 6)[0]
+    for texts in (["a red circle", "two blue squares"], ["a letter L", "three green crosses"]):
+        rows = [""] * (2 * (len(guidance.branches) - 1)) + texts
+        with torch.no_grad():
+            condition = model.denoiser.project(model.encode_condition(model.prompt(rows).to("cuda")))
+        expected = solve(model, condition, guidance, noise, 6)
+        assert torch.equal(solve(model, condition, guidance, noise, 6, graphs=graphs), expected)

@@ -25,11 +25,12 @@ from experiments.speed.parts import run_parts
 from experiments.speed.real_size import bench_step
 from experiments.speed.sampling import bench_sampling
 from experiments.speed.trainer import bench_first_steps, bench_overhead, device_name
-from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training
+from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training, count_flops, utilisation
 
 PARTS = {
     "first_steps": bench_first_steps,
     "rates": bench_rates,
+    "flops": count_flops,
     "tests": run_gpu_tests,
     "training": bench_training,
     "memory": bench_memory,
@@ -53,8 +54,6 @@ def check(cfg: dict[str, Any]) -> None:
     device = pick_device(cfg["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={cfg['device']}: this computer has no CUDA device; device=cpu runs anywhere")
-    if "batches" in cfg["parts"] and device.type != "cuda":
-        raise ValueError(f"parts=[batches] caps the memory of a GPU, and device={cfg['device']} is none")
     accepted = ("32-true", "bf16-true") if "step" in cfg["parts"] else ("32-true", "bf16-mixed")
     if cfg["precision"] not in accepted:
         raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
@@ -100,6 +99,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     report = bench(options, out)
     texts = {part: report[part].pop("table", report[part].get("error", "")) for part in options["parts"]}
+    if all(report.get(part, {}).get("line") for part in ("flops", "rates", "training")):
+        texts["training"] += "\n\n" + utilisation(report["flops"], report["rates"], report["training"])
     tables = [f"## {part.replace('_', ' ').capitalize()}\n\n{text}" for part, text in texts.items()]
     facts = (
         f"{report['device']}, {report['precision']}; medians of {options['repeats']} "

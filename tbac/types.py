@@ -64,7 +64,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to the device don't wait."""
-        pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.prompt.items()}
+        # Page-locked memory is written as it lies, so a tensor that repeats its rows has to hold them first.
+        pinned = {k: v.contiguous().pin_memory() if isinstance(v, Tensor) else v for k, v in self.prompt.items()}
         return self._each(lambda tensor: tensor.pin_memory(), type(self.prompt)(pinned))
 
     def _each(self, change: Callable[[Tensor], Tensor], prompt: Any) -> "Batch":

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.speed.measure import markdown, wait_for
-from experiments.speed.training import COMPILED, OURS, Side, arguments_of, make_model, training_cases
+from experiments.speed.training import COMPILED, COMPILED_GRAPHED, OURS, Side, arguments_of, make_model, training_cases
 
 # Families by what the names of kernels (of operators, on a CPU) hold; the first that fits.
 FAMILIES = {
@@ -46,8 +46,10 @@ def family_of(kernel: str) -> str:
 def bench_kernels(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Milliseconds of one step by family, of every kind of prompt, plain and compiled where the sides name it."""
     model, rows, found = make_model(cfg["model"], device.type), [], {}
-    for name in (side for side in (OURS, COMPILED) if side in cfg["sides"]):
-        side = Side(name, model, cfg)
+    optimizer = None
+    for name in (side for side in (OURS, COMPILED, COMPILED_GRAPHED) if side in cfg["sides"]):
+        side = Side(name, model, cfg, optimizer)
+        optimizer = side.optimizer
         for case in (training_cases(cfg)[0], training_cases(cfg)[-1]):
             arguments = arguments_of(model, case, cfg)
             for _ in range(3):
@@ -61,6 +63,7 @@ def bench_kernels(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             found[label] = one = profile_step(side, arguments, device) | {"wall_ms": round(wall_ms, 2)}
             families = sorted(one["families_ms"].items(), key=lambda item: -item[1])
             rows += [[label, family, f"{ms:.2f}", one["counts"][family]] for family, ms in families]
+            side.forget_graphs()
             rows.append([label, "all; without a profiler", f"{one['busy_ms']:.2f}; {wall_ms:.2f}", one["kernels"]])
         del side
     busy = {label: f"{100 * one['busy_ms'] / one['wall_ms']:.0f} %" for label, one in found.items()}
@@ -83,7 +86,7 @@ def profile_step(side: Side, arguments: tuple, device: torch.device) -> dict[str
     for event in recorded.key_averages():
         on_device = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         is_kernel = device.type != "cuda" or event.device_type == torch.autograd.DeviceType.CUDA
-        if not on_device or not is_kernel:
+        if not on_device or not is_kernel or event.key.startswith("Optimizer."):  # a range around kernels, not one
             continue
         family = family_of(event.key)
         times[family] += on_device / 1000

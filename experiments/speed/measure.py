@@ -104,10 +104,11 @@ def in_child(work: Callable[..., Any], *arguments: Any, limit_s: float | None = 
             result, problem = receiver.recv()
     except EOFError:
         problem = "it ended without a result; was it killed for its memory?"
-    if alone:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started ends with it
-    process.join()
+    finally:
+        if alone:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started ends with it
+        process.join()
     if problem:
         raise RuntimeError(f"{work.__name__} failed in a process of its own: {problem}")
     return result

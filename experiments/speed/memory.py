@@ -1,6 +1,5 @@
-"""The planner's memory against what a training step really takes, and the largest batches that fit."""
+"""The planner's memory against what a training step really takes."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from experiments.costs import Case, activations_of
 from experiments.plan import Setting, build, memory_of
 from experiments.speed.measure import MIB, in_child, markdown
-from experiments.speed.training import CHECKPOINTED, OURS, largest_batches, one_side, training_cases
+from experiments.speed.training import CHECKPOINTED, OURS, one_side, training_cases
 
 
 def planned_mib(cfg: dict[str, Any], case: Case, checkpointing: bool) -> float:
@@ -25,10 +24,7 @@ def planned_mib(cfg: dict[str, Any], case: Case, checkpointing: bool) -> float:
 
 
 def bench_memory(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Planned and measured peaks of every kind of prompt, with and without checkpointing, then the largest batches.
-
-    On a CPU there is no allocator to cap, so the largest batches are left out.
-    """
+    """Planned and measured peaks of the shortest text and the longest prompt, with and without checkpointing."""
     rows, peaks = [], {}
     for case in _shortest_and_longest(cfg):
         for name in (OURS, CHECKPOINTED):
@@ -37,20 +33,10 @@ def bench_memory(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             peaks[f"{name}; {case.name}, {case.tokens}"] = {"planned_mib": planned, "measured_mib": measured}
             label = [f"{name}; {case.name}, {case.tokens} tokens, batch {case.batch}"]
             rows.append([*label, f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}"])
-    tables = [markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)]
-    largest: dict[str, Any] = {}
-    if device.type == "cuda":
-        for case in _shortest_and_longest(cfg):
-            for name in (OURS, CHECKPOINTED):
-                found = in_child(largest_batches, name, cfg, device.type, replace(case, batch=1))
-                largest[f"{name}; {case.name}, {case.tokens}"] = found
-        caps = [f"{cap} GiB" for cap in cfg["memory_caps_gib"]]
-        tables.append(
-            markdown(["largest batch", *caps], [[label, *sizes.values()] for label, sizes in largest.items()])
-        )
     worst = max((abs(p["planned_mib"] / p["measured_mib"] - 1) for p in peaks.values()), default=0.0)
     line = f"the planner is off by {100 * worst:.0f} % at most"
-    return {"peaks": peaks, "largest_batch": largest, "table": "\n\n".join(tables), "line": line}
+    table = markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)
+    return {"peaks": peaks, "table": table, "line": line}
 
 
 def _shortest_and_longest(cfg: dict[str, Any]) -> list[Case]:

@@ -5,6 +5,8 @@ what it has, and goes on with what is missing when it is started again.
 """
 
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from hashlib import sha256
@@ -29,6 +31,7 @@ def run_parts(parts: Mapping[str, Part], cfg: dict[str, Any], device: torch.devi
         out: folder for `<part>.json` and `<part>.md`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part that runs is ended, too
     wanted = digest_of(cfg)
     found: dict[str, Any] = {}
     for name, part in parts.items():

@@ -20,13 +20,13 @@ from experiments.speed.measure import (
     interleaved,
     largest_batch,
     markdown,
-    matmul_rate,
     summary,
     wait_for,
 )
 from experiments.speed.release import ReleaseWay
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
+from tbac.training.cuda_graphs import StepGraphs
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import adamw, parameter_groups
 from tbac.training.stages import Stage
@@ -34,7 +34,8 @@ from tbac.types import Batch
 
 log = logging.getLogger(__name__)
 BASELINE, OURS, CHECKPOINTED, COMPILED = "release", "ours", "ours, checkpointed", "ours, compiled"
-SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED)
+GRAPHED, COMPILED_GRAPHED = "ours, graphs", "ours, compiled, graphs"
+SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED, GRAPHED, COMPILED_GRAPHED)
 LIMIT = 1e-3  # relative difference in float32
 TEXT_BESIDE_IMAGE = 4  # tokens, at least
 Targets = tuple[Tensor, Tensor, Tensor]
@@ -95,9 +96,12 @@ class Side:
         name: of `SIDES`; `BASELINE` copies the model's weights, all others use the model itself.
         model: ours.
         cfg: of the benchmark.
+        optimizer: of another side with the same model, to be shared; None makes one.
     """
 
-    def __init__(self, name: str, model: UniImage, cfg: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, model: UniImage, cfg: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         self.name, self.cfg, self.device = name, cfg, model.device
         self.release = ReleaseWay(model) if name == BASELINE else None
         self.model = None if name == BASELINE else model
@@ -108,9 +112,11 @@ class Side:
             self.module = LadderTuningModule(model, Stage("bench", adamw, adamw, steps=1, weight_decay=0.05))
             self.parameters = [p for p in self.module.parameters() if p.requires_grad]
             groups = parameter_groups([model.ladder, model.denoiser], 0.05)
-        self.optimizer = adamw(groups, lr=1e-6)
+        self.optimizer = optimizer or adamw(groups, lr=1e-6)
         self.compiled: LayerFunctions | None = None
-        if name == COMPILED:
+        if name in (GRAPHED, COMPILED_GRAPHED) and self.device.type == "cuda":
+            self.module.graphs = StepGraphs(model, torch.bfloat16 if cfg["precision"] == "bf16-mixed" else None)
+        if name in (COMPILED, COMPILED_GRAPHED):
             plain = layer_functions(model)
             model.compile_parts(**cfg["compile_options"])
             self.compiled = layer_functions(model)
@@ -137,6 +143,13 @@ class Side:
         self.optimizer.zero_grad()
         if self.model is not None and plain is not None:
             set_layer_functions(self.model, plain)
+
+    def forget_graphs(self) -> None:
+        """Free the memory that graphs hold for the shapes of a case."""
+        if self.model is not None and self.module.graphs is not None:
+            self.module.graphs.forget()
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def holds(self) -> list[int | float]:
         """Trainable tensors, trainable parameters, MiB of optimizer state."""
@@ -178,6 +191,29 @@ def check_equal(release: Side, ours: Side, arguments: tuple) -> dict[str, float]
     return found
 
 
+def count_flops(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """FLOPs of a step of each case, as the planner counts them; nothing runs on the device."""
+    flops = {
+        f"{case.name}, {case.tokens}": case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
+        for case in training_cases(cfg)
+    }
+    rows = [[name, f"{value / 1e12:.2f}"] for name, value in flops.items()]
+    return {"flops": flops, "table": markdown(["step", "TFLOP"], rows), "line": str(rows)}
+
+
+def utilisation(flops: dict[str, Any], rates: dict[str, Any], training: dict[str, Any]) -> str:
+    """A table of the share of the device's measured rate that each side's useful FLOPs reach.
+
+    The release's way computes more than the planner counts; its share is of the same count, so that it compares.
+    """
+    rows = []
+    names = list(next(iter(training["cases"].values()))["median_s"])
+    for label, case in training["cases"].items():
+        shares = [flops["flops"][label] / case["median_s"][n] / rates["matmul_flops_per_s"] for n in names]
+        rows.append([label, *(f"{share:.2f}" for share in shares)])
+    return markdown(["utilisation", *names], rows)
+
+
 def arguments_of(model: UniImage, case: Case, cfg: dict[str, Any]) -> tuple:
     """What a step of this case is given."""
     return make_inputs(model, case, cfg["shared_tokens"]), *targets(model, case.batch, cfg["latent_side"])
@@ -215,17 +251,18 @@ def one_side(name: str, cfg: dict[str, Any], device: str, case: Case, repeats: i
 
 
 def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Every case of the config: seconds, peak memory, utilisation.
+    """Every case of the config: seconds, peak memory.
 
     In one process the sides take turns step by step; isolated, each has the device to itself for a while, in turns of a
     few steps, since two of them don't fit at real sizes.
     """
     names = list(cfg["sides"])
     difference = in_child(compare_sides, cfg, device.type) if cfg["compare"] else {}
-    mixed = cfg["precision"] == "bf16-mixed"
-    rate = matmul_rate(device, torch.bfloat16 if mixed else torch.float32, cfg["matmul_size"])
     model = None if cfg["isolate"] else make_model(cfg["model"], device.type)
-    sides = {} if model is None else {name: Side(name, model, cfg) for name in names}
+    sides: dict[str, Side] = {}
+    for name in names if model is not None else []:
+        same = sides.get(OURS)
+        sides[name] = Side(name, model, cfg, same.optimizer if same else None)
     cases: dict[str, Any] = {}
     times, memory = [], []
     holds: dict[str, list] = {}
@@ -241,14 +278,13 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             arguments = arguments_of(model, case, cfg)
             runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
             seconds = interleaved(runs, cfg["repeats"], device, cfg["warm_up"])
+            for side in sides.values():
+                side.forget_graphs()
             if cfg["measure_memory"]:
                 alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
         found = summary(seconds, BASELINE, OURS)
         median = found["median_s"]
-        flops = case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
         found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in median.items()}
-        found["flops"] = flops
-        found["utilisation"] = {name: round(flops / s / rate, 3) for name, s in median.items() if name != BASELINE}
         found["difference"] = difference.get(f"{case.name}, {case.tokens}")
         found["memory"] = {name: one["memory"] for name, one in alone.items()}
         holds = {name: one["holds"] for name, one in alone.items()}
@@ -256,7 +292,6 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         label = [case.name, case.tokens, case.batch]
         took = [median[name] for name in names]
         times.append([*label, *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
-        times[-1].append(f"{max(found['utilisation'].values()):.2f}")
         if not alone:
             continue
         peaks = [found["memory"][name]["peak_mib"] for name in names]
@@ -264,7 +299,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         log.info("%s, %d tokens: %.2f", case.name, case.tokens, found["ratio"])
     over = [f"release / {name}" for name in names[1:]]
     header = ["prompt", "tokens", "batch"]
-    tables = ["Seconds a step:\n\n" + markdown([*header, *names, *over, "utilisation of ours, at best"], times)]
+    tables = ["Seconds a step:\n\n" + markdown([*header, *names, *over], times)]
     if memory:
         tables.append("Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory))
         tables.append(
@@ -277,7 +312,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         f"{label}: release / ours {' '.join(f'{s[BASELINE] / s[n]:.2f}' for n in names[1:])}"
         for label, s in ((label, one["median_s"]) for label, one in cases.items())
     )
-    return {"cases": cases, "holds": holds, "matmul_flops_per_s": rate, "table": "\n\n".join(tables), "line": line}
+    return {"cases": cases, "holds": holds, "table": "\n\n".join(tables), "line": line}
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:
@@ -300,7 +335,9 @@ def bench_batches(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The largest batches that fit into capped memory of a GPU."""
     found: dict[str, Any] = {}
     cases = training_cases(cfg)
-    for name in (n for n in cfg["sides"] if n != COMPILED):
+    if device.type != "cuda":  # there is no allocator to cap
+        return {"largest_batch": {}, "table": "", "line": "left out: a CPU has no allocator whose memory can be capped"}
+    for name in (OURS, CHECKPOINTED):
         for case in (cases[0], cases[-1]):
             label = f"{name}; {case.name}, {case.tokens}"
             found[label] = in_child(largest_batches, name, cfg, device.type, case)

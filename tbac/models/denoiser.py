@@ -194,7 +194,7 @@ class LadderDenoiser(nn.Module):
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
             arguments = block, hidden, context, mask, modulation, rows, columns
             if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(self._run_block, *arguments, use_reentrant=False)
+                hidden = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._run_block(*arguments)
 

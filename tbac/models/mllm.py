@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -23,6 +23,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class FrozenMLLM(nn.Module):
         super().__init__()
         check_mllm(model.config)
         self.model = model.eval().requires_grad_(False)
+        pad_vision_mlps(self.body.visual)
         self.num_layers = num_layers or model.config.text_config.num_hidden_layers
         self._load_whole = load_whole
         self.register_buffer("prompt_embeddings", prompt_embeddings)
@@ -137,7 +140,7 @@ class FrozenMLLM(nn.Module):
         self._run_query_layer: Callable[..., Tensor] = _run_query_layer
         self._run_projections, self._run_rest = _project, _finish_layer
         self._run_vision_layer = _run_vision_layer
-        self._constants: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self._constants: tuple[Any, list[KeyValue]] | None = None
 
     def train(self, mode: bool = True) -> "FrozenMLLM":
         """Stay in evaluation mode: in training mode the library may drop caches."""
@@ -244,15 +247,36 @@ class FrozenMLLM(nn.Module):
             layers: ascending tap indices at which the prompt's own states are wanted; at most `depth`.
         """
         inputs = pad_right(inputs)
-        mask = inputs["attention_mask"].bool()
-        positions = self.positions(inputs)
         shared_ids = tuple(inputs["shared_ids"].tolist()) if "shared_ids" in inputs else ()
-        shared = len(shared_ids)
-        common = self._constant(shared_ids, depth) if shared else []
-        hidden = self.embed(inputs)[:, shared:]
-        rotary = self.body.language_model.rotary_emb(hidden, positions[:, :, shared:])
+        mask = inputs["attention_mask"].bool()
+        shared = self.read_shared(shared_ids, depth)
+        return self.read_prompt(self.embed(inputs), self.positions(inputs), mask, shared, depth, layers)
+
+    @torch.no_grad()
+    def read_prompt(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        shared: list[KeyValue],
+        depth: int,
+        layers: Sequence[int] = (),
+    ) -> Prefix:
+        """Run embedded prompts, padded on the right, through the first `depth` layers.
+
+        Args:
+            embeddings: (batch, token, hidden).
+            positions: (3, batch, token).
+            mask: (batch, token), True for real tokens.
+            shared: of `read_shared`.
+            depth: how many layers the queries will pass.
+            layers: ascending tap indices at which the prompt's own states are wanted; at most `depth`.
+        """
+        known = shared[0][0].shape[2] if shared else 0
+        hidden = embeddings[:, known:]
+        rotary = self.body.language_model.rotary_emb(hidden, positions[:, :, known:])
         causal: dict[str, Any] = (
-            {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])} if shared else {"is_causal": True}
+            {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])} if known else {"is_causal": True}
         )
         keys, values = [], []
         states = {0: hidden}
@@ -263,10 +287,10 @@ class FrozenMLLM(nn.Module):
                 key, value = _project_last(layer, hidden, rotary)
             else:
                 query, key, value = self._run_projections(layer, hidden, rotary)
-            if shared:
+            if known:
                 key, value = (
                     torch.cat([first.expand(len(own), -1, -1, -1), own], dim=2)
-                    for first, own in zip(common[index], (key, value), strict=True)
+                    for first, own in zip(shared[index], (key, value), strict=True)
                 )
             keys.append(key)
             values.append(value)
@@ -280,13 +304,16 @@ class FrozenMLLM(nn.Module):
             return Prefix(keys, values, mask, next_position)
         if self.num_layers in layers:
             states[self.num_layers] = self.body.language_model.norm(hidden)
-        return Prefix(keys, values, mask, next_position, torch.stack([states[i] for i in layers]), mask[:, shared:])
+        return Prefix(keys, values, mask, next_position, torch.stack([states[i] for i in layers]), mask[:, known:])
 
-    def _constant(self, ids: tuple[int, ...], depth: int) -> list[tuple[Tensor, Tensor]]:
+    def read_shared(self, ids: tuple[int, ...], depth: int) -> list[KeyValue]:
         """Keys and values of the tokens that every prompt begins with, of the first `depth` layers; computed once.
 
-        They stay ordinary tensors even when inference mode first asks for them, since training reads them too.
+        Without such tokens the list is empty. They stay ordinary tensors even when inference mode first asks for them,
+        since training reads them too.
         """
+        if not ids:
+            return []
         table = self.prompt_table()
         kind = table.device.type
         mixed = None
@@ -337,7 +364,7 @@ class FrozenMLLM(nn.Module):
         for index in range(max(layers)):
             arguments = language_model.layers[index], hidden, rotary, prefix.keys[index], prefix.values[index], bias
             if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(self._run_query_layer, *arguments, use_reentrant=False)
+                hidden = checkpoint(self._run_query_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._run_query_layer(*arguments)
             if index + 1 in wanted:
@@ -358,6 +385,30 @@ class FrozenMLLM(nn.Module):
         )
         model.model.rope_deltas = None
         return output[:, inputs["input_ids"].shape[1] :]
+
+
+def pad_vision_mlps(visual: nn.Module, multiple: int = 8) -> None:
+    """Widen the MLPs of a vision tower by channels that are zero, to a multiple that a GPU's fast products accept.
+
+    Qwen2.5-VL's are 3,420 wide, which no aligned product of bfloat16 takes. The new channels are silu(0) * 0 = 0, so
+    the result is the same.
+    """
+    for block in visual.blocks:
+        mlp = block.mlp
+        missing = -mlp.gate_proj.out_features % multiple
+        if not missing:
+            continue
+        for layer in (mlp.gate_proj, mlp.up_proj):
+            layer.weight = _frozen(pad(layer.weight, (0, 0, 0, missing)))
+            if layer.bias is not None:
+                layer.bias = _frozen(pad(layer.bias, (0, missing)))
+            layer.out_features += missing
+        mlp.down_proj.weight = _frozen(pad(mlp.down_proj.weight, (0, missing)))
+        mlp.down_proj.in_features += missing
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def pad_right(inputs: Any) -> Any:

@@ -18,6 +18,7 @@ from tbac.distributed import gather_objects, rank, shard, sum_over_ranks, world_
 from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
 from tbac.training.checkpoints import FACTS, check_frozen
+from tbac.training.cuda_graphs import StepGraphs
 from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
 from tbac.training.optimizers import optimized_names, parameter_groups
 from tbac.training.stages import FlowOptions, Stage
@@ -62,6 +63,7 @@ class LadderTuningModule(L.LightningModule):
         self.measure_taps = False  # whether `tap_norms` will be asked for
         self._context_squares: Tensor | None = None  # (block,)
         self._random: list[dict[str, Any]] | None = None
+        self.graphs: StepGraphs | None = None  # runs the steps where it is given
         self.enter(stage, stage.steps or 1)
 
     def enter(self, stage: Stage, total_steps: int) -> None:
@@ -74,6 +76,8 @@ class LadderTuningModule(L.LightningModule):
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
         stage.apply_trainable(self.named_parameters())
+        if self.graphs is not None:
+            self.graphs.forget()
 
     @property
     def model(self) -> UniImage:
@@ -95,6 +99,8 @@ class LadderTuningModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.model.to(self.device)
+        if self.graphs is not None:  # the weights may lie elsewhere now
+            self.graphs.forget()
 
     def on_train_start(self) -> None:
         if self._random is not None:
@@ -138,13 +144,14 @@ class LadderTuningModule(L.LightningModule):
             latents: (batch * k, channel, height, width), k rows per sample, next to each other.
         """
         path = interpolate(latents, noise, sigma)
-        condition = self.model.encode_condition(batch.prompt)
+        runner = self.graphs if self.graphs is not None and torch.is_grad_enabled() else self.model
+        condition = runner.encode_condition(batch.prompt)
         if self.measure_taps and condition.states.requires_grad:
             condition.states.register_hook(self._measure_contexts)
         if len(latents) != len(batch):
             rows = torch.arange(len(batch), device=self.device)
             condition = condition[rows.repeat_interleave(len(latents) // len(batch))]
-        prediction = self.model.predict_velocity(path.noisy, sigma, condition)
+        prediction = runner.predict_velocity(path.noisy, sigma, condition)
         return velocity_loss(prediction, path.velocity)
 
     def _measure_contexts(self, gradient: Tensor) -> None:

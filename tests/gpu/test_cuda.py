@@ -13,6 +13,7 @@ from tbac.models import UniImage
 from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
+from tbac.training.cuda_graphs import StepGraphs
 from tbac.types import Batch
 from tests.conftest import composed, prompt_cases, read_everything
 from tests.training.test_module import data_of, module_of, trainer_of
@@ -108,3 +109,34 @@ def test_recorded_predictions_give_the_same_bits(model: UniImage, guidance: Guid
             condition = model.denoiser.project(model.encode_condition(model.prompt(rows).to("cuda")))
         expected = solve(model, condition, guidance, noise, 6)
         assert torch.equal(solve(model, condition, guidance, noise, 6, graphs=graphs), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recorded_steps_compute_the_same(model: UniImage, dtype: torch.dtype | None, compiled: bool) -> None:
+    """Several lengths in turn, each replayed after the others; padding to the recorded length changes nothing."""
+    model = read_everything(model).to("cuda")
+    module = module_of(model).to("cuda")
+    if compiled:
+        model.compile_parts()
+    graphs, found = StepGraphs(model, dtype), {}
+    words = "three green squares and a letter L at the top left on a black background and "
+    for recorded in (False, True):
+        module.graphs = graphs if recorded else None
+        results = []
+        for round_ in range(2):
+            for texts, images in (*prompt_cases().values(), ([words * 5, "a red circle"], None)):
+                inputs = model.prompt(texts, images).to("cuda")
+                latents, noise, sigma = targets(model, len(texts), 6, seed=round_)
+                with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+                    loss = module.loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
+                loss.backward()
+                gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
+                results.append((loss.item(), gradients.clone(), module.ladder.queries.grad.clone()))
+                module.zero_grad(set_to_none=True)
+        found[recorded] = results
+    limit = 2e-3 if dtype is None else 0.1
+    for computed, replayed in zip(found[False], found[True], strict=True):
+        assert replayed[0] == pytest.approx(computed[0], rel=limit)
+        for expected, got in zip(computed[1:], replayed[1:], strict=True):
+            assert (got - expected).norm() <= limit * expected.norm()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tbac.models import UniImage
+from tbac.models.mllm import pad_vision_mlps
 from tbac.types import Condition
 from tests.conftest import prompt_cases, small_model
 
@@ -247,3 +248,15 @@ def test_a_model_that_can_t_be_split_is_refused(model: UniImage, change: dict) -
         setattr(model.mllm.model.config.text_config, name, value)
     with pytest.raises(ValueError, match="sliding-window"):
         FrozenMLLM(model.mllm.model)
+
+
+def test_vision_mlps_of_any_width_stay_the_same_when_widened(model: UniImage) -> None:
+    visual, grid = model.mllm.body.visual, torch.tensor([[1, 4, 6]])
+    config = copy.deepcopy(visual.config)
+    config.intermediate_size = 45
+    odd = type(visual)(config).double().requires_grad_(False)
+    pixels = torch.randn(24, config.in_channels * config.temporal_patch_size * config.patch_size**2).double()
+    expected = odd(pixels, grid_thw=grid).pooler_output
+    pad_vision_mlps(odd)
+    assert {block.mlp.gate_proj.weight.shape[0] for block in odd.blocks} == {48}
+    torch.testing.assert_close(odd(pixels, grid_thw=grid).pooler_output, expected, rtol=1e-12, atol=1e-12)

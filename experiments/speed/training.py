@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import math
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -191,6 +193,19 @@ def check_equal(release: Side, ours: Side, arguments: tuple) -> dict[str, float]
     return found
 
 
+def failures_of(sides: dict[str, Side], arguments: tuple) -> dict[str, str]:
+    """Why a side can't take a step, by its name: one that fails doesn't take the others' results with it."""
+    failed = {}
+    for name, side in sides.items():
+        try:
+            side.step(*arguments)
+            wait_for(side.device)
+        except Exception:  # noqa: BLE001 (compilers and graphs raise errors of all kinds)
+            failed[name] = traceback.format_exc()[-1500:]
+            side.optimizer.zero_grad()
+    return failed
+
+
 def count_flops(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """FLOPs of a step of each case, as the planner counts them; nothing runs on the device."""
     flops = {
@@ -207,7 +222,7 @@ def utilisation(flops: dict[str, Any], rates: dict[str, Any], training: dict[str
     The release's way computes more than the planner counts; its share is of the same count, so that it compares.
     """
     rows = []
-    names = list(next(iter(training["cases"].values()))["median_s"])
+    names = [n for n in SIDES if all(n in case["median_s"] for case in training["cases"].values())]
     for label, case in training["cases"].items():
         shares = [flops["flops"][label] / case["median_s"][n] / rates["matmul_flops_per_s"] for n in names]
         rows.append([label, *(f"{share:.2f}" for share in shares)])
@@ -266,6 +281,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     times, memory = [], []
     holds: dict[str, list] = {}
+    failed: dict[str, str] = {}
     for case in training_cases(cfg):
         alone = {}
         if model is None:
@@ -276,7 +292,8 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
                     seconds[name] += alone[name]["seconds"]
         else:
             arguments = arguments_of(model, case, cfg)
-            runs = {name: (lambda s=side, a=arguments: s.step(*a)) for name, side in sides.items()}
+            failed |= failures_of(sides, arguments)
+            runs = {n: (lambda s=side, a=arguments: s.step(*a)) for n, side in sides.items() if n not in failed}
             seconds = interleaved(runs, cfg["repeats"], device, cfg["warm_up"])
             for side in sides.values():
                 side.forget_graphs()
@@ -290,7 +307,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         holds = {name: one["holds"] for name, one in alone.items()}
         cases[f"{case.name}, {case.tokens}"] = found
         label = [case.name, case.tokens, case.batch]
-        took = [median[name] for name in names]
+        took = [median.get(name, math.nan) for name in names]
         times.append([*label, *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
         if not alone:
             continue
@@ -309,10 +326,11 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             )
         )
     line = "; ".join(
-        f"{label}: release / ours {' '.join(f'{s[BASELINE] / s[n]:.2f}' for n in names[1:])}"
+        f"{label}: release / ours {' '.join(f'{s[BASELINE] / s[n]:.2f}' for n in names[1:] if n in s)}"
         for label, s in ((label, one["median_s"]) for label, one in cases.items())
     )
-    return {"cases": cases, "holds": holds, "table": "\n\n".join(tables), "line": line}
+    tables += [f"{name} failed: {reason}" for name, reason in failed.items()]
+    return {"cases": cases, "holds": holds, "failed": failed, "table": "\n\n".join(tables), "line": line}
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:

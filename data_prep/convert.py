@@ -7,7 +7,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_prep.conversion import convert, table
+from data_prep.shards.conversion import convert, table
 from experiments.common import CONF, user_errors
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from data_prep.verification import Facts, as_json, histograms, look_at, report_table, shards_of
+from data_prep.shards.verification import Facts, as_json, histograms, look_at, report_table, shards_of
 from experiments.common import CONF, output_dir, user_errors
+from tbac.data.buckets import write_sizes
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,14 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
     return facts
 
 
+def write_all_sizes(folder: Path, processes: int) -> None:
+    """Write the sizes of targets beside all shards of a folder, from their headers."""
+    tars, _ = shards_of(folder)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        counts = list(tqdm(pool.map(write_sizes, tars), total=len(tars), unit="shard", desc="reading sizes"))
+    log.info("%s: the sizes of %d samples in %d shards are kept beside them", folder, sum(counts), len(tars))
+
+
 def _look(tar: Path, listed: dict, count_tokens: Callable[[str], int]) -> Facts:
     logger = logging.getLogger("tbac.data.tars")
     level = logger.level
@@ -79,6 +88,12 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"path={cfg.path} isn't a folder of shards")
     if cfg.processes < 1:
         raise ValueError(f"processes must be at least 1, got {cfg.processes}")
+    if not (cfg.samples or cfg.write_sizes):
+        raise ValueError("samples=false and write_sizes=false leave nothing to do")
+    if cfg.write_sizes:
+        write_all_sizes(folder, cfg.processes)
+    if not cfg.samples:
+        return
     facts = verify(folder, cfg.tokenizer, cfg.processes)
     out, unit = output_dir(), "tokens" if cfg.tokenizer else "words"
     histograms(facts, unit, out / "histograms.png")

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.conversion import Record, Rejected
 from data_prep.datasets.fields import edit, text_to_image
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.decoding import IMAGE_EXTENSIONS
 from tbac.data.shards import DataError
 

@@ -4,10 +4,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.conversion import Record, Rejected
 from data_prep.datasets.archives import FileStore, archive_groups, unpacked
 from data_prep.datasets.fields import from_paths
 from data_prep.datasets.sharegpt4o import SLICE, read_list
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
 EXPECTED = 1_553_575

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.conversion import Record, Rejected
 from data_prep.datasets.archives import FileStore, archive_groups
 from data_prep.datasets.fields import from_paths
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
 FILES = {"t2i": ("text_to_image.json", 45717), "edit": ("text_and_image_to_image.json", 46539)}

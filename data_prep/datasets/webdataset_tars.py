@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.conversion import Record, Rejected
 from data_prep.datasets.fields import image_extension
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 from tbac.data.tars import NOWHERE, TarReader
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.shapes.benchmarks import write_dense, write_pairs
 from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
 from data_prep.shapes.scene import (
     BACKGROUNDS,
@@ -23,8 +24,7 @@ from data_prep.shapes.scene import (
     render,
     sample_scene,
 )
-from data_prep.shapes.suites import write_dense, write_pairs
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 
 Encode = Callable[[list[Image.Image]], Any]
 

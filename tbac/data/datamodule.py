@@ -1,19 +1,19 @@
 """The Lightning data module: one stage's mixture for training, one fixed pass for validation."""
 
-import gc
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from tbac.data.buckets import BucketIndex, parse_buckets
 from tbac.data.collation import Collator, PromptCode
 from tbac.data.decoding import check_reducing_gap
+from tbac.data.loader import CleanLoader
 from tbac.data.order import BatchPlan, BucketedOrder, TrainingOrder, ValidationOrder
 from tbac.data.reader import ShardReader, check_bad_share
 from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
@@ -167,7 +167,7 @@ class ShardDataModule(L.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, sources: Sequence[Source], order: Sampler[BatchPlan], train: bool) -> "CleanLoader":
+    def _loader(self, sources: Sequence[Source], order: Sampler[BatchPlan], train: bool) -> CleanLoader:
         if self.collator is None:
             raise RuntimeError("call bind(model.prompt) before training")
         reader = ShardReader(
@@ -192,7 +192,7 @@ class ShardDataModule(L.LightningDataModule):
             multiprocessing_context="fork" if num_workers else None,
         )
 
-    def train_dataloader(self) -> "CleanLoader":
+    def train_dataloader(self) -> CleanLoader:
         """Endless batches of this process's share of the mixture, from the restored position on."""
         arguments = (
             [self.sizes[s] for s in self.sources],
@@ -208,7 +208,7 @@ class ShardDataModule(L.LightningDataModule):
         order = BucketedOrder(bucket_of, *arguments) if bucket_of else TrainingOrder(*arguments)
         return self._loader(self.sources, order, train=True)
 
-    def val_dataloader(self) -> "CleanLoader | list":
+    def val_dataloader(self) -> CleanLoader | list:
         """The first `val_samples` samples, in the order of the shards."""
         if not self.val_sources:
             return []
@@ -337,10 +337,10 @@ class StagedDataModule(L.LightningDataModule):
     def drawn(self) -> dict[str, int]:
         return self.active.drawn
 
-    def train_dataloader(self) -> "CleanLoader":
+    def train_dataloader(self) -> CleanLoader:
         return self.active.train_dataloader()
 
-    def val_dataloader(self) -> "CleanLoader | list":
+    def val_dataloader(self) -> CleanLoader | list:
         return self.active.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -354,27 +354,6 @@ class StagedDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.active.load_state_dict(state_dict)
-
-
-class CleanLoader(DataLoader):
-    """A DataLoader whose data errors read the same whether a worker process or this one met them.
-
-    Workers leave what they have inherited out of their garbage collection: going through it would write to its pages,
-    and each worker would sooner or later hold a copy of this process's memory.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self.num_workers:
-            gc.collect()
-            gc.freeze()
-        try:
-            batches = super().__iter__()
-        finally:
-            gc.unfreeze()
-        try:
-            yield from batches
-        except DataError as error:
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
 def _folder(source: Source) -> Path:

@@ -14,14 +14,13 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from data_prep.latents import cache_latents
-from data_prep.shards import write_shards
-from tbac.data.buckets import Buckets, parse_buckets
+from data_prep.shards.latents import cache_latents
+from data_prep.shards.writer import write_shards
+from tbac.data.buckets import Buckets, parse_buckets, read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
 from tbac.data.order import BatchPlan, BucketedOrder, Draw, ValidationOrder
 from tbac.data.shards import DataError
-from tbac.data.sizes import read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -122,7 +121,7 @@ def test_sizes_beside_a_shard_are_used_while_it_is_the_same(
     expected = [read_sizes(tar, use) for use in (True, False)]
     assert write_sizes(tar) == 8
     with monkeypatch.context() as patched:
-        patched.setattr("tbac.data.sizes.read_sizes", None)
+        patched.setattr("tbac.data.buckets.read_sizes", None)
         for use, sizes in zip((True, False), expected, strict=True):
             assert np.array_equal(target_sizes(tar, use), sizes)
     write_shards(Path("a"), "train", pictures()[3:], 8)
@@ -135,14 +134,17 @@ def test_sizes_beside_a_shard_are_used_while_it_is_the_same(
 
 def test_the_application_writes_sizes_beside_all_shards(capfd: pytest.CaptureFixture[str]) -> None:
     write_shards(Path("a"), "train", pictures(), 8)
-    status, text = run_app("data_prep.index_sizes", capfd, "path=a", "processes=1")
+    status, text = run_app("data_prep.verify", capfd, "path=a", "processes=1", "samples=false", "write_sizes=true")
     assert status == 0, text
     for tar in Path("a").glob("*.tar"):
         assert len(target_sizes(tar)) == len(read_sizes(tar))
     assert sorted(p.name for p in Path("a").glob("*.npz")) == ["train-000000.sizes.npz", "train-000001.sizes.npz"]
-    status, text = run_app("data_prep.index_sizes", capfd, "path=absent")
+    status, text = run_app("data_prep.verify", capfd, "path=.", "samples=false", "write_sizes=true")
     assert status == 1
-    assert "path=absent holds no *.tar" in text
+    assert "path=. holds no *.tar" in text
+    status, text = run_app("data_prep.verify", capfd, "path=a", "samples=false")
+    assert status == 1
+    assert "samples=false and write_sizes=false leave nothing to do" in text
 
 
 # --- order

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from data_prep.verification import Facts, look_at
+from data_prep.shards.verification import Facts, look_at
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
 from tests.conftest import noise_image

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, crop_to

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
 from tbac.data.shards import DataError, Source, list_shards

@@ -18,7 +18,7 @@ import pytest
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.conversion import WORK, Dataset, Options, convert, safe_key, table
+from data_prep.shards.conversion import WORK, Dataset, Options, convert, safe_key, table
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError, Source, list_shards
 from tbac.data.tars import TarReader

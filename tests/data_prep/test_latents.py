@@ -9,8 +9,8 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.latents import WORK, cache_latents
-from data_prep.shards import write_shards
+from data_prep.shards.latents import WORK, cache_latents
+from data_prep.shards.writer import write_shards
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError

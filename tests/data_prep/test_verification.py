@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.shards import write_shards
-from data_prep.verification import geneval_template
+from data_prep.shards.verification import geneval_template
+from data_prep.shards.writer import write_shards
 from tests.conftest import noise_image
 from tests.data.test_reader import break_members
 from tests.experiments.test_errors import run_app

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_prep.shapes.benchmarks import PAIR_TYPES, dense_questions, pair, pair_scene
 from data_prep.shapes.scene import COLORS, GLYPHS, Item, Scene, crowded_scene, render
-from data_prep.shapes.suites import PAIR_TYPES, dense_questions, pair, pair_scene
 from tbac.evaluation.detectors import Detection, Scan, TemplateDetector
 from tbac.evaluation.judges import (
     DetectorJudge,

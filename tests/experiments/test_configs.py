@@ -29,7 +29,6 @@ REQUIRED = {
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "sweep": ["name=taps_x_lr"],
     "train": ["run_dir=."],
-    "index_sizes": ["path=x"],
     "verify": ["path=x"],
 }
 

@@ -143,7 +143,7 @@ def test_the_whole_samples_of_a_truncated_tar_can_still_be_read(
 def test_garbage_images_are_counted_and_end_training_when_they_are_many(
     in_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from data_prep.shards import write_shards
+    from data_prep.shards.writer import write_shards
 
     rows = [(f"bad_{i:03d}", {"jpg": b"\xff\xd8 not a picture", "txt": "a red circle"}) for i in range(32)]
     write_shards(tmp_path / "garbage", "train", iter(rows), 32, {"provenance": {}})

@@ -11,12 +11,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.shards import ShardWriter
-from data_prep.work import Work
-from tbac.data.buckets import Buckets
+from data_prep.shards.resumable import Work
+from data_prep.shards.writer import ShardWriter
+from tbac.data.buckets import Buckets, target_sizes
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import SCHEMA_VERSION, DataError, read_manifest
-from tbac.data.sizes import target_sizes
 from tbac.data.tars import NOWHERE, TarReader
 from tbac.data.transforms import crop_to
 from tbac.files import write_whole

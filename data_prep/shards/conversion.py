@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from data_prep.shards import ShardWriter
-from data_prep.work import Work
+from data_prep.shards.resumable import Work
+from data_prep.shards.writer import ShardWriter
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import SCHEMA_VERSION, DataError
 from tbac.files import write_whole

@@ -80,3 +80,9 @@ def test_a_wrong_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_file_asks_which_world_it_is_in() -> None:
     for file in (ROOT / "tbac").rglob("*.py"):
         assert "shapes world" not in file.read_text().lower(), file
+
+
+def test_no_test_file_imports_another() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        for name in imports(file):
+            assert name.split(".")[0] != "tests" or name.startswith("tests.helpers."), f"{file} imports {name}"

@@ -25,10 +25,12 @@ from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
-from tests.conftest import composed, noise_image, small_model
-from tests.data.test_decoding import saved, turned
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import losses_of, module_of, trainer_of
+from tests.helpers.commands import run_app
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image, saved, turned
+from tests.helpers.shards import write_mixed_sizes
+from tests.helpers.training import losses_of, module_of, trainer_of
+from tests.helpers.worlds import small_model
 
 # --- the table
 
@@ -236,15 +238,6 @@ BUCKETS = [[24, 24], [16, 32], [32, 16]]
 GIVEN = f"data.buckets={BUCKETS}"
 
 
-def write(folder: str, count: int = 24) -> None:
-    sides = [(24, 24), (40, 20), (20, 40), (64, 30), (90, 100)]
-    samples = [
-        (f"s{i:03d}", {"png": noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})
-        for i in range(count)
-    ]
-    write_shards(Path(folder), "train", samples, 10)
-
-
 def data_of(folder: str, *more: str) -> ShardDataModule:
     sources = f"[{{path: {folder}, split: train}}]"
     options = [f"stage.sources={sources}", f"stage.val_sources={sources}", "stage.batch_size=4", *more]
@@ -262,7 +255,7 @@ def losses(model: UniImage, data: ShardDataModule) -> list[float]:
 
 
 def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     shapes = set()
     reader = TarReader()
     by_key = {f"s{i:03d}": reader.read(Path(f"raw/train-{i // 10:06d}.tar"), i % 10) for i in range(24)}
@@ -278,7 +271,7 @@ def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> Non
 
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path, keep_images: bool) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     denoiser = in_world / "backbones" / "denoiser"
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
@@ -300,7 +293,7 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
 
 
 def test_going_on_with_buckets_gives_the_same_batches(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
 
     def read(data: ShardDataModule, count: int) -> list[Any]:
         return [data.on_before_batch_transfer(batch, 0) for batch in batches_of(data, model, count)]
@@ -322,7 +315,7 @@ def test_going_on_with_buckets_gives_the_same_batches(model: UniImage) -> None:
 def test_turning_buckets_off_or_on_says_what_becomes_of_the_order(
     model: UniImage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     data = data_of("raw", GIVEN)
     for batch in batches_of(data, model, 5):
         data.on_before_batch_transfer(batch, 0)
@@ -337,7 +330,7 @@ def test_turning_buckets_off_or_on_says_what_becomes_of_the_order(
 
 
 def test_validation_with_buckets_gives_one_loss(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     data = data_of("raw", GIVEN, "stage.val_samples=16", "data.val_batch_size=5")
     data.bind(model.prompt)
     module = module_of(model)
@@ -347,7 +340,7 @@ def test_validation_with_buckets_gives_one_loss(model: UniImage) -> None:
 
 
 def test_sides_that_the_model_cant_take_are_named(model: UniImage) -> None:
-    write("raw", 8)
+    write_mixed_sizes("raw", 8)
     for options, name in ((("data.buckets=[[24,24],[18,32]]",), r"data\.buckets"), (("stage.image_size=30",), "stage")):
         data = data_of("raw", *options)
         with pytest.raises(ValueError, match=rf"{name}.*must be multiples of 8 pixels"):
@@ -356,7 +349,7 @@ def test_sides_that_the_model_cant_take_are_named(model: UniImage) -> None:
 
 def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
     """60 samples in buckets, of which s003 can't be read."""
-    write("raw", 60)
+    write_mixed_sizes("raw", 60)
     denoiser = world / "backbones" / "denoiser"
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))

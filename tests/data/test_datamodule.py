@@ -19,7 +19,8 @@ from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, crop_to
 from tbac.models import UniImage
 from tbac.types import Batch, Sample
-from tests.conftest import composed, noise_image
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
 
 
 def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniImage) -> None:
@@ -166,7 +167,7 @@ def test_uint8_pixels_are_encoded_as_their_floats(model: UniImage) -> None:
 
 def test_several_sources_keep_their_order(tmp_path: Path) -> None:
     from tbac.data.shards import Source
-    from tests.data.test_reader import reader_of, samples_of
+    from tests.helpers.shards import reader_of, samples_of
 
     fields = {f"source_{i}.png": noise_image(i, (8, 8)) for i in (10, 2, 1)}
     fields = {"source.png": noise_image(0, (8, 8)), **fields, "target.png": noise_image(99, (8, 8))}

@@ -23,8 +23,9 @@ from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError, Source, list_shards
 from tbac.data.tars import TarReader
 from tbac.types import Sample
-from tests.conftest import ROOT, composed, noise_image
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import run_app
+from tests.helpers.configs import ROOT, composed
+from tests.helpers.pictures import noise_image
 
 FEW = Options(samples_per_shard=3, val_samples=2)
 

@@ -18,10 +18,11 @@ from tbac.data.tars import TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
-from tests.conftest import composed, noise_image
-from tests.data.test_reader import break_members
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import losses_of
+from tests.helpers.commands import run_app
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
+from tests.helpers.shards import break_members
+from tests.helpers.training import losses_of
 
 
 def edits(folder: Path, count: int = 8) -> None:
@@ -70,7 +71,7 @@ def curve(model: Any, folder: str, **options: Any) -> list[float]:
 def test_training_on_latents_is_training_on_images(
     denoiser: Path, in_world: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from tests.conftest import small_model
+    from tests.helpers.worlds import small_model
 
     edits(Path("raw"))
     cache(denoiser, dtype=dtype)

@@ -16,7 +16,7 @@ from data_prep.shapes.scene import render
 from data_prep.shards.writer import write_shards
 from tbac.evaluation.benchmarks import scan_from_json
 from tbac.evaluation.detectors import TemplateDetector
-from tests.conftest import SIZES
+from tests.helpers.worlds import SIZES
 
 SETS = ("t2i", "edit", "finetune_t2i", "finetune_edit")
 

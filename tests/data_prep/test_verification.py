@@ -9,9 +9,9 @@ from PIL import Image
 
 from data_prep.shards.verification import geneval_template
 from data_prep.shards.writer import write_shards
-from tests.conftest import noise_image
-from tests.data.test_reader import break_members
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import run_app
+from tests.helpers.pictures import noise_image
+from tests.helpers.shards import break_members
 
 
 def write(folder: Path, count: int = 12) -> None:

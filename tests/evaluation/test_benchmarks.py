@@ -62,7 +62,7 @@ class Drawer:
 
 def test_perfect_edits_score_one_and_untouched_sources_zero(in_world: Path, detector: TemplateDetector) -> None:
     from data_prep.shapes.samples import World
-    from tests.conftest import SIZES
+    from tests.helpers.worlds import SIZES
 
     file = in_world / "benchmarks" / "edits.jsonl"
     edits = World.draw(0, SIZES).val_edits[:6]

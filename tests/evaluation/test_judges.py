@@ -23,8 +23,8 @@ from tbac.evaluation.judges import (
     yes_or_no_lines,
 )
 from tbac.evaluation.rules import Thresholds
-from tests.conftest import noise_image
-from tests.endpoint import Server, completion, serving
+from tests.helpers.endpoint import Server, completion, serving
+from tests.helpers.pictures import noise_image
 
 
 @pytest.mark.parametrize(

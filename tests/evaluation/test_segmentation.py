@@ -19,7 +19,7 @@ from transformers import (
 
 from tbac.evaluation.detectors import Detection
 from tbac.evaluation.segmentation import COLORS, SegmentationDetector, instances, resize_masks
-from tests.conftest import noise_image
+from tests.helpers.pictures import noise_image
 
 
 def test_a_detection_is_a_query_and_a_class() -> None:

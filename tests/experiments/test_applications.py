@@ -10,18 +10,10 @@ from PIL import Image
 
 from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import noise_image
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import FEW, ran
+from tests.helpers.pictures import noise_image
 
 pytestmark = pytest.mark.usefixtures("in_world")
-FEW = ["model=shapes", "debug=few_steps", "stage.steps=2"]
-
-
-def ran(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The text of a run that succeeds."""
-    status, text = run_app(name, capfd, *arguments)
-    assert status == 0, text
-    return text
 
 
 def only(pattern: str) -> Path:

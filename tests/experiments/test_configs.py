@@ -9,7 +9,7 @@ import yaml
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, composed
+from tests.helpers.configs import ROOT, composed
 
 ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
 OPTIONS = sorted(

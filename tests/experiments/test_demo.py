@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_applications import ran
+from tests.helpers.commands import ran
 
 WORLD = [
     "sizes.t2i=64", "sizes.edit=64", "sizes.curated=64", "sizes.val=8", "sizes.prompts_per_tag=1", "sizes.questions=8",

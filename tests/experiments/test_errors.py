@@ -1,6 +1,5 @@
 """Bad input ends in one clear message, a non-zero exit and no traceback, before anything heavy is loaded."""
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -8,39 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from tests.conftest import ROOT
+from tests.helpers.commands import message, run_app
+from tests.helpers.configs import ROOT
 
 SHAPES = ["model=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv", "machine.num_workers=0"]
-
-
-def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run an application in this process; returns exit status and what it printed.
-
-    `name` is that of its module, in `experiments` unless it begins with `data_prep.`.
-    """
-    module = importlib.import_module(name if name.startswith("data_prep.") else f"experiments.{name}")
-    GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, [f"{name}.py", *arguments]
-    try:
-        module.main()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    finally:
-        sys.argv = argv
-        GlobalHydra.instance().clear()
-    captured = capfd.readouterr()
-    return status, captured.out + captured.err
-
-
-def message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The text of a failing run, checked to be a message instead of a traceback."""
-    status, text = run_app(name, capfd, *arguments)
-    assert status != 0, text
-    assert "Traceback" not in text
-    return text
 
 
 @pytest.fixture
@@ -210,7 +181,7 @@ def test_prompt_files_of_the_wrong_form(
 )
 @pytest.mark.usefixtures("no_weights")
 def test_generate_refuses(arguments: list[str], expected: str, capfd: pytest.CaptureFixture[str]) -> None:
-    from tests.conftest import noise_image
+    from tests.helpers.pictures import noise_image
 
     for name in ("one.png", "two.png"):
         noise_image(0).save(name)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
-from tests.endpoint import Server, completion, serving
-from tests.experiments.test_applications import FEW, ran
-from tests.experiments.test_errors import message
+from tests.helpers.commands import FEW, message, ran
+from tests.helpers.configs import ROOT
+from tests.helpers.endpoint import Server, completion, serving
 
 COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
 

@@ -8,12 +8,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
+from experiments.studies.faults.runs import same
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import ROOT, noise_image, read_everything
-from tests.experiments.test_applications import FEW, ran, same
-from tests.experiments.test_errors import message, run_app
+from tests.helpers.commands import FEW, message, ran, run_app
+from tests.helpers.configs import ROOT
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import read_everything
 
 pytestmark = pytest.mark.usefixtures("in_world")
 RELEASED = ROOT / "tests" / "released"

@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.speed.measure import MIB, in_child
-from experiments.speed.training import OURS, one_side
 from experiments.common import plain
 from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.plan import Setting, build, largest_batch, memory_of
-from tests.conftest import composed
-from tests.experiments.test_applications import ran
-from tests.experiments.test_bench import SMALL
-from tests.experiments.test_errors import message
+from experiments.speed.measure import MIB, in_child
+from experiments.speed.training import OURS, one_side
+from tests.helpers.commands import message, ran
+from tests.helpers.configs import composed
+from tests.helpers.small_bench import SMALL
 
 REAL = "model=qwen2_5_vl_3b_sana_1600m"
 

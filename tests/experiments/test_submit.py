@@ -8,8 +8,8 @@ import pytest
 
 from experiments.common import plain
 from experiments.submit import batch_script
-from tests.conftest import composed
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import run_app
+from tests.helpers.configs import composed
 
 
 def test_the_script_says_what_the_machine_says(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from PIL import Image
 from experiments.sweep import plots
 from experiments.sweep.points import Point, swept
 from experiments.sweep.report import comparison, grouped, spread, suite_table, table
-from tests.conftest import ROOT
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import run_app
+from tests.helpers.configs import ROOT
 
 SWEEPS = sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml"))
 FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tbac.models import UniImage
 from tbac.types import Condition
-from tests.conftest import prompt_cases, small_model
+from tests.helpers.pictures import prompt_cases
+from tests.helpers.worlds import small_model
 
 
 def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:

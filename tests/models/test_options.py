@@ -11,7 +11,8 @@ from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs, spelled
 from tbac.sampling import UniImagePipeline
 from tbac.training.checkpoints import FACTS, describe_model, load_weights
-from tests.conftest import noise_image, small_model
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import small_model
 
 ALL = ("model.reference_latents=true", "model.spell_words=true", "ladder.prompt_context=true")
 TEXTS = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]

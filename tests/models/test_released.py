@@ -13,7 +13,7 @@ from tbac.flow import interpolate, timestep_of, velocity_loss
 from tbac.models import UniImage
 from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.released import TABLE, read_released
-from tests.conftest import ROOT
+from tests.helpers.configs import ROOT
 
 RELEASED = ROOT / "tests" / "released"
 MLLM, DENOISER = str(RELEASED / "base" / "Qwen2.5-VL-tiny"), str(RELEASED / "base" / "Sana-tiny")

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tests.conftest import composed, noise_image, read_everything, small_model
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import read_everything, small_model
 
 
 def same_tensors(first: UniImage, second: UniImage) -> bool:

@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.guidance import Guidance
-from tests.conftest import noise_image
+from tests.helpers.pictures import noise_image
 
 
 def latents_of(pipeline: UniImagePipeline, prompt: Any, **options: Any) -> torch.Tensor:

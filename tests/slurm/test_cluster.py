@@ -15,8 +15,8 @@ import pytest
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import ROOT
-from tests.training.test_parallel import assert_close
+from tests.helpers.configs import ROOT
+from tests.helpers.training import assert_close
 
 pytestmark = [
     pytest.mark.slow,

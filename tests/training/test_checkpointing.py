@@ -8,7 +8,7 @@ import pytest
 from tbac.models import UniImage
 from tbac.training.callbacks.checkpointing import Checkpointing
 from tbac.training.writing import AtomicCheckpointIO
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.training import data_of, module_of, trainer_of
 
 LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1 to 7
 

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tbac.models import UniImage
 from tbac.training.callbacks.averaging import WeightAverage
 from tbac.training.checkpoints import FACTS, load_weights, newest_checkpoint, read_checkpoint
-from tests.conftest import small_model
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.worlds import small_model
 
 
 @pytest.fixture

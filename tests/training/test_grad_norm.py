@@ -14,8 +14,8 @@ from tbac.training.callbacks.averaging import WeightAverage
 from tbac.training.callbacks.grad_norm import DivergedError, GradNormMonitor
 from tbac.training.gradients import component_of
 from tbac.training.spikes import RobustRule
-from tests.conftest import small_model
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.worlds import small_model
 
 
 class Poison(L.Callback):

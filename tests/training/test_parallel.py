@@ -3,26 +3,18 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tbac.training.checkpoints import read_checkpoint
 from tbac.training.strategies import make_strategy
-from tests.data.test_buckets import write
+from tests.helpers.shards import write_mixed_sizes
+from tests.helpers.training import BASE, STEPS, assert_close
 
 SLOW = pytest.mark.slow
 GLOBAL_BATCH = 8
-STEPS = 6
-BASE = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
-    f"stage.steps={STEPS}", "stage.val_every=4", "stage.ema_decay=0.5", "callbacks=audit",
-    "machine.accelerator=cpu", "~callbacks.progress", "stage.dropout.caption_drop_prob=0.3",
-]  # fmt: skip
-PARTS = ("state_dict", "current_model_state")
 
 
 def train(world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1) -> None:
@@ -54,20 +46,6 @@ def keys(folder: Path) -> list[str]:
 
 def saved(folder: Path, step: int = STEPS) -> dict[str, Any]:
     return read_checkpoint(folder / "checkpoints" / f"ti2i_pretrain-step={step}.ckpt")
-
-
-def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for part in PARTS:
-        assert one[part].keys() == other[part].keys()
-        for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=2e-4)
-    assert one["tbac"]["optimized"] == other["tbac"]["optimized"]
-    states = [c["optimizer_states"][0]["state"] for c in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    for index, values in states[0].items():
-        assert values.keys() == states[1][index].keys()
-        assert values["step"] == states[1][index]["step"]
-        assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +86,7 @@ def test_going_on_with_another_number_of_processes(
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=SLOW)])
 def test_batches_of_several_shapes_keep_no_process_waiting(strategy: str, world_folder: Path, tmp_path: Path) -> None:
     """Two processes have batches of different buckets in a step, one has the same ones after each other."""
-    write("raw", 26)
+    write_mixed_sizes("raw", 26)
     sources = f"[{{path: {Path('raw').absolute()}, split: train}}]"
     buckets = ["data.buckets=[[24,24],[16,32],[32,16]]", f"stage.sources={sources}", f"stage.val_sources={sources}"]
     more = ["stage.val_samples=26", "data.val_batch_size=4", *buckets]

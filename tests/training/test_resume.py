@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,12 +12,7 @@ import torch
 from experiments.studies.faults.runs import same
 from tbac.training.checkpoints import newest_whole, read_checkpoint
 from tbac.training.writing import AtomicCheckpointIO
-
-RUN = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
-    "stage.steps=16", "stage.val_every=3", "stage.ema_decay=0.5",
-    "callbacks.samples.prompts=[]", "machine.num_workers=1",
-]  # fmt: skip
+from tests.helpers.training import RUN
 
 
 def start(world: Path, folder: Path) -> subprocess.Popen:

@@ -12,9 +12,8 @@ from experiments.studies.faults.runs import same
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import read_checkpoint
 from tbac.training.stages import TRAINABLE, Stage
-from tests.experiments.test_applications import ran
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import stage_named
+from tests.helpers.commands import ran, run_app
+from tests.helpers.training import stage_named
 
 pytestmark = pytest.mark.usefixtures("in_world")
 STAGES = ("t2i_pretrain", "ti2i_pretrain", "finetune")
@@ -127,7 +126,7 @@ def test_the_shorter_of_steps_and_samples_is_the_length_of_the_schedule() -> Non
 
 def test_every_parameter_belongs_to_one_trainable_part(model: Any) -> None:
     from tbac.training.stages import trainable_part
-    from tests.training.test_module import module_of
+    from tests.helpers.training import module_of
 
     parts = {trainable_part(name) for name, _ in module_of(model).named_parameters()}
     assert parts == set(TRAINABLE)

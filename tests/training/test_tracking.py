@@ -10,7 +10,7 @@ import pytest
 from tbac.models import UniImage
 from tbac.training.callbacks.throughput import ThroughputMonitor
 from tbac.training.tracking import parent_run, tag_name
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.training import data_of, module_of, trainer_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tbac.training.callbacks.watchdog import Watchdog
-from tests.training.test_parallel import BASE
+from tests.helpers.training import BASE
 
 LIMIT = 6  # seconds
 

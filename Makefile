@@ -52,7 +52,7 @@ stages: $(READY) ## all three stages in one process
 	$(TRAIN) 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
 
 sweep: $(READY) ## a committed multirun of conf/sweep/, then its report; SWEEP=taps_x_lr; goes on where it stopped
-	$(BIN)/python experiments/sweep/run.py name=$(SWEEP) $(ARGS)
+	$(BIN)/python experiments/sweep.py name=$(SWEEP) $(ARGS)
 
 bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
 	$(BIN)/python experiments/bench.py $(ARGS)

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from data_prep.shards.latents import cache_latents
-from experiments.common import CONF, pick_device, plain, user_errors
+from tbac.app import CONF, pick_device, plain, user_errors
 from tbac.data.buckets import parse_buckets
 from tbac.data.decoding import check_reducing_gap
 from tbac.models.architecture import read_config

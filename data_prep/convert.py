@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from data_prep.shards.conversion import convert, table
-from experiments.common import CONF, user_errors
+from tbac.app import CONF, user_errors
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data_prep.shards.verification import Facts, as_json, histograms, look_at, report_table, shards_of
-from experiments.common import CONF, output_dir, user_errors
+from tbac.app import CONF, output_dir, user_errors
 from tbac.data.buckets import write_sizes
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ python experiments/answer.py checkpoint=PATH 'question="what color is the circle
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import CONF, open_model, user_errors
 from experiments.generate import read_image
+from tbac.app import CONF, open_model, user_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="answer")

@@ -20,7 +20,7 @@ from experiments.speed.loader import bench_loader
 from experiments.speed.real_size import bench_step
 from experiments.speed.sampling import bench_sampling
 from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training
-from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
+from tbac.app import CONF, keep_freed_memory, pick_device, plain, user_errors
 
 PARTS = {
     "training": bench_training,

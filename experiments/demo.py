@@ -21,11 +21,13 @@ from PIL import Image
 
 from data_prep.shapes.build import build
 from data_prep.shapes.pretrain_autoencoder import pixels_of
-from experiments.benchmarks.suites import SUITES
-from experiments.common import CONF, open_model, output_dir, plain, user_errors
 from experiments.evaluate import evaluate, score_suite
 from experiments.train import train
-from tbac.evaluation.benchmarks import read_edits, read_geneval, read_questions, scan_from_json
+from tbac.app import CONF, open_model, output_dir, plain, user_errors
+from tbac.evaluation.benchmarks.answers import read_questions
+from tbac.evaluation.benchmarks.edits import read_edits, scan_from_json
+from tbac.evaluation.benchmarks.geneval import read_geneval
+from tbac.evaluation.benchmarks.registry import SUITES
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import picture_grid
 from tbac.sampling.pipeline import to_pil

@@ -23,22 +23,17 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.benchmarks.report import write_report
-from experiments.benchmarks.rows import Benchmark, Row, Summary
-from experiments.benchmarks.suites import SUITES, GenEval, opened
-from experiments.common import CONF, open_model, output_dir, plain, user_errors
-from tbac.evaluation.benchmarks import (
-    SamplingOptions,
-    read_edits,
-    read_geneval,
-    read_questions,
-    run_answers,
-    run_edits,
-    run_geneval,
-)
-from tbac.evaluation.detectors import TemplateDetector
-from tbac.evaluation.judges import DetectorJudge, Kept, KeptDetector, KeptJudge
-from tbac.evaluation.trees import Tree, generate, pending
+from experiments.scores.report import write_report
+from tbac.app import CONF, open_model, output_dir, plain, user_errors
+from tbac.evaluation.benchmarks.answers import read_questions, run_answers
+from tbac.evaluation.benchmarks.base import Benchmark, Row, SamplingOptions, Summary, opened
+from tbac.evaluation.benchmarks.edits import read_edits, run_edits
+from tbac.evaluation.benchmarks.geneval import GenEval, read_geneval, run_geneval
+from tbac.evaluation.benchmarks.registry import SUITES
+from tbac.evaluation.detectors.template import TemplateDetector
+from tbac.evaluation.judges.cache import Kept, KeptDetector, KeptJudge
+from tbac.evaluation.judges.detector import DetectorJudge
+from tbac.evaluation.picture_tree import Tree, generate, pending
 from tbac.files import write_whole
 from tbac.models.weights import digest_of
 from tbac.sampling.grid import picture_grid

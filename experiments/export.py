@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from omegaconf import DictConfig
 
-from experiments.common import CONF, open_model, user_errors
+from tbac.app import CONF, open_model, user_errors
 from tbac.models.card import is_hub_id
 from tbac.training.checkpoints import FACTS, read_checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from experiments.common import CONF, open_model, user_errors
+from tbac.app import CONF, open_model, user_errors
 
 log = logging.getLogger(__name__)
 

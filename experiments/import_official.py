@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import CONF, output_dir, user_errors
+from tbac.app import CONF, output_dir, user_errors
 from tbac.models.released import read_released
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.speed.measure import markdown
-from experiments.common import CONF, output_dir, plain, user_errors
 from experiments.costs import Activations, Case, activations_of, autoencoder_flops, flops_of
+from experiments.reports import markdown
+from tbac.app import CONF, output_dir, plain, user_errors
 from tbac.models import UniImage
 
 GIB = 1024**3

@@ -25,8 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, read_write
 from torch import distributed
 
-from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
 from experiments.submit import submit
+from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 from tbac.data.datamodule import StagedDataModule
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (

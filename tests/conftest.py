@@ -15,7 +15,7 @@ from data_prep.shapes.build import make_tokenizer
 from data_prep.shapes.pretrain_autoencoder import pixels_of
 from data_prep.shapes.pretrain_mllm import make_config
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
-from experiments.common import plain
+from tbac.app import plain
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest

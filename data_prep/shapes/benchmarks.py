@@ -1,7 +1,7 @@
 """The shapes world's own prompts in the formats of two benchmarks: dense ones as DPG-Bench's, pairs as TIIF-Bench's.
 
-Their questions are those that `tbac.evaluation.judges.DetectorJudge` answers, so that a closed world is scored by the
-code that scores the real benchmarks.
+Their questions are those that `tbac.evaluation.judges.detector.DetectorJudge` answers, so that a closed world is scored
+by the code that scores the real benchmarks.
 """
 
 import csv

@@ -33,7 +33,7 @@ from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
-from experiments.common import CONF, plain, user_errors
+from tbac.app import CONF, plain, user_errors
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.uniimage import ANSWER_SYSTEM

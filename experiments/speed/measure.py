@@ -150,10 +150,3 @@ def wait_for(device: torch.device) -> None:
     """Until what was given to a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table; numbers to the right."""
-    align = [" ---: |" if i else " --- |" for i in range(len(header))]
-    lines = ["| " + " | ".join(header) + " |", "|" + "".join(align)]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])

@@ -9,9 +9,10 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from experiments.speed.measure import markdown, status
-from experiments.speed.training import make_model, targets, training_cases
 from experiments.costs import make_inputs
+from experiments.reports import markdown
+from experiments.speed.measure import status
+from experiments.speed.training import make_model, targets, training_cases
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import parameter_groups
 from tbac.training.stages import Stage

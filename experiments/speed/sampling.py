@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.speed.measure import interleaved, markdown, summary
+from experiments.costs import Case, make_inputs
+from experiments.reports import markdown
+from experiments.speed.measure import interleaved, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import BASELINE, OURS, autocast, make_model, targets
-from experiments.costs import Case, make_inputs
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
 

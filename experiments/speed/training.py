@@ -12,19 +12,10 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from experiments.speed.measure import (
-    MIB,
-    Memory,
-    in_child,
-    interleaved,
-    largest_batch,
-    markdown,
-    matmul_rate,
-    summary,
-    wait_for,
-)
-from experiments.speed.release import ReleaseWay
 from experiments.costs import Case, flops_of, make_inputs
+from experiments.reports import markdown
+from experiments.speed.measure import MIB, Memory, in_child, interleaved, largest_batch, matmul_rate, summary, wait_for
+from experiments.speed.release import ReleaseWay
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.training.module import LadderTuningModule

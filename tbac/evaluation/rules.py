@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tbac.evaluation.detectors import Detection, Scan
+from tbac.evaluation.detectors.base import Detection, Scan
 
 POSITION_MARGIN = 0.1  # of the summed box sides, as GenEval
 POSITION_SINE = 0.5  # least share of the offset along an axis, as GenEval

@@ -13,7 +13,7 @@ from data_prep.shapes.conversations import Conversation, Conversations, visible_
 from data_prep.shapes.pretrain_mllm import Recipe, conversation_states, make_config, pretrain_mllm
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
-from experiments.common import plain
+from tbac.app import plain
 from tests.helpers.captions import said_objects
 from tests.helpers.configs import composed
 

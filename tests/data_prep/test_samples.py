@@ -14,8 +14,8 @@ from PIL import Image
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import render
 from data_prep.shards.writer import write_shards
-from tbac.evaluation.benchmarks import scan_from_json
-from tbac.evaluation.detectors import TemplateDetector
+from tbac.evaluation.benchmarks.edits import scan_from_json
+from tbac.evaluation.detectors.template import TemplateDetector
 from tests.helpers.worlds import SIZES
 
 SETS = ("t2i", "edit", "finetune_t2i", "finetune_edit")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tbac.evaluation.detectors import Detection, Scan
+from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.rules import (
     EVERY,
     GENEVAL_THRESHOLDS,

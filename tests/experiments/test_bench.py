@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.common import plain
 from experiments.costs import Case, make_inputs
+from experiments.reports import markdown
 from experiments.speed.cached import IMAGES, LATENTS
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
-from experiments.speed.measure import Memory, in_child, interleaved, markdown, search_largest, summary
+from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from tbac.app import plain
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve

@@ -30,11 +30,11 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
     ran("evaluate", capfd, *COMMON, "out=one")
     report = json.loads(Path("one/report.json").read_text())
     judge, *rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
-    assert judge == {"judge": "tbac.evaluation.detectors.TemplateDetector.from_world"}
+    assert judge == {"judge": "tbac.evaluation.detectors.template.TemplateDetector.from_world"}
     assert report["pictures"] == len(rows) == sum(name.endswith(".png") for name in tree("one"))
     assert not report["missing"]
     assert not report["comparable"]
-    assert "2 each; judge tbac.evaluation.detectors.TemplateDetector" in report["protocol"]
+    assert "2 each; judge tbac.evaluation.detectors.template.TemplateDetector" in report["protocol"]
     assert Image.open("one/worst.png").width > 100
     text = Path("one/report.md").read_text()
     assert "Not comparable with published numbers: 12 prompts instead of 553; 2 samples per prompt instead of 4" in text

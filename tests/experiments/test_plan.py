@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.common import plain
 from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.plan import Setting, build, largest_batch, memory_of
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
+from tbac.app import plain
 from tests.helpers.commands import message, ran
 from tests.helpers.configs import composed
 from tests.helpers.small_bench import SMALL

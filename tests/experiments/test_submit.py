@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.common import plain
 from experiments.submit import batch_script
+from tbac.app import plain
 from tests.helpers.commands import run_app
 from tests.helpers.configs import composed
 

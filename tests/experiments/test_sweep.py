@@ -8,9 +8,9 @@ import pytest
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments.sweep import plots
-from experiments.sweep.points import Point, swept
-from experiments.sweep.report import comparison, grouped, spread, suite_table, table
+from experiments.sweeps import plots
+from experiments.sweeps.points import Point, swept
+from experiments.sweeps.report import comparison, grouped, spread, suite_table, table
 from tests.helpers.commands import run_app
 from tests.helpers.configs import ROOT
 
@@ -88,7 +88,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
         "geneval.num_inference_steps=2",
         "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
     ]
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     out = tmp_path / "sweep"
     report = (out / "report.md").read_text()
@@ -111,7 +111,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     checkpoints = {f: f.stat().st_mtime_ns for f in out.glob("*/checkpoints/*.ckpt") if not f.is_symlink()}
     lost = next(out.glob("*taps=last_n*"))
     (lost / "report.json").unlink()  # as if this point had been killed before its end
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
     assert (lost / "report.json").is_file()
@@ -128,8 +128,8 @@ def test_a_sweep_on_a_fresh_clone_begins_with_the_world(
         built.append(cfg.out)
         raise ValueError("enough")
 
-    monkeypatch.setattr("experiments.sweep.run.build", build)
-    status, text = run_app("sweep.run", capfd, "name=layer_selection_mini", "out=sweep")
+    monkeypatch.setattr("experiments.sweep.build", build)
+    status, text = run_app("sweep", capfd, "name=layer_selection_mini", "out=sweep")
     assert status == 1
     assert "enough" in text
     assert built == ["absent"]
@@ -152,7 +152,7 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
         "suites=[edits,tiif]",
         "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
     ]
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     report = (tmp_path / "sweep" / "report.md").read_text()
     assert "2 of 12 points are finished, 2 steps of t2i_pretrain and 2 steps of ti2i_pretrain each" in report
@@ -160,6 +160,6 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
     assert "| experiment=references | 0." in report
     found = json.loads((tmp_path / "sweep" / "report.json").read_text())
     assert all("edits: kept" in point["scores"]["suites"] for point in found)
-    status, text = run_app("sweep.run", capfd, *arguments, "suites=[faces]")
+    status, text = run_app("sweep", capfd, *arguments, "suites=[faces]")
     assert status == 1
     assert "suites=['faces'] must be some of edits, dpg, tiif" in text

@@ -23,10 +23,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.speed.measure import markdown
-from experiments.common import CONF, user_errors
+from experiments.reports import markdown
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import Run, same_end
+from tbac.app import CONF, user_errors
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]

@@ -17,10 +17,10 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.speed.measure import markdown
-from experiments.common import CONF, keep_freed_memory, user_errors
+from experiments.reports import markdown
 from experiments.studies.guard.alternate import Alternate
 from experiments.train import stage_configs, train
+from tbac.app import CONF, keep_freed_memory, user_errors
 
 log = logging.getLogger(__name__)
 STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"

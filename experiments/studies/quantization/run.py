@@ -14,10 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.speed.measure import MIB, markdown
-from experiments.common import CONF, open_model, user_errors
 from experiments.evaluate import evaluate
-from tbac.evaluation.benchmarks import read_geneval
+from experiments.reports import markdown
+from experiments.speed.measure import MIB
+from tbac.app import CONF, open_model, user_errors
+from tbac.evaluation.benchmarks.geneval import read_geneval
 from tbac.models import UniImage
 
 log = logging.getLogger(__name__)

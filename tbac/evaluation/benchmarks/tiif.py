@@ -1,0 +1,226 @@
+"""TIIF-Bench: pairs of a short and a long prompt, yes/no questions, and its averages."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from omegaconf import DictConfig
+
+from tbac.evaluation.benchmarks.base import (
+    LINES,
+    Asked,
+    BenchmarkFileError,
+    Row,
+    Summary,
+    count_difference,
+    missing,
+    opened,
+    read_rows,
+)
+from tbac.evaluation.judges.base import JudgeError, yes_or_no_lines
+from tbac.evaluation.picture_tree import Target
+
+LENGTHS = ("short", "long")
+REASONINGS = ("numeracy", "comparison", "differentiation", "negation")
+
+# Sub-attributes by level, each with the types that it is the mean of (TIIF-Bench's summary_dimension_results.py).
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "basic": {
+        "attribute": ("shape+color", "color+texture", "texture+color", "shape+texture"),
+        "relation": ("2d_spatial_relation", "3d_spatial_relation", "action+2d", "action+3d"),
+        "reasoning": ("numeracy", "negation", "differentiation", "comparison"),
+    },
+    "advanced": {
+        "attribute+relation": (
+            "action+color", "action+texture", "color+2d", "color+3d",
+            "shape+2d", "shape+3d", "texture+2d", "texture+3d",
+        ),
+        "attribute+reasoning": tuple(f"{r}+{a}" for r in REASONINGS for a in ("color", "texture")),
+        "relation+reasoning": tuple(f"{r}+{d}" for r in REASONINGS for d in ("2d", "3d")),
+        "text": ("text",),
+        "style": ("style",),
+    },
+    "real_world": {"complex": ("real_world",)},
+}  # fmt: skip
+TYPES = {kind for subs in GROUPS.values() for kinds in subs.values() for kind in kinds}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A short and a long prompt of the same content.
+
+    Attributes:
+        kind: its type, such as `2d_spatial_relation`.
+        row: its line in the file of that type, from 0: the name of its pictures.
+        prompts: length -> prompt.
+        questions: that both pictures are asked.
+        answers: the right ones.
+    """
+
+    kind: str
+    row: int
+    prompts: Mapping[str, str]
+    questions: Sequence[str] = ()
+    answers: Sequence[bool] = ()
+
+
+def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list[Pair]:
+    """Pairs in the order of files and lines.
+
+    Args:
+        prompts: folder of `*.jsonl` with `type`, `short_description`, `long_description`.
+        questions: folder of `*.jsonl` that have `yn_question_list` and `yn_answer_list` as well, in the same order;
+            None where nothing is to be scored.
+
+    Raises:
+        BenchmarkFileError: naming file, line and field, or a type that isn't TIIF-Bench's.
+    """
+    rows = _by_type(prompts, {"type": str, "short_description": str, "long_description": str})
+    asked = _by_type(questions, {"type": str, "yn_question_list": list, "yn_answer_list": list}) if questions else {}
+    pairs = []
+    for kind, own in rows.items():
+        if questions and len(asked.get(kind, ())) != len(own):
+            raise BenchmarkFileError(
+                f"{questions} has questions for {len(asked.get(kind, ()))} prompts of type {kind!r}, {prompts} has "
+                f"{len(own)} such prompts"
+            )
+        for number, row in enumerate(own):
+            question = asked[kind][number] if questions else {"yn_question_list": [], "yn_answer_list": []}
+            texts, answers = question["yn_question_list"], question["yn_answer_list"]
+            said = [str(answer).strip().lower() for answer in answers]
+            if len(texts) != len(said) or not set(said) <= {"yes", "no"}:
+                raise BenchmarkFileError(
+                    f"{questions}: type {kind!r}, row {number}: yn_answer_list must hold yes or no for each question"
+                )
+            described = {length: row[f"{length}_description"] for length in LENGTHS}
+            pairs.append(Pair(kind, number, described, texts, [answer == "yes" for answer in said]))
+    return pairs
+
+
+def _by_type(folder: str | Path, required: Mapping[str, type]) -> dict[str, list[dict]]:
+    folder = Path(folder).expanduser()
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise BenchmarkFileError(f"TIIF-Bench's folder {folder} has no *.jsonl file")
+    rows: dict[str, list[dict]] = defaultdict(list)
+    for file in files:
+        for row in read_rows(
+            file, required, lambda row: "" if row["type"] in TYPES else f"unknown type {row['type']!r}"
+        ):
+            rows[row["type"]].append(row)
+    return rows
+
+
+def picture_path(pair: Pair, length: str, model_name: str) -> str:
+    """`<type>/<model>/{short,long}_description/<row>.png`."""
+    return f"{pair.kind}/{model_name}/{length}_description/{pair.row}.png"
+
+
+def tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
+    """Every picture of every pair."""
+    paths = [(picture_path(pair, length, model_name), pair.prompts[length]) for pair in pairs for length in LENGTHS]
+    return [Target(path, path, prompt) for path, prompt in paths]
+
+
+def tiif_averages(by_type: Mapping[str, float]) -> dict[str, float]:
+    """Averages of one prompt length.
+
+    A sub-attribute is the mean of its types. `basic` and `advanced` are means of all their types, so that `text` and
+    `style` weigh as one type each; `overall` is the mean of the nine sub-attributes. What has no type here is left out.
+
+    Args:
+        by_type: type -> share of right answers.
+
+    Raises:
+        ValueError: for no type, or one that isn't TIIF-Bench's.
+    """
+    unknown = sorted(set(by_type) - TYPES)
+    if unknown or not by_type:
+        raise ValueError(f"types of TIIF-Bench are needed, got {', '.join(unknown) or 'none'}")
+    levels, subs = {}, {}
+    for level, groups in GROUPS.items():
+        own = [by_type[kind] for kinds in groups.values() for kind in kinds if kind in by_type]
+        if own:
+            levels[level] = mean(own)
+        for name, kinds in groups.items():
+            if found := [by_type[kind] for kind in kinds if kind in by_type]:
+                subs[name] = mean(found)
+    return {"overall": mean(subs.values()), **levels, **subs}
+
+
+class TIIF(Asked):
+    """Pairs of a short and a long prompt with yes/no questions."""
+
+    title = "TIIF-Bench"
+
+    def __init__(self, cfg: DictConfig, samples: int) -> None:
+        self.file, self.model_name, self.published = str(cfg.file), str(cfg.model_name), int(cfg.published)
+        if cfg.name == "tiif_mini":
+            self.title = "TIIF-Bench testmini"
+        self.pairs = read_pairs(self.file, cfg.questions)
+        self.asked = bool(cfg.questions)
+
+    def targets(self) -> list[Target]:
+        """`<type>/<model>/{short,long}_description/<row>.png`."""
+        return tiif_targets(self.pairs, self.model_name)
+
+    def check_judge(self, judge: Any) -> None:
+        """Raise ValueError for a judge that can't be asked, or without questions."""
+        super().check_judge(judge)
+        if not self.asked:
+            raise ValueError("benchmark.questions is needed for scoring: TIIF-Bench's folder of eval prompts")
+
+    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
+        """All questions about each picture at once, as TIIF-Bench asks them."""
+        targets = {target.path: target for target in self.targets()}
+        for pair in self.pairs:
+            for length in LENGTHS:
+                yield self._row(root, judge, pair, targets[picture_path(pair, length, self.model_name)], length)
+
+    def _row(self, root: Path, judge: Any, pair: Pair, target: Target, length: str) -> Row:
+        if absent := missing(target, pair.kind, root):
+            return absent
+        details = {"length": length}
+        texts = "\n".join(text.strip() for text in pair.questions)
+        try:
+            reply = judge.ask(LINES.format(questions=texts), [opened(root / target.path)])
+        except JudgeError as error:
+            return Row(target.path, pair.kind, target.prompt, "failed", None, str(error), details)
+        answers = yes_or_no_lines(reply, len(pair.questions))
+        if answers is None:
+            reason = f"{len(pair.questions)} questions were answered with: {reply}"
+            return Row(target.path, pair.kind, target.prompt, "failed", None, reason, details)
+        right = [a == b for a, b in zip(answers, pair.answers, strict=True)]
+        wrong = ", ".join(q for q, ok in zip(pair.questions, right, strict=True) if not ok)
+        details |= {"right": sum(right), "asked": len(right)}  # type: ignore[dict-item]
+        return Row(target.path, pair.kind, target.prompt, "scored", mean(right), wrong, details)
+
+    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        """Averages of both lengths; a missing picture answers nothing right, a failed one isn't counted."""
+        scores: dict[str, float] = {}
+        counts = {(pair.kind, pair.row): len(pair.questions) for pair in self.pairs}
+        for length in LENGTHS:
+            right: dict[str, int] = defaultdict(int)
+            asked: dict[str, int] = defaultdict(int)
+            for row in rows:
+                kind, _, described, name = row.picture.split("/")
+                if described != f"{length}_description" or row.state == "failed":
+                    continue
+                right[kind] += row.details.get("right", 0)
+                asked[kind] += counts[kind, int(name.removesuffix(".png"))]
+            by_type = {kind: 100 * right[kind] / asked[kind] for kind in asked}
+            if by_type:
+                scores |= {f"{name}, {length}": value for name, value in tiif_averages(by_type).items()}
+        if not scores:
+            raise ValueError("no picture of TIIF-Bench could be scored")
+        overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]
+        differences = count_difference(len(self.pairs), self.published, "pairs")
+        if absent := [n for groups in GROUPS.values() for n in groups if f"{n}, short" not in scores]:
+            differences.append(f"nothing of {', '.join(absent)}")
+        if "gpt-4" not in judge_name.lower():
+            differences.append(f"judged by {judge_name} instead of GPT-4o")
+        protocol = f"{len(self.pairs)} pairs of {self.file}"
+        return Summary({"overall": mean(overall), **scores}, protocol, differences)

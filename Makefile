@@ -39,7 +39,7 @@ slurm-packages:
 	  $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge'; } || \
 	  echo "slurm-wlm and munge aren't installed and can't be: the SLURM tests will be skipped"
 
-stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="model=shapes ..." pass through
+stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="world=shapes ..." pass through
 	$(TRAIN) stage=t2i_pretrain machine=$(MACHINE) $(ARGS)
 
 stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 checkpoint or INIT=...

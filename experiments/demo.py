@@ -136,7 +136,7 @@ def suite_scores(cfg: DictConfig, model: Path) -> dict[str, float]:
 
 def train_config(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
     """The config of `experiments/train.py` for one stage on the shapes world."""
-    chosen = [f"stage={stage}", "model=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
+    chosen = [f"stage={stage}", "world=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
     return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
 
 
@@ -198,7 +198,7 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     started = time.monotonic()
     out = Path(cfg.out)
-    os.environ["TBAC_SHAPES"] = cfg.world  # where all configs look for the world
+    os.environ["TBAC_SHAPES"] = cfg.world_folder  # where all configs look for the world
     build(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
     with parent_run(cfg.tracking_uri, "tbac", "demo") as run:

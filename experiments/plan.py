@@ -1,6 +1,6 @@
 """What training takes before it is tried: parameters, memory by kind, FLOPs by part, time, and what fits.
 
-python experiments/plan.py model=qwen2_5_vl_3b_sana_1600m machine=slurm optim=adamw8bit
+python experiments/plan.py world=real machine=slurm optim=adamw8bit
 
 Nothing is read or allocated: the real modules run on tensors without memory. Memory is per device and at its peak.
 """

@@ -1,7 +1,7 @@
 """Train one stage, or several in sequence.
 
-python experiments/train.py stage=t2i_pretrain model=shapes
-python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' model=shapes
+python experiments/train.py stage=t2i_pretrain world=shapes
+python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' world=shapes
 """
 
 import json

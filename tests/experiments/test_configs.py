@@ -15,8 +15,10 @@ ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
 OPTIONS = sorted(
     (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
     for f in (ROOT / "conf").glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "sweep")
+    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "sweep", "world")
 )
+WORLDS = sorted(f.stem for f in (ROOT / "conf" / "world").glob("*.yaml"))
+STAGES = sorted(f.stem for f in (ROOT / "conf" / "stage").glob("*.yaml"))
 PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
@@ -59,6 +61,22 @@ def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> Non
     assert instantiate(config.trainer, logger=False, callbacks=[]).max_steps == -1
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_has_a_model_and_sources_for_every_stage(world: str, stage: str) -> None:
+    config = composed("train", "run_dir=.", f"world={world}", f"stage={stage}")
+    assert not OmegaConf.missing_keys(config)
+    assert config.stage.name == stage
+    assert config.stage.sources
+    instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
+
+
+def test_a_model_that_is_named_wins_over_the_world_s() -> None:
+    config = composed("train", "run_dir=.", "world=real", "model=qwen2_5_vl_7b_sana_1600m")
+    assert config.model.mllm == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert config.stage.image_size == 512
+
+
 def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
     config = composed("train", "run_dir=.", "debug=few_steps", "stage=finetune")
     assert (config.stage.name, config.stage.steps, config.stage.warmup_steps) == ("finetune", 4, 0)
@@ -73,7 +91,7 @@ def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
     config = composed(root, *REQUIRED.get(root, []), f"experiment={name}")
     OmegaConf.to_container(config, resolve=True)
     if root == "demo":
-        config = composed("train", "run_dir=.", "model=shapes", *config.train_overrides)
+        config = composed("train", "run_dir=.", "world=shapes", *config.train_overrides)
     instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
 
 
@@ -107,12 +125,12 @@ def test_every_dataset_takes_its_options(name: str) -> None:
 
 
 def test_the_released_recipe_is_the_default_of_the_real_model() -> None:
-    config = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m")
+    config = composed("train", "run_dir=.", "world=real")
     stage = config.stage
     assert (stage.steps, stage.batch_size, stage.lr, stage.min_lr) == (150000, 16, 1e-4, 1e-5)
     assert (stage.warmup_steps, stage.weight_decay, stage.clip) == (5000, 0.05, 0.5)
     assert (config.model.num_queries, config.model.image_pixels) == (64, 200704)
-    dropout = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m", "stage=ti2i_pretrain").stage.dropout
+    dropout = composed("train", "run_dir=.", "world=real", "stage=ti2i_pretrain").stage.dropout
     assert [dropout[f"{k}_drop_prob"] for k in ("caption", "image", "both")] == [0.1, 0.1, 0.1]
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.commands import message, run_app
 from tests.helpers.configs import ROOT
 
-SHAPES = ["model=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv", "machine.num_workers=0"]
+SHAPES = ["world=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv", "machine.num_workers=0"]
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_real_models_without_weights_say_what_is_missing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["model=qwen2_5_vl_3b_sana_1600m"]
+    arguments = ["world=real"]
     if name == "train":
         arguments += ["stage=t2i_pretrain"]  # its data aren't there either
         text = message(name, capfd, *arguments)
@@ -202,7 +202,7 @@ def test_a_missing_value_is_named_by_a_real_command(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_the_released_model(capfd: pytest.CaptureFixture[str]) -> None:
-    status, _ = run_app("plan", capfd, "model=qwen2_5_vl_3b_sana_1600m", "model.random_init=true")
+    status, _ = run_app("plan", capfd, "world=real", "model.random_init=true")
     assert status == 0
     (report,) = Path("outputs/plan").glob("*/report.json")
     found = json.loads(report.read_text())

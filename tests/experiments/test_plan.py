@@ -16,7 +16,7 @@ from tests.helpers.commands import message, ran
 from tests.helpers.configs import composed
 from tests.helpers.small_bench import SMALL
 
-REAL = "model=qwen2_5_vl_3b_sana_1600m"
+REAL = "world=real"
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_the_script_says_what_the_machine_says(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_world")
 def test_a_cluster_without_sbatch_is_said(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    status, text = run_app("train", capfd, "model=shapes", "machine=slurm_2x8")
+    status, text = run_app("train", capfd, "world=shapes", "machine=slurm_2x8")
     assert status == 1
     assert "sbatch isn't here" in text
 
@@ -47,7 +47,7 @@ def test_what_slurm_refuses_is_said(
     refusing.write_text("#!/bin/sh\necho 'invalid partition specified: x' >&2\nexit 1\n")
     refusing.chmod(refusing.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{refusing.parent}:{os.environ['PATH']}")
-    status, text = run_app("train", capfd, "model=shapes", "machine=slurm_2x8", "hydra.run.dir=run")
+    status, text = run_app("train", capfd, "world=shapes", "machine=slurm_2x8", "hydra.run.dir=run")
     assert status == 1
     assert "sbatch refused" in text
     assert "invalid partition specified: x" in text

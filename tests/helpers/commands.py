@@ -6,7 +6,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-FEW = ["model=shapes", "debug=few_steps", "stage.steps=2"]  # a training of two small steps
+FEW = ["world=shapes", "debug=few_steps", "stage.steps=2"]  # a training of two small steps
 
 
 def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

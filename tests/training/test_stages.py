@@ -17,7 +17,7 @@ from tests.helpers.training import stage_named
 
 pytestmark = pytest.mark.usefixtures("in_world")
 STAGES = ("t2i_pretrain", "ti2i_pretrain", "finetune")
-COMMON = ["model=shapes", "debug=few_steps", "stage.steps=3", "stage.ema_decay=0.5", "callbacks.samples.prompts=[]"]
+COMMON = ["world=shapes", "debug=few_steps", "stage.steps=3", "stage.ema_decay=0.5", "callbacks.samples.prompts=[]"]
 OWN = {
     "t2i_pretrain": ["stage.trainable=[queries,connector]"],
     "ti2i_pretrain": ["stage.keep_optimizer=true", "stage.lr=1e-2", "stage.accumulate=2"],

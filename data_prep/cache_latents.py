@@ -11,10 +11,10 @@ from data_prep.shards.latents import cache_latents
 from tbac.app import CONF, pick_device, plain, user_errors
 from tbac.data.buckets import parse_buckets
 from tbac.data.decoding import check_reducing_gap
-from tbac.models.architecture import read_config
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.loading import DTYPES
-from tbac.models.weights import DENOISER_FILES, autoencoder_digest, local_folder
+from tbac.models.qwen import DTYPES
+from tbac.models.sources import DENOISER_FILES, local_folder, read_config
+from tbac.models.weights import autoencoder_digest
 
 log = logging.getLogger(__name__)
 

@@ -87,7 +87,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
     counted["vision"] = 0.0
     if case.side:
         with torch.no_grad():
-            count("vision", lambda: model.mllm.see(inputs["pixel_values"], inputs["image_grid_thw"]))
+            count("vision", lambda: model.mllm.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
     also = plan.layers if model.ladder.prompt_context else ()
     prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, also))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from tbac.app import CONF, open_model, user_errors
 from tbac.models.card import is_hub_id
-from tbac.training.checkpoints import FACTS, read_checkpoint
+from tbac.models.saved import FACTS, read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -28,16 +28,15 @@ from torch import distributed
 from experiments.submit import submit
 from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 from tbac.data.datamodule import StagedDataModule
+from tbac.models.saved import FACTS, read_checkpoint
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
-    FACTS,
     describe_model,
     load_exported,
     load_weights,
     newest_checkpoint,
     newest_whole,
     optimizer_state_of,
-    read_checkpoint,
 )
 from tbac.training.module import LadderTuningModule
 from tbac.training.stages import Stage

@@ -121,8 +121,9 @@ def open_model(path: str | None, device: str, dtype: str, quantization: str | No
         ValueError: when nothing usable is there.
     """
     from tbac.models import UniImage
+    from tbac.models.saved import FACTS, read_checkpoint
     from tbac.sampling import UniImagePipeline
-    from tbac.training.checkpoints import FACTS, load_weights, read_checkpoint
+    from tbac.training.checkpoints import load_weights
 
     if not path:
         raise ValueError("give checkpoint=PATH: an exported folder, a run folder of outputs/train, or a .ckpt file")

@@ -35,8 +35,7 @@ from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
 from tbac.app import CONF, plain, user_errors
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.prompt import SYSTEM_PROMPT
-from tbac.models.uniimage import ANSWER_SYSTEM
+from tbac.models.prompt import ANSWER_SYSTEM, SYSTEM_PROMPT
 from tbac.models.weights import autoencoder_digest
 
 log = logging.getLogger(__name__)

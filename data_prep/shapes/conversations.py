@@ -28,8 +28,7 @@ from data_prep.shapes.scene import (
     in_reading_order,
     sample_scene,
 )
-from tbac.models.prompt import SYSTEM_PROMPT, VISION_END, VISION_START
-from tbac.models.uniimage import ANSWER_SYSTEM
+from tbac.models.prompt import ANSWER_SYSTEM, SYSTEM_PROMPT, VISION_END, VISION_START
 
 TOLD_KINDS = ("where", "count", "exists")  # questions that every caption answers
 COLOR_KINDS = ("color", "shape")  # and those that need one with colours

@@ -29,7 +29,7 @@ class ReleaseWay(nn.Module):
 
     def __init__(self, model: UniImage) -> None:
         super().__init__()
-        self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.whole())
+        self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.load_full_model())
         self.connector = copy.deepcopy(model.ladder.connector)
         self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer)).to(model.device)
         self.transformer.load_state_dict(model.denoiser.transformer.state_dict())

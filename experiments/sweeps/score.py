@@ -18,7 +18,7 @@ from tbac.evaluation.benchmarks.geneval import read_geneval, run_geneval
 from tbac.files import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
-from tbac.training.checkpoints import FACTS, read_checkpoint
+from tbac.models.saved import FACTS, read_checkpoint
 from tbac.training.module import latents_of, noise_of
 
 FILE = "scores.json"

@@ -1,19 +1,15 @@
 """The configs of all parts, read and checked before any weight is."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import Qwen2_5_VLConfig
 
 from tbac.models.ladder import check_ladder
 from tbac.models.mllm import check_mllm
+from tbac.models.sources import HubUnreachableError, read_config
 from tbac.models.taps import TapPlan, TapRule
-from tbac.models.uniimage import check_sizes
 
 
 @dataclass(frozen=True)
@@ -81,35 +77,6 @@ class Architecture:
         return self.transformer["num_layers"]
 
 
-class HubUnreachableError(ValueError):
-    """A file that isn't cached, while the hub doesn't answer."""
-
-
-def read_config(option: str, source: str, path: str, local_only: bool = False) -> dict[str, Any]:
-    """A JSON file of a local folder or a hub repository; with `local_only` the hub isn't asked."""
-    folder = Path(source).expanduser()
-    hint = f"give a local folder with {option}=/path/to/folder"
-    if folder.is_dir():
-        file = folder / path
-        if not file.is_file():
-            raise ValueError(f"{option}={source}: the folder has no {path}; {hint} that has one")
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        try:
-            file = Path(hf_hub_download(source, path, local_files_only=local_only))
-        except (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-            kind = HubUnreachableError if isinstance(error, LocalEntryNotFoundError) else ValueError
-            raise kind(
-                f"{option}={source}: no such local folder, and {path} of the hub repository {source} is neither cached "
-                f"nor to be downloaded ({type(error).__name__}); {hint}"
-            ) from None
-    else:
-        raise ValueError(f"{option}={source}: no such folder; {hint}, or a hub id such as owner/name")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option}={source}: {path} isn't JSON ({error})") from None
-
-
 def configs_of(mllm: str, denoiser: str, random_init: bool, architecture: Mapping[str, Any] | None) -> Architecture:
     """The configs of all parts, from the model config itself or from where the weights are."""
     if not random_init:
@@ -134,3 +101,12 @@ class SanaConfigView:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
+
+
+def check_sizes(transformer: Any, autoencoder: Any) -> None:
+    """Raise ValueError when the latents of autoencoder and denoiser differ in channels; both are configs."""
+    if transformer.in_channels != autoencoder.latent_channels:
+        raise ValueError(
+            f"the denoiser reads latents of {transformer.in_channels} channels but the autoencoder makes "
+            f"{autoencoder.latent_channels}"
+        )

@@ -3,11 +3,8 @@
 Everything that can be wrong is checked on configs, which are small, before any weight is read.
 """
 
-import copy
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +12,26 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
-from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tbac.models.architecture import Architecture, check_model, configs_of, read_config
+from tbac.models.architecture import Architecture, check_model, configs_of
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.denoiser import LadderDenoiser
-from tbac.models.ladder import Ladder
-from tbac.models.mllm import FrozenMLLM, check_mllm
-from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
-from tbac.models.taps import TapPlan, TapRule
-from tbac.models.uniimage import FORMAT, PROMPT_EMBEDDINGS, Provenance, UniImage, read_state
-from tbac.models.weights import (
-    DENOISER_FILES,
-    MLLM_FILES,
-    WeightFiles,
-    autoencoder_digest,
-    digest_of,
-    local_folder,
-    mllm_digest,
+from tbac.models.denoiser import LadderDenoiser, load_transformer
+from tbac.models.export import (
+    FORMAT,
+    PROMPT_EMBEDDINGS,
+    Provenance,
+    compute_digests,
+    read_prompt_embeddings,
+    read_state,
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZATIONS = ("nf4", "int8")
+from tbac.models.ladder import Ladder
+from tbac.models.mllm import FrozenMLLM
+from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
+from tbac.models.qwen import DTYPES, check_precision, load_mllm
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, local_folder, read_config
+from tbac.models.taps import TapPlan, TapRule
+from tbac.models.uniimage import UniImage
 
 
 def load_model(
@@ -126,151 +121,13 @@ def load_model(
             denoiser,
             dict(ladder),
             parts.scheduler,
-            digests_of(mllm_folder, denoiser_folder, plan.deepest, table),
+            compute_digests(mllm_folder, denoiser_folder, plan.deepest, table),
         ),
     )
     model.set_checkpointing(denoiser_checkpointing, query_checkpointing)
     if compile:
         model.compile_parts(queries=quantization is None)
     return model
-
-
-def load_mllm(
-    folder: Path,
-    config: Qwen2_5_VLConfig,
-    depth: int,
-    dtype: torch.dtype,
-    quantization: str | None = None,
-    prompt_embeddings: Tensor | None = None,
-) -> FrozenMLLM:
-    """Read an MLLM's word embeddings, vision tower and first `depth` layers; the rest is read when it has to answer.
-
-    Args:
-        folder: with config and weights.
-        config: of the whole model; it stays as it is.
-        depth: the deepest tap.
-        dtype: of the weights.
-        quantization: `nf4` or `int8`, of the decoder layers.
-        prompt_embeddings: the table that prompts are read with instead of the model's own.
-
-    Raises:
-        ValueError: when tensors are missing or have another shape, by name.
-    """
-    text = config.text_config
-    options = _mllm_options(dtype, quantization)
-
-    def load_whole() -> Qwen2_5_VLForConditionalGeneration:
-        with _no_report():
-            return _keep_layout(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options))
-
-    truncated = copy.deepcopy(config)
-    truncated.text_config.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        truncated.text_config.layer_types = text.layer_types[:depth]
-    with _no_report():
-        model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
-    if wrong := sorted(loaded["missing_keys"]) + sorted(str(k[0]) for k in loaded["mismatched_keys"]):
-        raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
-    table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
-    return FrozenMLLM(_keep_layout(model), load_whole, text.num_hidden_layers, table)
-
-
-def open_mllm(option: str, source: str, dtype: str, quantization: str | None = None) -> tuple[Path, FrozenMLLM]:
-    """A whole MLLM that only answers, and its folder.
-
-    Args:
-        option: what the user calls it, for messages.
-        source: folder or hub id.
-        dtype: of its weights.
-        quantization: of its decoder layers: `nf4`, `int8`, or None.
-
-    Raises:
-        ValueError: for anything that doesn't fit or isn't there.
-    """
-    check_precision("", dtype, quantization)
-    check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
-    folder = local_folder(option, source, MLLM_FILES)
-    with _no_report():
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
-    return folder, FrozenMLLM(_keep_layout(model))
-
-
-def _keep_layout(model: Any) -> Any:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a pass without gradient.
-
-    The packed layout has no backward pass, so the query pass would undo it in every step, and it doesn't take widths
-    that aren't multiples of its block size.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep the library from reporting tensors that aren't needed here; what is missing is raised by name."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _mllm_options(dtype: torch.dtype, quantization: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-    if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["visual", "lm_head"],
-        )
-    elif quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"]
-        )
-    return options
-
-
-def load_transformer(folder: Path) -> SanaTransformer2DModel:
-    """SANA's transformer in float32, from a denoiser folder.
-
-    Raises:
-        ValueError: when tensors are missing, unexpected or have another shape, by name.
-    """
-    model, loaded = SanaTransformer2DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
-    )
-    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *(k[0] for k in loaded["mismatched_keys"])]
-    if wrong:
-        raise ValueError(f"{folder}: the denoiser's weights don't fit its config, such as {wrong[0]}")
-    return model
-
-
-def read_prompt_embeddings(folder: str | None) -> Tensor | None:
-    """The table that an exported folder reads prompts with, as stored.
-
-    Raises:
-        ValueError: when the folder has none.
-    """
-    if folder is None:
-        return None
-    file = Path(folder).expanduser() / "model.safetensors"
-    files = WeightFiles(file.parent) if file.is_file() else None
-    if files is None or PROMPT_EMBEDDINGS not in files.file_of:
-        raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
-    return files.tensor(PROMPT_EMBEDDINGS)
-
-
-def digests_of(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:
-    """What the frozen parts are known by."""
-    digests = {"mllm": mllm_digest(mllm, depth), "autoencoder": autoencoder_digest(denoiser)}
-    if prompt_embeddings is not None:
-        digests["prompt_embeddings"] = digest_of([(PROMPT_EMBEDDINGS, prompt_embeddings)])
-    return digests
 
 
 def check_config(
@@ -305,14 +162,6 @@ def check_config(
     if empty := [p for p in query_phrases or () if not p.strip()]:
         raise ValueError(f"every phrase of model.query_phrases needs a word, got {empty[0]!r}")
     return parts, plan
-
-
-def check_precision(prefix: str, dtype: str, quantization: str | None) -> None:
-    """Raise ValueError for a type or a quantisation that there isn't; `prefix` is that of the options' names."""
-    if dtype not in DTYPES:
-        raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"{prefix}quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
 
 
 def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
@@ -383,7 +232,7 @@ def load_export(
     plan = TapPlan(tuple(taps["layers"]), tuple(taps["assignment"]), taps["mixed"], taps["num_blocks"])
     state = read_state(folder)
     table = state.pop(PROMPT_EMBEDDINGS, None)
-    digests = digests_of(mllm_folder, denoiser_folder, plan.deepest, table)
+    digests = compute_digests(mllm_folder, denoiser_folder, plan.deepest, table)
     for part, digest in digests.items():
         if part in config["frozen_digests"] and digest != config["frozen_digests"][part]:
             raise ValueError(

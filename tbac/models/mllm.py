@@ -56,7 +56,7 @@ class FrozenMLLM(nn.Module):
 
     Args:
         model: the whole model with its language head, or its body, which may lack the layers above the deepest tap.
-        load_whole: reads the whole model, for answering; needed where `model` is a body.
+        read_full_model: reads the whole model, for answering; needed where `model` is a body.
         num_layers: decoder layers of the whole model; default: those of `model`.
         prompt_embeddings: word embeddings (token, hidden) that prompts are read with instead of the model's own, which
             answering keeps; the released weights need this, since training them shrank the table.
@@ -70,7 +70,7 @@ class FrozenMLLM(nn.Module):
     def __init__(
         self,
         model: Qwen2_5_VLForConditionalGeneration | Qwen2_5_VLModel,
-        load_whole: Callable[[], Qwen2_5_VLForConditionalGeneration] | None = None,
+        read_full_model: Callable[[], Qwen2_5_VLForConditionalGeneration] | None = None,
         num_layers: int | None = None,
         prompt_embeddings: Tensor | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class FrozenMLLM(nn.Module):
         check_mllm(model.config)
         self.model = model.eval().requires_grad_(False)
         self.num_layers = num_layers or model.config.text_config.num_hidden_layers
-        self._load_whole = load_whole
+        self._read_full_model = read_full_model
         self.register_buffer("prompt_embeddings", prompt_embeddings)
         self.checkpointing = False  # of the query pass: its layers run again in the backward pass
         self._query_layer: Callable[..., Tensor] = _query_layer
@@ -101,18 +101,18 @@ class FrozenMLLM(nn.Module):
         """Compile the layers of the query pass; `options` are those of `torch.compile`."""
         self._query_layer = torch.compile(_query_layer, **options)
 
-    def whole(self) -> Qwen2_5_VLForConditionalGeneration:
+    def load_full_model(self) -> Qwen2_5_VLForConditionalGeneration:
         """The model with all its layers and its language head, read now if it hasn't been.
 
         Raises:
             ValueError: when it can't be read, since this model was made from its body alone.
         """
         if isinstance(self.model, Qwen2_5_VLModel):
-            if self._load_whole is None:
+            if self._read_full_model is None:
                 raise ValueError("this model was built without the MLLM's language head, so it can't answer")
             device = self.body.get_input_embeddings().weight.device
             del self.model  # its memory is needed for the whole one
-            self.model = self._load_whole().to(device).eval().requires_grad_(False)
+            self.model = self._read_full_model().to(device).eval().requires_grad_(False)
         return self.model
 
     def prompt_table(self) -> Tensor:
@@ -124,11 +124,11 @@ class FrozenMLLM(nn.Module):
         embeddings = nn.functional.embedding(inputs["input_ids"], self.prompt_table())
         if inputs.get("pixel_values") is not None:
             places = inputs["input_ids"] == self.model.config.image_token_id
-            features = self.see(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
+            features = self.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
             embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features)
         return embeddings
 
-    def see(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
         """Features of images (merged patch, hidden), in order.
 
         The vision tower finds its windows from the grids; with `grids` on the CPU it does so without waiting for the
@@ -276,7 +276,7 @@ class FrozenMLLM(nn.Module):
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Greedy token ids (batch, new token) of the untouched model; `inputs` are padded on the left."""
-        model = self.whole()
+        model = self.load_full_model()
         model.model.rope_deltas = None
         kinds = (inputs["input_ids"] == model.config.image_token_id).int()
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

@@ -18,12 +18,14 @@ from diffusers import SanaTransformer2DModel
 from tbac.models.architecture import Architecture, check_model
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.denoiser import LadderDenoiser
+from tbac.models.export import Provenance, compute_digests
 from tbac.models.ladder import Ladder
-from tbac.models.loading import digests_of, load_mllm
 from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
+from tbac.models.qwen import load_mllm
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, local_folder
 from tbac.models.taps import TapRule
-from tbac.models.uniimage import Provenance, UniImage
-from tbac.models.weights import DENOISER_FILES, MLLM_FILES, WeightFiles, local_folder, mllm_name
+from tbac.models.uniimage import UniImage
+from tbac.models.weights import WeightFiles, mllm_name
 
 MODEL_TYPE = "tbacuniimage"
 TABLE = "model.mllm_backbone.model.embed_tokens.weight"
@@ -115,7 +117,7 @@ def read_released(
             system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
         ),
         Provenance(
-            mllm, denoiser, options, parts.scheduler, digests_of(mllm_folder, denoiser_folder, plan.deepest, table)
+            mllm, denoiser, options, parts.scheduler, compute_digests(mllm_folder, denoiser_folder, plan.deepest, table)
         ),
     )
     model.load_trained_state(own, str(folder), assign=True)

@@ -2,50 +2,27 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tbac import __version__
 from tbac.flow import timestep_of
+from tbac.models.architecture import check_sizes
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.card import model_card
 from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
+from tbac.models.export import FORMAT, PROMPT_EMBEDDINGS, Provenance, make_absolute
 from tbac.models.ladder import Ladder
 from tbac.models.mllm import FrozenMLLM
-from tbac.models.prompt import PromptInputs, PromptProcessor
-from tbac.models.weights import DENOISER_FILES, MLLM_FILES, copy_files, local_folder
+from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, local_folder
 from tbac.types import Condition
 
-FORMAT = "tbac-uniimage-1"
 TRAINED = ("ladder", "denoiser")
-PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
-ANSWER_SYSTEM = "You are a helpful assistant."
-
-
-@dataclass
-class Provenance:
-    """Where the parts came from: what an exported folder or a checkpoint needs to find them again.
-
-    Attributes:
-        mllm: hub id or folder of the MLLM with its tokenizer and image processor.
-        denoiser: hub id or folder with `transformer/`, `vae/` and `scheduler/`.
-        ladder: constructor options of the `Ladder` besides plan and sizes.
-        scheduler: config of the base model's sampling scheduler.
-        digests: of the frozen parts' files (`mllm`, `autoencoder`) and of `prompt_embeddings` where there are any;
-            empty with weights that were never read.
-    """
-
-    mllm: str = ""
-    denoiser: str = ""
-    ladder: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 class UniImage(nn.Module):
@@ -127,9 +104,9 @@ class UniImage(nn.Module):
             states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
             mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
             states = torch.cat([states, prefix.states.to(states)], dim=2)
-        return Condition(self.ladder(states), mask, self.reference_of(inputs))
+        return Condition(self.ladder(states), mask, self.encode_reference(inputs))
 
-    def reference_of(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
+    def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
         """Scaled latents (batch, channel, height, width) of each prompt's first input image, 0 where it has none."""
         pixels = inputs.get("reference_pixels") if self.denoiser.reference_embed is not None else None
         if pixels is None:
@@ -220,9 +197,9 @@ class UniImage(nn.Module):
                 "num_blocks": plan.num_blocks,
             },
             "ladder": self.provenance.ladder,
-            "mllm": {"source": absolute(self.provenance.mllm)},
+            "mllm": {"source": make_absolute(self.provenance.mllm)},
             "denoiser": {
-                "source": absolute(self.provenance.denoiser),
+                "source": make_absolute(self.provenance.denoiser),
                 "config": transformer,
                 "references": self.denoiser.reference_embed is not None,
             },
@@ -286,30 +263,3 @@ class UniImage(nn.Module):
         from tbac.models.loading import load_export  # the loaders build UniImage, so they import this module
 
         return load_export(cls, Path(folder), mllm, denoiser, dtype, quantization)
-
-
-def absolute(source: str) -> str:
-    """A folder's absolute path, so that it is found from everywhere; a hub id as it is."""
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if source and folder.is_dir() else source
-
-
-def check_sizes(transformer: Any, autoencoder: Any) -> None:
-    """Raise ValueError when the latents of autoencoder and denoiser differ in channels; both are configs."""
-    if transformer.in_channels != autoencoder.latent_channels:
-        raise ValueError(
-            f"the denoiser reads latents of {transformer.in_channels} channels but the autoencoder makes "
-            f"{autoencoder.latent_channels}"
-        )
-
-
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an exported folder.
-
-    Raises:
-        ValueError: when they can't be read.
-    """
-    try:
-        return load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} can't be read ({error})") from None

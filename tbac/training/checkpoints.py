@@ -2,43 +2,16 @@
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tbac.models import UniImage
-from tbac.models.uniimage import PROMPT_EMBEDDINGS, read_state
+from tbac.models.export import PROMPT_EMBEDDINGS, read_state
+from tbac.models.saved import FACTS, read_checkpoint
 
-FACTS = "tbac"
 REFERENCE = "denoiser.reference_embed."
 log = logging.getLogger(__name__)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint, with `weights_only`.
-
-    Args:
-        path: the file, or a run folder whose `checkpoints/last.ckpt` is meant.
-
-    Raises:
-        ValueError: when it doesn't exist or isn't a checkpoint of this project.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "checkpoints" / "last.ckpt"
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} doesn't exist")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # read when used
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} isn't a training checkpoint of tbac")
-    return checkpoint
 
 
 def newest_whole(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:

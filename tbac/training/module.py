@@ -17,7 +17,8 @@ from torch import Tensor
 from tbac.distributed import gather_objects, rank, shard, sum_over_ranks, world_size
 from tbac.flow import interpolate, sample_sigma, velocity_loss
 from tbac.models import UniImage
-from tbac.training.checkpoints import FACTS, check_frozen
+from tbac.models.saved import FACTS
+from tbac.training.checkpoints import check_frozen
 from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
 from tbac.training.optimizers import optimized_names, parameter_groups
 from tbac.training.stages import FlowOptions, Stage

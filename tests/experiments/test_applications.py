@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import read_checkpoint
+from tbac.models.saved import read_checkpoint
 from tests.helpers.commands import FEW, ran
 from tests.helpers.pictures import noise_image
 

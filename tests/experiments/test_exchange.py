@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from experiments.studies.faults.runs import same
 from tbac.models import UniImage
+from tbac.models.saved import read_checkpoint
 from tbac.sampling import UniImagePipeline
-from tbac.training.checkpoints import read_checkpoint
 from tests.helpers.commands import FEW, message, ran, run_app
 from tests.helpers.configs import ROOT
 from tests.helpers.pictures import noise_image

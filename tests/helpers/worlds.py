@@ -35,7 +35,7 @@ def small_model(world: Path, *overrides: str) -> UniImage:
 
 def read_everything(model: UniImage) -> UniImage:
     """The model with those parts read too that otherwise wait until they are used."""
-    model.mllm.whole()
+    model.mllm.load_full_model()
     for part in ("encoder", "decoder"):
         model.autoencoder.part(part)
     return model

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tbac.models import UniImage
-from tbac.models.prompt import PromptInputs, spelled
+from tbac.models.prompt import PromptInputs, spell_quoted_words
+from tbac.models.saved import FACTS
 from tbac.sampling import UniImagePipeline
-from tbac.training.checkpoints import FACTS, describe_model, load_weights
+from tbac.training.checkpoints import describe_model, load_weights
 from tests.helpers.pictures import noise_image
 from tests.helpers.worlds import small_model
 
@@ -105,7 +106,7 @@ def test_the_prompts_states_are_those_of_the_whole_sequence(reading: UniImage, i
     """Against the library's own forward pass of each prompt."""
     condition = reading.encode_condition(reading.prompt(TEXTS, images))
     queries = reading.ladder.queries.shape[0]
-    reading.mllm.whole()  # the library norms the last state of what it has
+    reading.mllm.load_full_model()  # the library norms the last state of what it has
     assert condition.mask is not None
     for row, text in enumerate(TEXTS):
         inputs = reading.prompt([text], None if images is None else [images[row]])
@@ -158,13 +159,13 @@ def test_the_prompt_as_context_needs_the_prompt_code(reading: UniImage, in_world
     ],
 )
 def test_words_are_spelled(text: str, expected: str) -> None:
-    assert spelled(text) == expected
+    assert spell_quoted_words(text) == expected
 
 
 def test_words_are_spelled_for_drawing_alone(in_world: Path) -> None:
     plain, spelling = small_model(in_world), small_model(in_world, "model.spell_words=true")
     text = 'the word "LT"'
-    assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spelled(text)])["input_ids"])
+    assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spell_quoted_words(text)])["input_ids"])
     asked = [m.prompt([text], padding_side="left")["input_ids"] for m in (plain, spelling)]
     assert torch.equal(*asked)
 

@@ -104,7 +104,7 @@ def test_answers_use_the_base_model_s_own_table(released: UniImage) -> None:
 
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(MLLM)
     table = base.get_input_embeddings().weight
-    assert torch.equal(released.mllm.whole().get_input_embeddings().weight, table)
+    assert torch.equal(released.mllm.load_full_model().get_input_embeddings().weight, table)
     assert not torch.equal(released.mllm.prompt_table(), table)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import read_checkpoint
+from tbac.models.saved import read_checkpoint
 from tests.helpers.configs import ROOT
 from tests.helpers.training import assert_close
 

@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tbac.models import UniImage
+from tbac.models.saved import FACTS, read_checkpoint
 from tbac.training.callbacks.averaging import WeightAverage
-from tbac.training.checkpoints import FACTS, load_weights, newest_checkpoint, read_checkpoint
+from tbac.training.checkpoints import load_weights, newest_checkpoint
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import small_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tbac.training.checkpoints import read_checkpoint
+from tbac.models.saved import read_checkpoint
 from tbac.training.strategies import make_strategy
 from tests.helpers.shards import write_mixed_sizes
 from tests.helpers.training import BASE, STEPS, assert_close

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.studies.faults.runs import same
+from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.preemption import Preemption, slurm_job, slurm_job_runs_on
-from tbac.training.checkpoints import read_checkpoint
 from tests.helpers.training import RUN
 
 NAME = "ti2i_pretrain-step=16.ckpt"

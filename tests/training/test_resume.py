@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import newest_whole, read_checkpoint
+from tbac.models.saved import read_checkpoint
+from tbac.training.checkpoints import newest_whole
 from tbac.training.writing import AtomicCheckpointIO
 from tests.helpers.training import RUN
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experiments.studies.faults.runs import same
+from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.stage_transition import StageTransition
-from tbac.training.checkpoints import read_checkpoint
 from tbac.training.stages import TRAINABLE, Stage
 from tests.helpers.commands import ran, run_app
 from tests.helpers.training import stage_named

@@ -22,7 +22,7 @@ from transformers import (
 
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
-from tbac.models.weights import local_folder
+from tbac.models.sources import local_folder
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
 MAX_DETECTIONS = 100  # of all classes, before any threshold

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
-from tbac.models.uniimage import ANSWER_SYSTEM
+from tbac.models.prompt import ANSWER_SYSTEM
 
 
 class LocalJudge:
@@ -37,8 +37,8 @@ class LocalJudge:
         max_text_tokens: int = 2048,
         max_new_tokens: int = 512,
     ) -> None:
-        from tbac.models.loading import open_mllm
         from tbac.models.prompt import PromptProcessor
+        from tbac.models.qwen import open_mllm
 
         folder, self.model = open_mllm("judge.mllm", mllm, dtype, quantization)
         self.prompt = PromptProcessor.from_pretrained(

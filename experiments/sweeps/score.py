@@ -19,7 +19,8 @@ from tbac.files import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
 from tbac.models.saved import FACTS, read_checkpoint
-from tbac.training.module import latents_of, noise_of
+from tbac.training.module import latents_of
+from tbac.training.randomness import noise_of
 
 FILE = "scores.json"
 SUITE_SCORES = {"dpg": ("overall",), "tiif": ("overall, short", "overall, long", "text, short", "text, long")}

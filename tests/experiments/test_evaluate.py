@@ -23,7 +23,7 @@ def tree(out: str) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def _trained(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run", "callbacks.samples.prompts=[]")
+    ran("train", capfd, *FEW, "hydra.run.dir=run", "callbacks.sample_grid.prompts=[]")
 
 
 def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_bad_steps_are_named(arguments: list[str], words: str, capfd: pytest.Cap
 def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=one", "steps=[generate]")
     before = tree("one")
-    ran("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.samples.prompts=[]")
+    ran("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.sample_grid.prompts=[]")
     text = message("evaluate", capfd, *COMMON, "checkpoint=other", "out=one")
     assert "was made otherwise (trained " in text
     assert tree("one") == before
@@ -192,7 +192,7 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
 def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
-    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.samples.prompts=[]", "logger=mlflow")
+    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.sample_grid.prompts=[]", "logger=mlflow")
     ran("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
     run_id = Path("logged/mlflow_run_id").read_text().strip()
     client = MlflowClient("sqlite:///mlflow.db")

@@ -23,7 +23,7 @@ PARTS = ("state_dict", "current_model_state")
 RUN = [
     sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
     "stage.steps=16", "stage.val_every=3", "stage.ema_decay=0.5",
-    "callbacks.samples.prompts=[]", "machine.num_workers=1",
+    "callbacks.sample_grid.prompts=[]", "machine.num_workers=1",
 ]  # fmt: skip
 
 

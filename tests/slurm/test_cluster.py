@@ -27,7 +27,7 @@ STEPS = 12
 # a few batches of the smallest size; the time limit doesn't matter
 RUN = [
     "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps", f"stage.steps={STEPS}", "stage.val_every=6",
-    "callbacks=audit", "callbacks.samples.prompts=[]",
+    "callbacks=audit", "callbacks.sample_grid.prompts=[]",
 ]  # fmt: skip
 MACHINE = [o for o in OVERRIDES if not o.startswith("machine=")]
 

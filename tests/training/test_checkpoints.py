@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tbac.models import UniImage
 from tbac.models.saved import FACTS, read_checkpoint
-from tbac.training.callbacks.averaging import WeightAverage
+from tbac.training.callbacks.ema import EMA
 from tbac.training.checkpoints import load_weights, newest_checkpoint
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import small_model
@@ -102,7 +102,7 @@ def test_a_half_written_checkpoint_is_named(saved: Path) -> None:
 def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: Path) -> None:
     start = {k: v.clone() for k, v in model.trained_state().items()}
     module = module_of(model)
-    ema = WeightAverage(decay=0.5)
+    ema = EMA(decay=0.5)
     path = tmp_path / "checkpoints"
     trainer = trainer_of(2)
     trainer = type(trainer)(

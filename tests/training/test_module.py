@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tbac.models import UniImage
-from tbac.training.module import noise_of
+from tbac.training.randomness import noise_of
 from tbac.training.stages import FlowOptions
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import read_everything

@@ -12,7 +12,7 @@ import torch
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
 from tbac.training.checkpoints import newest_whole
-from tbac.training.writing import AtomicCheckpointIO
+from tbac.training.checkpoint_io import AtomicCheckpointIO
 from tests.helpers.training import RUN
 
 
@@ -36,7 +36,7 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
     )
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule"):
         assert same(whole[part], again[part]), part
-    guards = [next(v for k, v in c["callbacks"].items() if "GradNorm" in k) for c in (whole, again)]
+    guards = [next(v for k, v in c["callbacks"].items() if "Guard" in k) for c in (whole, again)]
     assert same(*guards)
 
 

@@ -35,7 +35,7 @@ STEPS = 24
 BATCH = 4
 BASE = [
     f"stage={STAGE}", "stage.previous=null", "world=shapes", "logger=csv", "callbacks=audit", "~callbacks.progress",
-    "callbacks.samples.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
+    "callbacks.sample_grid.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
     "stage.val_every=6", "stage.val_samples=8", "stage.noise_samples_per_prompt=1", "machine.accelerator=cpu",
     "callbacks.guard.rule.warmup=6", "callbacks.guard.rule.window=16", "callbacks.guard.then=skip",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from tbac.training.callbacks.grad_norm import GradNormMonitor
+from tbac.training.callbacks.guard import Guard
 
 WARM_UP = 40  # steps that aren't counted
 
@@ -20,7 +20,7 @@ class Alternate(L.Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._guard = next(c for c in trainer.callbacks if isinstance(c, GradNormMonitor))
+        self._guard = next(c for c in trainer.callbacks if isinstance(c, Guard))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         guarded = bool(batch_idx % 2)

@@ -29,7 +29,7 @@ STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
 def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Median time of a step with and without the guard."""
     chosen = [
-        "stage=t2i_pretrain", "world=shapes", "logger=csv", "callbacks.samples.prompts=[]", f"run_dir={folder}",
+        "stage=t2i_pretrain", "world=shapes", "logger=csv", "callbacks.sample_grid.prompts=[]", f"run_dir={folder}",
         f"stage.steps={cfg.steps}", "stage.val_every=100000", "stage.val_samples=8", "~callbacks.progress",
         "+callbacks.alternate._target_=experiments.studies.guard.alternate.Alternate", *cfg.overrides,
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """Steps taken and rejected by the three stages."""
     chosen = [
-        f"stages={STAGES}", "world=shapes", "logger=csv", "callbacks=audit", "callbacks.samples.prompts=[]",
+        f"stages={STAGES}", "world=shapes", "logger=csv", "callbacks=audit", "callbacks.sample_grid.prompts=[]",
         f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)

@@ -11,20 +11,20 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import callbacks
 
 from tbac.distributed import max_over_ranks
-from tbac.training.callbacks.checkpointing import Checkpointing, validation_follows
+from tbac.training.callbacks.checkpoint import Checkpoint, validation_follows
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
 
 
-class Preemption(Checkpoint):
+class Preemption(callbacks.Checkpoint):
     """Writes a checkpoint after the step in hand and ends the run when a signal came to any of its processes.
 
     The same command goes on from there. A second signal of the same kind has its usual effect. Where a validation
-    follows the step, the run ends when it is over. Must come after `Checkpointing` in the list of callbacks.
+    follows the step, the run ends when it is over. Must come after `Checkpoint` in the list of callbacks.
 
     Args:
         stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
@@ -85,7 +85,7 @@ class Preemption(Checkpoint):
         if not received:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpointing):
+            if isinstance(callback, Checkpoint):
                 callback.save(trainer, pl_module)
                 callback.finish(trainer)
         if not trainer.is_global_zero:  # the first process's status is the run's; a launcher ends the run at another's

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import callbacks
 
+from tbac.training.checkpoint_io import AtomicCheckpointIO
 from tbac.training.module import LadderTuningModule
-from tbac.training.writing import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r".+-step=(?P<step>\d+)\.ckpt")
 
 
-class Checkpointing(Checkpoint):
+class Checkpoint(callbacks.Checkpoint):
     """Writes `<stage>-step=<n>.ckpt` and keeps the newest, the best, and every so many steps one.
 
     `last.ckpt` and `best.ckpt` are links. Where a validation is due after the same step, the checkpoint is written

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tbac.models import UniImage
-from tbac.training.callbacks.averaging import WeightAverage
-from tbac.training.callbacks.grad_norm import DivergedError, GradNormMonitor
+from tbac.training.callbacks.ema import EMA
+from tbac.training.callbacks.guard import DivergedError, Guard
 from tbac.training.gradients import component_of
 from tbac.training.spikes import RobustRule
 from tests.helpers.training import data_of, module_of, trainer_of
@@ -48,15 +48,15 @@ def huge(latents: torch.Tensor) -> torch.Tensor:
     return latents * 100
 
 
-def guard_of(**options: Any) -> GradNormMonitor:
-    return GradNormMonitor(RobustRule(window=16, warmup=4), **({"then": "skip"} | options))
+def guard_of(**options: Any) -> Guard:
+    return Guard(RobustRule(window=16, warmup=4), **({"then": "skip"} | options))
 
 
 def trained(model: UniImage, state: dict, steps: int, *callbacks: L.Callback, **options: Any) -> Any:
     """Train from `state`; returns everything that a step changes."""
     model.load_trained_state(state, "x")
     module = module_of(model, steps=20)
-    average = WeightAverage(0.5)
+    average = EMA(0.5)
     trainer = trainer_of(steps, callbacks=[average, *callbacks], gradient_clip_val=1.0, **options)
     held: dict[str, Any] = {}
 

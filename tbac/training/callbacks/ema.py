@@ -12,7 +12,7 @@ from tbac.training.module import LadderTuningModule
 CURRENT = "current_model_state"
 
 
-class WeightAverage(L.Callback):
+class EMA(L.Callback):
     """Keeps the average; validation and checkpoints' `state_dict` use it, `current_model_state` is what trains.
 
     The first step's weights are taken as they are. A rejected step leaves the average untouched.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tbac.distributed import gather_objects, local_part, mean_over_ranks
-from tbac.training.callbacks.averaging import WeightAverage
+from tbac.training.callbacks.ema import EMA
 from tbac.training.gradients import GradientNorms
 from tbac.training.module import LadderTuningModule
 from tbac.training.spikes import SpikeRule
@@ -22,7 +22,7 @@ class DivergedError(ValueError):
     """Training was stopped because too many steps were rejected."""
 
 
-class GradNormMonitor(L.Callback):
+class Guard(L.Callback):
     """Rejects steps that a rule calls spikes; every process comes to the same decision.
 
     The norm is that of the gradients as the optimizer would see them: after accumulation and averaging over processes,
@@ -159,8 +159,8 @@ class GradNormMonitor(L.Callback):
             config.scheduler.base_lrs = [lr * self.lr_factor for lr in config.scheduler.base_lrs]
         log.warning("%d rejected steps in a row: learning rate times %g", self.patience, self.lr_factor)
 
-    def _averages(self, trainer: L.Trainer) -> list[WeightAverage]:
-        return [c for c in trainer.callbacks if isinstance(c, WeightAverage)]  # type: ignore[attr-defined]
+    def _averages(self, trainer: L.Trainer) -> list[EMA]:
+        return [c for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
 
     def _take_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.then != "rewind":

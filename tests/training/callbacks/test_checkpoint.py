@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tbac.models import UniImage
-from tbac.training.callbacks.checkpointing import Checkpointing
-from tbac.training.writing import AtomicCheckpointIO
+from tbac.training.callbacks.checkpoint import Checkpoint
+from tbac.training.checkpoint_io import AtomicCheckpointIO
 from tests.helpers.training import data_of, module_of, trainer_of
 
 LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1 to 7
@@ -15,7 +15,7 @@ LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1
 
 def kept(model: UniImage, folder: Path, **options: Any) -> tuple[set[int], str, str]:
     """Steps whose checkpoints are left after 7 steps, and what the links name."""
-    checkpointing = Checkpointing(str(folder), **({"every": 1} | options))
+    checkpointing = Checkpoint(str(folder), **({"every": 1} | options))
     trainer = trainer_of(
         7, callbacks=[checkpointing], plugins=[AtomicCheckpointIO()],
         val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=True,
@@ -50,4 +50,4 @@ def test_the_rules_say_which_are_kept(model: UniImage, tmp_path: Path, options: 
 @pytest.mark.parametrize("name", ["every", "keep", "keep_every"])
 def test_bad_numbers_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"callbacks.checkpoint.{name} must be at least 1, got 0"):
-        Checkpointing("x", **({"every": 1} | {name: 0}))
+        Checkpoint("x", **({"every": 1} | {name: 0}))

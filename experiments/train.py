@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, read_write
 from torch import distributed
 
-from experiments.submit import submit
+from experiments.slurm import submit
 from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 from tbac.data.datamodule import StagedDataModule
 from tbac.models.saved import FACTS, read_checkpoint

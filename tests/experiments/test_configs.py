@@ -11,15 +11,18 @@ from omegaconf import OmegaConf
 
 from tests.helpers.configs import ROOT, composed
 
-ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
+CONF = ROOT / "conf"
+ROOTS = [
+    f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
+]
 OPTIONS = sorted(
-    (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
-    for f in (ROOT / "conf").glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "sweep", "world")
+    (f.parent.relative_to(CONF).as_posix(), f.stem)
+    for f in CONF.glob("*/*.yaml")
+    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "study", "sweep", "world")
 )
-WORLDS = sorted(f.stem for f in (ROOT / "conf" / "world").glob("*.yaml"))
-STAGES = sorted(f.stem for f in (ROOT / "conf" / "stage").glob("*.yaml"))
-PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
+WORLDS = sorted(f.stem for f in (CONF / "world").glob("*.yaml"))
+STAGES = sorted(f.stem for f in (CONF / "stage").glob("*.yaml"))
+PRESETS = sorted(f.stem for f in (CONF / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
     "cache_latents": ["path=x", "out=x", "denoiser=x"],
@@ -27,7 +30,7 @@ REQUIRED = {
     "evaluate": ["checkpoint=x", "out=x"],
     "export": ["checkpoint=x", "out=x"],
     "generate": ["checkpoint=x", "out=."],
-    "quantization": ["checkpoint=x"],
+    "study/quantization": ["checkpoint=x"],
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "sweep": ["name=taps_x_lr"],
     "train": ["run_dir=."],
@@ -84,7 +87,7 @@ def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
-    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
     script = re.search(rf"^# python experiments/(\S+)\.py experiment={name}\b", text, re.MULTILINE)
     assert script, "the first comment is the preset's command"
     root = script[1].removesuffix("/run").rsplit("/", 1)[-1]
@@ -95,14 +98,14 @@ def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
     instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "sweep").glob("*.yaml")))
 def test_every_sweep_composes_and_seeds_the_ladder_too(name: str) -> None:
     config = composed("train", "run_dir=.", f"sweep={name}", "seed=7")
     assert config.model.seed == 7
     assert instantiate(config.optim) is not None
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "benchmark").glob("*.yaml")))
 def test_every_benchmark_composes(name: str, in_world: Path) -> None:
     config = composed("evaluate", "checkpoint=x", f"benchmark={name}")
     if not OmegaConf.is_missing(config.benchmark, "file"):
@@ -111,14 +114,14 @@ def test_every_benchmark_composes(name: str, in_world: Path) -> None:
     assert instantiate(config.judge) is not None
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "judge").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "judge").glob("*.yaml")))
 def test_every_judge_takes_its_options(name: str) -> None:
     """The options are those of the class; its weights, or its endpoint, aren't here."""
     judge = composed("evaluate", "checkpoint=x", "out=x", f"judge={name}").judge
     inspect.signature(get_object(judge._target_)).bind(**{k: v for k, v in judge.items() if k != "_target_"})
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "dataset").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "dataset").glob("*.yaml")))
 def test_every_dataset_takes_its_options(name: str) -> None:
     dataset = composed("convert", f"dataset={name}", "dataset.path=x", "out=x").dataset
     inspect.signature(get_object(dataset._target_)).bind(**{k: v for k, v in dataset.items() if k != "_target_"})
@@ -136,6 +139,6 @@ def test_the_released_recipe_is_the_default_of_the_real_model() -> None:
 
 def test_no_yaml_names_a_path_of_one_machine() -> None:
     machine_paths = [f"/{top}/" for top in ("home", "root", "mnt")]
-    for file in (ROOT / "conf").rglob("*.yaml"):
+    for file in CONF.rglob("*.yaml"):
         yaml.safe_load(file.read_text())
         assert not any(path in file.read_text() for path in machine_paths), file

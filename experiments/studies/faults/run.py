@@ -326,7 +326,7 @@ def study(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
         yield name, row
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="faults")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/faults")
 @user_errors
 def main(cfg: DictConfig) -> None:
     unknown = set(cfg.rows) - set(ROWS)

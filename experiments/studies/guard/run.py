@@ -54,7 +54,7 @@ def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     return {"taken": len(lines) - rejected, "rejected": rejected}
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="guard")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/guard")
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()

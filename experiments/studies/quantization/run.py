@@ -74,7 +74,7 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="quantization")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/quantization")
 @user_errors
 def main(cfg: DictConfig) -> None:
     rows = study(cfg)

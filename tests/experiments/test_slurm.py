@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.submit import batch_script
+from experiments.slurm import batch_script
 from tbac.app import plain
 from tests.helpers.commands import run_app
 from tests.helpers.configs import composed

@@ -19,7 +19,7 @@ from data_prep.shards.writer import write_shards
 from tbac.data.buckets import Buckets, parse_buckets, read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
-from tbac.data.order import BatchPlan, BucketedOrder, Draw, ValidationOrder
+from tbac.data.order import BatchPlan, BucketedOrder, Draw, Mixture, ValidationOrder
 from tbac.data.shards import DataError
 from tbac.data.tars import TarReader
 from tbac.models import UniImage
@@ -165,7 +165,7 @@ class Made:
 
 
 def order_of(rank: int = 0, world_size: int = 1, batch_size: int = 4, state: Any = None) -> BucketedOrder:
-    return BucketedOrder(Made(), SIZES, [3.0, 1.0], 5, 10, batch_size, rank, world_size, state)
+    return BucketedOrder(Made(), Mixture(SIZES, [3.0, 1.0], 5, 10), batch_size, rank, world_size, state)
 
 
 def take(order: Any, count: int) -> list[BatchPlan]:

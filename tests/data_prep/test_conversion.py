@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_prep.shards.conversion import WORK, Dataset, Options, convert, safe_key, table
 from tbac.data.decoding import decode_sample
-from tbac.data.shards import DataError, Source, list_shards
+from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
 from tbac.types import Sample
 from tests.helpers.commands import run_app
@@ -182,7 +182,7 @@ def samples(out: Path, split: str) -> list[Sample]:
     reader = TarReader()
     return [
         decode_sample(reader.read(tar, i))
-        for tar in list_shards(Source(str(out), split))
+        for tar in SourceShards(Source(str(out), split)).tars
         for i in range(len(reader.index(tar).samples))
     ]
 

@@ -8,18 +8,16 @@ from typing import Any
 from data_prep.shards.writer import write_shards
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
-from tbac.data.shards import Source, list_shards
-from tbac.data.tars import shard_sizes
+from tbac.data.shards import Source, SourceShards
 from tbac.types import Sample
 from tests.helpers.pictures import noise_image
 
 
 def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
     """A reader whose batches are lists of samples."""
-    shards = [list_shards(s, check_manifest) for s in sources]
-    sizes = [shard_sizes(s, found, check_manifest) for s, found in zip(sources, shards, strict=True)]
+    found = [SourceShards(source, check_manifest) for source in sources]
     usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
-    return ShardReader(shards, sizes, **(usual | options))
+    return ShardReader([f.tars for f in found], [f.samples for f in found], **(usual | options))
 
 
 def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:

@@ -1,8 +1,8 @@
 """From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted.
 
-Why this is written here: WebDataset's pipeline drops a corrupt sample, after which every later batch holds other samples
-than in an uninterrupted run. Here a plan says which samples a batch holds, and its place decides what replaces a corrupt
-one, so a batch is the same in every run. It also counts them, which WebDataset's handlers leave to their users.
+Why this is written here: no library that this repository uses has an indexed, exactly resumable reader of tars.
+WebDataset's pipeline drops a corrupt sample, after which every later batch holds other samples. Here a plan says which
+samples a batch holds, and its position decides what replaces a corrupt one, so a batch is the same in every run.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Reading single samples of WebDataset tars, by an index of where their members lie.
 
-Why this is written here: WebDataset's own reader goes through a tar from its beginning, in the order of its bytes. To go
-on exactly where a run stopped, in a shuffled order that doesn't depend on the number of processes, sample n of a tar has
-to be read without those before it. No library that this repository uses has an indexed reader of tars. What WebDataset
-says about names (`base_plus_ext`: which members are one sample) is taken from it.
+Why this is written here: no library that this repository uses has an indexed reader of tars. WebDataset's goes through
+a tar from its beginning. To go on exactly where a run stopped, in a shuffled order that doesn't depend on the number of
+processes, sample n of a tar has to be read without those before it. Which members are one sample is WebDataset's own
+rule (`base_plus_ext`).
 """
 
 import logging
@@ -17,10 +17,7 @@ from webdataset.tariterators import base_plus_ext
 
 log = logging.getLogger(__name__)
 Members = dict[str, tuple[int, int]]  # field -> offset and size of its bytes
-NOWHERE = (
-    0,
-    0,
-)  # the place of a field that a sample has twice, since nobody can say which one is meant; reads as empty
+NOWHERE = (0, 0)  # place of a field that a sample has twice: nobody can say which one is meant; it reads as empty
 
 
 class TarIndex:

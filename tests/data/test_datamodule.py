@@ -100,6 +100,17 @@ def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str)
         instantiate(composed("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
 
 
+def test_a_manifest_is_read_once(model: UniImage, in_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    plain_read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), plain_read(path))[1])
+    data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
+    data.bind(model.prompt, model.provenance.digests["autoencoder"])
+    data.manifest_digests()
+    manifests = [path for path in read if path.name == "manifest.json"]
+    assert len(manifests) == len(data.sources) + len(data.val_sources)
+
+
 def test_the_manifest_says_what_the_shards_hold(in_world: Path) -> None:
     import hashlib
 

@@ -1,61 +1,43 @@
-"""What the tests share: small models of the real classes, saved in the real formats, and a small shapes world."""
+"""What every test has: a folder of its own, and for those that ask for it a small shapes world that all share."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; the libraries look at it when they are imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models a second thread costs more than it saves
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.build import make_tokenizer
-from data_prep.shapes.pretrain_autoencoder import pixels_of
-from data_prep.shapes.pretrain_mllm import make_config
-from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
-from tbac.app import plain
-from tbac.models import UniImage
-from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.weights import autoencoder_digest
-from tests.helpers.configs import composed
-from tests.helpers.worlds import SIZES, small_model
+from tests.helpers.shared import build_once
+
+if TYPE_CHECKING:
+    from tbac.models import UniImage
 
 
 @pytest.fixture(autouse=True)
 def _away_from_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a test writes lands in the repository."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+    if "torch" in sys.modules:  # tests that don't need it aren't kept waiting for it
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
-    folder = tmp_path_factory.mktemp("world")
-    parts = plain(composed("train", "run_dir=.").model)["architecture"]
-    torch.manual_seed(1)
-    mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
-    (folder / "tokenizer").mkdir()
-    make_tokenizer(folder / "tokenizer", 0)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "tokenizer")
-    model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(parts["mllm"], tokenizer))
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(mllm)
-    autoencoder = AutoencoderDC(**parts["autoencoder"])
-    autoencoder.save_pretrained(denoiser / "vae")
-    SanaTransformer2DModel(**parts["transformer"]).save_pretrained(denoiser / "transformer")
-    scheduler = {k: v for k, v in parts["scheduler"].items() if k != "_class_name"}
-    DPMSolverMultistepScheduler(**scheduler).save_pretrained(denoiser / "scheduler")
-    world = World.draw(0, SIZES)
-    write_benchmarks(world, folder / "benchmarks")
-    frozen = FrozenAutoencoder(autoencoder)
-    write_training_sets(
-        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), autoencoder_digest(denoiser)
-    )
-    return folder
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def world_folder(session_folder: Path) -> Path:
+    """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/. No test changes it."""
+    from tests.helpers.worlds import build_small_world
+
+    return build_once(session_folder / "world", build_small_world)
 
 
 @pytest.fixture
@@ -67,5 +49,7 @@ def in_world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def model(in_world: Path) -> UniImage:
+def model(in_world: Path) -> "UniImage":
+    from tests.helpers.worlds import small_model
+
     return small_model(in_world)

@@ -11,8 +11,8 @@ import torch
 
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
-from tbac.training.checkpoints import newest_whole
 from tbac.training.checkpoint_io import AtomicCheckpointIO
+from tbac.training.checkpoints import newest_whole
 from tests.helpers.training import RUN
 
 

@@ -214,7 +214,8 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
         read_checkpoint(init)
     arguments = [o for o in overrides if o.split("=")[0] != "init"]
     arguments += [f"init='{Path(init).absolute()}'"] if init else []
-    job = submit(plain(configs[0].machine), f"tbac-{configs[0].stage.name}", folder, arguments)
+    launcher = {**plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
+    job = submit(launcher, folder, arguments)
     print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
 
 

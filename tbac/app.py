@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -40,7 +41,16 @@ def point_name(overrides: str, limit: int = 120) -> str:
     return name if len(name) <= limit else f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
 
 
+def shell_words(*texts: str | None) -> list[str]:
+    """The words that a shell would see in these texts, one after the other; None has none."""
+    words = []
+    for text in texts:
+        words += shlex.split(text or "")
+    return words
+
+
 OmegaConf.register_new_resolver("point_name", point_name, replace=True)
+OmegaConf.register_new_resolver("shell_words", shell_words, replace=True)
 
 
 def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

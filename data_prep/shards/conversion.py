@@ -1,33 +1,26 @@
 """From a dataset's own files to shards: in parallel, going on after a kill, with every sample counted.
 
-A dataset is cut into units that are converted independently of each other, each into tars of its own in a folder
-`.conversion` beside the shards. A unit that was finished is never done again, one that was cut off is done from its
-beginning; at the end the tars get their numbers in the order of the units. So the shards are the same bytes whatever
-the number of processes and however often the conversion was killed.
+A dataset is cut into units that are converted independently of each other, each into tars of its own in the hidden
+folder of `resumable.py`; at the end the tars get their numbers in the order of the units. So the shards are the same
+bytes whatever the number of processes and however often the conversion was killed.
 """
 
-import json
-import logging
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from tqdm import tqdm
-
-from data_prep.shards.resumable import Work
+from data_prep.shards.resumable import Result, ResumableWork
 from data_prep.shards.writer import ShardWriter
 from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import SCHEMA_VERSION, DataError
-from tbac.files import write_whole
+from tbac.data.shards import DataError
 
-log = logging.getLogger(__name__)
-WORK = ".conversion"
+NAME = "conversion"  # of this work, in manifests
+SPLITS = ("train", "val")
 NAMED = 20  # rejected samples of each kind that are named in the report
 
 
@@ -53,7 +46,7 @@ class Rejected:
 
 
 class Dataset(Protocol):
-    """Files of a dataset, as it is published.
+    """Files of a dataset, as it is published: what a class that `dataset._target_` names has to have.
 
     Attributes:
         name: of the dataset, for the manifest.
@@ -73,7 +66,7 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """How shards are made.
 
     Args:
@@ -99,7 +92,15 @@ class Options:
 
 @dataclass
 class Counts:
-    """What became of the samples."""
+    """What became of the samples.
+
+    Attributes:
+        read: all of them.
+        written: split -> how many.
+        rejected: reason -> how many.
+        named: reason -> some of them.
+        expected: number of samples of the whole dataset, where it is known.
+    """
 
     read: int = 0
     written: dict[str, int] = field(default_factory=dict)
@@ -112,13 +113,29 @@ class Counts:
         """Samples written, of all splits."""
         return sum(self.written.values())
 
+    def reject(self, name: str, reason: str) -> None:
+        """Count a rejected sample."""
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+        names = self.named.setdefault(reason, [])
+        if len(names) < NAMED:
+            names.append(name)
 
-def safe_key(text: str) -> str:
+    def add(self, other: "Counts") -> None:
+        """Take over what was counted elsewhere."""
+        self.read += other.read
+        self.written = dict(Counter(self.written) + Counter(other.written))
+        self.rejected = dict((Counter(self.rejected) + Counter(other.rejected)).most_common())
+        for reason, names in other.named.items():
+            own = self.named.setdefault(reason, [])
+            own += names[: NAMED - len(own)]
+
+
+def clean_key(text: str) -> str:
     """Letters, digits, `_` and `-`; everything else becomes one `_`."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_")
 
 
-def convert(dataset: Dataset, out: Path, options: Options, processes: int = 1) -> Counts:
+def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: int = 1) -> Counts:
     """Convert a dataset into shards with a manifest; goes on where it stopped.
 
     Args:
@@ -130,119 +147,126 @@ def convert(dataset: Dataset, out: Path, options: Options, processes: int = 1) -
     Raises:
         DataError: when the folder holds other shards, or nothing could be converted.
     """
-    recipe = {"dataset": dataset.name, "units": list(dataset.units()), **asdict(options)}
-    work = Work(out, WORK, recipe, "conversion")
-    if (manifest := work.finished()) is not None:
-        log.info("%s is there already", out)
-        return Counts(**manifest["conversion"]["counts"])
-    work.begin()
-    units = recipe["units"]
-    left = [i for i in range(len(units)) if not work.state(_stem(i)).is_file()]
-    log.info("%d of %d parts of %s to convert", len(left), len(units), dataset.name)
-    bar = tqdm(total=len(units), initial=len(units) - len(left), unit="part", desc=f"converting {dataset.name}")
-    if processes < 2:
-        for i in left:
-            convert_unit(dataset, i, units[i], work, options)
-            bar.update()
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(convert_unit, dataset, i, units[i], work, options) for i in left]
-            for done in as_completed(waiting):
-                done.result()
-                bar.update()
-    bar.close()
-    return _assemble(dataset, work)
+    units = list(dataset.units())
+    work = ResumableWork(out, NAME, {"dataset": dataset.name, "units": units, **asdict(options)})
+    manifest = work.read_finished()
+    if manifest is not None:
+        return Counts(**manifest[NAME]["counts"])
+    parts = {f"unit-{index:06d}": (index, unit) for index, unit in enumerate(units)}
+    work.make_parts(parts, partial(convert_unit, dataset, options, work.folder), processes)
+    results = work.read_results(parts)
+    assert results is not None, "all units were converted here"
+    return _assemble(dataset, work, results)
 
 
-def convert_unit(dataset: Dataset, index: int, unit: str, work: Work, options: Options) -> None:
-    """Convert one unit; its state file says that it is complete."""
-    stem = _stem(index)
-    for stale in work.folder.glob(f"{stem}.*"):
+def convert_unit(
+    dataset: Dataset, options: ConversionOptions, folder: Path, stem: str, unit: tuple[int, str]
+) -> Result:
+    """Convert one unit into tars `<stem>.<split>-{000000}.tar`.
+
+    Args:
+        dataset: its files.
+        options: how shards are made.
+        folder: of the tars.
+        stem: beginning of their names.
+        unit: index and name of the unit.
+
+    Returns:
+        `counts`, and `shards`: split -> entries of its tars.
+    """
+    index, name = unit
+    # What an attempt that was killed has left is in the way.
+    for stale in folder.glob(f"{stem}.*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    scratch = work.folder / f"{stem}.scratch"
+    scratch = folder / f"{stem}.scratch"
     scratch.mkdir()
-    counts = Counts()
-    rejected: Counter[str] = Counter()
-    writers: dict[str, ShardWriter] = {}
-    shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    keys: set[str] = set()
-
-    def reject(name: str, reason: str) -> None:
-        rejected[reason] += 1
-        if len(named := counts.named.setdefault(reason, [])) < NAMED:
-            named.append(name)
-
-    def finish(split: str) -> None:
-        writer = writers.pop(split)
-        shards[split].append({"file": writer.path.name, **writer.close()})
-
-    for record in dataset.read(unit, scratch):
-        counts.read += 1
-        if isinstance(record, Rejected):
-            reject(record.name, record.reason)
-            continue
-        key = safe_key(record.key)
-        if not key or key in keys:
-            reject(record.key, "no key" if not key else "a key that another sample has")
-            continue
-        try:
-            if options.check_images:
-                decode_sample({"__key__": key, **record.fields}, use_latents=False)
-        except CorruptSampleError as error:
-            reject(f"{record.key}: {str(error).splitlines()[0]}", error.kind)
-            continue
-        keys.add(key)
-        done = {split: counts.written.get(split, 0) for split in ("train", "val")}
-        split = "val" if index == 0 and done["val"] < min(options.val_samples, done["train"]) else "train"
-        if split not in writers:
-            writers[split] = ShardWriter(work.folder / f"{stem}.{split}-{len(shards[split]):06d}.tar")
-        writers[split].add(key, record.fields)
-        counts.written[split] = done[split] + 1
-        if writers[split].samples == options.samples_per_shard:
-            finish(split)
-    for split in list(writers):
-        finish(split)
+    # Validation samples are the first ones, so they don't depend on what other units hold.
+    writer = _UnitWriter(folder / stem, options, options.val_samples if index == 0 else 0)
+    for record in dataset.read(name, scratch):
+        writer.take(record)
     shutil.rmtree(scratch)
-    counts.rejected = dict(rejected)
-    write_whole(work.state(stem), json.dumps({"counts": asdict(counts), "shards": shards}).encode())
+    return {"counts": asdict(writer.counts), "shards": writer.close()}
 
 
-def _stem(index: int) -> str:
-    return f"unit-{index:06d}"
+class _UnitWriter:
+    """Writes the samples of one unit and counts what becomes of them.
+
+    Args:
+        stem: beginning of the paths of the tars.
+        options: how shards are made.
+        val_samples: of this unit, at most.
+    """
+
+    def __init__(self, stem: Path, options: ConversionOptions, val_samples: int) -> None:
+        self.stem, self.options, self.val_samples = stem, options, val_samples
+        self.counts = Counts(written=dict.fromkeys(SPLITS, 0))
+        self._keys: set[str] = set()
+        self._open: dict[str, ShardWriter] = {}
+        self._closed: dict[str, list[Result]] = {split: [] for split in SPLITS}
+
+    def take(self, record: Record | Rejected) -> None:
+        """Write a sample, or count why it isn't one."""
+        self.counts.read += 1
+        if isinstance(record, Rejected):
+            self.counts.reject(record.name, record.reason)
+            return
+        key = clean_key(record.key)
+        if not key or key in self._keys:
+            self.counts.reject(record.key, "no key" if not key else "a key that another sample has")
+            return
+        # What training would refuse doesn't get into a shard.
+        if self.options.check_images:
+            try:
+                decode_sample({"__key__": key, **record.fields}, use_latents=False)
+            except CorruptSampleError as error:
+                self.counts.reject(f"{record.key}: {str(error).splitlines()[0]}", error.kind)
+                return
+        self._keys.add(key)
+        self._write(key, record.fields)
+
+    def _write(self, key: str, fields: Mapping[str, bytes]) -> None:
+        written = self.counts.written
+        split = "val" if written["val"] < min(self.val_samples, written["train"]) else "train"
+        if split not in self._open:
+            number = len(self._closed[split])
+            self._open[split] = ShardWriter(self.stem.with_name(f"{self.stem.name}.{split}-{number:06d}.tar"))
+        self._open[split].add(key, fields)
+        written[split] += 1
+        if self._open[split].samples == self.options.samples_per_shard:
+            self._close_tar(split)
+
+    def _close_tar(self, split: str) -> None:
+        writer = self._open.pop(split)
+        self._closed[split].append({"file": writer.path.name, **writer.close()})
+
+    def close(self) -> dict[str, list[Result]]:
+        """Finish all tars; returns their entries by split."""
+        for split in list(self._open):
+            self._close_tar(split)
+        return self._closed
 
 
-def _assemble(dataset: Dataset, work: Work) -> Counts:
+def _assemble(dataset: Dataset, work: ResumableWork, results: Sequence[Result]) -> Counts:
     """Give the tars their numbers, and write the manifest; goes on where it stopped as well."""
-    states = [json.loads(work.state(_stem(i)).read_text()) for i in range(len(work.recipe["units"]))]
     total = Counts(expected=dataset.expected)
-    rejected: Counter[str] = Counter()
-    shards: dict[str, dict[str, Any]] = {}
-    for state in states:
-        counts = state["counts"]
-        total.read += counts["read"]
-        rejected.update(counts["rejected"])
-        for reason, names in counts["named"].items():
-            own = total.named.setdefault(reason, [])
-            own += names[: NAMED - len(own)]
-    total.rejected = dict(rejected.most_common())
-    for split in ("train", "val"):
-        tars = [shard for state in states for shard in state["shards"][split]]
+    for result in results:
+        total.add(Counts(**result["counts"]))
+    shards: dict[str, Result] = {}
+    for split in SPLITS:
+        tars = [shard for result in results for shard in result["shards"][split]]
         for number, shard in enumerate(tars):
             name = f"{split}-{number:06d}.tar"
-            if (made := work.folder / shard["file"]).is_file():
+            made = work.folder / shard["file"]
+            if made.is_file():  # else it was renamed before a kill
                 made.rename(work.out / name)
             shards[name] = {k: v for k, v in shard.items() if k != "file"}
-        if tars:
-            total.written[split] = sum(shard["samples"] for shard in tars)
     if not total.total:
         raise DataError(f"no sample of {dataset.name} could be converted: {total.rejected or 'it is empty'}")
-    provenance = {"dataset": dataset.name}
-    manifest = {"schema_version": SCHEMA_VERSION, "shards": shards, "provenance": provenance}
-    work.finish(manifest, {"counts": asdict(total)})
+    work.finish(shards, {"provenance": {"dataset": dataset.name}}, {"counts": asdict(total)})
     return total
 
 
-def table(counts: Counts) -> str:
+def format_counts(counts: Counts) -> str:
     """The counts for people."""
     lines = [f"read      {counts.read:>12,}"]
     lines += [f"written   {n:>12,}  {split}" for split, n in counts.written.items()]

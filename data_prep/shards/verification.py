@@ -1,42 +1,28 @@
 """What shards hold, looked at sample by sample: what training would refuse, and what nobody may have noticed."""
 
 import hashlib
-import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
-from tbac.data.decoding import CorruptSampleError, decode_sample
+from data_prep.shards.geneval_captions import is_geneval_template
+from tbac.data.buckets import write_sizes
+from tbac.data.decoding import IMAGE_EXTENSIONS, CorruptSampleError, decode_sample
 from tbac.data.shards import read_manifest
 from tbac.data.tars import NOWHERE, TarIndex, TarReader
 
+log = logging.getLogger(__name__)
 NAMED = 20  # samples of each kind of fault that are named
-COCO = (  # as GenEval names them
-    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|"
-    "parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|"
-    "suitcase|frisbee|skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|"
-    "tennis racket|bottle|wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|"
-    "hot dog|pizza|donut|cake|chair|couch|potted plant|bed|dining table|toilet|tv|laptop|computer mouse|"
-    "tv remote|computer keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|vase|scissors|"
-    "teddy bear|hair drier|toothbrush"
-)
-COLORS = "red|orange|yellow|green|blue|purple|pink|brown|black|white"
-_OBJECT = rf"(?:an? )?(?:(?:{COLORS}) )?(?:{COCO})"
-GENEVAL = re.compile(
-    rf"a photo of (?:{_OBJECT}(?: (?:and|left of|right of|above|below) {_OBJECT})?|"
-    rf"(?:two|three|four) (?:(?:{COCO})(?:e?s)?|people|knives|sheep|skis|scissors|benches|buses|zebras))\.?",
-    re.IGNORECASE,
-)
-
-
-def geneval_template(caption: str) -> bool:
-    """Whether a caption is of the form of GenEval's prompts: training on such makes its score say less."""
-    return GENEVAL.fullmatch(caption.strip()) is not None
 
 
 @dataclass
@@ -48,7 +34,7 @@ class Facts:
         faults: kind -> number: what training would refuse, and shards that aren't as their manifest says.
         named: kind -> some of them.
         widths: of target images.
-        heights: ditto.
+        heights: of target images.
         lengths: of captions, in tokens or words.
         captions: digest of a caption -> how often it occurs.
         images: digest of a target image's bytes -> how often it occurs.
@@ -76,7 +62,8 @@ class Facts:
     def fault(self, kind: str, name: str, count: int = 1) -> None:
         """Count a fault."""
         self.faults[kind] += count
-        if len(named := self.named.setdefault(kind, [])) < NAMED:
+        named = self.named.setdefault(kind, [])
+        if len(named) < NAMED:
             named.append(name)
 
     def add(self, other: "Facts") -> None:
@@ -97,11 +84,6 @@ class Facts:
         """Samples that training would take."""
         return len(self.lengths)
 
-    @staticmethod
-    def repeated(counts: Counter[bytes]) -> int:
-        """How many samples have what another one has already."""
-        return sum(n - 1 for n in counts.values())
-
 
 def look_at(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[[str], int]) -> Facts:
     """Read every sample of a tar.
@@ -111,25 +93,16 @@ def look_at(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[
         listed: its entry of the manifest, or None.
         count_tokens: length of a caption.
     """
-    facts = Facts()
+    facts, reader = Facts(), TarReader()
     if listed is not None:
-        _compare(facts, tar, listed)
+        _compare_bytes(facts, tar, listed)
     try:
-        index = TarIndex(tar)
+        index = reader.index(tar)
     except OSError as error:
         facts.fault("unreadable shard", f"{tar.name}: {error.strerror or error}")
         return facts
-    if index.broken is not None:
-        facts.fault("a shard that breaks off", f"{tar.name}: {index.broken}")
-    for kind, count in index.refused.items():
-        if not kind.startswith("a second"):
-            facts.fault(f"a member that is {kind}", tar.name, count)
-    if listed is not None and listed.get("samples") != len(index.samples):
-        facts.fault(
-            "a shard with another number of samples than its manifest says",
-            f"{tar.name}: {len(index.samples)} instead of {listed.get('samples')}",
-        )
-    reader, keys = TarReader(), set()
+    _look_at_index(facts, tar, index, listed)
+    keys: set[str] = set()
     for number, (key, members) in enumerate(index.samples):
         name = f"{tar.name}: {key}"
         facts.samples += 1
@@ -146,130 +119,151 @@ def look_at(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[
     return facts
 
 
-def _compare(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
+def _compare_bytes(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
+    """Whether a tar has the size and the bytes that its manifest says."""
     size = tar.stat().st_size
     if size != listed.get("bytes"):
         kind = "a shard of another size than its manifest says"
         facts.fault(kind, f"{tar.name}: {size} bytes instead of {listed.get('bytes')}")
     elif "sha256" in listed:
-        digest = hashlib.sha256()
         with tar.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-        if digest.hexdigest() != listed["sha256"]:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != listed["sha256"]:
             facts.fault("a shard whose bytes aren't those of its manifest", tar.name)
 
 
-def _look_at_sample(facts: Facts, name: str, raw: dict[str, Any], count_tokens: Callable[[str], int]) -> None:
-    fields = sorted(f for f in raw if not f.startswith("__"))
-    images = [f for f in fields if f.rsplit(".", 1)[-1] in ("jpg", "jpeg", "png", "webp")]
+def _look_at_index(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, Any] | None) -> None:
+    """Faults of a tar as a whole."""
+    if index.broken is not None:
+        facts.fault("a shard that breaks off", f"{tar.name}: {index.broken}")
+    for kind, count in index.refused.items():
+        if not kind.startswith("a second"):  # a field that a sample has twice is counted with the sample
+            facts.fault(f"a member that is {kind}", tar.name, count)
+    if listed is not None and listed.get("samples") != len(index.samples):
+        facts.fault(
+            "a shard with another number of samples than its manifest says",
+            f"{tar.name}: {len(index.samples)} instead of {listed.get('samples')}",
+        )
+
+
+def _look_at_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_tokens: Callable[[str], int]) -> None:
+    fields = sorted(field for field in raw if not field.startswith("__"))
+    targets = [f for f in fields if f.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS and not f.startswith("source")]
+    cached = any(field.endswith("latent.safetensors") for field in fields)
+    # Training reads the latents or the picture, as its options say, so both must be readable.
     try:
-        cached = any(f.endswith("latent.safetensors") for f in fields)
         if cached:
             decode_sample(raw, use_latents=True)
-        pictured = any(not f.startswith("source") for f in images)
-        sample = decode_sample(raw, use_latents=cached and not pictured)
+        sample = decode_sample(raw, use_latents=cached and not targets)
     except CorruptSampleError as error:
         facts.fault(error.kind, f"{name}: {str(error).splitlines()[0]}")
         return
-    facts.schemas[" ".join(without_format(name) for name in fields)] += 1
+    # What it is made of.
+    facts.schemas[" ".join(map(strip_format, fields))] += 1
     facts.edits += bool(sample.sources)
     facts.cached += cached
+    # Its caption: length, whether others have it, and whether a benchmark asks for the like.
     facts.lengths.append(count_tokens(sample.text))
-    facts.captions[hashlib.sha256(sample.text.strip().encode()).digest()[:12]] += 1
-    if geneval_template(sample.text):
+    facts.captions[_short_digest(sample.text.strip().encode())] += 1
+    if is_geneval_template(sample.text):
         facts.geneval += 1
         if len(facts.geneval_named) < NAMED:
             facts.geneval_named.append(f"{name}: {sample.text}")
+    # Its picture: size, and whether others have it.
     if isinstance(sample.target, Image.Image):
         facts.widths.append(sample.target.width)
         facts.heights.append(sample.target.height)
-        target = next(f for f in images if not f.startswith("source"))
-        facts.images[hashlib.sha256(raw[target]).digest()[:12]] += 1
+        facts.images[_short_digest(raw[targets[0]])] += 1
 
 
-def without_format(name: str) -> str:
+def _short_digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:12]
+
+
+def strip_format(name: str) -> str:
     """The name of a field, the same for all formats of images."""
     return re.sub(r"\.(?:jpg|jpeg|png|webp)$", "", re.sub(r"^(?:jpg|jpeg|png|webp)$", "image", name))
 
 
-def shards_of(folder: Path) -> tuple[list[Path], dict[str, Any]]:
-    """All tars of a folder, and its manifest's entries.
+def count_words(text: str) -> int:
+    """Words of a text."""
+    return len(text.split())
+
+
+class TokenCounter:
+    """Counts the tokens of a text, by a tokenizer that each process opens for itself.
+
+    Args:
+        source: folder or hub id of the tokenizer.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "_tokenizer": None}
+
+    def __call__(self, text: str) -> int:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer  # takes seconds, and without a tokenizer words are counted
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.source)
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def list_tars(folder: Path) -> list[Path]:
+    """All tars of a folder, in the order of their names.
 
     Raises:
-        ValueError: when there is no tar, or the manifest isn't one.
+        ValueError: when there is none.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ValueError(f"path={folder} holds no *.tar")
-    return tars, (read_manifest(folder) or {"shards": {}})["shards"]
+    return tars
 
 
-def report_table(facts: Facts, unit: str) -> list[tuple[str, str]]:
-    """The findings that aren't faults, for people."""
+def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
+    """Look at all shards of a folder.
 
-    def of_all(n: int) -> str:
-        return f"{n:,} ({100 * n / max(1, facts.good):.2f} %)"
-
-    lengths = sorted(facts.lengths) or [0]
-    rows = [
-        ("samples", f"{facts.samples:,}"),
-        ("that training takes", f"{facts.good:,}"),
-        ("of these edits", of_all(facts.edits)),
-        ("with cached latents", of_all(facts.cached)),
-        ("with the caption of another one", of_all(Facts.repeated(facts.captions))),
-        ("with the target image of another one", of_all(Facts.repeated(facts.images))),
-        ("with a caption of GenEval's templates", of_all(facts.geneval)),
-        (f"caption length, {unit}", f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"),
-    ]
-    if facts.widths:
-        sizes = Counter(zip(facts.widths, facts.heights, strict=True))
-        (width, height), count = sizes.most_common(1)[0]
-        rows.append(("sizes of target images", f"{len(sizes):,}; most often {width} x {height} ({count:,})"))
-    rows += [(f"fields: {names}", f"{n:,}") for names, n in facts.schemas.most_common(5)]
-    return rows
+    Args:
+        folder: of the shards and their manifest.
+        tokenizer: folder or hub id; None counts words.
+        processes: shards looked at at a time.
+    """
+    tars, listed = list_tars(folder), (read_manifest(folder) or {"shards": {}})["shards"]
+    facts = Facts()
+    for name in sorted(set(listed) - {tar.name for tar in tars}):
+        facts.fault("a shard that is in the manifest and absent", name)
+    look = partial(_look_quietly, listed=listed, count_tokens=TokenCounter(tokenizer) if tokenizer else count_words)
+    for found in _map_tars(look, tars, processes, "verifying"):
+        facts.add(found)
+    return facts
 
 
-def as_json(facts: Facts) -> str:
-    """The findings for programs."""
-    return json.dumps(
-        {
-            "samples": facts.samples,
-            "good": facts.good,
-            "faults": dict(facts.faults.most_common()),
-            "named": facts.named,
-            "repeated_captions": Facts.repeated(facts.captions),
-            "repeated_images": Facts.repeated(facts.images),
-            "geneval_templates": facts.geneval,
-            "geneval_named": facts.geneval_named,
-            "edits": facts.edits,
-            "cached": facts.cached,
-            "schemas": dict(facts.schemas.most_common()),
-        },
-        indent=2,
-    )
+def write_all_sizes(folder: Path, processes: int) -> None:
+    """Write the sizes of targets beside all shards of a folder, from their headers."""
+    tars = list_tars(folder)
+    counts = list(_map_tars(write_sizes, tars, processes, "reading sizes"))
+    log.info("%s: the sizes of %d samples in %d shards are kept beside them", folder, sum(counts), len(tars))
 
 
-def histograms(facts: Facts, unit: str, path: Path) -> None:
-    """Sizes, aspect ratios and caption lengths as a PNG file."""
-    import matplotlib
+def _map_tars(function: Callable[[Path], Any], tars: Sequence[Path], processes: int, title: str) -> Iterator[Any]:
+    """What a function gives for each tar, in order, with a bar that shows how far it is."""
+    if processes == 1:
+        yield from tqdm(map(function, tars), total=len(tars), unit="shard", desc=title)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from tqdm(pool.map(function, tars), total=len(tars), unit="shard", desc=title)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7))
-    pairs = list(zip(facts.widths, facts.heights, strict=True))
-    series: Sequence[tuple[str, list[float]]] = (
-        ("shorter side of the target, pixels", [float(min(pair)) for pair in pairs]),
-        ("longer side of the target, pixels", [float(max(pair)) for pair in pairs]),
-        ("width / height of the target", [w / h for w, h in pairs]),
-        (f"caption, {unit}", [float(n) for n in facts.lengths]),
-    )
-    for axes, (label, values) in zip(panels.flat, series, strict=True):
-        if values:
-            axes.hist(values, bins=min(40, max(1, len(set(values)))), color="#4292c6")
-        axes.set_xlabel(label)
-        axes.set_ylabel("samples")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def _look_quietly(tar: Path, listed: Mapping[str, Any], count_tokens: Callable[[str], int]) -> Facts:
+    """Look at a tar without a log of what reading it passes over: that is in the report."""
+    logger = logging.getLogger("tbac.data.tars")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return look_at(tar, listed.get(tar.name), count_tokens)
+    finally:
+        logger.setLevel(level)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,29 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from webdataset.writer import TarWriter
 
 from tbac.data.shards import MANIFEST, SCHEMA_VERSION
+from tbac.files import write_whole
 
 
 def encode_field(name: str, value: Any) -> bytes:
-    """Bytes of a field by its extension: images, text, JSON, latents."""
+    """Bytes of a field by its extension: images, text, JSON, latents; bytes stay as they are."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
         return value.encode()
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
-        value.save(buffer, {"jpg": "jpeg"}.get(name.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]))
+        extension = name.rsplit(".", 1)[-1]
+        value.save(buffer, {"jpg": "jpeg"}.get(extension, extension))
         return buffer.getvalue()
     if isinstance(value, Tensor):
         return save_safetensors({"latents": value.contiguous()})
     return json.dumps(value).encode()
 
 
-class _Hashing:
+class _HashedFile:
     """A file that is hashed and counted while it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -42,15 +44,14 @@ class _Hashing:
         self.size += len(data)
         return self.file.write(data)
 
-    def tell(self) -> int:
-        return self.size
-
     def close(self) -> None:
         self.file.close()
 
 
 class ShardWriter:
     """Writes one tar whose bytes depend on its samples alone; it has its name only when it is complete.
+
+    The fields of a sample are sorted by name, as WebDataset writes them.
 
     Args:
         path: of the tar.
@@ -59,22 +60,22 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path, self.samples = path, 0
         self._partial = path.with_name(f"{path.name}.partial")
-        self._file = _Hashing(self._partial)
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w")  # type: ignore[arg-type]  # it writes and asks where
+        self._file = _HashedFile(self._partial)
+        # Neither the time nor the name of whoever writes is kept, so the same samples give the same bytes.
+        self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def add(self, key: str, fields: Mapping[str, Any]) -> None:
         """Add a sample: field -> image, text, JSON, latents, or bytes.
 
         Raises:
-            ValueError: for a key that WebDataset would split.
+            ValueError: for a key that WebDataset would split, or a field that it would leave out.
         """
         if not key or "." in key or "/" in key:
             raise ValueError(f"sample key {key!r} must hold neither a dot nor a slash")
-        for name, value in fields.items():
-            data = encode_field(name, value)
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
+        if hidden := [name for name in fields if name.startswith("_")]:
+            raise ValueError(f"field {hidden[0]!r} of sample {key!r} must not begin with an underscore")
+        encoded = {name: encode_field(name, value) for name, value in fields.items()}
+        self._tar.write({"__key__": key, **encoded})
         self.samples += 1
 
     def close(self) -> dict[str, Any]:
@@ -110,14 +111,14 @@ def write_shards(
     if file.is_file():
         manifest = json.loads(file.read_text())
     manifest.update(facts or {})
-    shards, writer = manifest["shards"], None
-    index = 0
+    shards, writer, index = manifest["shards"], None, 0
     for key, fields in samples:
         if writer is None:
             writer = ShardWriter(folder / f"{split}-{index:06d}.tar")
         writer.add(key, fields)
         if writer.samples == samples_per_shard:
-            shards[writer.path.name], writer, index = writer.close(), None, index + 1
+            shards[writer.path.name] = writer.close()
+            writer, index = None, index + 1
     if writer is not None:
         shards[writer.path.name] = writer.close()
-    file.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(file, (json.dumps(manifest, indent=2) + "\n").encode())

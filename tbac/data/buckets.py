@@ -90,19 +90,22 @@ def parse_buckets(value: str | Sequence[Sequence[int]] | None, image_size: int) 
             raise ValueError(f"data.buckets=sana needs a stage.image_size that 16 divides, got {image_size}")
         unit = image_size // 16
         return Buckets(tuple((height * unit, width * unit) for height, width in SANA))
-    pairs: Any = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if not pairs or not all(
-        isinstance(pair, Sequence) and len(pair) == 2 and all(type(side) is int for side in pair) for pair in pairs
-    ):
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not value or not all(map(_is_size, value)):
         raise ValueError(f"data.buckets must be null, sana, or a list of [height, width] in pixels; got {value!r}")
-    return Buckets(tuple((height, width) for height, width in pairs))
+    return Buckets(tuple((height, width) for height, width in value))
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a pair of whole numbers."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(type(side) is int for side in value)
 
 
 class BucketIndex:
     """The bucket of each sample of some sources, from what their shards say of its size.
 
     Args:
-        buckets: see above.
+        buckets: the sizes to choose among.
         shards: per source, its tars.
         use_latents: go by cached latents where there are any.
     """
@@ -148,31 +151,32 @@ def target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
 
 def write_sizes(shard: Path) -> int:
     """Write the file beside a shard that spares reading its headers; returns the number of samples."""
-    found = dict(zip(("latents", "images"), _read(shard, (True, False)), strict=True))
+    index = TarIndex(shard)
+    latents, images = (read_sizes(shard, use_latents, index) for use_latents in (True, False))
     content = io.BytesIO()
-    np.savez(content, shard=np.array(_fingerprint(shard)), **found)  # type: ignore[arg-type]
+    np.savez(content, shard=np.array(_fingerprint(shard)), latents=latents, images=images)
     write_whole(sizes_file(shard), content.getvalue())
-    return len(found["images"])
+    return len(images)
 
 
-def read_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
+def read_sizes(shard: Path, use_latents: bool = True, index: TarIndex | None = None) -> np.ndarray:
     """As `target_sizes`, from the headers of the shard's members.
+
+    Args:
+        shard: the tar.
+        use_latents: go by cached latents where there are any.
+        index: of the shard, where it has been made already.
 
     Raises:
         OSError: when the shard can't be read.
     """
-    return _read(shard, (use_latents,))[0]
-
-
-def _read(shard: Path, kinds: Sequence[bool]) -> list[np.ndarray]:
-    """Sizes by each value of `use_latents`, with the tar's index made once."""
-    samples = TarIndex(shard).samples
+    samples = (index or TarIndex(shard)).samples
     descriptor = os.open(shard, os.O_RDONLY)
     try:
-        found = [[_target_size(descriptor, members, use) for _, members in samples] for use in kinds]
+        sizes = [_target_size(descriptor, members, use_latents) for _, members in samples]
     finally:
         os.close(descriptor)
-    return [np.array(sizes, np.int32).reshape(-1, 2) for sizes in found]
+    return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 def _fingerprint(shard: Path) -> str:
@@ -185,10 +189,11 @@ def _target_size(descriptor: int, members: Members, use_latents: bool) -> tuple[
     edit = any(name.startswith(("target.", "source")) for name in members)
     prefix = "target." if edit else ""
     latents = members.get("target.latent.safetensors", members.get("latent.safetensors"))
+    names = [f"{prefix}{extension}" for extension in IMAGE_EXTENSIONS]
     try:
         if use_latents and latents:
             return _latents_size(descriptor, *latents)
-        place = next(members[name] for e in IMAGE_EXTENSIONS if (name := f"{prefix}{e}") in members)
+        place = next(members[name] for name in names if name in members)
         return _image_size(descriptor, *place)
     except (StopIteration, *UNREADABLE):
         return 0, 0

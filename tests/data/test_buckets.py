@@ -14,7 +14,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from data_prep.shards.latents import cache_latents
+from data_prep.shards.latents import CachingOptions, cache_latents
 from data_prep.shards.writer import write_shards
 from tbac.data.buckets import Buckets, parse_buckets, read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.datamodule import ShardDataModule
@@ -276,14 +276,15 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     digest = autoencoder_digest(denoiser)
-    cache_latents(Path("raw"), Path("cached"), autoencoder, digest, 24, 4, keep_images=keep_images, buckets=buckets)
+    options = CachingOptions(24, buckets, keep_images=keep_images, batch_size=4)
+    cache_latents(Path("raw"), Path("cached"), autoencoder, digest, options)
     on_images = losses(small_model(in_world), data_of("raw", GIVEN))
     on_latents = losses(small_model(in_world), data_of("cached", GIVEN))
     assert on_latents == pytest.approx(on_images, rel=1e-5)
     assert len(set(on_images)) == 6
     with pytest.raises(InstantiationException, match=r"were made with the buckets.*data\.buckets is another"):
         data_of("cached")
-    cache_latents(Path("raw"), Path("squares"), autoencoder, digest, 24, 4)
+    cache_latents(Path("raw"), Path("squares"), autoencoder, digest, CachingOptions(24, batch_size=4))
     with pytest.raises(InstantiationException, match=r"were made with no buckets, data\.buckets is another"):
         data_of("squares", GIVEN)
     Path("cached/manifest.json").unlink()  # without it nobody can say, until a batch holds two shapes
@@ -353,7 +354,7 @@ def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
     denoiser = world / "backbones" / "denoiser"
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
-    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), 24, buckets=buckets)
+    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), CachingOptions(24, buckets))
     tar = Path("cached/train-000000.tar")
     offset, size = TarReader().index(tar).samples[3][1]["txt"]
     with tar.open("r+b") as file:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.shards.verification import geneval_template
+from data_prep.shards.geneval_captions import is_geneval_template
 from data_prep.shards.writer import write_shards
 from tests.helpers.commands import run_app
 from tests.helpers.pictures import noise_image
@@ -124,7 +124,7 @@ def test_tokens_are_counted_by_a_tokenizer(in_world: Path, capfd: pytest.Capture
     ],
 )
 def test_genevals_templates(caption: str, expected: bool) -> None:
-    assert geneval_template(caption) is expected
+    assert is_geneval_template(caption) is expected
 
 
 @pytest.mark.parametrize(

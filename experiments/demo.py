@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from PIL import Image
 
 from data_prep.shapes.build import build
 from data_prep.shapes.pretrain_autoencoder import pixels_of
-from experiments.evaluate import evaluate, score_suite
+from experiments.scores.sheets import score_with_sheet
+from experiments.scores.steps import score_checkpoint
 from experiments.train import train
 from tbac.app import CONF, open_model, output_dir, plain, user_errors
-from tbac.evaluation.benchmarks.answers import read_questions
-from tbac.evaluation.benchmarks.edits import read_edits, scan_from_json
-from tbac.evaluation.benchmarks.geneval import read_geneval
-from tbac.evaluation.benchmarks.registry import SUITES
+from tbac.evaluation.benchmarks.answers import Answers
+from tbac.evaluation.benchmarks.base import open_picture
+from tbac.evaluation.benchmarks.edits import KIND, Edits, scan_from_json
+from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import picture_grid
 from tbac.sampling.pipeline import to_pil
@@ -37,15 +40,24 @@ log = logging.getLogger(__name__)
 PER_TAG = 6  # pictures of each tag on the contact sheet
 
 
-def reading_accuracy(detector: Any, questions: str, pipeline: UniImagePipeline) -> dict[str, float]:
+@dataclass(frozen=True)
+class Benchmarks:
+    """What the demo scores the model by, and the detector that judges."""
+
+    geneval: GenEval
+    edits: Edits
+    answers: Answers
+    detector: Any
+
+
+def reading_accuracy(detector: Any, answers: Answers, pipeline: UniImagePipeline) -> dict[str, float]:
     """Share of held-out scenes of which the detector reads every object and the background right.
 
     Returns:
         `ground_truth`: of the pictures themselves; `reconstructed`: of what the autoencoder makes of them.
     """
-    rows = read_questions(questions)
-    pictures = [Image.open(Path(questions).parent / row["image"]).convert("RGB") for row in rows]
-    truths = [_named(scan_from_json(row["scene"])) for row in rows]
+    pictures = [open_picture(answers.folder / row["image"]) for row in answers.questions]
+    truths = [_named(scan_from_json(row["scene"])) for row in answers.questions]
     autoencoder = pipeline.model.autoencoder
     made = to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
     shares = {}
@@ -61,28 +73,27 @@ def _named(scan: Any) -> tuple:
     return scan.background, objects
 
 
-def contact_sheet(pipeline: UniImagePipeline, cfg: DictConfig, answers: list[str], path: Path) -> None:
+def contact_sheet(
+    pipeline: UniImagePipeline, benchmarks: Benchmarks, answers: Sequence[str], seed: int, path: Path
+) -> None:
     """Pictures of every tag with their prompts, edits beside their sources, and answered questions."""
+    geneval, edits = benchmarks.geneval, benchmarks.edits
+    # Some prompts of each tag.
     by_tag: dict[str, list[str]] = {}
-    for row in read_geneval(cfg.geneval.file):
+    for row in geneval.prompts:
         by_tag.setdefault(row["tag"], []).append(row["prompt"])
     prompts = [prompt for rows in by_tag.values() for prompt in rows[:PER_TAG]]
-    edits = read_edits(cfg.edits.file)[:PER_TAG]
-    sources = [Image.open(Path(cfg.edits.file).parent / row["image"]).convert("RGB") for row in edits]
-    instructions = [row["instruction"] for row in edits]
-    steps, guidance = cfg.geneval.num_inference_steps, cfg.geneval.guidance_scale
-    generators = [torch.Generator().manual_seed(cfg.seed + i) for i in range(len(prompts))]
-    drawn = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
-    edited = pipeline(
-        instructions,
-        image=sources,
-        num_inference_steps=steps,
-        guidance_scale=cfg.edits.guidance_scale,
-        image_guidance_scale=cfg.edits.image_guidance_scale,
-        generator=generators[: len(edits)],
-    ).images
-    questions = read_questions(cfg.answers.file)[: 2 * PER_TAG]
-    asked = [Image.open(Path(cfg.answers.file).parent / row["image"]).convert("RGB") for row in questions]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    drawn = pipeline(prompts, generator=generators, **geneval.sampling_options()).images
+    # Some edits, each beside its source.
+    rows = edits.edits[:PER_TAG]
+    sources = [open_picture(edits.folder / row["image"]) for row in rows]
+    instructions = [row["instruction"] for row in rows]
+    options = edits.sampling_options() | {"num_inference_steps": geneval.num_inference_steps}
+    edited = pipeline(instructions, image=sources, generator=generators[: len(rows)], **options).images
+    # Some questions with what the model answered.
+    questions = benchmarks.answers.questions[: 2 * PER_TAG]
+    asked = [open_picture(benchmarks.answers.folder / row["image"]) for row in questions]
     said = [f"{row['question']} {answer}" for row, answer in zip(questions, answers, strict=False)]
     pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
     titles = [text for instruction in instructions for text in ("source", instruction)]
@@ -129,8 +140,8 @@ def suite_scores(cfg: DictConfig, model: Path) -> dict[str, float]:
     """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
     scores: dict[str, float] = {}
     for name in cfg.suites:
-        found = score_suite(name, model, Path(cfg.out) / name, cfg.tracking_uri)
-        scores |= {f"{SUITES[name].title}: {key}": found[key] for key in cfg.suites[name] if key in found}
+        found = score_checkpoint(name, model, Path(cfg.out) / name, cfg.tracking_uri)
+        scores |= {f"{found.title}: {key}": found.scores[key] for key in cfg.suites[name] if key in found.scores}
     return scores
 
 
@@ -140,10 +151,10 @@ def train_config(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> 
     return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
 
 
-def score(pipeline: UniImagePipeline, detector: Any, cfg: DictConfig, name: str, run: ParentRun) -> dict[str, float]:
+def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str, run: ParentRun) -> dict[str, float]:
     """GenEval's rules on the model as it is now."""
     folder = output_dir() / name
-    scores = evaluate(pipeline, detector, cfg.geneval, folder)
+    scores = score_with_sheet(pipeline, benchmarks.geneval, benchmarks.detector, folder)
     run.log_file(folder / "geneval.png")
     run.log_metrics({f"geneval/{name}/{tag}": value for tag, value in scores.items()})
     log.info("%s: GenEval rules %s", name, " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
@@ -153,11 +164,11 @@ def score(pipeline: UniImagePipeline, detector: Any, cfg: DictConfig, name: str,
 def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     """Everything after the world is there; returns the report."""
     out = Path(cfg.out)
-    detector = instantiate(cfg.judge)
+    benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
     pipeline = UniImagePipeline(instantiate(train_config(cfg, cfg.stages[0], output_dir()).model))
-    reading = reading_accuracy(detector, cfg.answers.file, pipeline)
-    before = evaluate(pipeline, detector, cfg.answers)
-    geneval = {"untrained": score(pipeline, detector, cfg, "untrained", run)}
+    reading = reading_accuracy(benchmarks.detector, benchmarks.answers, pipeline)
+    before = benchmarks.answers.score(pipeline.model)
+    geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}
     stages: list[dict[str, Any]] = []
     checkpoint = ""
     for stage in cfg.stages:
@@ -169,11 +180,11 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
         checkpoint = result.pop("checkpoint")
         stages.append(result)
         pipeline = open_model(checkpoint, "cpu", "float32")
-        geneval[stage] = score(pipeline, detector, cfg, stage, run)
-    edits = evaluate(pipeline, detector, cfg.edits, output_dir())
-    after = evaluate(pipeline, detector, cfg.answers)
+        geneval[stage] = score_geneval(pipeline, benchmarks, stage, run)
+    edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, output_dir())
+    after = benchmarks.answers.score(pipeline.model)
     pipeline.model.save_pretrained(out / "model")
-    contact_sheet(pipeline, cfg, after["answers"], out / "contact_sheet.png")
+    contact_sheet(pipeline, benchmarks, after.answers, cfg.seed, out / "contact_sheet.png")
     suites = suite_scores(cfg, out / "model")
     run.log_metrics({tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()})
     return {
@@ -183,10 +194,10 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
         "edit": edits["score"],
         "edit_happened": edits["happened"],
         "edit_kept": edits["kept"],
-        "edit_by_kind": edits["by_kind"],
-        "answer_accuracy": after["accuracy"],
-        "answer_accuracy_before": before["accuracy"],
-        "answers_identical": after["answers"] == before["answers"],
+        "edit_by_kind": {key.removeprefix(KIND): value for key, value in edits.items() if key.startswith(KIND)},
+        "answer_accuracy": after.accuracy,
+        "answer_accuracy_before": before.accuracy,
+        "answers_identical": after.answers == before.answers,
         "detector_accuracy": reading["ground_truth"],
         "detector_accuracy_reconstructed": reading["reconstructed"],
         "contact_sheet": str(out / "contact_sheet.png"),

@@ -9,13 +9,14 @@ from typing import Any
 
 import hydra
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from data_prep.shapes.build import build
 from experiments.sweeps.points import read_points, swept
 from experiments.sweeps.report import write_report
-from experiments.sweeps.score import SUITE_SCORES, score
+from experiments.sweeps.score import score
 from tbac.app import CONF, plain, user_errors
 from tbac.training.tracking import metric_history, parent_run
 
@@ -46,8 +47,10 @@ def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 @user_errors
 def main(cfg: DictConfig) -> None:
     choices = swept(cfg.name)
-    if unknown := set(cfg.suites) - {"edits", *SUITE_SCORES}:
-        raise ValueError(f"suites={sorted(unknown)} must be some of edits, {', '.join(SUITE_SCORES)}")
+    known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
+    unknown = sorted(set(cfg.suites) - set(known))
+    if unknown:
+        raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
     build_world(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)

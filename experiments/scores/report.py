@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any
 
 from experiments.reports import markdown
-from tbac.evaluation.benchmarks.base import Row, Summary, opened
+from tbac.evaluation.benchmarks.base import Row, Summary, open_picture
 from tbac.evaluation.benchmarks.published import PUBLISHED
 from tbac.sampling.grid import picture_grid
 
@@ -39,6 +39,27 @@ class Picture:
 Part = str | Table | Picture
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a report is about.
+
+    Attributes:
+        name: of the benchmark; published numbers are looked up by it.
+        title: of the report.
+        summary: scores, and how they were reached.
+        rows: every picture.
+        checkpoint: whose scores they are.
+        judge: who judged.
+    """
+
+    name: str
+    title: str
+    summary: Summary
+    rows: Sequence[Row]
+    checkpoint: str
+    judge: str
+
+
 def as_markdown(title: str, parts: Sequence[Part]) -> str:
     """The report for a text file."""
     lines = [f"# {title}"]
@@ -62,9 +83,11 @@ def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
     lines.append(f"<h1>{html.escape(title)}</h1>")
     for part in parts:
         if isinstance(part, Table):
-            head = "".join(f"<th>{html.escape(str(c))}</th>" for c in part.columns)
-            body = ("".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in part.rows)
-            lines.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>")
+            lines.append("<table>")
+            lines.append("".join(["<tr>", *(f"<th>{html.escape(str(cell))}</th>" for cell in part.columns), "</tr>"]))
+            for row in part.rows:
+                lines.append("".join(["<tr>", *(f"<td>{html.escape(str(cell))}</td>" for cell in row), "</tr>"]))
+            lines.append("</table>")
         elif isinstance(part, Picture):
             data = base64.b64encode((folder / part.file).read_bytes()).decode()
             lines.append(f'<h2>{html.escape(part.title)}</h2><img src="data:image/png;base64,{data}">')
@@ -85,9 +108,9 @@ def score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Tabl
     return Table(["", *scores], rows)
 
 
-def sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
+def draw_sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
     """Pictures with their prompts, and what is wrong with them."""
-    images = [opened(root / row.picture) for row in rows]
+    images = [open_picture(root / row.picture) for row in rows]
     captions = [shorten(row.prompt, PROMPT, placeholder=" …") for row in rows]
     for i, row in enumerate(rows):
         if row.reason and row.score != 1:
@@ -95,7 +118,7 @@ def sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
     picture_grid(images, columns=10, scale=max(1, WIDTH // images[0].width), captions=captions, wrap=15).save(file)
 
 
-def by_prompt(rows: Sequence[Row]) -> list[Row]:
+def sort_by_prompt(rows: Sequence[Row]) -> list[Row]:
     """Pictures that were scored, those of the best prompts first; the samples of a prompt stay together."""
     scored = [row for row in rows if row.state == "scored" and row.score is not None]
     prompts: dict[str, list[float]] = {}
@@ -104,10 +127,15 @@ def by_prompt(rows: Sequence[Row]) -> list[Row]:
     return sorted(scored, key=lambda row: -mean(prompts[f"{row.group}/{row.prompt}"]))
 
 
-def write_report(
-    name: str, title: str, summary: Summary, rows: Sequence[Row], root: Path, out: Path, checkpoint: str, judge: str
-) -> dict[str, Any]:
-    """Write `report.json`, `report.md`, `report.html` and the sheets; returns what the first one holds."""
+def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
+    """Write `report.json`, `report.md`, `report.html` and the sheets; returns what the first one holds.
+
+    Args:
+        findings: what is reported.
+        root: the tree of pictures.
+        out: folder of the report.
+    """
+    summary, rows = findings.summary, findings.rows
     missing = [row.picture for row in rows if row.state == "missing"]
     failed = {row.picture: row.reason for row in rows if row.state == "failed"}
     report = {
@@ -115,11 +143,12 @@ def write_report(
         "pictures": len(rows),
         "missing": missing,
         "failed": failed,
-        "protocol": f"{summary.protocol}; judge {judge}",
+        "protocol": f"{summary.protocol}; judge {findings.judge}",
         "comparable": summary.comparable,
         "differences": list(summary.differences),
     }
-    parts: list[Part] = [score_table(name, summary.scores, checkpoint), f"{report['protocol']}."]
+    # Scores come first, then everything that a reader must know before comparing them.
+    parts: list[Part] = [score_table(findings.name, summary.scores, findings.checkpoint), f"{report['protocol']}."]
     if summary.comparable:
         parts.append("Comparable with published numbers.")
     else:
@@ -129,16 +158,21 @@ def write_report(
         parts.append(f"{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
     if failed:
         parts.append(f"{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}")
-    ordered = by_prompt(rows)
-    most = min(SHOWN, -(-len(ordered) // 2))
-    shown = [("Of the best prompts", "best", ordered[:most]), ("Of the worst prompts", "worst", ordered[::-1][:most])]
-    if not ordered:
-        shown = [("Pictures", "pictures", [row for row in rows if row.state == "scored"][:SHOWN])]
-    for heading, file, chosen in shown:
-        if chosen:
-            sheet(chosen, root, out / f"{file}.png")
-            parts.append(Picture(heading, f"{file}.png"))
+    # Pictures follow on sheets, each beside the report.
+    for heading, file, chosen in choose_sheets(rows):
+        draw_sheet(chosen, root, out / f"{file}.png")
+        parts.append(Picture(heading, f"{file}.png"))
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "report.md").write_text(as_markdown(title, parts))
-    (out / "report.html").write_text(as_html(title, parts, out))
+    (out / "report.md").write_text(as_markdown(findings.title, parts))
+    (out / "report.html").write_text(as_html(findings.title, parts, out))
     return report
+
+
+def choose_sheets(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """Heading, file name and pictures of each sheet; those without scores, where there are none, have one."""
+    ordered = sort_by_prompt(rows)
+    most = min(SHOWN, -(-len(ordered) // 2))
+    sheets = [("Of the best prompts", "best", ordered[:most]), ("Of the worst prompts", "worst", ordered[::-1][:most])]
+    if not ordered:
+        sheets = [("Pictures", "pictures", [row for row in rows if row.state == "scored"][:SHOWN])]
+    return [sheet for sheet in sheets if sheet[2]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from tbac.app import CONF
@@ -75,7 +76,7 @@ def read_points(folder: Path, keys: list[str]) -> list[Point]:
     """The finished points under a sweep's folder."""
     points = []
     for file in sorted(folder.glob("*/report.json")):
-        overrides = [str(o) for o in OmegaConf.load(file.parent / ".hydra" / "overrides.yaml")]
+        overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text())
         given = {o.lstrip("+").partition("=")[0]: o.partition("=")[2] for o in overrides}
         choices = {key: given[key] for key in keys if key in given}
         if len(choices) == len(keys):

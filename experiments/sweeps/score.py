@@ -1,20 +1,21 @@
 """Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
-from experiments.evaluate import sampling_options, score_suite
+from experiments.scores.steps import score_checkpoint
 from experiments.sweeps.points import Point
 from tbac.app import open_model
-from tbac.evaluation.benchmarks.edits import run_edits
-from tbac.evaluation.benchmarks.geneval import read_geneval, run_geneval
+from tbac.data.datamodule import ShardDataModule
+from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.files import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
@@ -23,7 +24,11 @@ from tbac.training.module import latents_of
 from tbac.training.randomness import noise_of
 
 FILE = "scores.json"
-SUITE_SCORES = {"dpg": ("overall",), "tiif": ("overall, short", "overall, long", "text, short", "text, long")}
+SUITE_SCORES = {
+    "edits": ("score", "happened", "kept"),
+    "dpg": ("overall",),
+    "tiif": ("overall, short", "overall, long", "text, short", "text, long"),
+}
 
 
 def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
@@ -40,52 +45,60 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         if known.get("asked", []) == list(cfg.suites):
             return known
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
-    rows = read_geneval(cfg.geneval.file)
-    result = run_geneval(pipeline, rows, detector, sampling_options(cfg.geneval))
-    chosen = _first_of_each_tag(rows, cfg.prompts_per_tag)
+    scored = score_in_memory(pipeline, instantiate(cfg.geneval), detector)
+    chosen = choose_of_each_tag([row.group for row in scored.rows], cfg.prompts_per_tag)
     pictures = point.folder / "grid"
     pictures.mkdir(exist_ok=True)
     for i in chosen:
-        result["images"][i].save(pictures / f"{i:05d}.png")
+        scored.pictures[i].save(pictures / f"{i:05d}.png")
     model, plan = pipeline.model, pipeline.model.ladder.plan
     scores = {
-        "geneval": result["scores"],
-        "prompts": {f"{i:05d}": rows[i]["prompt"] for i in chosen},
+        "geneval": dict(scored.summary.scores),
+        "prompts": {f"{i:05d}": scored.rows[i].prompt for i in chosen},
         **losses(model, point.checkpoint),
         "layers": list(plan.layers),
         "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
         "asked": list(cfg.suites),
-        "suites": suites(point, cfg, pipeline, detector),
+        "suites": score_suites(point, cfg, pipeline, detector),
     }
     write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
 
 
-def suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
+def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
     """What the further suites say, each by its own name."""
     found: dict[str, float] = {}
     for name in cfg.suites:
         if name == "edits":
-            result = run_edits(pipeline, cfg.edits.file, detector, sampling_options(cfg.edits))
-            found |= {f"edits: {key}": result[key] for key in ("score", "happened", "kept")}
-            continue
-        report = score_suite(name, point.checkpoint, point.folder / name, cfg.tracking_uri)
-        found |= {f"{name}: {key}": report[key] for key in SUITE_SCORES[name] if key in report}
+            scores = score_in_memory(pipeline, instantiate(cfg.edits), detector).summary.scores
+        else:
+            scores = score_checkpoint(name, point.checkpoint, point.folder / name, cfg.tracking_uri).scores
+        # Of a benchmark that isn't listed above, the score that it names first.
+        wanted = SUITE_SCORES.get(name) or [next(iter(scores))]
+        found |= {f"{name}: {key}": scores[key] for key in wanted if key in scores}
     return found
 
 
-def _first_of_each_tag(rows: list[dict], count: int) -> list[int]:
-    tags: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        tags.setdefault(row["tag"], []).append(i)
-    return [i for found in tags.values() for i in found[:count]]
+def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:
+    """Numbers of the first rows of each tag."""
+    numbers: dict[str, list[int]] = {}
+    for number, tag in enumerate(tags):
+        numbers.setdefault(tag, []).append(number)
+    return [number for of_tag in numbers.values() for number in of_tag[:count]]
+
+
+def open_data(config: Mapping[str, Any]) -> ShardDataModule:
+    """The data that a checkpoint was trained on.
+
+    What a checkpoint says is data: its options are handed to our own class, whatever class it names.
+    """
+    return ShardDataModule(**{key: value for key, value in config["data"].items() if not key.startswith("_")})
 
 
 @torch.no_grad()
 def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     """Validation loss, as training computes it, and without each tap."""
-    config = OmegaConf.create(read_checkpoint(checkpoint)[FACTS]["config"])
-    data = instantiate(config.data)
+    data = open_data(read_checkpoint(checkpoint)[FACTS]["config"])
     data.bind(model.prompt)
     plan = model.ladder.plan
     blocks = {layer: [b for b, tap in enumerate(plan.assignment) if tap == i] for i, layer in enumerate(plan.layers)}

@@ -46,69 +46,7 @@ def sample_seed(seed: int, prompt: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:
-    """`{i:05d}/samples/{k:05d}.png`, as GenEval's `evaluate_images.py` reads them."""
-    return [
-        Target(f"{i:05d}/samples/{k:05d}.png", f"{i:05d}", row["prompt"], (k,))
-        for i, row in enumerate(rows)
-        for k in range(samples)
-    ]
-
-
-def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
-    """`{i:05d}/metadata.jsonl` with each prompt's row."""
-    for i, row in enumerate(rows):
-        folder = root / f"{i:05d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "metadata.jsonl", json.dumps(row).encode(), records_of(root))
-
-
-def dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
-    """`<stem>.png`, four samples in a grid, as DPG-Bench's scorer cuts them apart.
-
-    Args:
-        prompts: stem of the prompt's file -> prompt.
-    """
-    return [Target(f"{stem}.png", stem, prompt, (0, 1, 2, 3)) for stem, prompt in prompts.items()]
-
-
-def edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
-    """`<key>.png`, as ImgEdit's scorer reads them.
-
-    Args:
-        edits: key -> instruction and source picture.
-    """
-    return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
-
-
-def read_prompt_folder(path: str | Path) -> dict[str, str]:
-    """Name -> prompt: the lines of a text file, by their numbers, or the text files of a folder, by their stems.
-
-    Raises:
-        ValueError: when there is nothing, or no text in it.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
-    elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts = {f"{i:05d}": line for i, line in enumerate(line for line in lines if line)}
-    else:
-        raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")
-    if empty := [name for name, text in prompts.items() if not text]:
-        raise ValueError(f"benchmark.file={path}: {empty[0]}.txt is empty; it must hold a prompt")
-    if not prompts:
-        raise ValueError(f"benchmark.file={path} holds no prompt")
-    return prompts
-
-
-def folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
-    """`<name>.png`, or `<name>_<k>.png` with several samples."""
-    names = [(name, f"{name}_{k}.png" if samples > 1 else f"{name}.png", k) for name in prompts for k in range(samples)]
-    return [Target(path, name, prompts[name], (k,)) for name, path, k in names]
-
-
-def readable(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
     """Whether a picture file decodes to its end."""
     try:
         with Image.open(path) as image:
@@ -118,7 +56,7 @@ def readable(path: Path) -> bool:
     return True
 
 
-def grid_of(pictures: Sequence[Image.Image]) -> Image.Image:
+def join_grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """One picture as it is; four as rows of two."""
     if len(pictures) == 1:
         return pictures[0]
@@ -163,7 +101,7 @@ class Tree:
             TreeError: when another one is, and `overwrite` is off.
         """
         path, record = self.root / target.path, self._record(target)
-        if not path.is_file() or not readable(path):
+        if not path.is_file() or not is_readable(path):
             return False
         known = json.loads(record.read_text()) if record.is_file() else None
         expected = self._expected(target)
@@ -183,7 +121,7 @@ class Tree:
             file.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         made = io.BytesIO()
-        grid_of(pictures).save(made, format="PNG")
+        join_grid(pictures).save(made, format="PNG")
         write_whole(path, made.getvalue(), self.records)
         write_whole(record, json.dumps(self._expected(target)).encode())
 

@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tbac.evaluation.benchmarks.base import edit_targets
+from tbac.evaluation.benchmarks.dpg import dpg_targets
+from tbac.evaluation.benchmarks.geneval import geneval_targets, write_geneval_metadata
 from tbac.evaluation.picture_tree import (
     Target,
     Tree,
     TreeError,
-    dpg_targets,
-    edit_targets,
     generate,
-    geneval_targets,
-    grid_of,
+    is_readable,
+    join_grid,
     pending,
-    readable,
     sample_seed,
-    write_geneval_metadata,
 )
 
 ROWS = [{"tag": "single_object", "prompt": f"a photo of {i} cats", "include": []} for i in range(7)]
@@ -97,7 +96,7 @@ def test_a_corrupt_picture_is_made_anew(tmp_path: Path) -> None:
     make(tmp_path / "tree", targets)
     before, broken = content(tmp_path / "tree"), tmp_path / "tree" / targets[3].path
     broken.write_bytes(broken.read_bytes()[:60])
-    assert not readable(broken)
+    assert not is_readable(broken)
     assert missing(Tree(tmp_path / "tree", SETTINGS), targets) == [targets[3]]
     make(tmp_path / "tree", targets)
     assert content(tmp_path / "tree") == before
@@ -131,7 +130,7 @@ def test_another_source_picture_is_noticed(tmp_path: Path) -> None:
 
 def test_a_grid_is_read_row_by_row() -> None:
     colors = ["red", "lime", "blue", "white"]
-    whole = grid_of([Image.new("RGB", (3, 2), c) for c in colors])
+    whole = join_grid([Image.new("RGB", (3, 2), c) for c in colors])
     assert whole.size == (6, 4)
     corners = [whole.getpixel(place) for place in ((0, 0), (5, 0), (0, 3), (5, 3))]
     assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]

@@ -110,6 +110,9 @@ def test_every_benchmark_composes(name: str, in_world: Path) -> None:
     config = composed("evaluate", "checkpoint=x", f"benchmark={name}")
     if not OmegaConf.is_missing(config.benchmark, "file"):
         assert Path(config.benchmark.file).exists()
+        assert instantiate(config.benchmark).name == name
+    else:
+        inspect.signature(get_object(config.benchmark._target_)).bind(**{k: 0 for k in config.benchmark if k[0] != "_"})
     assert config.benchmark.name == name
     assert instantiate(config.judge) is not None
 

@@ -212,8 +212,8 @@ def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest
         (["benchmark=folder", "benchmark.file=absent"], "benchmark.file=absent is neither a text file"),
         (["benchmark=imgedit"], "benchmark.file"),
         (["benchmark=dpg", "judge=endpoint", "steps=[score]"], "judge=endpoint needs OPENAI_BASE_URL"),
-        (["judge=local", "judge.mllm=absent", "steps=[score]"], "judge.mllm=absent: no such folder"),
-        (["benchmark.name=other"], "benchmark.name must be one of geneval, dpg, tiif"),
+        (["judge=qwen", "judge.mllm=absent", "steps=[score]"], "judge.mllm=absent: no such folder"),
+        (["benchmark=other"], "Could not find 'benchmark/other'"),
     ],
 )
 def test_bad_benchmarks_are_named(

@@ -24,6 +24,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.answers: list[Any] = []
         self.requests: list[dict] = []
+        self.headers: dict[str, str] = {}
         self.gone = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -44,6 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
@@ -58,8 +61,8 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("tbac.evaluation.judges.endpoint.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("tbac.evaluation.judges.endpoint.LONGEST_WAIT", 0.02)
     yield server
     server.gone.set()
     server.shutdown()

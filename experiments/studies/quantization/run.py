@@ -14,11 +14,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.evaluate import evaluate
 from experiments.reports import markdown
 from experiments.speed.measure import MIB
 from tbac.app import CONF, open_model, user_errors
-from tbac.evaluation.benchmarks.geneval import read_geneval
+from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.models import UniImage
 
 log = logging.getLogger(__name__)
@@ -52,22 +51,22 @@ def layer_bytes(model: UniImage) -> int:
 
 def study(cfg: DictConfig) -> list[dict[str, Any]]:
     """One row per option."""
-    prompts = [row["prompt"] for row in read_geneval(cfg.geneval.file)]
+    geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
+    prompts = [row["prompt"] for row in geneval.prompts]
     detector, rows, plain = instantiate(cfg.judge), [], None
     for name, (dtype, quantization) in OPTIONS.items():
         pipeline = open_model(cfg.checkpoint, cfg.device, dtype, quantization)
         held = layer_bytes(pipeline.model)
         taps = taps_of(pipeline.model, prompts)
         plain = taps if plain is None else plain
-        scores = evaluate(pipeline, detector, cfg.geneval)
-        answers = evaluate(pipeline, detector, cfg.answers)
+        scores = score_in_memory(pipeline, geneval, detector).summary.scores
         rows.append(
             {
                 "MLLM layers": name,
                 "MiB": round(held / MIB, 2),
                 "cosine of taps": torch.nn.functional.cosine_similarity(taps, plain, dim=-1).mean().item(),
                 "GenEval rules": scores["overall"],
-                "answers": answers["accuracy"],
+                "answers": answers.score(pipeline.model).accuracy,
             }
         )
         log.info("%s", rows[-1])

@@ -1,22 +1,23 @@
-"""What every benchmark shares: reading its files with clear errors, what scoring finds out about each picture, and what
-a benchmark makes of all of it.
+"""What every benchmark shares.
+
+A benchmark is a dataclass. Its fields are the options that its YAML in `conf/benchmark/` may set, and it reads its
+files when it is made, so that a wrong file is named before a model is loaded. A YAML names the class by `_target_`; to
+add a benchmark, derive from `PictureBenchmark` and write such a YAML.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
-import torch
-from omegaconf import DictConfig
 from PIL import Image
 
-from tbac.evaluation.picture_tree import Target, readable, sample_seed
+from tbac.evaluation.judges.base import JudgeError
+from tbac.evaluation.picture_tree import Target
 
-YES_OR_NO = "{question} Answer with yes or no."
-LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
-{questions}"""
+Needs = Literal["detector", "questions", "nothing"]
 
 
 class BenchmarkFileError(ValueError):
@@ -49,6 +50,7 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BenchmarkFileError(f"{path}:{number} is not JSON ({error})") from None
+        # The fields that every row needs come first, so that `check` may rely on them.
         if not isinstance(row, dict):
             raise BenchmarkFileError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
         for name, kind in required.items():
@@ -63,28 +65,23 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How a benchmark's pictures are made."""
+class PictureVerdict:
+    """What a judge's reply, or a detector's scan, says about one picture.
 
-    num_inference_steps: int = 30
-    guidance_scale: float = 3.0
-    image_guidance_scale: float = 1.5
-    batch_size: int = 32
-    seed: int = 42
+    Attributes:
+        score: in [0, 1]; None where the benchmark has no score.
+        reason: what is wrong.
+        details: what the benchmark's averages need besides.
+    """
 
-
-def chunks(rows: Sequence[Any], size: int) -> Iterable[tuple[int, Sequence[Any]]]:
-    return ((start, rows[start : start + size]) for start in range(0, len(rows), size))
-
-
-def seeded(options: SamplingOptions, prompts: Sequence[str]) -> list[torch.Generator]:
-    """One generator per picture, so that a picture doesn't depend on its batch."""
-    return [torch.Generator().manual_seed(sample_seed(options.seed, prompt, 0)) for prompt in prompts]
+    score: float | None
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture.
+    """One picture of a benchmark, and what scoring found out about it.
 
     Attributes:
         picture: its path in the tree.
@@ -105,21 +102,14 @@ class Row:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def missing(target: Target, group: str, root: Path) -> Row | None:
-    """The row of a picture that isn't there or doesn't decode; None for one that does."""
-    if readable(root / target.path):
-        return None
-    return Row(target.path, group, target.prompt, "missing", None, "the picture is missing")
-
-
 @dataclass(frozen=True)
 class Summary:
     """What a benchmark reports.
 
     Attributes:
-        scores: name -> value; `overall` first.
+        scores: name -> value; the most important one first.
         protocol: how they were reached.
-        comparable: whether published numbers were reached the same way; "" then, else why not.
+        differences: why published numbers were reached in another way; empty where they were reached in this one.
         notes: further sentences.
     """
 
@@ -134,64 +124,138 @@ class Summary:
         return not self.differences
 
 
-class Benchmark(Protocol):
-    """A benchmark: which pictures it wants, how they are judged, and what its scores are.
+@dataclass(kw_only=True, eq=False)
+class PictureBenchmark(ABC):
+    """A benchmark of pictures: which ones it wants, how one is judged, and what the scores of all are.
 
     Attributes:
-        title: what it is called.
-        judged: whether it has scores at all.
+        name: of its folder of pictures and of its scores in MLflow.
+        title: what a report calls it.
+        num_inference_steps: of the solver.
+        guidance_scale: of the text.
+        image_guidance_scale: of the input pictures; for benchmarks of edits alone.
+        seed: base of every sample's seed.
+        batch_size: pictures that are drawn together where they are drawn in memory.
+        needs: what judges its pictures: a `detector`, a judge that answers `questions`, or `nothing`.
+
+    Raises:
+        ValueError: for an option that can't be used; for a file of the wrong form.
     """
 
-    title: str
-    judged: bool
+    needs: ClassVar[Needs]
 
-    def __init__(self, cfg: DictConfig, samples: int) -> None:
-        """Read the files that the benchmark's config names; `samples` of each prompt where their number is free."""
-        ...
+    name: str
+    title: str = ""
+    num_inference_steps: int = 30
+    guidance_scale: float = 4.5
+    image_guidance_scale: float | None = None
+    seed: int = 42
+    batch_size: int = 32
 
-    def targets(self) -> list[Target]:
+    def __post_init__(self) -> None:
+        for option in ("num_inference_steps", "batch_size"):
+            value = getattr(self, option)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"benchmark.{option} must be a whole number of at least 1, got {value!r}")
+        self.title = self.title or self.name
+        self.read_files()
+
+    @abstractmethod
+    def read_files(self) -> None:
+        """Read the files that the options name, into attributes of one's own."""
+
+    @abstractmethod
+    def list_targets(self) -> list[Target]:
         """Every picture."""
-        ...
+
+    def group_of(self, target: Target) -> str:
+        """Tag, type, kind or category that a picture counts for."""
+        return ""
+
+    @abstractmethod
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """The verdict on one picture.
+
+        Raises:
+            JudgeError: when the judge gives no usable reply.
+        """
+
+    @abstractmethod
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        """Scores of all rows."""
 
     def write_beside(self, root: Path) -> None:
-        """Files of the tree besides pictures."""
-        ...
+        """Write the files of the tree besides pictures, for benchmarks whose own scorer reads any."""
+        return
 
     def check_judge(self, judge: Any) -> None:
         """Raise ValueError where the judge is of the wrong kind, or something that judging needs isn't given."""
-        ...
+        if self.needs == "detector" and not callable(judge):
+            raise ValueError(
+                f"{self.title} needs a detector, judge=template or judge=mask2former; got {type(judge).__name__}"
+            )
+        if self.needs == "questions" and not hasattr(judge, "ask"):
+            raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
 
-    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
-        """Judge every picture of a tree."""
-        ...
+    def sampling_options(self) -> dict[str, Any]:
+        """How the pipeline draws its pictures; the seed and what is drawn together apart."""
+        options = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        if self.image_guidance_scale is not None:
+            options["image_guidance_scale"] = self.image_guidance_scale
+        return options
 
-    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Scores of all rows."""
-        ...
+    def judge_pictures(self, find_picture: Callable[[Target], Image.Image | None], judge: Any) -> Iterator[Row]:
+        """Judge every picture.
+
+        Args:
+            find_picture: a target -> its picture, or None where there is none.
+            judge: see `needs`.
+        """
+        for target in self.list_targets():
+            picture, group = find_picture(target), self.group_of(target)
+            if picture is None:
+                yield Row(target.path, group, target.prompt, "missing", None, "the picture is missing")
+                continue
+            try:
+                verdict = self.judge_picture(target, picture, judge)
+            except JudgeError as error:
+                yield Row(target.path, group, target.prompt, "failed", None, str(error))
+                continue
+            yield Row(target.path, group, target.prompt, "scored", verdict.score, verdict.reason, dict(verdict.details))
 
 
-def opened(path: Path) -> Image.Image:
-    """A picture of a tree, decoded."""
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, decoded."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def count_difference(found: int, published: int, what: str) -> list[str]:
-    """Why a number of items isn't that of the published benchmark."""
+def find_in_tree(root: Path) -> Callable[[Target], Image.Image | None]:
+    """What finds pictures in a tree: a target -> its picture; None when it isn't there or doesn't decode."""
+
+    def find(target: Target) -> Image.Image | None:
+        try:
+            return open_picture(root / target.path)
+        except (OSError, SyntaxError, ValueError):
+            return None
+
+    return find
+
+
+def edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
+    """`<key>.png`, as ImgEdit's scorer reads them.
+
+    Args:
+        edits: key -> instruction and source picture.
+    """
+    return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
+
+
+def list_count_difference(found: int, published: int, what: str) -> list[str]:
+    """Why a number of items isn't that of the published benchmark: one sentence or none."""
     return [] if found == published else [f"{found} {what} instead of {published}"]
 
 
-class NothingBeside:
-    def write_beside(self, root: Path) -> None:
-        """Nothing but pictures belongs to the tree."""
-
-
-class Asked(NothingBeside):
-    """A benchmark whose pictures are judged by questions."""
-
-    judged = True
-
-    def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that can't be asked."""
-        if not hasattr(judge, "ask"):
-            raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
+def list_judge_difference(judge_name: str, word: str, published: str) -> list[str]:
+    """Why the judge isn't that of published numbers, whose name holds `word`: one sentence or none."""
+    return [] if word in judge_name.lower() else [f"judged by {judge_name} instead of {published}"]

@@ -1,20 +1,29 @@
-"""DPG-Bench: questions that depend on one another, and how their answers become a score."""
+"""DPG-Bench: dense prompts, questions that depend on one another, and how their answers become a score."""
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from omegaconf import DictConfig
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import YES_OR_NO, Asked, Row, Summary, count_difference, missing, opened
+from tbac.evaluation.benchmarks.base import (
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
+    Row,
+    Summary,
+    list_count_difference,
+    list_judge_difference,
+)
+from tbac.evaluation.benchmarks.folder import read_prompt_folder
 from tbac.evaluation.judges.base import JudgeError, yes_or_no
-from tbac.evaluation.picture_tree import Target, dpg_targets, read_prompt_folder
+from tbac.evaluation.picture_tree import Target
 
+YES_OR_NO = "{question} Answer with yes or no."
 Mode = Literal["official", "fixed"]
 
 
@@ -173,25 +182,38 @@ def dense_score(
     return DenseScore(100 * sum(scores) / len(scores), categories, len(scores), dropped, missing, mode)
 
 
-class DPG(Asked):
-    """1,065 dense prompts with dependent yes/no questions; four samples each in a grid."""
+@dataclass(kw_only=True, eq=False)
+class DPG(PictureBenchmark):
+    """1,065 dense prompts with dependent yes/no questions; four samples each in a grid.
 
-    title = "DPG-Bench"
+    Attributes:
+        file: folder of prompts, or a text file of them.
+        questions: DPG-Bench's `dpg_bench.csv`; None where pictures are only made.
+        mode: whose rules give `overall`: `official` keeps the quirks of the official scorer, `fixed` doesn't.
+    """
 
-    def __init__(self, cfg: DictConfig, samples: int) -> None:
-        self.file, self.mode = str(cfg.file), cfg.mode
+    needs: ClassVar[Needs] = "questions"
+
+    file: str
+    questions: str | None = None
+    mode: Mode = "fixed"
+    title: str = "DPG-Bench"
+    questions_by_mode: dict[Mode, dict[str, list[Question]]] = field(init=False, default_factory=dict)
+
+    def read_files(self) -> None:
+        """Read the prompts, and the questions by the rules of both modes."""
         if self.mode not in ("official", "fixed"):
             raise ValueError(f"benchmark.mode must be official or fixed, got {self.mode!r}")
         self.prompts = read_prompt_folder(self.file)
-        self.questions_file = cfg.questions
-        self.questions: dict[Mode, dict[str, list[Question]]] = {}
-        if cfg.questions:
-            self.questions = {"official": read_dpg_questions(cfg.questions, "official")}
-            self.questions["fixed"] = read_dpg_questions(cfg.questions, "fixed")
-            if absent := sorted(set(self.prompts) - set(self.questions["fixed"])):
-                raise ValueError(f"{cfg.questions} has no question about {len(absent)} prompts, such as {absent[0]}")
+        if not self.questions:
+            return
+        self.questions_by_mode["official"] = read_dpg_questions(self.questions, "official")
+        self.questions_by_mode["fixed"] = read_dpg_questions(self.questions, "fixed")
+        absent = sorted(set(self.prompts) - set(self.questions_by_mode["fixed"]))
+        if absent:
+            raise ValueError(f"{self.questions} has no question about {len(absent)} prompts, such as {absent[0]}")
 
-    def targets(self) -> list[Target]:
+    def list_targets(self) -> list[Target]:
         """`<stem>.png`."""
         return dpg_targets(self.prompts)
 
@@ -201,57 +223,46 @@ class DPG(Asked):
         if not self.questions:
             raise ValueError("benchmark.questions is needed for scoring: DPG-Bench's dpg_bench.csv")
 
-    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
-        """Every question about every quarter of every grid."""
-        for target in self.targets():
-            if absent := missing(target, "", root):
-                yield absent
-                continue
-            questions = self.questions["fixed"][target.item]
-            answers: list[dict[str, bool]] = []
-            failed = ""
-            for quarter in quarters(opened(root / target.path)):
-                own: dict[str, bool] = {}
-                for question in questions:
-                    try:
-                        reply = judge.ask(YES_OR_NO.format(question=question.text), [quarter])
-                    except JudgeError as error:
-                        failed = f"{question.text} {error}"
-                        continue
-                    answer = yes_or_no(reply)
-                    if answer is None:
-                        failed = f"{question.text} {reply}"
-                    else:
-                        own[str(question.number)] = answer
-                answers.append(own)
-            details = {"answers": answers}
-            if failed:
-                yield Row(target.path, "", target.prompt, "failed", None, failed, details)
-                continue
-            wrong = [q.text for q in questions if not all(own[str(q.number)] for own in answers)]
-            share = mean(mean(own.values()) for own in answers)
-            yield Row(target.path, "", target.prompt, "scored", share, f"not in all: {', '.join(wrong)}", details)
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """Ask every question about every quarter of the grid.
 
-    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        A question without a usable reply fails the picture, but the others are still asked, so that a judge whose
+        replies are kept has them when scoring goes on.
+        """
+        questions = self.questions_by_mode["fixed"][target.item]
+        answers: list[dict[str, bool]] = []
+        failure = ""
+        for quarter in cut_quarters(picture):
+            of_quarter: dict[str, bool] = {}
+            for question in questions:
+                try:
+                    reply = judge.ask(YES_OR_NO.format(question=question.text), [quarter])
+                except JudgeError as error:
+                    failure = f"{question.text} {error}"
+                    continue
+                answer = yes_or_no(reply)
+                if answer is None:
+                    failure = f"{question.text} {reply}"
+                else:
+                    of_quarter[str(question.number)] = answer
+            answers.append(of_quarter)
+        if failure:
+            raise JudgeError(failure)
+        wrong = [q.text for q in questions if not all(of_quarter[str(q.number)] for of_quarter in answers)]
+        share = mean(mean(of_quarter.values()) for of_quarter in answers)
+        return PictureVerdict(float(share), f"not in all: {', '.join(wrong)}", {"answers": answers})
+
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Scores of both modes; `overall` is that of `benchmark.mode`."""
-        stems = {target.path: target.item for target in self.targets()}
-        answers = {
-            stems[row.picture]: [{int(k): v for k, v in own.items()} for own in row.details["answers"]]
-            for row in rows
-            if row.state == "scored"
-        }
+        stems = {target.path: target.item for target in self.list_targets()}
         failed = {stems[row.picture] for row in rows if row.state == "failed"}
+        answers = {stems[row.picture]: read_answers(row) for row in rows if row.state == "scored"}
         scores: dict[str, float] = {}
         notes: list[str] = []
+        # The asked mode comes first, so that its `overall` leads the report; the other one stands beside it.
         for mode in (self.mode, "fixed" if self.mode == "official" else "official"):
-            own = {k: v for k, v in self.questions[mode].items() if k in self.prompts and k not in failed}
-            asked = {
-                item: [{q.number: picture[q.number] for q in own[item]} for picture in pictures]
-                for item, pictures in answers.items()
-                if item in own
-            }
             try:
-                result = dense_score(asked, own, mode)
+                result = self._score_by_rules_of(mode, answers, failed)
             except ValueError as error:
                 notes.append(f"No score by the {mode} rules: {error}")
                 continue
@@ -265,15 +276,45 @@ class DPG(Asked):
             raise ValueError(" ".join(notes))
         if failed:
             notes.append(f"{len(failed)} prompts without usable replies are in no mean.")
-        differences = count_difference(len(self.prompts), 1065, "prompts")
-        if "mplug" not in judge_name.lower():
-            differences.append(f"judged by {judge_name} instead of mPLUG-large")
+        # What differs from how published numbers were reached.
+        differences = list_count_difference(len(self.prompts), 1065, "prompts")
+        differences += list_judge_difference(judge_name, "mplug", "mPLUG-large")
         if self.mode == "fixed":
             differences.append("scored by the fixed rules; benchmark.mode=official keeps the official scorer's quirks")
         return Summary(scores, f"{len(self.prompts)} prompts of {self.file}, {self.mode} rules", differences, notes)
 
+    def _score_by_rules_of(
+        self, mode: Mode, answers: Mapping[str, Sequence[Mapping[int, bool]]], failed: set[str]
+    ) -> DenseScore:
+        """The score of the prompts that have usable replies, by the questions that this mode knows."""
+        known = self.questions_by_mode[mode]
+        questions = {item: known[item] for item in known if item in self.prompts and item not in failed}
+        asked: dict[str, list[dict[int, bool]]] = {}
+        for item, pictures in answers.items():
+            if item in questions:
+                numbers = [question.number for question in questions[item]]
+                asked[item] = [{number: picture[number] for number in numbers} for picture in pictures]
+        return dense_score(asked, questions, mode)
 
-def quarters(grid: Image.Image) -> list[Image.Image]:
+
+def read_answers(row: Row) -> list[dict[int, bool]]:
+    """The answers about each quarter of a scored picture: number of a question -> whether it was "yes"."""
+    pictures = []
+    for answers in row.details["answers"]:
+        pictures.append({int(number): answer for number, answer in answers.items()})
+    return pictures
+
+
+def dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
+    """`<stem>.png`, four samples in a grid, as DPG-Bench's scorer cuts them apart.
+
+    Args:
+        prompts: stem of the prompt's file -> prompt.
+    """
+    return [Target(f"{stem}.png", stem, prompt, (0, 1, 2, 3)) for stem, prompt in prompts.items()]
+
+
+def cut_quarters(grid: Image.Image) -> list[Image.Image]:
     """The four pictures of a grid, row by row."""
     width, height = grid.width // 2, grid.height // 2
     places = [(x, y) for y in (0, height) for x in (0, width)]

@@ -1,17 +1,28 @@
-"""ImgEdit: from a judge's replies to scores by kind of edit."""
+"""ImgEdit: edits of nine kinds, and from a judge's replies to scores by kind."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig
+from PIL import Image
 
-from tbac.evaluation.benchmarks.base import Asked, BenchmarkFileError, Row, Summary, count_difference, missing, opened
+from tbac.evaluation.benchmarks.base import (
+    BenchmarkFileError,
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
+    Row,
+    Summary,
+    edit_targets,
+    list_count_difference,
+    list_judge_difference,
+    open_picture,
+)
 from tbac.evaluation.judges.base import JudgeError
-from tbac.evaluation.picture_tree import Target, edit_targets
+from tbac.evaluation.picture_tree import Target
 
 PLACEHOLDER = "<edit_prompt>"  # in the judge's prompts: where the instruction stands
 NUM_KINDS = 9  # of the published macro mean
@@ -140,20 +151,37 @@ def _read_object(path: str | Path) -> dict:
     return rows
 
 
-class ImgEdit(Asked):
-    """737 edits of nine kinds, rated by a judge from 1 to 5."""
+@dataclass(kw_only=True, eq=False)
+class ImgEdit(PictureBenchmark):
+    """737 edits of nine kinds, rated by a judge from 1 to 5.
 
-    title = "ImgEdit"
+    Attributes:
+        file: ImgEdit's `basic_edit.json`.
+        images: folder that its `id` is relative to.
+        questions: its `prompts.json`; None where pictures are only made.
+    """
 
-    def __init__(self, cfg: DictConfig, samples: int) -> None:
-        self.file = str(cfg.file)
-        self.edits = read_imgedit(cfg.file, cfg.images)
+    needs: ClassVar[Needs] = "questions"
+
+    file: str
+    images: str
+    questions: str | None = None
+    image_guidance_scale: float | None = 1.5
+    title: str = "ImgEdit"
+
+    def read_files(self) -> None:
+        """Read the edits, and what the judge is told about each kind."""
+        self.edits = read_imgedit(self.file, self.images)
         kinds = {edit.kind for edit in self.edits.values()}
-        self.judge_prompts = read_judge_prompts(cfg.questions, kinds) if cfg.questions else {}
+        self.judge_prompts = read_judge_prompts(self.questions, kinds) if self.questions else {}
 
-    def targets(self) -> list[Target]:
+    def list_targets(self) -> list[Target]:
         """`<key>.png`."""
         return edit_targets({key: (edit.instruction, edit.image) for key, edit in self.edits.items()})
+
+    def group_of(self, target: Target) -> str:
+        """The kind of edit."""
+        return self.edits[target.item].kind
 
     def check_judge(self, judge: Any) -> None:
         """Raise ValueError for a judge that can't be asked, or without its prompts."""
@@ -161,35 +189,25 @@ class ImgEdit(Asked):
         if not self.judge_prompts:
             raise ValueError("benchmark.questions is needed for scoring: ImgEdit's prompts.json")
 
-    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """The judge sees the source and the edited picture."""
-        for target in self.targets():
-            edit = self.edits[target.item]
-            if absent := missing(target, edit.kind, root):
-                yield absent
-                continue
-            text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
-            try:
-                reply = judge.ask(text, [opened(edit.image), opened(root / target.path)])
-            except JudgeError as error:
-                yield Row(target.path, edit.kind, edit.instruction, "failed", None, str(error))
-                continue
-            score = reply_score(reply)
-            if score is None:
-                yield Row(target.path, edit.kind, edit.instruction, "failed", None, f"no rating in: {reply}")
-            else:
-                yield Row(target.path, edit.kind, edit.instruction, "scored", score / 5, reply, {"reply": reply})
+        edit = self.edits[target.item]
+        text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
+        reply = judge.ask(text, [open_picture(edit.image), picture])
+        score = reply_score(reply)
+        if score is None:
+            raise JudgeError(f"no rating in: {reply}")
+        return PictureVerdict(score / 5, reply, {"reply": reply})
 
-    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Macro and micro mean and kinds; edits without a rating are in no mean, as in the official scorer."""
-        items = {target.path: target.item for target in self.targets()}
+        items = {target.path: target.item for target in self.list_targets()}
         replies = {items[row.picture]: row.details.get("reply") for row in rows}
         result = edit_scores(replies, {key: edit.kind for key, edit in self.edits.items()})
-        differences = count_difference(len(self.edits), 737, "edits")
-        differences += count_difference(len(result.by_kind), 9, "kinds")
+        differences = list_count_difference(len(self.edits), 737, "edits")
+        differences += list_count_difference(len(result.by_kind), NUM_KINDS, "kinds")
         if result.unscored:
             differences.append(f"{len(result.unscored)} edits without a rating, which are in no mean")
-        if "gpt-4" not in judge_name.lower():
-            differences.append(f"judged by {judge_name} instead of GPT-4o")
+        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
         scores = {"overall": result.macro, "mean over edits": result.micro, **result.by_kind}
         return Summary(scores, f"{len(self.edits)} edits of {self.file}", differences)

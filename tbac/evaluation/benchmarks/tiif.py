@@ -1,28 +1,30 @@
 """TIIF-Bench: pairs of a short and a long prompt, yes/no questions, and its averages."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig
+from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
-    LINES,
-    Asked,
     BenchmarkFileError,
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
     Row,
     Summary,
-    count_difference,
-    missing,
-    opened,
+    list_count_difference,
+    list_judge_difference,
     read_rows,
 )
 from tbac.evaluation.judges.base import JudgeError, yes_or_no_lines
 from tbac.evaluation.picture_tree import Target
 
+LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
+{questions}"""
 LENGTHS = ("short", "long")
 REASONINGS = ("numeracy", "comparison", "differentiation", "negation")
 
@@ -151,76 +153,82 @@ def tiif_averages(by_type: Mapping[str, float]) -> dict[str, float]:
     return {"overall": mean(subs.values()), **levels, **subs}
 
 
-class TIIF(Asked):
-    """Pairs of a short and a long prompt with yes/no questions."""
+@dataclass(kw_only=True, eq=False)
+class TIIF(PictureBenchmark):
+    """Pairs of a short and a long prompt with yes/no questions.
 
-    title = "TIIF-Bench"
+    Attributes:
+        file: folder of test prompts.
+        questions: folder of eval prompts; None where pictures are only made.
+        model_name: folder of the pictures within each type.
+        published: pairs that published numbers are of.
+    """
 
-    def __init__(self, cfg: DictConfig, samples: int) -> None:
-        self.file, self.model_name, self.published = str(cfg.file), str(cfg.model_name), int(cfg.published)
-        if cfg.name == "tiif_mini":
-            self.title = "TIIF-Bench testmini"
-        self.pairs = read_pairs(self.file, cfg.questions)
-        self.asked = bool(cfg.questions)
+    needs: ClassVar[Needs] = "questions"
 
-    def targets(self) -> list[Target]:
+    file: str
+    questions: str | None = None
+    model_name: str = "tbac"
+    published: int = 2538
+    title: str = "TIIF-Bench"
+
+    def read_files(self) -> None:
+        """Read the pairs; each picture belongs to one of them."""
+        self.pairs = read_pairs(self.file, self.questions)
+        self.pair_of: dict[str, Pair] = {}
+        for pair in self.pairs:
+            for length in LENGTHS:
+                self.pair_of[picture_path(pair, length, self.model_name)] = pair
+
+    def list_targets(self) -> list[Target]:
         """`<type>/<model>/{short,long}_description/<row>.png`."""
         return tiif_targets(self.pairs, self.model_name)
+
+    def group_of(self, target: Target) -> str:
+        """The type of its pair."""
+        return self.pair_of[target.path].kind
 
     def check_judge(self, judge: Any) -> None:
         """Raise ValueError for a judge that can't be asked, or without questions."""
         super().check_judge(judge)
-        if not self.asked:
+        if not self.questions:
             raise ValueError("benchmark.questions is needed for scoring: TIIF-Bench's folder of eval prompts")
 
-    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
-        """All questions about each picture at once, as TIIF-Bench asks them."""
-        targets = {target.path: target for target in self.targets()}
-        for pair in self.pairs:
-            for length in LENGTHS:
-                yield self._row(root, judge, pair, targets[picture_path(pair, length, self.model_name)], length)
-
-    def _row(self, root: Path, judge: Any, pair: Pair, target: Target, length: str) -> Row:
-        if absent := missing(target, pair.kind, root):
-            return absent
-        details = {"length": length}
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """Ask all questions about a picture at once, as TIIF-Bench asks them."""
+        pair = self.pair_of[target.path]
         texts = "\n".join(text.strip() for text in pair.questions)
-        try:
-            reply = judge.ask(LINES.format(questions=texts), [opened(root / target.path)])
-        except JudgeError as error:
-            return Row(target.path, pair.kind, target.prompt, "failed", None, str(error), details)
+        reply = judge.ask(LINES.format(questions=texts), [picture])
         answers = yes_or_no_lines(reply, len(pair.questions))
         if answers is None:
-            reason = f"{len(pair.questions)} questions were answered with: {reply}"
-            return Row(target.path, pair.kind, target.prompt, "failed", None, reason, details)
+            raise JudgeError(f"{len(pair.questions)} questions were answered with: {reply}")
         right = [a == b for a, b in zip(answers, pair.answers, strict=True)]
         wrong = ", ".join(q for q, ok in zip(pair.questions, right, strict=True) if not ok)
-        details |= {"right": sum(right), "asked": len(right)}  # type: ignore[dict-item]
-        return Row(target.path, pair.kind, target.prompt, "scored", mean(right), wrong, details)
+        return PictureVerdict(float(mean(right)), wrong, {"right": sum(right), "asked": len(right)})
 
-    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Averages of both lengths; a missing picture answers nothing right, a failed one isn't counted."""
         scores: dict[str, float] = {}
-        counts = {(pair.kind, pair.row): len(pair.questions) for pair in self.pairs}
         for length in LENGTHS:
+            # Right answers out of all that were asked, by type.
             right: dict[str, int] = defaultdict(int)
             asked: dict[str, int] = defaultdict(int)
             for row in rows:
-                kind, _, described, name = row.picture.split("/")
-                if described != f"{length}_description" or row.state == "failed":
+                pair = self.pair_of[row.picture]
+                if row.picture != picture_path(pair, length, self.model_name) or row.state == "failed":
                     continue
-                right[kind] += row.details.get("right", 0)
-                asked[kind] += counts[kind, int(name.removesuffix(".png"))]
+                right[pair.kind] += row.details.get("right", 0)
+                asked[pair.kind] += len(pair.questions)
             by_type = {kind: 100 * right[kind] / asked[kind] for kind in asked}
             if by_type:
                 scores |= {f"{name}, {length}": value for name, value in tiif_averages(by_type).items()}
         if not scores:
             raise ValueError("no picture of TIIF-Bench could be scored")
         overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]
-        differences = count_difference(len(self.pairs), self.published, "pairs")
-        if absent := [n for groups in GROUPS.values() for n in groups if f"{n}, short" not in scores]:
+        # What differs from how published numbers were reached.
+        differences = list_count_difference(len(self.pairs), self.published, "pairs")
+        absent = [name for groups in GROUPS.values() for name in groups if f"{name}, short" not in scores]
+        if absent:
             differences.append(f"nothing of {', '.join(absent)}")
-        if "gpt-4" not in judge_name.lower():
-            differences.append(f"judged by {judge_name} instead of GPT-4o")
-        protocol = f"{len(self.pairs)} pairs of {self.file}"
-        return Summary({"overall": mean(overall), **scores}, protocol, differences)
+        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
+        return Summary({"overall": mean(overall), **scores}, f"{len(self.pairs)} pairs of {self.file}", differences)

@@ -3,15 +3,24 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig
+from PIL import Image
 
-from tbac.evaluation.benchmarks.base import Asked, BenchmarkFileError, Row, Summary, count_difference, missing, opened
+from tbac.evaluation.benchmarks.base import (
+    BenchmarkFileError,
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
+    Row,
+    Summary,
+    list_count_difference,
+    list_judge_difference,
+)
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
 
@@ -121,45 +130,49 @@ def wise_scores(scores: Mapping[int, float], rows: list[Knowledge]) -> dict[str,
     return overall | means
 
 
-class WISE(Asked):
-    """1,000 prompts that need knowledge of the world, rated by a judge from 0 to 2 in three respects."""
+@dataclass(kw_only=True, eq=False)
+class WISE(PictureBenchmark):
+    """1,000 prompts that need knowledge of the world, rated by a judge from 0 to 2 in three respects.
 
-    title = "WISE"
+    Attributes:
+        file: the folder of its three JSON files, or one such file.
+    """
 
-    def __init__(self, cfg: DictConfig, samples: int) -> None:
-        self.file = str(cfg.file)
-        self.prompts = read_wise(cfg.file)
+    needs: ClassVar[Needs] = "questions"
 
-    def targets(self) -> list[Target]:
+    file: str
+    title: str = "WISE"
+
+    def read_files(self) -> None:
+        """Read the prompts; each picture is named by a number."""
+        self.prompts = read_wise(self.file)
+        self.prompt_of = {str(prompt.number): prompt for prompt in self.prompts}
+
+    def list_targets(self) -> list[Target]:
         """`<prompt_id>.png`."""
         return wise_targets(self.prompts)
 
-    def rows(self, root: Path, judge: Any) -> Iterator[Row]:
-        """The judge knows what the prompt means."""
-        for row, target in zip(self.prompts, self.targets(), strict=True):
-            if absent := missing(target, row.category, root):
-                yield absent
-                continue
-            try:
-                text = INSTRUCTION.format(prompt=row.prompt, explanation=row.explanation)
-                reply = judge.ask(text, [opened(root / target.path)])
-            except JudgeError as error:
-                yield Row(target.path, row.category, row.prompt, "failed", None, str(error))
-                continue
-            rated = ratings(reply)
-            if rated is None:
-                yield Row(target.path, row.category, row.prompt, "failed", None, f"no three ratings in: {reply}")
-            else:
-                said = ", ".join(f"{k} {v}" for k, v in rated.items())
-                yield Row(target.path, row.category, row.prompt, "scored", wiscore(rated), said, {"ratings": rated})
+    def group_of(self, target: Target) -> str:
+        """The category of its prompt."""
+        return self.prompt_of[target.item].category
 
-    def summary(self, rows: Sequence[Row], judge_name: str) -> Summary:
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """The judge is told what the prompt means."""
+        prompt = self.prompt_of[target.item]
+        text = INSTRUCTION.format(prompt=prompt.prompt, explanation=prompt.explanation)
+        reply = judge.ask(text, [picture])
+        rated = ratings(reply)
+        if rated is None:
+            raise JudgeError(f"no three ratings in: {reply}")
+        said = ", ".join(f"{name} {value}" for name, value in rated.items())
+        return PictureVerdict(wiscore(rated), said, {"ratings": rated})
+
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """WiScore by category and overall; a missing picture has 0, one without ratings isn't counted."""
-        numbers = {target.path: row.number for row, target in zip(self.prompts, self.targets(), strict=True)}
+        numbers = {target.path: int(target.item) for target in self.list_targets()}
         counted = {numbers[row.picture]: row.score or 0.0 for row in rows if row.state != "failed"}
-        differences = count_difference(len(self.prompts), NUM_PROMPTS, "prompts")
+        differences = list_count_difference(len(self.prompts), NUM_PROMPTS, "prompts")
         differences.append("the judge is instructed in our own words")
-        if "gpt-4" not in judge_name.lower():
-            differences.append(f"judged by {judge_name} instead of GPT-4o")
+        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
         scores = wise_scores(counted, self.prompts)
         return Summary(scores, f"{len(self.prompts)} prompts of {self.file}", differences)

@@ -80,7 +80,7 @@ def instances(classes: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[lis
     return found, torch.stack(kept) if kept else inside[:0]
 
 
-class SegmentationDetector:
+class Mask2FormerDetector:
     """Objects by Mask2Former with COCO's classes, colours by CLIP on the masked crop.
 
     Args:

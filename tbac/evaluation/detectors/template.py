@@ -34,7 +34,7 @@ class TemplateDetector:
         self.color_names = list(colors)
         self.background_names = list(backgrounds)
         self.palette = np.array([*colors.values(), *backgrounds.values()], np.float32)
-        self.glyph_names = list(glyphs)
+        self.object_names = list(glyphs)
         self.min_overlap = min_overlap
         masks = [np.asarray(g, bool) for g in glyphs.values()]
         if len({m.shape for m in masks}) != 1:
@@ -85,5 +85,5 @@ class TemplateDetector:
                 if overlap >= self.min_overlap:
                     rows, columns = region
                     box = (columns.start, rows.start, columns.stop, rows.stop)
-                    found.append(Detection(self.glyph_names[glyph], color, box, overlap))
+                    found.append(Detection(self.object_names[glyph], color, box, overlap))
         return Scan(self.background_names[int(counts.argmax())], tuple(found))

@@ -11,10 +11,10 @@ from PIL import Image
 
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.judges.base import Judge
-from tbac.evaluation.rules import Thresholds
+from tbac.evaluation.rules import EVERY, Thresholds
 
 
-class Kept:
+class Cache:
     """What was found out about pictures, in a file of JSON lines, so that scoring goes on where it stopped.
 
     Args:
@@ -48,7 +48,7 @@ class Kept:
         return self._known[key]
 
 
-class KeptJudge:
+class CachedJudge:
     """A judge whose replies are kept; what failed is asked again.
 
     Args:
@@ -58,7 +58,7 @@ class KeptJudge:
 
     slow = False
 
-    def __init__(self, judge: Judge, kept: Kept) -> None:
+    def __init__(self, judge: Judge, kept: Cache) -> None:
         self.judge, self.kept, self.identity = judge, kept, judge.identity
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
@@ -66,7 +66,7 @@ class KeptJudge:
         return self.kept.get([self.identity, question], images, lambda: self.judge.ask(question, images))
 
 
-class KeptDetector:
+class CachedDetector:
     """A detector whose scans are kept.
 
     Args:
@@ -74,9 +74,9 @@ class KeptDetector:
         kept: where.
     """
 
-    def __init__(self, detector: Any, kept: Kept) -> None:
+    def __init__(self, detector: Any, kept: Cache) -> None:
         self.detector, self.kept, self.identity = detector, kept, detector.identity
-        self.thresholds: Thresholds = detector.thresholds
+        self.thresholds: Thresholds = getattr(detector, "thresholds", EVERY)
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
         """The scan, as it was made before or now."""

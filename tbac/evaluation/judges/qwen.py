@@ -9,7 +9,7 @@ from tbac.evaluation.judges.base import JudgeError
 from tbac.models.prompt import ANSWER_SYSTEM
 
 
-class LocalJudge:
+class QwenJudge:
     """A Qwen2.5-VL of one's own, greedily.
 
     Args:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tbac.evaluation.detectors.base import Detection
-from tbac.evaluation.detectors.mask2former import COLORS, SegmentationDetector, instances, resize_masks
+from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, instances, resize_masks
 from tests.helpers.pictures import noise_image
 
 
@@ -80,7 +80,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, world_folder: Path) -> tup
 
 
 def test_the_whole_detector_reads_a_picture(folders: tuple[str, str]) -> None:
-    detector = SegmentationDetector(*folders, device="cpu")
+    detector = Mask2FormerDetector(*folders, device="cpu")
     assert detector.names == ["dog", "computer mouse", "tv remote"]  # GenEval's names
     detector.thresholds = type(detector.thresholds)()  # untrained models are never certain
     picture = noise_image(1, (50, 90))
@@ -95,7 +95,7 @@ def test_the_whole_detector_reads_a_picture(folders: tuple[str, str]) -> None:
 
 
 def test_colors_are_of_the_masked_crop(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = SegmentationDetector(*folders, device="cpu")
+    detector = Mask2FormerDetector(*folders, device="cpu")
     seen: list[Image.Image] = []
     processor = detector.clip_processor
 
@@ -117,4 +117,4 @@ def test_colors_are_of_the_masked_crop(folders: tuple[str, str], monkeypatch: py
 
 def test_absent_weights_are_named(folders: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"judge\.segmenter=nobody/nothing: no such local folder"):
-        SegmentationDetector("nobody/nothing", folders[1])
+        Mask2FormerDetector("nobody/nothing", folders[1])

@@ -3,9 +3,13 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
@@ -15,10 +19,10 @@ CONF = ROOT / "conf"
 ROOTS = [
     f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
 ]
+# groups with a test of their own below
+BY_THEMSELVES = ("benchmark", "judge", "dataset", "debug", "experiment", "study", "sweep", "world")
 OPTIONS = sorted(
-    (f.parent.relative_to(CONF).as_posix(), f.stem)
-    for f in CONF.glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "study", "sweep", "world")
+    (f.parent.name, f.stem) for f in CONF.glob("*/*.yaml") if f.parent.name not in (*BY_THEMSELVES, "local")
 )
 WORLDS = sorted(f.stem for f in (CONF / "world").glob("*.yaml"))
 STAGES = sorted(f.stem for f in (CONF / "stage").glob("*.yaml"))
@@ -62,6 +66,36 @@ def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> Non
     config = composed("train", "run_dir=.")
     assert instantiate(config.data).batch_size == config.stage.batch_size
     assert instantiate(config.trainer, logger=False, callbacks=[]).max_steps == -1
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "optim" / "schedule").glob("*.yaml")))
+def test_every_schedule_can_be_built(name: str) -> None:
+    config = composed("train", "run_dir=.", f"optim/schedule@schedule={name}")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.stage.lr)
+    assert instantiate(config.schedule)(optimizer, total_steps=config.stage.steps).get_last_lr()
+
+
+def launcher_of(name: str, *overrides: str) -> Any:
+    """The config of what starts the jobs of a sweep."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides), return_hydra_config=True).hydra.launcher
+
+
+def test_a_cluster_chooses_the_launcher_that_reads_it() -> None:
+    launcher = instantiate(launcher_of("train", "machine=slurm"), submitit_folder="x")
+    assert launcher.params["nodes"] == 8
+    assert launcher.params["additional_parameters"]["signal"] == "USR1@180"
+    assert "BasicLauncher" in launcher_of("plan", "machine=slurm")._target_
+
+
+def test_no_yaml_is_left_out() -> None:
+    """Whoever adds a folder of configs adds a test of them."""
+    folders = {f.parent.relative_to(CONF).as_posix() for f in CONF.rglob("*.yaml")} - {"local"}
+    by_world = {f"world/{name}" for name in WORLDS}
+    assert folders == {".", *dict(OPTIONS), *BY_THEMSELVES, "optim/schedule", "hydra/launcher", *by_world}
+    for folder in by_world:
+        assert sorted(f.stem for f in (CONF / folder).glob("*.yaml")) == STAGES
 
 
 @pytest.mark.parametrize("stage", STAGES)

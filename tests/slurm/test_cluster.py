@@ -137,7 +137,7 @@ def test_a_job_near_its_time_limit_goes_back_into_the_queue(whole: Path, in_worl
 
 def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: Path) -> None:
     machine = ["machine=slurm_2x8", *MACHINE]
-    points = ["hydra/launcher=slurm", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "stage.steps=2"]
+    points = ["taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "stage.steps=2"]
     done = subprocess.run(
         [sys.executable, "experiments/train.py", "-m", *RUN, *machine, "logger=csv", *points],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -13,15 +13,16 @@ from tbac.training.optimizers import adamw, warmup_cosine
 from tbac.training.stages import Stage
 from tests.helpers.configs import composed
 
+TRAIN = [sys.executable, "-m", "experiments.train"]
 STEPS = 6  # of BASE
 BASE = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
+    "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
     f"stage.steps={STEPS}", "stage.val_every=4", "stage.ema_decay=0.5", "callbacks=audit",
     "machine.accelerator=cpu", "~callbacks.progress", "stage.dropout.caption_drop_prob=0.3",
 ]  # fmt: skip
 PARTS = ("state_dict", "current_model_state")
 RUN = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
+    "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
     "stage.steps=16", "stage.val_every=3", "stage.ema_decay=0.5",
     "callbacks.sample_grid.prompts=[]", "machine.num_workers=1",
 ]  # fmt: skip

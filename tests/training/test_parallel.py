@@ -10,21 +10,40 @@ import pytest
 
 from tbac.models.saved import read_checkpoint
 from tbac.training.strategies import make_strategy
+from tests.helpers.processes import start_command, variables_of_ranks
 from tests.helpers.shards import write_mixed_sizes
-from tests.helpers.training import BASE, STEPS, assert_close
+from tests.helpers.training import BASE, STEPS, TRAIN, assert_close
 
 SLOW = pytest.mark.slow
 GLOBAL_BATCH = 8
 
 
-def train(world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1) -> None:
-    sizes = [
+def train(
+    world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1, launcher: str = "outside"
+) -> None:
+    """Train in some processes that share the global batch.
+
+    `launcher` says who starts them: "lightning", from the first one, or "outside", as torchrun and srun do.
+    """
+    arguments = [
+        *BASE,
         f"machine.devices={processes}",
         f"stage.batch_size={GLOBAL_BATCH // processes // accumulate}",
         f"stage.accumulate={accumulate}",
+        f"hydra.run.dir={folder}",
+        *overrides,
     ]
-    environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*BASE, *sizes, f"hydra.run.dir={folder}", *overrides], env=environment, check=True, timeout=300)
+    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if launcher == "lightning":
+        subprocess.run([*TRAIN, *arguments], env=os.environ | variables, check=True, timeout=300)
+        return
+    ranks = variables_of_ranks(processes) if processes > 1 else [{}]
+    commands = [
+        start_command("experiments.train", arguments, folder / f"output_{number}.txt", variables | rank)
+        for number, rank in enumerate(ranks)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.text
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -63,7 +82,8 @@ def alone(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_have_the_losses_of_one(
     strategy: str, accumulate: int, alone: Path, world_folder: Path, tmp_path: Path
 ) -> None:
-    train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate)
+    launcher = "lightning" if (strategy, accumulate) == ("ddp", 1) else "outside"
+    train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate, launcher=launcher)
     assert keys(tmp_path) == keys(alone)
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=2e-5)
     assert_close(saved(alone), saved(tmp_path))
@@ -119,7 +139,7 @@ def test_stages_that_train_different_parts_agree_too(world_folder: Path, tmp_pat
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_per_point(world_folder: Path, tmp_path: Path) -> None:
     pair = ["-m", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "machine.strategy=ddp"]
-    command = [*BASE[:3], *pair[:1], *BASE[3:], *pair[1:], "machine.devices=2", "stage.steps=2"]
+    command = [*TRAIN, *pair[:1], *BASE, *pair[1:], "machine.devices=2", "stage.steps=2"]
     environment = os.environ | {"TBAC_SHAPES": str(world_folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
     points = {f.parents[1].name: read_checkpoint(f) for f in tmp_path.glob("*/checkpoints/*-step=2.ckpt")}

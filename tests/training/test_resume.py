@@ -1,8 +1,6 @@
 """Going on after a kill equals never having stopped, bit for bit; files of the final name are always whole."""
 
 import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,12 +11,13 @@ from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
 from tbac.training.checkpoint_io import AtomicCheckpointIO
 from tbac.training.checkpoints import newest_whole
+from tests.helpers.processes import Command, start_command
 from tests.helpers.training import RUN
 
 
-def start(world: Path, folder: Path) -> subprocess.Popen:
-    environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*RUN, f"hydra.run.dir={folder}"], env=environment, start_new_session=True)
+def start(world: Path, folder: Path) -> Command:
+    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
+    return start_command("experiments.train", [*RUN, f"hydra.run.dir={folder}"], folder / "output.txt", variables)
 
 
 def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
@@ -27,8 +26,7 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
     while not list((tmp_path / "killed" / "checkpoints").glob("*-step=[69].ckpt")):
         time.sleep(0.05)
         assert killed.poll() is None
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert newest_whole(tmp_path / "killed") is not None
     assert start(in_world, tmp_path / "killed").wait() == 0
     whole, again = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tbac.training.callbacks.watchdog import Watchdog
-from tests.helpers.training import BASE
+from tests.helpers.training import BASE, TRAIN
 
 LIMIT = 6  # seconds
 
@@ -34,7 +34,7 @@ def test_the_job_ends_in_time_and_says_why(
     environment = os.environ | {"TBAC_SHAPES": str(world_folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     output = tmp_path / "output.txt"
     with output.open("w") as file:
-        process = subprocess.Popen([*BASE, *overrides], env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen([*TRAIN, *BASE, *overrides], env=environment, stdout=file, stderr=file)
         log = tmp_path / "sample_log" / "rank_1.jsonl"
         while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None:
             time.sleep(0.1)

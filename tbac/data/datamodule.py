@@ -15,6 +15,7 @@ from tbac.data.loader import CleanLoader
 from tbac.data.order import BatchPlan, BucketedOrder, Mixture, TrainingOrder, ValidationOrder
 from tbac.data.position import BUCKETS, MixturePosition
 from tbac.data.reader import ShardReader, check_bad_share
+from tbac.data.remote import download_source, is_remote
 from tbac.data.shards import DataError, SourceShards, parse_source
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch
@@ -28,7 +29,7 @@ class ShardDataModule(L.LightningDataModule):
     loaded; `bind` then gives the prompt code of the model that will train.
 
     Args:
-        sources: training mixture: mappings with `path`, and optionally `split` and `weight`.
+        sources: training mixture: mappings with `path`, a folder or a URL, and optionally `split` and `weight`.
         val_sources: the same for validation; no dropout, fixed order.
         batch_size: samples per process and step.
         image_size: pixels a side of target images; with buckets, of the one that is a square.
@@ -46,6 +47,7 @@ class ShardDataModule(L.LightningDataModule):
         reducing_gap: JPEG targets much larger than needed are decoded at a fraction of their size, at least this many
             times what is needed; None decodes in full.
         prefetch_factor: batches that each loader process reads ahead.
+        cache_dir: folder that sources behind URLs are downloaded to.
 
     Raises:
         DataError: for absent, empty or altered sources.
@@ -68,6 +70,7 @@ class ShardDataModule(L.LightningDataModule):
     buckets: str | Sequence[Sequence[int]] | None = None
     reducing_gap: float | None = 2.0
     prefetch_factor: int = 2
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -80,8 +83,8 @@ class ShardDataModule(L.LightningDataModule):
         if not self.sources:
             raise DataError("stage.sources is empty; name at least one folder of shards")
         # What lies on disk is looked up before any model is loaded.
-        self._training = [SourceShards(parse_source(s), self.check_manifest) for s in self.sources]
-        self._validation = [SourceShards(parse_source(s), self.check_manifest) for s in self.val_sources]
+        self._training = [self._find_shards(fields) for fields in self.sources]
+        self._validation = [self._find_shards(fields) for fields in self.val_sources]
         for shards in [*self._training, *self._validation]:
             if not sum(shards.samples):
                 raise DataError(
@@ -93,6 +96,11 @@ class ShardDataModule(L.LightningDataModule):
             [shards.source for shards in self._training], [sum(shards.samples) for shards in self._training]
         )
         self._collator: Collator | None = None
+
+    def _find_shards(self, fields: Mapping[str, Any]) -> SourceShards:
+        source = parse_source(fields)
+        folder = download_source(source, self.cache_dir) if is_remote(source) else None
+        return SourceShards(source, self.check_manifest, folder)
 
     def _check_cached_size(self, shards: SourceShards) -> None:
         """Refuse latents that were cached for pictures of other sizes."""

@@ -25,7 +25,7 @@ class Source:
     """A folder of shards in a mixture.
 
     Args:
-        path: the folder.
+        path: the folder, or where it can be downloaded from (`remote.py`).
         split: shards are named `<split>-{000000}.tar`.
         weight: share of the samples drawn from here, relative to the other sources.
 
@@ -90,6 +90,7 @@ class SourceShards:
         source: where to look.
         check_manifest: compare names and bytes with the manifest, and take its counts of samples; tars that it doesn't
             list must end as tars do. False counts the samples of every tar.
+        folder: where the tars lie, when that isn't the source's path.
 
     Attributes:
         folder: where the tars lie.
@@ -100,9 +101,9 @@ class SourceShards:
         DataError: when the folder is absent or holds no tar of the split, or a tar isn't as the manifest says.
     """
 
-    def __init__(self, source: Source, check_manifest: bool = True) -> None:
+    def __init__(self, source: Source, check_manifest: bool = True, folder: Path | None = None) -> None:
         self.source = source
-        self.folder = Path(source.path).expanduser()
+        self.folder = folder or Path(source.path).expanduser()
         if not self.folder.is_dir():
             raise DataError(
                 f"shard folder {self.folder} doesn't exist; stage.sources must name folders of WebDataset tars"

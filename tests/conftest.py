@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; the libraries look at it when they are imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models a second thread costs more than it saves
 
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,3 +55,16 @@ def model(in_world: Path) -> "UniImage":
     from tests.helpers.worlds import small_model
 
     return small_model(in_world)
+
+
+@pytest.fixture
+def trained_run(in_world: Path, session_folder: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """The run folder `run` of a training of two steps: trained once in a session, and each test has a copy."""
+    from tests.helpers.commands import FEW, ran
+
+    def train(folder: Path) -> None:
+        with contextlib.chdir(folder):
+            ran("train", capfd, *FEW, "hydra.run.dir=run")
+
+    shared = build_once(session_folder / "trained", train)
+    return shutil.copytree(shared / "run", "run", symlinks=True)

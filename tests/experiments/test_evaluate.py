@@ -14,16 +14,12 @@ from tests.helpers.commands import FEW, message, ran
 from tests.helpers.configs import ROOT
 from tests.helpers.endpoint import Server, completion, serving
 
+pytestmark = pytest.mark.usefixtures("trained_run")
 COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
 
 
 def tree(out: str) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in Path(out, "geneval").rglob("*") if p.is_file()}
-
-
-@pytest.fixture(autouse=True)
-def _trained(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run", "callbacks.sample_grid.prompts=[]")
 
 
 def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixture[str]) -> None:

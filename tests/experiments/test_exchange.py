@@ -1,6 +1,7 @@
 """Import and export as their users run them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,10 @@ def test_an_import_is_refused_before_it_overwrites(capfd: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("standalone", [False, True])
 def test_a_checkpoint_s_export_loads_bit_for_bit(
-    in_world: Path, capfd: pytest.CaptureFixture[str], standalone: bool
+    in_world: Path, capfd: pytest.CaptureFixture[str], standalone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world = shutil.copytree(in_world, Path("world").absolute())  # one that can be taken away
+    monkeypatch.setenv("TBAC_SHAPES", str(world))
     ran("train", capfd, *FEW, "hydra.run.dir=run")
     ran("export", capfd, "checkpoint=run", "out=out", f"standalone={standalone}")
     model = UniImage.from_pretrained("out")
@@ -61,26 +64,23 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
     assert same(first, again)
     assert Path("out/mllm/model.safetensors").is_file() == standalone
     if standalone:
-        original = in_world / "backbones" / "mllm" / "model.safetensors"
+        original = world / "backbones" / "mllm" / "model.safetensors"
         assert Path("out/mllm/model.safetensors").read_bytes() == original.read_bytes()
-        in_world.rename(in_world.with_name("away"))
-        try:
-            pipe = UniImagePipeline.from_pretrained("out")
-            assert pipe("a red circle", num_inference_steps=1).images[0].size == (24, 24)
-            assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
-        finally:
-            in_world.with_name("away").rename(in_world)
+        world.rename(world.with_name("away"))
+        pipe = UniImagePipeline.from_pretrained("out")
+        assert pipe("a red circle", num_inference_steps=1).images[0].size == (24, 24)
+        assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
     card = ModelCard.load("out/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("tbac", "any-to-any")
     assert "| stage | t2i_pretrain |" in card.text
     assert "| optimizer steps | 2 |" in card.text
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_training_starts_from_an_exported_folder(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=one")
-    ran("export", capfd, "checkpoint=one", "out=out")
+    ran("export", capfd, "checkpoint=run", "out=out")
     ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=out")
-    first, second = (read_checkpoint(f)["state_dict"] for f in ("one", "two"))
+    first, second = (read_checkpoint(f)["state_dict"] for f in ("run", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -104,8 +104,8 @@ def test_training_from_the_imported_release_needs_its_word_embeddings(capfd: pyt
     assert set(facts["frozen"]) == {"mllm", "autoencoder", "prompt_embeddings"}
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     asked: list[tuple] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: asked.append((name, options)))
     monkeypatch.setattr(
@@ -123,8 +123,8 @@ def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypat
     ]
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_a_hub_that_can_t_be_reached_leaves_the_export_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     text = message("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
     assert "push_to_hub=owner/name failed (OfflineModeIsEnabled" in text
     assert UniImage.from_pretrained("out").ladder.queries.shape == (9, 96)

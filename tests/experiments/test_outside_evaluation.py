@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.commands import FEW, message, ran
+from tests.helpers.commands import message, ran
 
 MODULE = """
 from dataclasses import dataclass
@@ -81,8 +81,8 @@ def _outside(in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / "own" / file).write_text(text)
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_they_are_drawn_judged_and_reported_as_ours_are(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run", "callbacks.sample_grid.prompts=[]")
     ran("evaluate", capfd, *OWN, "out=one")
     light = [sum(Image.open(f"one/brightness/{word}.png").convert("L").tobytes()) for word in ("dark", "bright")]
     report = json.loads(Path("one/report.json").read_text())

@@ -70,12 +70,15 @@ class Memory:
 
 
 def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """`work(*arguments)` in a fresh process, whose memory is its own.
+    """`work(*arguments)` in a process of its own, whose memory is its own.
+
+    It is forked from one that has imported what the work needs and has done nothing else.
 
     Raises:
         RuntimeError: with the child's traceback, or when it ends without a result.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_in_child, args=(work, arguments, sender, torch.get_num_threads()))
     process.start()

@@ -83,7 +83,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
 
 
 def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("bench.run", capfd, *SMALL, "tokens=[12]", "out=bench")
+    text = ran("bench", capfd, *SMALL, "tokens=[12]", "out=bench")
     report = json.loads(Path("bench/report.json").read_text())
     for case in ("text, 12", "image + text, 12"):
         found = report["training"]["cases"][case]
@@ -107,7 +107,7 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
 
 def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
     options = [*SMALL, "parts=[training]", "tokens=[8]", "isolate=true", "turns=1", "sides=[release,ours]"]
-    text = ran("bench.run", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
+    text = ran("bench", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
     assert "medians of 1 steps in each of 1 turns" in text
     assert set(json.loads(Path("bench/report.json").read_text())["training"]["cases"]) == {"text, 8"}
 
@@ -126,12 +126,12 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
     ],
 )
 def test_what_can_t_be_measured_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
-    assert words in message("bench.run", capfd, *options)
+    assert words in message("bench", capfd, *options)
 
 
 def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> None:
     options = [*SMALL, "parts=[step]", "precision=bf16-true", "optim=adamw8bit", "tokens=[12]", "model.dtype=bfloat16"]
-    assert "| peak gib |" in ran("bench.run", capfd, *options, "out=bench")
+    assert "| peak gib |" in ran("bench", capfd, *options, "out=bench")
     found = json.loads(Path("bench/report.json").read_text())["step"]
     assert 0.1 < found["peak_gib"] < 4
     assert found["gradient_norm"] > 0
@@ -165,7 +165,7 @@ def test_loading_costs_little_more_than_decoding() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")
 def test_the_gpu_preset_says_that_there_is_no_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "this computer has no CUDA device" in message("bench.run", capfd, "experiment=bench_gpu")
+    assert "this computer has no CUDA device" in message("bench", capfd, "experiment=bench_gpu")
 
 
 def test_the_gpu_preset_has_the_real_sizes() -> None:

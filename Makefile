@@ -7,6 +7,7 @@ ARGS ?=
 SWEEP ?= taps_x_lr
 PORT ?= 5000
 READY := .venv/.ready
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
@@ -27,11 +28,11 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer (15 min on 2 cores)
 	$(BIN)/python experiments/demo.py $(ARGS)
 
-test: $(READY) ## the test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## the test suite, on all cores up to eight
+	$(PYTEST) $(ARGS)
 
 test-slow: $(READY) slurm-packages ## the test suite with the tests that take minutes or several processes
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 # Debian's packages for a SLURM cluster on this machine; without them, and without root, those tests are skipped
 slurm-packages:

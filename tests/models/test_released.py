@@ -15,6 +15,8 @@ from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.released import TABLE, read_released
 from tests.helpers.configs import ROOT
 
+pytestmark = pytest.mark.xdist_group("released")  # the checkpoint is read once
+
 RELEASED = ROOT / "tests" / "released"
 MLLM, DENOISER = str(RELEASED / "base" / "Qwen2.5-VL-tiny"), str(RELEASED / "base" / "Sana-tiny")
 RELATIVE = 5e-6  # the release itself differs by 2e-6 between two runs and float64

@@ -19,6 +19,7 @@ from tests.helpers.configs import ROOT
 from tests.helpers.training import assert_close
 
 pytestmark = [
+    pytest.mark.xdist_group("slurm"),
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing()) or os.getuid() != 0, reason=f"needs root and {', '.join(missing())}"),

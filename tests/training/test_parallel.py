@@ -14,6 +14,8 @@ from tests.helpers.processes import start_command, variables_of_ranks
 from tests.helpers.shards import write_mixed_sizes
 from tests.helpers.training import BASE, STEPS, TRAIN, assert_close
 
+pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
+
 SLOW = pytest.mark.slow
 GLOBAL_BATCH = 8
 

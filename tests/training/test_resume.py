@@ -14,6 +14,8 @@ from tbac.training.checkpoints import newest_whole
 from tests.helpers.processes import Command, start_command
 from tests.helpers.training import RUN
 
+pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
+
 
 def start(world: Path, folder: Path) -> Command:
     variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}

@@ -21,6 +21,8 @@ from tbac.evaluation.detectors.base import Detection
 from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, instances, resize_masks
 from tests.helpers.pictures import noise_image
 
+pytestmark = pytest.mark.xdist_group("mask2former")  # the detector is built once
+
 
 def test_a_detection_is_a_query_and_a_class() -> None:
     classes = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]))  # dog, cat, nothing

@@ -11,6 +11,8 @@ from tbac.training.callbacks.preemption import Preemption, slurm_job, slurm_job_
 from tests.helpers.processes import start_command
 from tests.helpers.training import RUN
 
+pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
+
 NAME = "ti2i_pretrain-step=16.ckpt"
 
 

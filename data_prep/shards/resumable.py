@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tbac.files import write_whole
 log = logging.getLogger(__name__)
 Result = dict[str, Any]  # what came of a part; built-in types
 MakePart = Callable[[str, Any], Result]  # name of a part, what it is made from -> result
+_in_worker: dict[str, Any] = {}  # of a process that makes parts: the work, and what makes a part
 
 
 class ResumableWork:
@@ -87,14 +89,17 @@ class ResumableWork:
     def _make_each(self, parts: Mapping[str, Any], make: MakePart, processes: int) -> Iterator[None]:
         if processes < 2:
             for name, item in parts.items():
-                yield self._make_part(name, item, make)
+                yield self.make_part(name, item, make)
             return
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(self._make_part, name, item, make) for name, item in parts.items()]
+        # Each process gets the work once, so what it opens or reads for one part is there for its next one.
+        start = partial(_start_worker, self, make)
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start) as pool:
+            waiting = [pool.submit(_make_in_worker, name, item) for name, item in parts.items()]
             for done in as_completed(waiting):
                 yield done.result()
 
-    def _make_part(self, name: str, item: Any, make: MakePart) -> None:
+    def make_part(self, name: str, item: Any, make: MakePart) -> None:
+        """Make one part, and note that it is done."""
         result = make(name, item)
         write_whole(self._result_file(name), json.dumps(result).encode())  # from now on the part is done
 
@@ -124,3 +129,11 @@ class ResumableWork:
         }
         write_whole(self.out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_worker(work: ResumableWork, make: MakePart) -> None:
+    _in_worker.update(work=work, make=make)
+
+
+def _make_in_worker(name: str, item: Any) -> None:
+    _in_worker["work"].make_part(name, item, _in_worker["make"])

@@ -381,3 +381,12 @@ def test_the_application_prints_the_counts(capfd: pytest.CaptureFixture[str]) ->
     assert status == 0, text
     assert "rejected             1  no caption, such as alone.png" in text
     assert "written              2  val" in text
+
+
+def test_the_layout_must_be_named_and_help_needs_none(capfd: pytest.CaptureFixture[str]) -> None:
+    status, text = run_app("data_prep.convert", capfd, "out=out")
+    assert status == 1
+    assert "name the layout of the dataset, dataset=blip3o_60k|" in text
+    status, text = run_app("data_prep.convert", capfd, "--help")
+    assert status == 0, text
+    assert "sharegpt4o_edit" in text

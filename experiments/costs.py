@@ -72,7 +72,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         what encodes target images online is `autoencoder_flops`.
     """
     with torch.device("meta"):
-        model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
+        model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
     case = replace(case, batch=1)
     inputs = make_inputs(model, case, 0)
     plan = model.ladder.plan
@@ -116,7 +116,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
 def autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
     """FLOPs of encoding one target image of `image_size` pixels a side."""
     with torch.device("meta"):
-        model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
+        model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
         pixels = torch.randn(1, 3, image_size, image_size)
     with _counter() as counter, torch.no_grad():
         model.autoencoder.model.encoder(pixels)
@@ -183,8 +183,8 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
     found = {}
     for batch in (2, 3):
         with FakeTensorMode():
-            model: UniImage = instantiate(
-                model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False
+            model = UniImage.from_config(
+                instantiate(model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False)
             )
             found[batch] = _saved(model, replace(case, batch=batch), latent_side, mixed)
     two, three = found[2], found[3]

@@ -31,6 +31,7 @@ from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import open_picture
 from tbac.evaluation.benchmarks.edits import KIND, Edits, scan_from_json
 from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import picture_grid
 from tbac.sampling.pipeline import to_pil
@@ -165,7 +166,7 @@ def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     """Everything after the world is there; returns the report."""
     out = Path(cfg.out)
     benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
-    pipeline = UniImagePipeline(instantiate(train_config(cfg, cfg.stages[0], output_dir()).model))
+    pipeline = UniImagePipeline(UniImage.from_config(instantiate(train_config(cfg, cfg.stages[0], output_dir()).model)))
     reading = reading_accuracy(benchmarks.detector, benchmarks.answers, pipeline)
     before = benchmarks.answers.score(pipeline.model)
     geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}

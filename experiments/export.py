@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from omegaconf import DictConfig
 
-from tbac.app import CONF, open_model, user_errors
+from tbac.app import CONF, open_model, opening_options, user_errors
 from tbac.models.card import is_hub_id
 from tbac.models.saved import FACTS, read_checkpoint
 
@@ -57,7 +57,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 @user_errors
 def main(cfg: DictConfig) -> None:
     check_options(cfg)
-    model = open_model(cfg.checkpoint, "cpu", "float32").model
+    model = open_model(cfg.checkpoint, **opening_options(cfg)).model
     out = Path(cfg.out)
     model.save_pretrained(out, standalone=cfg.standalone, notes=facts_of(cfg.checkpoint))
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tbac.app import CONF, open_model, user_errors
+from tbac.app import CONF, open_model, opening_options, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
         if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < 1):
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
     sources = images * len(prompts) if len(images) == 1 else images
-    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
     if cfg.compile:
         pipeline.model.denoiser.compile_blocks()
     out = Path(cfg.out)

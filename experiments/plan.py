@@ -66,7 +66,7 @@ def count(module: nn.Module) -> int:
 def build(model_config: dict[str, Any]) -> UniImage:
     """The model on the meta device."""
     with torch.device("meta"):
-        model: UniImage = instantiate(model_config, random_init=True)
+        model = UniImage.from_config(instantiate(model_config, random_init=True))
     return model
 
 

@@ -28,11 +28,14 @@ from torch import distributed
 from experiments.slurm import submit
 from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 from tbac.data.datamodule import StagedDataModule
-from tbac.models.saved import FACTS, read_checkpoint
+from tbac.models import UniImage
+from tbac.models.architecture import check_config
+from tbac.models.config import ModelConfig
+from tbac.models.export import read_export
+from tbac.models.saved import FACTS, read_checkpoint, read_saved_model
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
     describe_model,
-    load_exported,
     load_weights,
     newest_checkpoint,
     newest_whole,
@@ -151,22 +154,26 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
             current, init, resume = current + 1, path, None
     else:
         init = find_init(cfg)
+    model_config: ModelConfig = instantiate(cfg.model)
+    connector = model_config.ladder.own_connector
     exported = Path(init).expanduser() if init and (Path(init).expanduser() / "config.json").is_file() else None
     start = read_checkpoint(init) if init and not exported else None
+    saved = read_saved_model(start, str(init), connector) if start else None
+    if exported is not None:
+        saved = read_export(exported, connector)
+    if resume:
+        read_saved_model(resume[1], resume[0], connector)  # refused here, before anything of it is loaded
     if init and not start and stages[current].keep_optimizer:
         raise ValueError(f"stage.keep_optimizer=true takes the optimizer's state from init={init}, which has none")
-    instantiate(cfg.model, _target_="tbac.models.loading.check_config")
+    check_config(model_config)
     data = StagedDataModule([instantiate(c.data) for c in configs], current)
     for c, stage, source in zip(configs, stages, data.stages, strict=True):
         total = stage.total_steps(source.batch_size * stage.accumulate)
         stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=c.stage.lr), total_steps=total)  # tried on nothing
 
-    model = instantiate(cfg.model)
-    if exported is not None:
-        load_exported(exported, model)
-    if start is not None:
-        load_weights(start, model, str(init))
-    if init:
+    model = UniImage.from_config(model_config)
+    if saved is not None:
+        load_weights(saved, model)
         log.info("starting from the weights of %s", init)
     facts = describe_model(model)
     for source in data.stages:

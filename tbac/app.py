@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +20,12 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from tbac.models.card import is_hub_id
+from tbac.models.config import check_precision
+
+if TYPE_CHECKING:
+    from tbac.sampling import UniImagePipeline
 
 log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as soon as it is imported it warns of an optional package
@@ -122,29 +128,44 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(path: str | None, device: str, dtype: str, quantization: str | None = None) -> Any:
-    """A `UniImagePipeline` from an exported folder, a run folder, or a training checkpoint.
+def opening_options(cfg: DictConfig) -> dict[str, Any]:
+    """Where a command finds a model's parts and how it holds them: the options of conf/opening/, for `open_model`."""
+    connector = instantiate(cfg.connector) if cfg.connector else None
+    names = [name for name in ("device", "dtype", "quantization", "mllm", "denoiser") if name in cfg]
+    return {name: cfg[name] for name in names} | {"connector": connector}
 
-    `quantization` of the MLLM is `nf4`, `int8`, or None for what the checkpoint was trained with.
+
+def open_model(
+    path: str | None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantization: str | None = None,
+    mllm: str | None = None,
+    denoiser: str | None = None,
+    connector: Callable[..., Any] | None = None,
+) -> "UniImagePipeline":
+    """Open an exported folder, a run folder, or a training checkpoint.
+
+    Args:
+        path: the folder or file.
+        device: where the model is put; `auto` is CUDA where there is one.
+        dtype: of all weights.
+        quantization: of the MLLM: `nf4`, `int8`, or None for what a checkpoint was trained with.
+        mllm: where to take the MLLM from instead of the place that the file names.
+        denoiser: the same for the autoencoder.
+        connector: the user's own, where the model was trained with one.
 
     Raises:
         ValueError: when nothing usable is there.
     """
     from tbac.models import UniImage
-    from tbac.models.saved import FACTS, read_checkpoint
     from tbac.sampling import UniImagePipeline
-    from tbac.training.checkpoints import load_weights
 
     if not path:
         raise ValueError("give checkpoint=PATH: an exported folder, a run folder of outputs/train, or a .ckpt file")
+    check_precision("", dtype, quantization)
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        model = UniImage.from_pretrained(folder, dtype=dtype, quantization=quantization)
-    else:
-        checkpoint = read_checkpoint(folder)
-        config = OmegaConf.create(checkpoint[FACTS]["config"]["model"])
-        model = instantiate(config, dtype=dtype, **({"quantization": quantization} if quantization else {}))
-        load_weights(checkpoint, model, str(folder))
-        for part in (model.ladder, model.denoiser):
-            part.to(getattr(torch, dtype))
+    is_export = (folder / "config.json").is_file() or (not folder.exists() and is_hub_id(path))
+    load = UniImage.from_pretrained if is_export else UniImage.from_checkpoint
+    model = load(folder if folder.exists() else path, mllm, denoiser, dtype, quantization, connector)
     return UniImagePipeline(model.to(pick_device(device)))

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.scores.report import Findings, write_report
-from tbac.app import open_model, plain
+from tbac.app import open_model, opening_options, plain
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, find_in_tree, open_picture
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
@@ -62,7 +62,7 @@ def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) 
 
 def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str, float]:
     """Ask the questions; there are no steps."""
-    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
     scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
     (out / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
     log_scores(cfg, scores, [out / "report.json"])
@@ -107,7 +107,7 @@ def name_judge(cfg: DictConfig, judge: Any) -> str:
 
 def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
     """Make this process's share of the tree."""
-    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
     options = benchmark.sampling_options()
     targets = benchmark.list_targets()
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
@@ -140,9 +140,8 @@ def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) 
         "quantization": cfg.quantization,
         "drawn_together": max(drawn_together.values()),
     }
-    if any(model.options().values()):
-        settings["options"] = model.options()
-    return settings
+    beyond = model.provenance.config.beyond_release()
+    return settings | ({"options": beyond} if beyond else {})
 
 
 def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, results: Path) -> Mapping[str, float]:

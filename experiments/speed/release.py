@@ -33,7 +33,7 @@ class ReleaseWay(nn.Module):
         self.connector = copy.deepcopy(model.ladder.connector)
         self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer)).to(model.device)
         self.transformer.load_state_dict(model.denoiser.transformer.state_dict())
-        self.scheduler = model.provenance.scheduler
+        self.scheduler = model.scheduler_config
         queries = model.ladder.queries.detach()
         self.vocabulary = self.mllm.get_input_embeddings().weight.shape[0]
         self.num_queries = len(queries)

@@ -34,7 +34,7 @@ def make_model(options: dict[str, Any], device: str) -> UniImage:
     """The model with random weights: the frozen parts in the config's type, the trained ones in float32."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: UniImage = instantiate(options, random_init=True)
+        model = UniImage.from_config(instantiate(options, random_init=True))
     return model
 
 

@@ -15,10 +15,12 @@ from experiments.scores.steps import score_checkpoint
 from experiments.sweeps.points import Point
 from tbac.app import open_model
 from tbac.data.datamodule import ShardDataModule
+from tbac.data.transforms import ConditionDropout
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.files import write_whole
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
+from tbac.models.config import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
 from tbac.training.module import latents_of
 from tbac.training.randomness import noise_of
@@ -92,7 +94,15 @@ def open_data(config: Mapping[str, Any]) -> ShardDataModule:
 
     What a checkpoint says is data: its options are handed to our own class, whatever class it names.
     """
-    return ShardDataModule(**{key: value for key, value in config["data"].items() if not key.startswith("_")})
+    options = drop_class(config["data"])
+    options["dropout"] = ConditionDropout(**drop_class(options["dropout"]))
+    check_plain(options["sources"], "data.sources")
+    return ShardDataModule(**options)
+
+
+def drop_class(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a part without the keys that only Hydra reads."""
+    return {name: value for name, value in options.items() if not name.startswith("_")}
 
 
 @torch.no_grad()

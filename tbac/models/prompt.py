@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-SYSTEM_PROMPT = (
-    "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
-)
+from tbac.models.config import SYSTEM_PROMPT
+
 ANSWER_SYSTEM = "You are a helpful assistant."
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"

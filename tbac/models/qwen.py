@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
+from tbac.models.config import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.sources import MLLM_FILES, local_folder, read_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZATIONS = ("nf4", "int8")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def load_mllm(
@@ -116,11 +116,3 @@ def _mllm_options(dtype: torch.dtype, quantization: str | None) -> dict[str, Any
             load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"]
         )
     return options
-
-
-def check_precision(prefix: str, dtype: str, quantization: str | None) -> None:
-    """Raise ValueError for a type or a quantisation that there isn't; `prefix` is that of the options' names."""
-    if dtype not in DTYPES:
-        raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"{prefix}quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")

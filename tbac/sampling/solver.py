@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from tbac.flow import NUM_TIMESTEPS
 from tbac.models import UniImage
+from tbac.models.config import check_scheduler
 from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.guidance import Guidance
 
@@ -18,12 +19,10 @@ def make_scheduler(config: dict[str, Any]) -> Any:
     """The base model's diffusers scheduler, fresh, so that no state of an earlier run is left in it.
 
     Raises:
-        ValueError: when diffusers has no scheduler of that name.
+        ValueError: for a class that isn't in the fixed list of schedulers.
     """
-    name = config.get("_class_name", "")
-    if not name or not hasattr(diffusers, name):
-        raise ValueError(f"the scheduler config names the class {name!r}, which diffusers doesn't have")
-    return getattr(diffusers, name).from_config(config)
+    check_scheduler(config)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def solve(
     Returns:
         Scaled latents (batch, channel, height, width).
     """
-    scheduler = make_scheduler(model.provenance.scheduler)
+    scheduler = make_scheduler(model.scheduler_config)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     levels = (scheduler.timesteps.float() / NUM_TIMESTEPS).tolist()
     latents = latents * scheduler.init_noise_sigma

@@ -14,8 +14,7 @@ from torch import Tensor
 from tbac.distributed import gather_objects, shard, sum_over_ranks, world_size
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
-from tbac.models.saved import FACTS
-from tbac.training.checkpoints import check_frozen
+from tbac.models.saved import FACTS, check_frozen
 from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
 from tbac.training.optimizers import optimized_names, parameter_groups
 from tbac.training.randomness import noise_of, random_state, set_random_state
@@ -107,7 +106,7 @@ class LadderTuningModule(L.LightningModule):
         del checkpoint["loops"]
         checkpoint[FACTS] = self.facts | {
             "stage": self.stage.name,
-            "config": dict(self.stage.config),
+            "config": {**self.stage.config, **self.facts.get("config", {})},  # the model's as it was resolved
             "steps": self.steps,
             "optimized": optimized_names(self.trainer.optimizers[0], self),
             "random": gather_objects(random_state()),
@@ -117,7 +116,7 @@ class LadderTuningModule(L.LightningModule):
         """Go on counting where the checkpoint stopped; refuse one that was trained on other frozen parts."""
         facts = checkpoint.get(FACTS, {})
         if facts.get("frozen"):
-            check_frozen(facts, self.model, "the checkpoint")
+            check_frozen(facts["frozen"], self.model.provenance.digests, "the checkpoint")
         if "steps" not in facts:
             return
         self.steps, self._random = facts["steps"], facts["random"]

@@ -24,6 +24,7 @@ from data_prep.shards.conversion import NAME, ConversionOptions, Dataset, clean_
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
+from tbac.models import UniImage
 from tbac.types import Sample
 from tests.helpers.commands import run_app
 from tests.helpers.configs import ROOT, composed
@@ -209,7 +210,7 @@ def test_every_layout_converts_and_trains(layout: str, tmp_path: Path, in_world:
             f"stage.val_sources=[{{path: {tmp_path}/out, split: val}}]", "stage.batch_size=2",
         ).data
     )  # fmt: skip
-    model = instantiate(composed("train", "run_dir=.").model)
+    model = UniImage.from_config(instantiate(composed("train", "run_dir=.").model))
     data.bind(model.prompt)
     assert len(next(iter(data.train_dataloader()))) == 2
 

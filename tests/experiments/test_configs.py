@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
+from tbac.models.architecture import check_config
 from tests.helpers.configs import ROOT, composed
 
 CONF = ROOT / "conf"
@@ -20,7 +21,7 @@ ROOTS = [
     f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
 ]
 # groups with a test of their own below
-BY_THEMSELVES = ("benchmark", "judge", "dataset", "debug", "experiment", "study", "sweep", "world")
+BY_THEMSELVES = ("benchmark", "judge", "dataset", "debug", "experiment", "opening", "study", "sweep", "world")
 OPTIONS = sorted(
     (f.parent.name, f.stem) for f in CONF.glob("*/*.yaml") if f.parent.name not in (*BY_THEMSELVES, "local")
 )
@@ -55,7 +56,7 @@ def test_every_option_composes_and_its_parts_can_be_built(group: str, option: st
     OmegaConf.to_container(config, resolve=True)
     part = config[group]
     if group == "model":
-        instantiate(part, _target_="tbac.models.loading.check_config", random_init=True)
+        check_config(instantiate(part, random_init=True))
     elif group == "callbacks":
         assert len([instantiate(c) for c in part.values()]) == len(part)
     elif "_target_" in part and group not in ("data", "trainer"):
@@ -105,7 +106,7 @@ def test_every_world_has_a_model_and_sources_for_every_stage(world: str, stage: 
     assert not OmegaConf.missing_keys(config)
     assert config.stage.name == stage
     assert config.stage.sources
-    instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
+    check_config(instantiate(config.model, random_init=True))
 
 
 def test_a_model_that_is_named_wins_over_the_world_s() -> None:
@@ -129,7 +130,7 @@ def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
     OmegaConf.to_container(config, resolve=True)
     if root == "demo":
         config = composed("train", "run_dir=.", "world=shapes", *config.train_overrides)
-    instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
+    check_config(instantiate(config.model, random_init=True))
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "sweep").glob("*.yaml")))

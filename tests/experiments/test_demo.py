@@ -38,7 +38,7 @@ def test_everything_is_built_trained_and_scored(
     for file in ("contact_sheet.png", "dpg/report.html", "tiif/report.md", "model/model.safetensors"):
         assert Path("demo", file).is_file(), file
     config = json.loads(Path("demo/model/config.json").read_text())
-    assert config["denoiser"]["references"]
+    assert config["reference_latents"]
     assert config["spell_words"]
     assert config["ladder"]["prompt_context"]
     assert not Path("elsewhere").exists()

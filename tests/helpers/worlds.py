@@ -61,7 +61,7 @@ def build_small_world(folder: Path) -> None:
 
 @cache
 def _load_model(world: Path, overrides: tuple[str, ...]) -> UniImage:
-    return instantiate(composed("train", "run_dir=.", *overrides).model)
+    return UniImage.from_config(instantiate(composed("train", "run_dir=.", *overrides).model))
 
 
 def small_model(world: Path, *overrides: str) -> UniImage:

@@ -145,7 +145,7 @@ def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = list(tmp_path.glob("*/checkpoints/ti2i_pretrain-step=2.ckpt"))
-    taps = {tuple(read_checkpoint(file)["tbac"]["taps"]["layers"]) for file in found}
+    taps = {tuple(read_checkpoint(file)["tbac"]["config"]["model"]["taps"]["layers"]) for file in found}
     assert taps == {(2, 3, 4, 5), (6,)}
     jobs = {re.sub(r"_\d+_(log|result).*", "", f.name) for f in tmp_path.glob(".submitit/*/*_result.pkl")}
     assert len(jobs) == 2

@@ -6,12 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; the libraries look at it 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models a second thread costs more than it saves
 
 import contextlib
+import io
+import pickle
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.helpers.shared import build_once
 
@@ -25,6 +29,23 @@ def _away_from_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     if "torch" in sys.modules:  # tests that don't need it aren't kept waiting for it
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_yaml_once() -> Iterator[None]:
+    """Every composition reads some forty files of conf/ again; within a session each text is parsed once."""
+    parsed: dict[str, bytes] = {}
+    parse = OmegaConf.load
+
+    def load(file: Any) -> Any:
+        text = file.read() if hasattr(file, "read") else Path(file).read_text(encoding="utf-8")
+        if text not in parsed:
+            parsed[text] = pickle.dumps(parse(io.StringIO(text)))
+        return pickle.loads(parsed[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.rules import EVERY, Thresholds, aggregate_by_tag, judge_edit
 
-KIND = "happened: "  # before the kind of edit, in the names of scores
+KIND = "happened, "  # before the kind of edit, in the names of scores
 
 
 @dataclass(kw_only=True, eq=False)

@@ -54,7 +54,7 @@ def test_a_real_detector_is_asked_for_colors_and_only_what_it_is_sure_of_counts(
     ghost = Detection("letter L", "red", (5, 5, 9, 9), 0.05)
     picture = Image.new("RGB", (8, 8))
     scored = score_in_memory(Drawer([picture]), benchmark, Sharp(*seen, ghost)).summary.scores
-    assert (scored["score"], scored["happened: add"]) == (1, 1)
+    assert (scored["score"], scored["happened, add"]) == (1, 1)
     assert score_in_memory(Drawer([picture]), benchmark, Sharp(seen[0])).summary.scores["happened"] == 0
 
 

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from omegaconf import DictConfig
 
 from tbac.app import CONF, open_model, opening_options, user_errors
 from tbac.models.card import is_hub_id
-from tbac.models.saved import FACTS, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +29,8 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     """Rows of the model card that only a training checkpoint knows."""
     if (Path(checkpoint).expanduser() / "config.json").is_file():
         return {}
+    from tbac.models.saved import FACTS, read_checkpoint
+
     read = read_checkpoint(checkpoint)
     return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
 
@@ -42,6 +41,9 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Raises:
         ValueError: when the hub can't be reached or refuses.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -13,12 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_prep.shapes.build import build
 from experiments.sweeps.points import read_points, swept
-from experiments.sweeps.report import write_report
-from experiments.sweeps.score import score
 from tbac.app import CONF, plain, user_errors
-from tbac.training.tracking import metric_history, parent_run
 
 log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
@@ -30,6 +26,8 @@ def build_world(cfg: DictConfig) -> None:
     mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
     if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
         log.info("%s trains on the shapes world, which is built first", cfg.name)
+        from data_prep.shapes.build import build
+
         build(world)
 
 
@@ -51,6 +49,11 @@ def main(cfg: DictConfig) -> None:
     unknown = sorted(set(cfg.suites) - set(known))
     if unknown:
         raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
+    # Torch, diffusers and matplotlib are imported only when the config is right.
+    from experiments.sweeps.report import write_report
+    from experiments.sweeps.score import score
+    from tbac.training.tracking import metric_history, parent_run
+
     build_world(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)

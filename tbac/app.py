@@ -1,4 +1,8 @@
-"""What the applications share: clear errors, finding models, run folders."""
+"""What the commands share: clear errors, finding models, run folders.
+
+Every command imports this first, so nothing here imports torch or a library of models before a config is checked:
+`--help` and a mistake in the config are answered at once.
+"""
 
 import ctypes
 import logging
@@ -14,7 +18,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -25,6 +28,8 @@ from tbac.models.card import is_hub_id
 from tbac.models.config import check_precision
 
 if TYPE_CHECKING:
+    import torch
+
     from tbac.sampling import UniImagePipeline
 
 log = logging.getLogger(__name__)
@@ -121,8 +126,10 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     return {str(k): v for k, v in container.items()}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """`auto` is CUDA where there is one."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.build import make_tokenizer
+from data_prep.shapes.parts import make_tokenizer
 from data_prep.shards.writer import write_shards
 from experiments.reports import markdown
 from experiments.speed.measure import MIB, in_child, interleaved, summary

@@ -10,7 +10,7 @@ from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransforme
 from hydra.utils import instantiate
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.build import make_tokenizer
+from data_prep.shapes.parts import make_tokenizer
 from data_prep.shapes.pretrain_autoencoder import pixels_of
 from data_prep.shapes.pretrain_mllm import make_config
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets

@@ -49,14 +49,14 @@ def table(report: dict[str, Any]) -> str:
 @user_errors
 def main(cfg: DictConfig) -> None:
     # Torch and the libraries of models are imported only when the config is right.
-    from data_prep.shapes.build import build
+    from data_prep.shapes.parts import build_world
     from experiments.scores.showcase import show
     from tbac.training.tracking import parent_run
 
     started = time.monotonic()
     out = Path(cfg.out)
     os.environ["TBAC_SHAPES"] = cfg.world_folder  # where all configs look for the world
-    build(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
+    build_world(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
     with parent_run(cfg.tracking_uri, "tbac", "demo") as run:
         run.log_config(plain(cfg))

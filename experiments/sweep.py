@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
 
 
-def build_world(cfg: DictConfig) -> None:
+def build_world_if_missing(cfg: DictConfig) -> None:
     """Build the shapes world where the sweep trains on it and it isn't there, so that a fresh clone can begin here."""
     world = compose("shapes")
     mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
     if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
         log.info("%s trains on the shapes world, which is built first", cfg.name)
-        from data_prep.shapes.build import build
+        from data_prep.shapes.parts import build_world
 
-        build(world)
+        build_world(world)
 
 
 def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
     from experiments.sweeps.score import score
     from tbac.training.tracking import metric_history, parent_run
 
-    build_world(cfg)
+    build_world_if_missing(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = 1

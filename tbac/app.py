@@ -24,7 +24,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tbac.models.card import is_hub_id
 from tbac.models.config import check_precision
 
 if TYPE_CHECKING:
@@ -166,6 +165,7 @@ def open_model(
         ValueError: when nothing usable is there.
     """
     from tbac.models import UniImage
+    from tbac.models.card import is_hub_id
     from tbac.sampling import UniImagePipeline
 
     if not path:

@@ -128,7 +128,7 @@ def test_a_sweep_on_a_fresh_clone_begins_with_the_world(
         built.append(cfg.out)
         raise ValueError("enough")
 
-    monkeypatch.setattr("data_prep.shapes.build.build", build)
+    monkeypatch.setattr("data_prep.shapes.parts.build_world", build)
     status, text = run_app("sweep", capfd, "name=layer_selection_mini", "out=sweep")
     assert status == 1
     assert "enough" in text

@@ -15,7 +15,7 @@ from PIL import Image
 from data_prep.shapes.pretrain_autoencoder import pixels_of
 from experiments.scores.sheets import score_with_sheet
 from experiments.scores.steps import score_checkpoint
-from experiments.train import train
+from experiments.training_run import train
 from tbac.app import open_model, output_dir
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import open_picture
@@ -51,19 +51,11 @@ def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     reading = measure_reading(benchmarks.detector, benchmarks.answers, pipeline)
     before = benchmarks.answers.score(pipeline.model)
     geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}
-    # Each stage starts from the end of the one before.
-    stages: list[dict[str, Any]] = []
-    checkpoint = ""
-    for stage in cfg.stages:
-        folder = output_dir() / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        start = [f"init='{checkpoint}'"] if checkpoint else []
-        tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'"]
-        result = train([compose_training(cfg, stage, folder, *start, *tracked)], folder)
-        checkpoint = result.pop("checkpoint")
-        stages.append(result)
-        pipeline = open_model(checkpoint, "cpu", "float32")
-        geneval[stage] = score_geneval(pipeline, benchmarks, stage, run)
+    # All stages in one process, as `make stages` runs them; each leaves a checkpoint, which is scored afterwards.
+    stages = train_stages(cfg, run)
+    for stage in stages:
+        pipeline = open_model(stage.pop("checkpoint"), "cpu", "float32")
+        geneval[stage["name"]] = score_geneval(pipeline, benchmarks, stage["name"], run)
     # The finished model: edits, answers (which must be the same as before), pictures, further benchmarks.
     edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, output_dir())
     after = benchmarks.answers.score(pipeline.model)
@@ -86,6 +78,15 @@ def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
         "detector_accuracy_reconstructed": reading["reconstructed"],
         "contact_sheet": str(out / "contact_sheet.png"),
     }
+
+
+def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
+    """Train all stages, as a child of `run`; returns the report of each, with its last checkpoint."""
+    folder = output_dir() / "stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", "logger.run_name=stages"]
+    report = train([compose_training(cfg, stage, folder, *tracked) for stage in cfg.stages], folder)
+    return report.get("stages", [report])
 
 
 def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str, run: ParentRun) -> dict[str, float]:

@@ -3,44 +3,29 @@
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Temporary name, fsync, rename, fsync of the folder; by default in the background.
+    """Temporary name, fsync, rename, fsync of the folder.
 
     A file that can't be written (a full disk) is a logged error that leaves every older file as it was: training goes
-    on, and `failed` says what happened to the newest one.
-
-    Args:
-        background: copy the state and write it in a thread, so that training goes on meanwhile.
+    on, and `failed` says what happened to the newest one. `written` is called with the path of each that was.
     """
 
-    def __init__(self, background: bool = True) -> None:
-        self.background = background
+    def __init__(self) -> None:
         self.written: Callable[[Path], None] = lambda path: None
         self.failed: OSError | None = None
-        self._executor: ThreadPoolExecutor | None = None
-        self._pending: Future | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.wait()  # one at a time, in order
-        if not self.background:
-            self._write(checkpoint, Path(path))
-            return
-        self._executor = self._executor or ThreadPoolExecutor(1, "checkpoint")
-        copied = apply_to_collection(checkpoint, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
-        self._pending = self._executor.submit(self._write, copied, Path(path))
-
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        path = Path(path)
         temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,11 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             self.failed = error if isinstance(error, OSError) else OSError(str(error).split("\n")[0])
             temporary.unlink(missing_ok=True)
@@ -62,14 +43,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failed = None
         self.written(path)
 
+
+class BackgroundCheckpointIO(AsyncCheckpointIO):
+    """Writes with an `AtomicCheckpointIO` in a thread, so that training goes on meanwhile.
+
+    Lightning's class copies the state where it is, and takes any number of copies; here it is copied to CPU memory,
+    and a copy is only made when the one before is on disk.
+    """
+
+    def __init__(self) -> None:
+        self.writer = AtomicCheckpointIO()
+        super().__init__(self.writer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.wait()
+        on_cpu = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().cpu())
+        super().save_checkpoint(on_cpu, path, storage_options)
+
     def wait(self) -> None:
         """Wait until what is being written is on disk."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        self.teardown()
 
-    def teardown(self) -> None:
-        self.wait()
-        if self._executor is not None:
-            self._executor.shutdown()
-            self._executor = None
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that a file's new name is on disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tbac.distributed import gather_objects, shard, sum_over_ranks, world_size
 from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
-from tbac.models.saved import FACTS, check_frozen
+from tbac.models.saved import FACTS
 from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
-from tbac.training.optimizers import optimized_names, parameter_groups
+from tbac.training.optimizers import load_named_state, load_state, optimized_names, parameter_groups
 from tbac.training.randomness import noise_of, random_state, set_random_state
 from tbac.training.stages import Stage
 from tbac.types import Batch
@@ -54,10 +54,10 @@ class LadderTuningModule(L.LightningModule):
         self.facts = dict(facts or {})
         self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
         self.begun = 0  # batches whose computation has begun in this process
+        self.first_step = 0  # optimizer steps of the run before this fit, with rejected ones
         self.norms: GradientNorms | None = None
         self.measure_taps = False  # whether `tap_norms` will be asked for
         self._context_squares: Tensor | None = None  # (block,)
-        self._random: list[dict[str, Any]] | None = None
         self.enter(stage, stage.steps or 1)
 
     def enter(self, stage: Stage, total_steps: int) -> None:
@@ -69,7 +69,22 @@ class LadderTuningModule(L.LightningModule):
         """
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
+        self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
+        self._going_on: Mapping[str, Any] | None = None
         stage.apply_trainable(self.named_parameters())
+
+    def go_on(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up the stage, the optimizer, the schedule and the random numbers where a checkpoint has left them.
+
+        Its weights are in the model already, by `tbac.training.checkpoints.load_weights`.
+        """
+        self._going_on = checkpoint
+        self.steps, self.first_step = checkpoint[FACTS]["steps"], checkpoint["global_step"]
+
+    @property
+    def run_step(self) -> int:
+        """Optimizer steps of the whole run so far, all its stages, with rejected ones."""
+        return self.first_step + self.trainer.global_step
 
     @property
     def model(self) -> UniImage:
@@ -83,7 +98,7 @@ class LadderTuningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the denoiser where the strategy has a mesh of processes for it."""
         if self.device_mesh is not None:
-            shard(self.denoiser, self.denoiser.transformer.transformer_blocks, self.device_mesh["data_parallel"])
+            shard(self.denoiser, self.denoiser.transformer.transformer_blocks, self.device_mesh.device_type)
 
     def setup(self, stage: str) -> None:
         """Bring the frozen parts to the device of this process."""
@@ -93,17 +108,13 @@ class LadderTuningModule(L.LightningModule):
         self.model.to(self.device)
 
     def on_train_start(self) -> None:
-        if self._random is not None:
-            set_random_state(self._random)
-            self._random = None
+        if self._going_on is not None:
+            set_random_state(self._going_on[FACTS]["random"])
+            self._going_on = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a checkpoint says of the model, and what going on exactly takes.
-
-        Lightning's own account of its loops is left out: the position in the data and these counters say the same
-        without its special cases for where in a loop a checkpoint was written.
-        """
-        del checkpoint["loops"]
+        """Add what a checkpoint says of the model, and what going on exactly takes."""
+        checkpoint["global_step"] = self.run_step
         checkpoint[FACTS] = self.facts | {
             "stage": self.stage.name,
             "config": {**self.stage.config, **self.facts.get("config", {})},  # the model's as it was resolved
@@ -111,18 +122,6 @@ class LadderTuningModule(L.LightningModule):
             "optimized": optimized_names(self.trainer.optimizers[0], self),
             "random": gather_objects(random_state()),
         }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint stopped; refuse one that was trained on other frozen parts."""
-        facts = checkpoint.get(FACTS, {})
-        if facts.get("frozen"):
-            check_frozen(facts["frozen"], self.model.provenance.digests, "the checkpoint")
-        if "steps" not in facts:
-            return
-        self.steps, self._random = facts["steps"], facts["random"]
-        loop = self.trainer.fit_loop.epoch_loop
-        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
-        progress.ready = progress.completed = loop._batches_that_stepped = checkpoint["global_step"]
 
     def loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
         """Flow-matching loss of a batch.
@@ -175,11 +174,9 @@ class LadderTuningModule(L.LightningModule):
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = noise_of(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
-        return self.loss(batch, noise, sigma, latents)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Log the mean loss of all processes; Lightning has divided it for accumulation."""
-        self.log("train/loss", loss.detach() * self.stage.accumulate, prog_bar=True, sync_dist=True)
+        loss = self.loss(batch, noise, sigma, latents)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""
@@ -225,6 +222,11 @@ class LadderTuningModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.stage.optimizer(parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
+        if self._going_on is not None:
+            load_state(optimizer, self._going_on["optimizer_states"][0])
+            scheduler.load_state_dict(self._going_on["lr_schedulers"][0])
+        elif self.inherited_optimizer_state is not None:
+            load_named_state(optimizer, self, self.inherited_optimizer_state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
-from tbac.training.checkpoint_io import AtomicCheckpointIO
+from tbac.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from tbac.training.checkpoints import newest_whole
 from tests.helpers.processes import Command, start_command
 from tests.helpers.training import RUN
@@ -42,7 +42,7 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
 
 def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "checkpoints"
-    writer = AtomicCheckpointIO(background=False)
+    writer = AtomicCheckpointIO()
     for step in (1, 2, 3):
         writer.save_checkpoint({"tbac": {}, "state_dict": {"a": torch.ones(1000)}}, folder / f"s-step={step}.ckpt")
         os.utime(folder / f"s-step={step}.ckpt", (step, step))
@@ -57,9 +57,10 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pyte
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_loses_nothing_whole(tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, path = AtomicCheckpointIO(background), tmp_path / "a.ckpt"
+    writer, path = BackgroundCheckpointIO() if background else AtomicCheckpointIO(), tmp_path / "a.ckpt"
+    atomic = writer.writer if isinstance(writer, BackgroundCheckpointIO) else writer
     writer.save_checkpoint({"a": torch.ones(3)}, path)
-    writer.wait()
+    writer.teardown()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -67,18 +68,18 @@ def test_a_full_disk_loses_nothing_whole(tmp_path: Path, background: bool, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         writer.save_checkpoint({"a": torch.zeros(3)}, path)
-        writer.wait()
-    assert "No space left" in str(writer.failed)
+        writer.teardown()
+    assert "No space left" in str(atomic.failed)
     assert torch.equal(torch.load(path)["a"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.ckpt"]
     writer.save_checkpoint({"a": torch.zeros(3)}, path)
     writer.teardown()
-    assert writer.failed is None
+    assert atomic.failed is None
     assert torch.equal(torch.load(path)["a"], torch.zeros(3))
 
 
 def test_what_is_written_is_of_the_moment_of_the_call(tmp_path: Path) -> None:
-    writer, weights = AtomicCheckpointIO(), torch.ones(1_000_000)
+    writer, weights = BackgroundCheckpointIO(), torch.ones(1_000_000)
     writer.save_checkpoint({"a": weights}, tmp_path / "a.ckpt")
     weights.zero_()
     writer.teardown()

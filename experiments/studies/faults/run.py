@@ -37,7 +37,7 @@ BASE = [
     f"stage={STAGE}", "stage.previous=null", "world=shapes", "logger=csv", "callbacks=audit", "~callbacks.progress",
     "callbacks.sample_grid.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
     "stage.val_every=6", "stage.val_samples=8", "stage.noise_samples_per_prompt=1", "machine.accelerator=cpu",
-    "callbacks.guard.rule.warmup=6", "callbacks.guard.rule.window=16", "callbacks.guard.then=skip",
+    "guard.warmup=6", "guard.window=16", "callbacks.guard.then=skip",
 ]  # fmt: skip
 PAIR = ["machine.devices=2", "machine.strategy=ddp", f"stage.batch_size={BATCH // 2}"]
 

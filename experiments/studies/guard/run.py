@@ -18,8 +18,9 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from experiments.reports import markdown
+from experiments.stage_configs import stage_configs
 from experiments.studies.guard.alternate import Alternate
-from experiments.train import stage_configs, train
+from experiments.training_run import train
 from tbac.app import CONF, keep_freed_memory, user_errors
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks
 
-from tbac.training.checkpoint_io import AtomicCheckpointIO
+from tbac.training.checkpoint_io import BackgroundCheckpointIO
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,8 @@ class Checkpoint(callbacks.Checkpoint):
     """Writes `<stage>-step=<n>.ckpt` and keeps the newest, the best, and every so many steps one.
 
     `last.ckpt` and `best.ckpt` are links. Where a validation is due after the same step, the checkpoint is written
-    when it is over. Needs `AtomicCheckpointIO` as the trainer's plugin: a file of the final name is always whole, and
-    an older one is removed only once a newer is on disk.
+    when it is over. Needs `BackgroundCheckpointIO` as the trainer's plugin: a file of the final name is always whole,
+    and an older one is removed only once a newer is on disk.
 
     Args:
         folder: where they go.
@@ -45,20 +45,15 @@ class Checkpoint(callbacks.Checkpoint):
         for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"callbacks.checkpoint.{name} must be at least 1, got {value}")
-        self.folder, self.every, self.keep, self.keep_every, self.monitor = (
-            Path(folder),
-            every,
-            keep,
-            keep_every,
-            monitor,
-        )
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.keep_every, self.monitor = keep_every, monitor
         self.best: dict[str, Any] | None = None
         self._saved: tuple[str, int] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         writer = trainer.strategy.checkpoint_io
-        if stage == "fit" and isinstance(writer, AtomicCheckpointIO):
-            writer.written = self._tidy
+        if stage == "fit" and isinstance(writer, BackgroundCheckpointIO):
+            writer.writer.written = self._tidy
             if trainer.is_global_zero:
                 for left in self.folder.glob("*.ckpt.tmp*"):  # of a process that was killed while it wrote
                     left.unlink()
@@ -103,10 +98,10 @@ class Checkpoint(callbacks.Checkpoint):
             ValueError: when it couldn't be written.
         """
         writer = trainer.strategy.checkpoint_io
-        if isinstance(writer, AtomicCheckpointIO):
+        if isinstance(writer, BackgroundCheckpointIO):
             writer.wait()
-            if writer.failed is not None:
-                raise ValueError(f"the last checkpoint couldn't be written: {writer.failed}; older ones are untouched")
+            if failed := writer.writer.failed:
+                raise ValueError(f"the last checkpoint couldn't be written: {failed}; older ones are untouched")
 
     @staticmethod
     def name(pl_module: LadderTuningModule) -> str:

@@ -1,10 +1,14 @@
-"""An exponential moving average of the trained weights."""
+"""An exponential moving average of the trained weights.
+
+The arithmetic is torch's. The callback is written here because Lightning's (`WeightAveraging`) copies the whole module,
+and by its own account does not work where it is sharded; this one keeps the average of the shards that a process holds.
+"""
 
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tbac.distributed import local_part, sharded_like, whole_of_part
 from tbac.training.module import LadderTuningModule
@@ -44,8 +48,8 @@ class EMA(L.Callback):
         if not pl_module.stepped:
             return
         current = [local_part(p.detach()) for p in pl_module.parameters()]
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, current, 1 - self.decay if self.updates else 1.0)
+        update = get_ema_multi_avg_fn(self.decay if self.updates else 0.0)
+        update(self.average, current, self.updates)
         self.updates += 1
 
     def swap(self, pl_module: L.LightningModule) -> None:

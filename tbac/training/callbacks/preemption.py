@@ -54,7 +54,16 @@ class Preemption(callbacks.Checkpoint):
         self._received: signal.Signals | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_signals()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also in the validation before a stage's first step."""
+        self._take_signals()
+
+    def _take_signals(self) -> None:
         """Take the place of Lightning's handlers, which would save in the middle of a step."""
+        if self._received is not None:  # a second one has its usual effect
+            return
         if threading.current_thread() is threading.main_thread():  # no other one may
             number: int
             for number in self.hand_on:

@@ -58,6 +58,6 @@ class SampleGrid(L.Callback):
         ).images
         model.train(training)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{trainer.global_step:07d}.png"
+        path = self.folder / f"step_{pl_module.run_step:07d}.png"
         picture_grid(images, columns=4, scale=self.scale).save(path)
         log_picture(trainer.loggers, path)

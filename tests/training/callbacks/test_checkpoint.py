@@ -7,7 +7,7 @@ import pytest
 
 from tbac.models import UniImage
 from tbac.training.callbacks.checkpoint import Checkpoint
-from tbac.training.checkpoint_io import AtomicCheckpointIO
+from tbac.training.checkpoint_io import BackgroundCheckpointIO
 from tests.helpers.training import data_of, module_of, trainer_of
 
 LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1 to 7
@@ -17,7 +17,7 @@ def kept(model: UniImage, folder: Path, **options: Any) -> tuple[set[int], str, 
     """Steps whose checkpoints are left after 7 steps, and what the links name."""
     checkpointing = Checkpoint(str(folder), **({"every": 1} | options))
     trainer = trainer_of(
-        7, callbacks=[checkpointing], plugins=[AtomicCheckpointIO()],
+        7, callbacks=[checkpointing], plugins=[BackgroundCheckpointIO()],
         val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=True,
     )  # fmt: skip
     module = module_of(model, steps=7)

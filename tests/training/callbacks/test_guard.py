@@ -9,9 +9,12 @@ import lightning as L
 import pytest
 import torch
 
+from tbac.data.datamodule import StagedDataModule
 from tbac.models import UniImage
+from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.ema import EMA
 from tbac.training.callbacks.guard import DivergedError, Guard
+from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.gradients import component_of
 from tbac.training.spikes import RobustRule
 from tests.helpers.training import data_of, module_of, trainer_of
@@ -182,9 +185,17 @@ def test_components_have_names() -> None:
 
 def test_after_going_on_a_rewind_leads_to_the_checkpoint(model: UniImage, tmp_path: Path) -> None:
     trainer = trainer_of(4, callbacks=[guard_of(then="rewind")])
-    trainer.fit(module_of(model), datamodule=data_of(model))
+    trainer.fit(module_of(model), datamodule=StagedDataModule([data_of(model)]))
     trainer.save_checkpoint(tmp_path / "four.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "four.ckpt")
+    model.load_trained_state(checkpoint["state_dict"], "four.ckpt")
     module = module_of(model, steps=20)
-    again = trainer_of(8, callbacks=[Poison(nan, 1, 2), guard_of(then="rewind", patience=2)])
-    again.fit(module, datamodule=data_of(model), ckpt_path=tmp_path / "four.ckpt", weights_only=True)
+    transition = StageTransition([module.stage], checkpoint=checkpoint)
+    guarded = [Poison(nan, 1, 2), guard_of(then="rewind", patience=2)]
+    transition.fit(
+        lambda stage, callbacks: trainer_of(4, callbacks=[*guarded, *callbacks]),
+        module,
+        StagedDataModule([data_of(model)]),
+    )
+    assert module.run_step == 8
     assert module.steps == 5  # step 5 was taken and undone, two were rejected, the last one counts

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-IMPORTED = ["experiments.train", "experiments.evaluate", "tests.helpers.processes"]
+IMPORTED = ["experiments.train", "experiments.training_run", "experiments.evaluate", "tests.helpers.processes"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
 

@@ -209,15 +209,14 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
 
 def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
     """Bytes saved for backward by query pass with ladder, and by the denoiser."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, Any] = {}
+    counted = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}  # of the model: not saved anew
     totals = {"queries": 0.0, "denoiser": 0.0}
     part = "queries"
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen[storage._cdata] = storage  # kept, so that its number isn't given away
+        if storage not in counted:
+            counted.add(storage)
             totals[part] += storage.nbytes()
         return tensor
 
@@ -231,7 +230,7 @@ def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[s
     precision = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     with precision, saved_tensors_hooks(keep, lambda tensor: tensor):
         prefix = model.mllm.prefix(inputs, model.ladder.plan.deepest)
-        seen.update({t.untyped_storage()._cdata: t.untyped_storage() for t in (*prefix.keys, *prefix.values)})
+        counted.update(t.untyped_storage() for t in (*prefix.keys, *prefix.values))
         taps = model.mllm.read_queries(model.ladder.queries, prefix, model.ladder.plan.layers)
         condition = Condition(model.ladder(taps))
         part = "denoiser"

@@ -75,7 +75,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     model = UniImage.from_config(model_config)
     if start.saved is not None:
         load_weights(start.saved, model)
-        log.info("%s the weights of %s", "going on from" if start.resumed else "starting from", start.saved.origin)
+        log.info("going on from %s" if start.resumed else "starting from the weights of %s", start.saved.origin)
     facts = describe_model(model)
     for source in data.stages:
         source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple)

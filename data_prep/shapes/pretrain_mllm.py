@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
 from data_prep.shapes.conversations import Conversation, Conversations, last_ids
 from data_prep.shapes.pretrain_autoencoder import dense_scene
@@ -255,7 +261,7 @@ def pretrain_mllm(
     """
     torch.manual_seed(seed)
     rng = Random(f"mllm/{seed}")
-    model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer))
+    model = AutoModelForImageTextToText.from_config(make_config(architecture, tokenizer))
     model.get_input_embeddings().weight.data.normal_(0, recipe.embedding_std)
     teach_vision(model, tokenizer, processor, recipe, rng)
     scenes: list[Scene] = []

@@ -11,6 +11,7 @@ import copy
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tbac.flow import timestep_of
@@ -82,7 +83,7 @@ class ReleaseWay(nn.Module):
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
             arguments = (hidden, None, context, bias, modulation, rows, columns)
             if torch.is_grad_enabled() and model.gradient_checkpointing:
-                hidden = model._gradient_checkpointing_func(block, *arguments)
+                hidden = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 hidden = block(*arguments)
         hidden = model.proj_out(model.norm_out(hidden, embedded, model.scale_shift_table))

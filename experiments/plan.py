@@ -17,10 +17,8 @@ from tbac.app import CONF, output_dir, user_errors
 
 def tables(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [
-        f"{name:16s} {value:>15,d}  {value / 1e6:>9.1f} M"
-        for name, value in (*report["parameters"].items(), *((k, report[k]) for k in ("total", "trained", "frozen")))
-    ]
+    counted = report["parameters"] | {name: report[name] for name in ("total", "trained", "frozen")}
+    lines = [f"{name:16s} {value:>15,d}  {value / 1e6:>9.1f} M" for name, value in counted.items()]
     text = ["\n".join([*lines, f"taps             {report['taps']}"])]
     stages = report["stages"]
     names = [stage["stage"] for stage in stages]
@@ -28,11 +26,17 @@ def tables(report: dict[str, Any]) -> str:
     def table(title: str, rows: list[tuple[str, list[Any]]]) -> str:
         return markdown([title, *names], [[name, *values] for name, values in rows])
 
+    def flops_of_part(part: str) -> list[str]:
+        return [f"{stage['flops_per_sample'].get(part, 0.0) / 1e12:.2f}" for stage in stages]
+
+    def memory_of_kind(kind: str) -> list[str]:
+        return [f"{stage['memory_gib'][kind]:.2f}" for stage in stages]
+
     parts = dict.fromkeys(part for s in stages for part in s["flops_per_sample"])
-    tera = [(p, [f"{s['flops_per_sample'].get(p, 0.0) / 1e12:.2f}" for s in stages]) for p in parts]
+    tera = [(part, flops_of_part(part)) for part in parts]
     text.append(table("TFLOP per sample", [*tera, ("in all", [f"{s['flops'] / 1e12:.2f}" for s in stages])]))
     kinds = stages[0]["memory_gib"]
-    gib = [(k, [f"{s['memory_gib'][k]:.2f}" for s in stages]) for k in kinds]
+    gib = [(kind, memory_of_kind(kind)) for kind in kinds]
     batches = ("batch per GPU", [s["setting"]["batch"] for s in stages])
     text.append(table("GiB per GPU", [batches, *gib, ("in all", [f"{s['memory_total_gib']:.2f}" for s in stages])]))
     text.append(

@@ -202,7 +202,8 @@ def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
                 ]
                 body = f"a {color_a} {a} and a {color_b} {b}"
             # "a photo of" as GenEval has it; the other openings only where all such prompts are taken.
-            row["prompt"] = next((p for p in (o + body for o in (*OPENINGS[1:], "")) if p not in seen), "")
+            wordings = [opening + body for opening in (*OPENINGS[1:], "")]
+            row["prompt"] = next((wording for wording in wordings if wording not in seen), "")
             if row["prompt"]:
                 seen.add(row["prompt"])
                 rows.append(row)

@@ -166,7 +166,9 @@ def write_benchmarks(world: World, out: Path) -> None:
     """
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    glyphs = {name: ["".join(".#"[int(v)] for v in row) for row in mask] for name, mask in GLYPHS.items()}
+    glyphs = {}
+    for name, mask in GLYPHS.items():
+        glyphs[name] = ["".join(row) for row in np.where(mask, "#", ".")]
     described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": glyphs}
     (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
     rng = Random(f"benchmarks/{world.seed}")

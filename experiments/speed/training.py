@@ -238,7 +238,7 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory),
         markdown(
             ["what trains", "tensors", "parameters", "optimizer state, MiB"],
-            [[name, *(f"{v:,}" for v in holds[name])] for name in names],
+            [[name, *map("{:,}".format, holds[name])] for name in names],
         ),
     ]
     return {"cases": cases, "holds": holds, "matmul_flops_per_s": rate, "table": "\n\n".join(tables)}

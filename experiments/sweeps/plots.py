@@ -40,8 +40,14 @@ def scores_by_group(groups: Groups, path: Path) -> None:
 def scores_by_tag(groups: Groups, path: Path) -> None:
     """A table in colours: groups by tags."""
     tags = list(next(iter(groups.values()))[0].scores["geneval"])
-    values = np.array([[mean(p.scores["geneval"][t] for p in points) for t in tags] for points in groups.values()])
-    _heat_map(values, list(groups), tags, "mean over seeds", path)
+
+    def average_score(points: Sequence[Point], tag: str) -> float:
+        return mean(point.scores["geneval"][tag] for point in points)
+
+    rows = []
+    for points in groups.values():
+        rows.append([average_score(points, tag) for tag in tags])
+    _heat_map(np.array(rows), list(groups), tags, "mean over seeds", path)
 
 
 def _heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
@@ -65,10 +71,13 @@ def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     drawn = False
     for name, runs in histories.items():
         series = [dict(run[metric]) for run in runs if metric in run]
-        steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
+        steps = sorted(set.intersection(*map(set, series))) if series else []
         if not steps:
             continue
-        values = np.array([[s[step] for step in steps] for s in series])
+        rows = []
+        for values_of_step in series:
+            rows.append([values_of_step[step] for step in steps])
+        values = np.array(rows)
         (line,) = axes.plot(steps, values.mean(0), marker="o", markersize=3, label=name)
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
         drawn = True

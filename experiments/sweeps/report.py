@@ -40,7 +40,9 @@ def table(groups: Mapping[str, Sequence[Point]]) -> str:
     for name, points in groups.items():
         scores = [p.scores["geneval"] for p in points]
         cells = [spread([s["overall"] for s in scores]), spread([p.scores["loss"] for p in points], 4)]
-        cells += [f"{mean(s[t] for s in scores):.2f}" for t in tags]
+        for tag in tags:
+            average = mean(score[tag] for score in scores)
+            cells.append(f"{average:.2f}")
         rows.append([name, len(points), *cells])
     return markdown(["point", "seeds", "overall", "validation loss", *tags], rows)
 
@@ -97,7 +99,9 @@ def write_report(
         expected: number of points that the sweep has.
     """
     groups = grouped(points)
-    runs = {group: [histories[p.folder] for p in members] for group, members in groups.items()}
+    runs = {}
+    for group, members in groups.items():
+        runs[group] = [histories[point.folder] for point in members]
     plots.scores_by_group(groups, out / "scores.png")
     plots.scores_by_tag(groups, out / "tags.png")
     pictures = [("Score by point", "scores.png"), ("Score by tag", "tags.png")]
@@ -148,8 +152,10 @@ def _tap_norms(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def _ablated(points: Sequence[Point]) -> dict[str, list[float]]:
     """Tap -> what leaving it out adds to the validation loss, in each run."""
     prefix = "b" if points[0].scores["mix"] else ""
-    names = points[0].scores["without"]
-    return {f"{prefix}{n}": [p.scores["without"][n] - p.scores["loss"] for p in points] for n in names}
+    added: dict[str, list[float]] = {}
+    for name in points[0].scores["without"]:
+        added[f"{prefix}{name}"] = [p.scores["without"][name] - p.scores["loss"] for p in points]
+    return added
 
 
 def _grid(groups: Mapping[str, Sequence[Point]], path: Path) -> None:

@@ -24,8 +24,11 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     digits = {"MiB": 2, "cosine of taps": 4}
-    cells = [[f"{v:.{digits.get(k, 3)}f}" if isinstance(v, float) else v for k, v in row.items()] for row in rows]
-    table = markdown(list(rows[0]), cells)
+
+    def write_cell(column: str, value: Any) -> Any:
+        return f"{value:.{digits.get(column, 3)}f}" if isinstance(value, float) else value
+
+    table = markdown(list(rows[0]), [list(map(write_cell, row.keys(), row.values())) for row in rows])
     (out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     (out / "report.md").write_text(table + "\n")
     print(table)

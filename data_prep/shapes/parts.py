@@ -1,8 +1,8 @@
-"""The parts of the shapes world, and what each is made from.
+"""The parts of the shapes world, each made when it is missing: benchmarks, tokenizer, backbones, shards.
 
-Everything is made from one seed: benchmarks, tokenizer, pre-trained backbones in the real formats, shards with cached
-latents. Finished parts are kept: a part is made in a folder of its own and renamed when it is complete, and
-`recipe.json` beside it says what it was made from; with another recipe it is made again.
+Everything is made from one seed; backbones are in the formats of the real ones, and shards hold cached latents. A part
+is made in a folder of its own and renamed when it is complete, and `recipe.json` beside it says what it was made from;
+with another recipe it is made again.
 """
 
 import hashlib
@@ -85,7 +85,8 @@ def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: d
     autoencoder.save_pretrained(folder / "vae")
     frozen = FrozenAutoencoder(autoencoder)
     pictures = [render(scene) for scene in lone_scenes(Random(f"denoiser/{world.seed}"), 6000)]
-    latents = torch.cat([frozen.encode(pixels_of(pictures[i : i + 256])) for i in range(0, len(pictures), 256)])
+    chunks = [pictures[i : i + 256] for i in range(0, len(pictures), 256)]
+    latents = torch.cat([frozen.encode(pixels_of(chunk)) for chunk in chunks])
     denoiser = pretrain_denoiser(parts["transformer"], latents, **recipes["denoiser"], seed=world.seed)
     denoiser.save_pretrained(folder / "transformer")
     scheduler = {k: v for k, v in parts["scheduler"].items() if k != "_class_name"}
@@ -137,15 +138,21 @@ def source_digest() -> str:
 
 
 def build_world(cfg: DictConfig) -> Path:
-    """Build what is missing; returns the world's folder."""
+    """Build what is missing; returns the world's folder.
+
+    Args:
+        cfg: of `conf/shapes.yaml`.
+    """
     out = Path(cfg.out)
     sizes, mixture = instantiate(cfg.sizes), instantiate(cfg.scenes)
     parts = plain(cfg.model.architecture)
     recipes = {"autoencoder": plain(cfg.autoencoder), "denoiser": plain(cfg.denoiser)}
+    # Benchmarks and tokenizer take seconds, and what comes after needs them.
     world = World.draw(cfg.seed, sizes, mixture)
     made_from = [asdict(sizes), asdict(mixture), cfg.seed, source_digest()]
     make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
     make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
+    # What learns takes minutes: the MLLM on one core, the pictures' models and the shards on another.
     branches: list[tuple[Callable[..., None], tuple]] = [
         (_language_branch, (out, parts["mllm"], world, instantiate(cfg.mllm))),
         (_pictures_branch, (out, parts, world, recipes)),

@@ -11,13 +11,14 @@ import hydra
 from omegaconf import DictConfig
 
 from tbac.app import CONF, open_model, opening_options, user_errors
-from tbac.models.card import is_hub_id
 
 log = logging.getLogger(__name__)
 
 
 def check_options(cfg: DictConfig) -> None:
     """Raise ValueError for what can be refused before a weight is read."""
+    from tbac.models.card import is_hub_id
+
     out = Path(cfg.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={cfg.out} exists and isn't an empty folder; give a new one")

@@ -172,7 +172,7 @@ def open_model(
         raise ValueError("give checkpoint=PATH: an exported folder, a run folder of outputs/train, or a .ckpt file")
     check_precision("", dtype, quantization)
     folder = Path(path).expanduser()
-    is_export = (folder / "config.json").is_file() or (not folder.exists() and is_hub_id(path))
+    is_export = (folder / "config.json").is_file()
     load = UniImage.from_pretrained if is_export else UniImage.from_checkpoint
-    model = load(folder if folder.exists() else path, mllm, denoiser, dtype, quantization, connector)
+    model = load(folder, mllm, denoiser, dtype, quantization, connector)
     return UniImagePipeline(model.to(pick_device(device)))

@@ -56,7 +56,7 @@ def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[st
     checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
     assert len(checkpoints) == 4
     points = {
-        (tuple(c["tbac"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
+        (tuple(c["tbac"]["config"]["model"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
         for c in map(read_checkpoint, checkpoints)
     }
     assert points == {(taps, lr) for taps in ((2, 3, 4, 5), (6,)) for lr in (1e-3, 2e-3)}

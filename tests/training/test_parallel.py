@@ -145,7 +145,7 @@ def test_a_sweep_of_two_processes_per_point(world_folder: Path, tmp_path: Path) 
     environment = os.environ | {"TBAC_SHAPES": str(world_folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
     points = {f.parents[1].name: read_checkpoint(f) for f in tmp_path.glob("*/checkpoints/*-step=2.ckpt")}
-    assert {tuple(c["tbac"]["taps"]["layers"]) for c in points.values()} == {(2, 3, 4, 5), (6,)}
+    assert {tuple(c["tbac"]["config"]["model"]["taps"]["layers"]) for c in points.values()} == {(2, 3, 4, 5), (6,)}
     for name in points:
         assert {f.name for f in (tmp_path / name / "sample_log").iterdir()} == {"rank_0.jsonl", "rank_1.jsonl"}
 

@@ -165,7 +165,6 @@ def open_model(
         ValueError: when nothing usable is there.
     """
     from tbac.models import UniImage
-    from tbac.models.card import is_hub_id
     from tbac.sampling import UniImagePipeline
 
     if not path:

@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 from tbac.models.export import read_export
 from tbac.models.saved import read_checkpoint, read_saved_model
 from tests.helpers.commands import FEW, message
-from tests.helpers.configs import ROOT
 from tests.helpers.source import CODE, list_files, parse
 from tests.helpers.worlds import small_model
 
@@ -104,6 +103,7 @@ def put_as_connector(config: dict[str, Any], kind: str) -> None:
     config["ladder"]["connector"] = kind
 
 
+TRIED = 6  # kinds for each command, at other places for each
 PLACES = (
     put_into_model,
     put_into_taps,
@@ -158,6 +158,12 @@ def test_nothing_that_a_file_names_is_called(exported: Path, kind: str, place: C
     assert not Path(TRACE).exists()
 
 
+def choose(command: str, number: int) -> tuple[str, Callable[[dict[str, Any], str], None]]:
+    """A kind and a place, others for each command."""
+    shift = list(COMMANDS).index(command)
+    return NAMES[(number + shift) % len(NAMES)], PLACES[(number + 3 * shift) % len(PLACES)]
+
+
 COMMANDS = {
     "generate": ["generate", "prompts=[a]", "out=made", "checkpoint={}"],
     "answer": ["answer", "question=what?", "checkpoint={}"],
@@ -170,11 +176,10 @@ COMMANDS = {
 
 @pytest.mark.usefixtures("trained_run")
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("number", range(len(PLACES)))
+@pytest.mark.parametrize("number", range(TRIED))
 def test_every_command_refuses_such_a_checkpoint(command: str, number: int, capfd: pytest.CaptureFixture[str]) -> None:
-    # Over all commands each kind comes to each place.
-    kind = NAMES[(number + list(COMMANDS).index(command)) % len(NAMES)]
-    file = write_checkpoint(Path("run"), PLACES[number], kind)
+    kind, place = choose(command, number)
+    file = write_checkpoint(Path("run"), place, kind)
     name, *arguments = [part.format(file) for part in COMMANDS[command]]
     text = message(name, capfd, *arguments)
     assert "error: foreign.ckpt: " in text
@@ -184,12 +189,12 @@ def test_every_command_refuses_such_a_checkpoint(command: str, number: int, capf
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train resume"])
-@pytest.mark.parametrize("number", range(len(PLACES)))
+@pytest.mark.parametrize("number", range(TRIED))
 def test_every_command_refuses_such_an_export(
     exported: Path, command: str, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    kind = NAMES[(number + list(COMMANDS).index(command)) % len(NAMES)]
-    folder = write_export(exported, PLACES[number], kind)
+    kind, place = choose(command, number)
+    folder = write_export(exported, place, kind)
     name, *arguments = [part.format(folder) for part in COMMANDS[command]]
     text = message(name, capfd, *arguments)
     assert "error: foreign/config.json: " in text
@@ -213,22 +218,36 @@ def test_a_checkpoint_that_holds_code_isn_t_read() -> None:
     assert not Path(TRACE).exists()
 
 
-# Every call that makes something by its name: file -> what is made. All of it is the user's own config.
-MADE_BY_NAME: dict[str, set[str]] = {}
+# What may be made by its name: a part of the config that Hydra has composed for this command.
+COMPOSED = ("cfg", "configs", "c", "part", "options", "model_config", "compose_training")
+MAKERS = ("instantiate", "get_object", "get_class", "get_method", "get_static_method", "import_module", "__import__")
+READERS = ("read_checkpoint", "read_saved_model", "read_export", "safe_load", "OmegaConf")
 
 
-def list_calls() -> dict[str, set[str]]:
-    """File -> first arguments of the calls that import by a name that they are given."""
-    found: dict[str, set[str]] = {}
-    for file in list_files(*CODE):
-        for node in ast.walk(parse(file)):
-            if not isinstance(node, ast.Call):
-                continue
-            function = ast.unparse(node.func).split(".")[-1]
-            if function in ("instantiate", "get_object", "get_class", "get_method", "import_module", "__import__"):
-                found.setdefault(file.relative_to(ROOT).as_posix(), set()).add(ast.unparse(node.args[0]))
-    return found
+def list_names(node: ast.AST) -> set[str]:
+    """Every name and attribute in a piece of code."""
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+
+
+def find_root(node: ast.AST) -> str:
+    """The name that an expression such as `cfg.stages[0].data` begins with."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return ast.unparse(node)
 
 
 def test_only_the_user_s_own_config_is_made_by_name() -> None:
-    assert list_calls() == MADE_BY_NAME
+    seen = 0
+    for file in list_files(*CODE):
+        functions = [node for node in ast.walk(parse(file)) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            made = [call for call in calls if ast.unparse(call.func).split(".")[-1] in MAKERS]
+            for call in made:
+                assert find_root(call.args[0]) in COMPOSED, f"{file}: {ast.unparse(call)}"
+            if made:
+                reads = list_names(function) & set(READERS)
+                assert not reads, f"{file}: {function.name} makes parts by name and reads a file with {reads}"
+            seen += len(made)
+    assert seen > 10

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.budget import Setting, build, largest_batch, memory_of
+from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
 from tbac.app import plain

@@ -77,7 +77,8 @@ def main(cfg: DictConfig) -> None:
     if finished(configs, output_dir()):
         log.info("finished before; give stage.steps=… for more steps")
         return
-    from experiments.training_run import process_rank, train
+    from experiments.training_run import train
+    from tbac.training.strategies import process_rank
 
     if process_rank():  # the others say only what is wrong
         logging.getLogger().setLevel(logging.WARNING)

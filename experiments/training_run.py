@@ -5,13 +5,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from experiments.stage_configs import PER_STAGE
@@ -31,8 +28,13 @@ from tbac.training.checkpoints import (
     optimizer_state_of,
 )
 from tbac.training.module import LadderTuningModule
+from tbac.training.randomness import seed_everything
 from tbac.training.stages import Stage
-from tbac.training.tracking import RunLogger, log_run, run_facts
+from tbac.training.strategies import process_rank
+from tbac.training.tracking import RunLogger, log_nowhere, log_run, run_facts
+
+if TYPE_CHECKING:
+    import lightning as L
 
 log = logging.getLogger(__name__)
 RUNS = "outputs/train"
@@ -62,7 +64,7 @@ class Start:
 def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     """Run the stages that the configs describe, one after the other; returns what `report.json` holds."""
     cfg = configs[0]
-    L.seed_everything(cfg.seed, verbose=False)
+    seed_everything(cfg.seed)
     # Everything that can be wrong without a model is looked at before one is read.
     stages = [build_stage(c) for c in configs]
     model_config: ModelConfig = instantiate(cfg.model)
@@ -88,10 +90,10 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
         log_run([logger.logger], config_of_run(stages), run_facts() | digests)
 
-    def make_trainer(stage: int, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
         trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
         if cfg.logger and not logger:
-            trainer.loggers = [DummyLogger()]  # so that every process takes part in what is logged
+            log_nowhere(trainer)
         return trainer
 
     origin = start.saved.origin if start.saved else None
@@ -210,11 +212,6 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
     if found is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
     return found and (str(found[0]), found[1])
-
-
-def process_rank() -> int:
-    """Number of this process by what its launcher has set; 0 where nothing has."""
-    return getattr(rank_zero_only, "rank", 0)
 
 
 def _stage_index(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import random
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from tbac.flow import sample_sigma
 from tbac.training.stages import FlowOptions
 
 ONE_NOISE = FlowOptions()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, and those of the loader's processes."""
+    L.seed_everything(seed, verbose=False)
 
 
 def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from tbac.distributed import is_sharded, whole
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+def process_rank() -> int:
+    """Number of this process by what its launcher has set; 0 where nothing has."""
+    return getattr(rank_zero_only, "rank", 0)
 
 
 def make_strategy(name: str, timeout_minutes: float = 15.0) -> Strategy | str:

@@ -3,14 +3,13 @@
 import time
 from typing import Any
 
-import lightning as L
-
+from tbac.training.callbacks import Callback
 from tbac.training.callbacks.guard import Guard
 
 WARM_UP = 40  # steps that aren't counted
 
 
-class Alternate(L.Callback):
+class Alternate(Callback):
     """Takes the guard away for every other batch, and times both kinds."""
 
     times: tuple[list[float], list[float]] = ([], [])  # without and with the guard, seconds

@@ -5,6 +5,7 @@ python experiments/studies/quantization/run.py checkpoint=outputs/demo/model
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig

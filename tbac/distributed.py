@@ -76,7 +76,7 @@ def whole_of_part(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, value: Any) -> Any:
-    """`value`, whole on every process, sharded as `tensor` is where the two have one shape; sharded already, as it is."""
+    """`value`, whole on every process or sharded already, sharded as `tensor` is where the two have one shape."""
     if not isinstance(tensor, DTensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
         return value
     if isinstance(value, DTensor):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from experiments.reports import markdown
 from experiments.stage_configs import stage_configs
-from experiments.studies.guard.alternate import Alternate
+from experiments.studies.guard.alternate import AlternatingGuard
 from experiments.training_run import train
 from tbac.app import CONF, keep_freed_memory, user_errors
 
@@ -32,14 +32,19 @@ def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     chosen = [
         "stage=t2i_pretrain", "world=shapes", "logger=csv", "callbacks.sample_grid.prompts=[]", f"run_dir={folder}",
         f"stage.steps={cfg.steps}", "stage.val_every=100000", "stage.val_samples=8", "~callbacks.progress",
-        "+callbacks.alternate._target_=experiments.studies.guard.alternate.Alternate", *cfg.overrides,
+        "callbacks.guard._target_=experiments.studies.guard.alternate.AlternatingGuard", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    for times in Alternate.times:
+    for times in AlternatingGuard.times:
         times.clear()
     train([compose("train", chosen)], folder)
-    without, with_guard = map(median, Alternate.times)
-    return {"without": without, "with": with_guard, "ratio": with_guard / without, "steps": len(Alternate.times[0])}
+    without, with_guard = map(median, AlternatingGuard.times)
+    return {
+        "without": without,
+        "with": with_guard,
+        "ratio": with_guard / without,
+        "steps": len(AlternatingGuard.times[0]),
+    }
 
 
 def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:

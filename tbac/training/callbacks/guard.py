@@ -54,6 +54,9 @@ class Guard(L.Callback):
         over: int = 1000,
         log_every: int = 25,
     ) -> None:
+        needed = ("judge", "reset", "state_dict", "load_state_dict")
+        if missing := [name for name in needed if not callable(getattr(rule, name, None))]:
+            raise ValueError(f"guard: {type(rule).__name__} isn't a spike rule, it has no {', '.join(missing)}")
         if then not in ("skip", "lower_lr", "rewind"):
             raise ValueError(f"callbacks.guard.then must be skip, lower_lr or rewind, got {then!r}")
         for name, value in (("patience", patience), ("max_rejects", max_rejects), ("log_every", log_every)):

@@ -133,9 +133,12 @@ class StageTransition(L.Callback):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             callback.on_load_checkpoint(trainer, pl_module, dict(checkpoint))
+        states = dict(checkpoint["callbacks"])
         for callback in callbacks:
-            if callback.state_key in checkpoint["callbacks"]:
-                callback.load_state_dict(deepcopy(checkpoint["callbacks"][callback.state_key]))
+            if callback.state_key in states:
+                callback.load_state_dict(deepcopy(states.pop(callback.state_key)))
+        if states:
+            log.warning("%s holds the state of callbacks that this run hasn't: %s", self.origin, ", ".join(states))
 
     @staticmethod
     def _data(trainer: L.Trainer) -> StagedDataModule:

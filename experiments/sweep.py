@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.sweeps.points import read_points, swept
+from experiments.sweeps.points import read_choices, read_points
 from tbac.app import CONF, plain, user_errors
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
 @user_errors
 def main(cfg: DictConfig) -> None:
-    choices = swept(cfg.name)
+    choices = read_choices(cfg.name)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))
     if unknown:

@@ -21,7 +21,7 @@ from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, find_in_tree, open_picture
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.judges.detector import answer_by_detection
-from tbac.evaluation.picture_tree import Tree, generate, pending
+from tbac.evaluation.picture_tree import Tree, generate, list_pending
 from tbac.files import write_whole
 from tbac.models.weights import digest_of
 from tbac.training.tracking import parent_run, tag_name
@@ -111,7 +111,7 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
     options = benchmark.sampling_options()
     targets = benchmark.list_targets()
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
-    work = pending(tree, targets, cfg.rank, cfg.world_size)
+    work = list_pending(tree, targets, cfg.rank, cfg.world_size)
     benchmark.write_beside(root)
 
     def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:

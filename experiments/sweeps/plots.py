@@ -71,6 +71,7 @@ def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     drawn = False
     for name, runs in histories.items():
         series = [dict(run[metric]) for run in runs if metric in run]
+        # Only the steps that every seed has reached.
         steps = sorted(set.intersection(*map(set, series))) if series else []
         if not steps:
             continue

@@ -55,7 +55,7 @@ class Point:
         return self.folder / "checkpoints" / Path(self.stages[-1]["checkpoint"]).name
 
 
-def swept(name: str) -> dict[str, list[str]]:
+def read_choices(name: str) -> dict[str, list[str]]:
     """What a committed sweep varies: key -> values.
 
     Raises:

@@ -41,11 +41,13 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         that it feeds are zero), `mix` (block by layer) where the mix of taps is learned, and `suites` (name -> value)
         where there are any.
     """
+    # What was scored before is kept, unless other suites were asked for then.
     file = point.folder / FILE
     if file.is_file():
         known = json.loads(file.read_text())
         if known.get("asked", []) == list(cfg.suites):
             return known
+    # GenEval's rules, and a few of its pictures for the report.
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
     scored = score_in_memory(pipeline, instantiate(cfg.geneval), detector)
     chosen = choose_of_each_tag([row.group for row in scored.rows], cfg.prompts_per_tag)
@@ -53,11 +55,12 @@ def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     pictures.mkdir(exist_ok=True)
     for i in chosen:
         scored.pictures[i].save(pictures / f"{i:05d}.png")
+    # What each tap is worth, and what further benchmarks say.
     model, plan = pipeline.model, pipeline.model.ladder.plan
     scores = {
         "geneval": dict(scored.summary.scores),
         "prompts": {f"{i:05d}": scored.rows[i].prompt for i in chosen},
-        **losses(model, point.checkpoint),
+        **measure_losses(model, point.checkpoint),
         "layers": list(plan.layers),
         "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
         "asked": list(cfg.suites),
@@ -106,15 +109,18 @@ def drop_class(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
+def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     """Validation loss, as training computes it, and without each tap."""
     data = open_data(read_checkpoint(checkpoint)[FACTS]["config"])
     data.bind(model.prompt)
+    # Without a tap means that the blocks which it feeds read zeros; where taps are mixed, each block has its own mix.
     plan = model.ladder.plan
-    blocks = {layer: [b for b, tap in enumerate(plan.assignment) if tap == i] for i, layer in enumerate(plan.layers)}
-    if plan.mixed:  # each block reads a mix of its own
-        blocks = {block: [block] for block in range(plan.num_blocks)}
-    sums = dict.fromkeys(["whole", *map(str, blocks)], 0.0)
+    blocks: dict[int, list[int]] = {}
+    for block in range(plan.num_blocks):
+        blocks.setdefault(block if plan.mixed else plan.layers[plan.assignment[block]], []).append(block)
+    # Sums over all samples, of the whole model and without each tap, with the same noise.
+    names = ["whole", *map(str, sorted(blocks))]
+    sums = dict.fromkeys(names, 0.0)
     count = 0
     for batch in data.val_dataloader():
         batch = batch.to(model.device)
@@ -133,6 +139,6 @@ def losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     return {"loss": means.pop("whole"), "without": means}
 
 
-def grid_pictures(point: Point) -> list[Image.Image]:
+def open_grid(point: Point) -> list[Image.Image]:
     """Its pictures of the fixed prompts."""
     return [Image.open(file).convert("RGB") for file in sorted((point.folder / "grid").glob("*.png"))]

@@ -40,7 +40,7 @@ class TreeError(ValueError):
     """A tree that holds something else than what is to be made."""
 
 
-def sample_seed(seed: int, prompt: str, sample: int) -> int:
+def derive_seed(seed: int, prompt: str, sample: int) -> int:
     """Seed of a sample's noise, in [0, 2^63)."""
     text = json.dumps([seed, prompt, sample])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -94,7 +94,7 @@ class Tree:
         sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
         return {"prompt": target.prompt, "samples": list(target.samples), "images": sources, **self.settings}
 
-    def made(self, target: Target) -> bool:
+    def is_made(self, target: Target) -> bool:
         """Whether this very picture is there.
 
         Raises:
@@ -139,17 +139,22 @@ class Work:
     missing: Sequence[Target]
 
 
-def pending(tree: Tree, targets: Sequence[Target], rank: int = 0, world_size: int = 1) -> list[Work]:
+def list_pending(tree: Tree, targets: Sequence[Target], rank: int = 0, world_size: int = 1) -> list[Work]:
     """What is left to do for one of several processes.
 
     Raises:
-        TreeError: as `Tree.made`.
+        TreeError: as `Tree.is_made`.
     """
     items: dict[str, list[Target]] = {}
     for target in targets:
         items.setdefault(target.item, []).append(target)
-    own = [(item, [t for t in item if not tree.made(t)]) for item in list(items.values())[rank::world_size]]
-    return [Work(item, missing) for item, missing in own if missing]
+    # Whole items are shared out, since all samples of an item are drawn together.
+    work = []
+    for of_item in list(items.values())[rank::world_size]:
+        missing = [target for target in of_item if not tree.is_made(target)]
+        if missing:
+            work.append(Work(of_item, missing))
+    return work
 
 
 Draw = Callable[[str, Sequence[Path], Sequence[int]], Sequence[Image.Image]]
@@ -170,7 +175,7 @@ def generate(tree: Tree, work: Sequence[Work], draw: Draw, seed: int) -> Iterato
     for item in work:
         first = item.targets[0]
         samples = [(target, sample) for target in item.targets for sample in target.samples]
-        drawn = draw(first.prompt, first.images, [sample_seed(seed, first.prompt, k) for _, k in samples])
+        drawn = draw(first.prompt, first.images, [derive_seed(seed, first.prompt, k) for _, k in samples])
         for target in item.missing:
             tree.write(target, [p for (owner, _), p in zip(samples, drawn, strict=True) if owner == target])
             yield target

@@ -166,6 +166,6 @@ def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, 
     return EditVerdict(happened, sum(stayed) / total if total else 1.0)
 
 
-def same_answer(given: str, expected: str) -> bool:
+def is_same_answer(given: str, expected: str) -> bool:
     """Equal apart from case, surrounding space and a final full stop."""
     return given.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower()

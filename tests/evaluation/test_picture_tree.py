@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import edit_targets
-from tbac.evaluation.benchmarks.dpg import dpg_targets
-from tbac.evaluation.benchmarks.geneval import geneval_targets, write_geneval_metadata
+from tbac.evaluation.benchmarks.base import list_edit_targets
+from tbac.evaluation.benchmarks.dpg import list_dpg_targets
+from tbac.evaluation.benchmarks.geneval import list_geneval_targets, write_geneval_metadata
 from tbac.evaluation.picture_tree import (
     Target,
     Tree,
     TreeError,
+    derive_seed,
     generate,
     is_readable,
     join_grid,
-    pending,
-    sample_seed,
+    list_pending,
 )
 
 ROWS = [{"tag": "single_object", "prompt": f"a photo of {i} cats", "include": []} for i in range(7)]
@@ -36,20 +36,22 @@ def make(root: Path, targets: Sequence[Target], world_size: int = 1, stop: int =
     """Make a tree with several processes, of which each stops after so many files."""
     for rank in range(world_size):
         tree = Tree(root, SETTINGS)
-        for count, _ in enumerate(generate(tree, pending(tree, targets, rank, world_size), draw, 1), 1):
+        for count, _ in enumerate(generate(tree, list_pending(tree, targets, rank, world_size), draw, 1), 1):
             if count == stop:
                 break
 
 
 def missing(tree: Tree, targets: Sequence[Target]) -> list[Target]:
-    return [target for work in pending(tree, targets) for target in work.missing]
+    return [target for work in list_pending(tree, targets) for target in work.missing]
 
 
 def content(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("targets", [geneval_targets(ROWS), dpg_targets({f"p{i}": f"text {i}" for i in range(5)})])
+@pytest.mark.parametrize(
+    "targets", [list_geneval_targets(ROWS), list_dpg_targets({f"p{i}": f"text {i}" for i in range(5)})]
+)
 @pytest.mark.parametrize("world_size", [2, 3, 50])
 def test_the_tree_doesnt_depend_on_the_number_of_processes(
     tmp_path: Path, targets: list[Target], world_size: int
@@ -62,7 +64,7 @@ def test_the_tree_doesnt_depend_on_the_number_of_processes(
 
 @pytest.mark.parametrize("stop", [1, 5, 12])
 def test_an_interrupted_tree_is_completed(tmp_path: Path, stop: int) -> None:
-    targets = geneval_targets(ROWS)
+    targets = list_geneval_targets(ROWS)
     make(tmp_path / "whole", targets)
     make(tmp_path / "cut", targets, stop=stop)
     assert len(content(tmp_path / "cut")) == stop
@@ -74,25 +76,27 @@ def test_an_interrupted_tree_is_completed(tmp_path: Path, stop: int) -> None:
 
 def test_the_layouts_are_those_of_the_scorers(tmp_path: Path) -> None:
     write_geneval_metadata(ROWS, tmp_path)
-    make(tmp_path, geneval_targets(ROWS, 2))
+    make(tmp_path, list_geneval_targets(ROWS, 2))
     assert sorted(content(tmp_path))[:3] == [
         "00000/metadata.jsonl",
         "00000/samples/00000.png",
         "00000/samples/00001.png",
     ]
-    assert [t.path for t in dpg_targets({"a b": "x"})] == ["a b.png"]
+    assert [t.path for t in list_dpg_targets({"a b": "x"})] == ["a b.png"]
     source = tmp_path / "source.png"
-    assert edit_targets({"12": ("make it red", source)}) == [Target("12.png", "12", "make it red", (0,), (source,))]
+    assert list_edit_targets({"12": ("make it red", source)}) == [
+        Target("12.png", "12", "make it red", (0,), (source,))
+    ]
 
 
 def test_nothing_of_ours_lies_in_the_tree(tmp_path: Path) -> None:
-    make(tmp_path / "tree", geneval_targets(ROWS, 1))
+    make(tmp_path / "tree", list_geneval_targets(ROWS, 1))
     assert {Path(name).suffix for name in content(tmp_path / "tree")} == {".png"}
     assert len(content(tmp_path / "tree.records")) == len(ROWS)
 
 
 def test_a_corrupt_picture_is_made_anew(tmp_path: Path) -> None:
-    targets = geneval_targets(ROWS, 1)
+    targets = list_geneval_targets(ROWS, 1)
     make(tmp_path / "tree", targets)
     before, broken = content(tmp_path / "tree"), tmp_path / "tree" / targets[3].path
     broken.write_bytes(broken.read_bytes()[:60])
@@ -103,29 +107,29 @@ def test_a_corrupt_picture_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_pictures_made_otherwise_are_refused(tmp_path: Path) -> None:
-    targets = geneval_targets(ROWS, 1)
+    targets = list_geneval_targets(ROWS, 1)
     make(tmp_path / "tree", targets)
     other = Tree(tmp_path / "tree", SETTINGS | {"checkpoint": "def"})
     with pytest.raises(TreeError, match=r"was made otherwise \(checkpoint abc -> def\); give another folder"):
-        pending(other, targets)
+        list_pending(other, targets)
     changed = [Target(targets[0].path, targets[0].item, "another prompt")]
     with pytest.raises(TreeError, match="prompt a photo of 0 cats -> another prompt"):
-        pending(Tree(tmp_path / "tree", SETTINGS), changed)
+        list_pending(Tree(tmp_path / "tree", SETTINGS), changed)
     (tmp_path / "tree.records" / f"{targets[0].path}.json").unlink()
     with pytest.raises(TreeError, match="wasn't made here"):
-        pending(Tree(tmp_path / "tree", SETTINGS), targets)
-    assert len(pending(Tree(tmp_path / "tree", SETTINGS | {"checkpoint": "def"}, overwrite=True), targets)) == 7
+        list_pending(Tree(tmp_path / "tree", SETTINGS), targets)
+    assert len(list_pending(Tree(tmp_path / "tree", SETTINGS | {"checkpoint": "def"}, overwrite=True), targets)) == 7
 
 
 def test_another_source_picture_is_noticed(tmp_path: Path) -> None:
     source = tmp_path / "source.png"
     Image.new("RGB", (4, 4), "red").save(source)
-    targets = edit_targets({"a": ("make it blue", source)})
+    targets = list_edit_targets({"a": ("make it blue", source)})
     make(tmp_path / "tree", targets)
-    assert pending(Tree(tmp_path / "tree", SETTINGS), targets) == []
+    assert list_pending(Tree(tmp_path / "tree", SETTINGS), targets) == []
     Image.new("RGB", (4, 4), "green").save(source)
     with pytest.raises(TreeError, match="images"):
-        pending(Tree(tmp_path / "tree", SETTINGS), targets)
+        list_pending(Tree(tmp_path / "tree", SETTINGS), targets)
 
 
 def test_a_grid_is_read_row_by_row() -> None:
@@ -137,7 +141,7 @@ def test_a_grid_is_read_row_by_row() -> None:
 
 
 def test_seeds_are_functions_of_seed_prompt_and_sample() -> None:
-    seeds = {sample_seed(s, p, k) for s in (0, 1) for p in ("a", "b") for k in (0, 1)}
+    seeds = {derive_seed(s, p, k) for s in (0, 1) for p in ("a", "b") for k in (0, 1)}
     assert len(seeds) == 8
-    assert sample_seed(0, "a", 0) == sample_seed(0, "a", 0)
+    assert derive_seed(0, "a", 0) == derive_seed(0, "a", 0)
     assert all(0 <= seed < 2**63 for seed in seeds)

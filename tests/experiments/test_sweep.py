@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.sweeps import plots
-from experiments.sweeps.points import Point, swept
-from experiments.sweeps.report import comparison, grouped, spread, suite_table, table
+from experiments.sweeps.points import Point, read_choices
+from experiments.sweeps.report import compare_ladder, describe_spread, group_points, tabulate, tabulate_suites
 from tests.helpers.commands import run_app
 from tests.helpers.configs import ROOT
 
@@ -30,45 +30,45 @@ def point(taps: str, seed: int, overall: float, loss: float = 0.1, **choices: st
 def test_every_sweep_names_its_command_and_varies_something(name: str) -> None:
     first = (ROOT / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()[1]
     assert f"make sweep SWEEP={name} " in first
-    assert len(swept(name)) > 1
+    assert len(read_choices(name)) > 1
 
 
 def test_an_unknown_sweep_is_named() -> None:
     with pytest.raises(ValueError, match=r"name=nothing isn't a sweep; conf/sweep/ has .*taps_x_lr"):
-        swept("nothing")
+        read_choices("nothing")
 
 
 def test_points_that_differ_in_the_seed_are_one_row_and_the_best_comes_first() -> None:
     points = [point("final", 0, 0.2), point("last_n", 1, 0.6), point("last_n", 0, 0.4), point("final", 1, 0.2)]
-    groups = grouped(points)
+    groups = group_points(points)
     assert {name: [p.seed for p in found] for name, found in groups.items()} == {
         "taps=last_n": [0, 1],
         "taps=final": [0, 1],
     }
     assert list(groups) == ["taps=last_n", "taps=final"]
-    row = table(groups).splitlines()[2]
+    row = tabulate(groups).splitlines()[2]
     assert row == "| taps=last_n | 2 | 0.500 ± 0.141 | 0.1000 ± 0.0000 | 0.25 |"
 
 
 def test_the_ladder_is_compared_with_the_final_state_seed_by_seed() -> None:
     points = [point("final", s, 0.2, 0.2, lr="1") for s in (0, 1, 2)] + [point("last_n", 0, 0.5, 0.1, lr="1")]
     points += [point("last_n", 1, 0.1, 0.4, lr="1"), point("last_n", 2, 0.3, 0.1, lr="2")]
-    text = comparison(points)
+    text = compare_ladder(points)
     assert "0.1000 ± 0.2828; better in 1 of 2 pairs, on average better" in text
     assert "0.0500 ± 0.2121; better in 1 of 2 pairs, on average not better" in text
-    assert comparison([point("uniform", 0, 0.1)]) == ""
+    assert compare_ladder([point("uniform", 0, 0.1)]) == ""
 
 
 def test_further_suites_have_a_table_of_their_own() -> None:
     points = [point("final", s, 0.2) for s in (0, 1)]
-    assert suite_table(grouped(points)) == ""
+    assert tabulate_suites(group_points(points)) == ""
     for number, p in enumerate(points):
         p.scores["suites"] = {"edits: score": 0.5 + number / 10, "dpg: overall": 40.0 + 20 * number}
-    assert suite_table(grouped(points)).splitlines()[2] == "| taps=final | 0.550 ± 0.071 | 50.0 ± 14.1 |"
+    assert tabulate_suites(group_points(points)).splitlines()[2] == "| taps=final | 0.550 ± 0.071 | 50.0 ± 14.1 |"
 
 
 def test_a_single_seed_has_no_spread() -> None:
-    assert spread([0.5]) == "0.500"
+    assert describe_spread([0.5]) == "0.500"
 
 
 def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tbac.evaluation.benchmarks.base import open_picture, read_rows
-from tbac.evaluation.rules import same_answer
+from tbac.evaluation.rules import is_same_answer
 
 MAX_NEW_TOKENS = 8  # of an answer
 
@@ -52,7 +52,7 @@ class Answers:
             rows = self.questions[start : start + self.batch_size]
             pictures = [[open_picture(self.folder / row["image"])] for row in rows]
             answers += model.answer([row["question"] for row in rows], pictures, max_new_tokens=MAX_NEW_TOKENS)
-        right = [same_answer(said, row["answer"]) for said, row in zip(answers, self.questions, strict=True)]
+        right = [is_same_answer(said, row["answer"]) for said, row in zip(answers, self.questions, strict=True)]
         return AnswerScores(sum(right) / len(right), answers)
 
 

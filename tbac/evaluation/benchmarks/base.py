@@ -242,7 +242,7 @@ def find_in_tree(root: Path) -> Callable[[Target], Image.Image | None]:
     return find
 
 
-def edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
+def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
     """`<key>.png`, as ImgEdit's scorer reads them.
 
     Args:

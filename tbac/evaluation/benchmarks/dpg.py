@@ -20,7 +20,7 @@ from tbac.evaluation.benchmarks.base import (
     list_judge_difference,
 )
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
-from tbac.evaluation.judges.base import JudgeError, yes_or_no
+from tbac.evaluation.judges.base import JudgeError, read_yes_or_no
 from tbac.evaluation.picture_tree import Target
 
 YES_OR_NO = "{question} Answer with yes or no."
@@ -78,7 +78,7 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     return dict(questions)
 
 
-def with_dependencies(
+def apply_dependencies(
     right: Mapping[int, bool], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> dict[int, bool]:
     """Answers, of which those are wrong that depend on a wrong one.
@@ -135,7 +135,7 @@ class DenseScore:
     mode: Mode
 
 
-def dense_score(
+def aggregate_dense(
     answers: Mapping[str, Sequence[Mapping[int, bool]]], questions: Mapping[str, Sequence[Question]], mode: Mode
 ) -> DenseScore:
     """Aggregate the answers.
@@ -154,27 +154,31 @@ def dense_score(
     scores: list[float] = []
     by_category: dict[str, list[bool]] = defaultdict(list)
     dropped, missing = [], []
-    for item, own in questions.items():
+    for item, asked in questions.items():
         pictures = answers.get(item, ())
+        # A prompt without any picture is wrong in `fixed`, and as if it weren't there in `official`.
         if not pictures:
             missing.append(item)
             if mode == "fixed":
                 scores.append(0.0)
-                for question in own:
+                for question in asked:
                     by_category[question.category].append(False)
             continue
+        # So is, in `official`, one whose questions depend on a question that isn't there.
         try:
-            kept = [with_dependencies(picture, own, mode) for picture in pictures]
+            kept = [apply_dependencies(picture, asked, mode) for picture in pictures]
         except KeyError:
             dropped.append(item)
             continue
-        scores.append(sum(sum(k.values()) / len(k) for k in kept) / len(kept))
+        scores.append(sum(sum(right.values()) / len(right) for right in kept) / len(kept))
+        # Categories count other pictures than the score does, in `official`.
         counted = [pictures[-1]] if mode == "official" else kept
         for picture in counted:
-            for question in own:
+            for question in asked:
                 by_category[question.category].append(bool(picture[question.number]))
     if not scores:
         raise ValueError("no prompt of DPG-Bench has a picture that could be scored")
+    # A broad category is what stands before the dash.
     broad: dict[str, list[bool]] = defaultdict(list)
     for category, results in by_category.items():
         broad[category.split("-")[0].strip()] += results
@@ -215,7 +219,7 @@ class DPG(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`<stem>.png`."""
-        return dpg_targets(self.prompts)
+        return list_dpg_targets(self.prompts)
 
     def check_judge(self, judge: Any) -> None:
         """Raise ValueError for a judge that can't be asked, or without questions."""
@@ -240,7 +244,7 @@ class DPG(PictureBenchmark):
                 except JudgeError as error:
                     failure = f"{question.text} {error}"
                     continue
-                answer = yes_or_no(reply)
+                answer = read_yes_or_no(reply)
                 if answer is None:
                     failure = f"{question.text} {reply}"
                 else:
@@ -248,7 +252,10 @@ class DPG(PictureBenchmark):
             answers.append(of_quarter)
         if failure:
             raise JudgeError(failure)
-        wrong = [q.text for q in questions if not all(of_quarter[str(q.number)] for of_quarter in answers)]
+        wrong = []
+        for question in questions:
+            if not all(of_quarter[str(question.number)] for of_quarter in answers):
+                wrong.append(question.text)
         share = mean(mean(of_quarter.values()) for of_quarter in answers)
         return PictureVerdict(float(share), f"not in all: {', '.join(wrong)}", {"answers": answers})
 
@@ -294,7 +301,7 @@ class DPG(PictureBenchmark):
             if item in questions:
                 numbers = [question.number for question in questions[item]]
                 asked[item] = [{number: picture[number] for number in numbers} for picture in pictures]
-        return dense_score(asked, questions, mode)
+        return aggregate_dense(asked, questions, mode)
 
 
 def read_answers(row: Row) -> list[dict[int, bool]]:
@@ -305,7 +312,7 @@ def read_answers(row: Row) -> list[dict[int, bool]]:
     return pictures
 
 
-def dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
+def list_dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
     """`<stem>.png`, four samples in a grid, as DPG-Bench's scorer cuts them apart.
 
     Args:

@@ -14,7 +14,7 @@ from tbac.evaluation.benchmarks.base import (
     PictureVerdict,
     Row,
     Summary,
-    edit_targets,
+    list_edit_targets,
     read_rows,
 )
 from tbac.evaluation.detectors.base import Detection, Scan
@@ -45,7 +45,7 @@ class Edits(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`{i:04d}.png`."""
-        return edit_targets(
+        return list_edit_targets(
             {f"{i:04d}": (edit["instruction"], self.folder / edit["image"]) for i, edit in enumerate(self.edits)}
         )
 

@@ -32,7 +32,7 @@ class Folder(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`<name>.png`, or `<name>_<k>.png` with several samples."""
-        return folder_targets(self.prompts, self.samples)
+        return list_folder_targets(self.prompts, self.samples)
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """It is there; nothing else is asked."""
@@ -54,8 +54,8 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
     if path.is_dir():
         prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts = {f"{i:05d}": line for i, line in enumerate(line for line in lines if line)}
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = {f"{i:05d}": line for i, line in enumerate(lines)}
     else:
         raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")
     if empty := [name for name, text in prompts.items() if not text]:
@@ -65,7 +65,7 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
     return prompts
 
 
-def folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
+def list_folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
     """`<name>.png`, or `<name>_<k>.png` with several samples."""
     names = [(name, f"{name}_{k}.png" if samples > 1 else f"{name}.png", k) for name in prompts for k in range(samples)]
     return [Target(path, name, prompts[name], (k,)) for name, path, k in names]

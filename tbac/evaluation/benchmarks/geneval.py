@@ -44,7 +44,7 @@ class GenEval(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`{i:05d}/samples/{k:05d}.png`."""
-        return geneval_targets(self.prompts, self.samples)
+        return list_geneval_targets(self.prompts, self.samples)
 
     def write_beside(self, root: Path) -> None:
         """`{i:05d}/metadata.jsonl`."""
@@ -98,7 +98,7 @@ def describe_problem(row: dict) -> str:
     return "" if row.get("include") else "'include' must hold at least one object"
 
 
-def geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:
+def list_geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:
     """`{i:05d}/samples/{k:05d}.png`, as GenEval's `evaluate_images.py` reads them."""
     return [
         Target(f"{i:05d}/samples/{k:05d}.png", f"{i:05d}", row["prompt"], (k,))

@@ -16,8 +16,8 @@ from tbac.evaluation.benchmarks.base import (
     PictureVerdict,
     Row,
     Summary,
-    edit_targets,
     list_count_difference,
+    list_edit_targets,
     list_judge_difference,
     open_picture,
 )
@@ -28,7 +28,7 @@ PLACEHOLDER = "<edit_prompt>"  # in the judge's prompts: where the instruction s
 NUM_KINDS = 9  # of the published macro mean
 
 
-def reply_score(reply: str) -> float | None:
+def read_score(reply: str) -> float | None:
     """Mean of the ratings in a reply, to two decimals; None when it holds none.
 
     A rating is a line `<name>: <whole number>` with exactly one colon and space, as the official scorer reads it.
@@ -65,7 +65,7 @@ class EditScores:
         return not self.unscored and len(self.by_kind) == NUM_KINDS
 
 
-def edit_scores(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> EditScores:
+def aggregate_edits(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> EditScores:
     """Aggregate replies.
 
     Args:
@@ -82,7 +82,7 @@ def edit_scores(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> 
     unscored = []
     for key, kind in kinds.items():
         reply = replies.get(key)
-        score = None if reply is None else reply_score(reply)
+        score = None if reply is None else read_score(reply)
         if score is None:
             unscored.append(key)
         else:
@@ -177,7 +177,7 @@ class ImgEdit(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`<key>.png`."""
-        return edit_targets({key: (edit.instruction, edit.image) for key, edit in self.edits.items()})
+        return list_edit_targets({key: (edit.instruction, edit.image) for key, edit in self.edits.items()})
 
     def group_of(self, target: Target) -> str:
         """The kind of edit."""
@@ -194,7 +194,7 @@ class ImgEdit(PictureBenchmark):
         edit = self.edits[target.item]
         text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
         reply = judge.ask(text, [open_picture(edit.image), picture])
-        score = reply_score(reply)
+        score = read_score(reply)
         if score is None:
             raise JudgeError(f"no rating in: {reply}")
         return PictureVerdict(score / 5, reply, {"reply": reply})
@@ -203,7 +203,7 @@ class ImgEdit(PictureBenchmark):
         """Macro and micro mean and kinds; edits without a rating are in no mean, as in the official scorer."""
         items = {target.path: target.item for target in self.list_targets()}
         replies = {items[row.picture]: row.details.get("reply") for row in rows}
-        result = edit_scores(replies, {key: edit.kind for key, edit in self.edits.items()})
+        result = aggregate_edits(replies, {key: edit.kind for key, edit in self.edits.items()})
         differences = list_count_difference(len(self.edits), 737, "edits")
         differences += list_count_difference(len(result.by_kind), NUM_KINDS, "kinds")
         if result.unscored:

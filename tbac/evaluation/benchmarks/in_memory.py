@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, Summary, open_picture
-from tbac.evaluation.picture_tree import Target, join_grid, sample_seed
+from tbac.evaluation.picture_tree import Target, derive_seed, join_grid
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence
     drawn: list[Image.Image] = []
     for start in range(0, len(samples), benchmark.batch_size):
         batch = samples[start : start + benchmark.batch_size]
-        seeds = [sample_seed(benchmark.seed, target.prompt, sample) for target, sample in batch]
-        inputs = [[open_picture(path) for path in target.images] for target, _ in batch]
+        seeds = [derive_seed(benchmark.seed, target.prompt, sample) for target, sample in batch]
+        inputs = [list(map(open_picture, target.images)) for target, _ in batch]
         drawn += pipeline(
             [target.prompt for target, _ in batch],
             image=inputs if any(inputs) else None,
@@ -61,4 +62,4 @@ def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence
         ).images
     # A target of several samples shows them as one grid.
     remaining = iter(drawn)
-    return [join_grid([next(remaining) for _ in target.samples]) for target in targets]
+    return [join_grid(list(islice(remaining, len(target.samples)))) for target in targets]

@@ -20,7 +20,7 @@ from tbac.evaluation.benchmarks.base import (
     list_judge_difference,
     read_rows,
 )
-from tbac.evaluation.judges.base import JudgeError, yes_or_no_lines
+from tbac.evaluation.judges.base import JudgeError, read_yes_or_no_lines
 from tbac.evaluation.picture_tree import Target
 
 LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
@@ -116,18 +116,18 @@ def _by_type(folder: str | Path, required: Mapping[str, type]) -> dict[str, list
     return rows
 
 
-def picture_path(pair: Pair, length: str, model_name: str) -> str:
+def name_picture(pair: Pair, length: str, model_name: str) -> str:
     """`<type>/<model>/{short,long}_description/<row>.png`."""
     return f"{pair.kind}/{model_name}/{length}_description/{pair.row}.png"
 
 
-def tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
+def list_tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
     """Every picture of every pair."""
-    paths = [(picture_path(pair, length, model_name), pair.prompts[length]) for pair in pairs for length in LENGTHS]
+    paths = [(name_picture(pair, length, model_name), pair.prompts[length]) for pair in pairs for length in LENGTHS]
     return [Target(path, path, prompt) for path, prompt in paths]
 
 
-def tiif_averages(by_type: Mapping[str, float]) -> dict[str, float]:
+def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
     """Averages of one prompt length.
 
     A sub-attribute is the mean of its types. `basic` and `advanced` are means of all their types, so that `text` and
@@ -178,11 +178,11 @@ class TIIF(PictureBenchmark):
         self.pair_of: dict[str, Pair] = {}
         for pair in self.pairs:
             for length in LENGTHS:
-                self.pair_of[picture_path(pair, length, self.model_name)] = pair
+                self.pair_of[name_picture(pair, length, self.model_name)] = pair
 
     def list_targets(self) -> list[Target]:
         """`<type>/<model>/{short,long}_description/<row>.png`."""
-        return tiif_targets(self.pairs, self.model_name)
+        return list_tiif_targets(self.pairs, self.model_name)
 
     def group_of(self, target: Target) -> str:
         """The type of its pair."""
@@ -199,7 +199,7 @@ class TIIF(PictureBenchmark):
         pair = self.pair_of[target.path]
         texts = "\n".join(text.strip() for text in pair.questions)
         reply = judge.ask(LINES.format(questions=texts), [picture])
-        answers = yes_or_no_lines(reply, len(pair.questions))
+        answers = read_yes_or_no_lines(reply, len(pair.questions))
         if answers is None:
             raise JudgeError(f"{len(pair.questions)} questions were answered with: {reply}")
         right = [a == b for a, b in zip(answers, pair.answers, strict=True)]
@@ -215,13 +215,13 @@ class TIIF(PictureBenchmark):
             asked: dict[str, int] = defaultdict(int)
             for row in rows:
                 pair = self.pair_of[row.picture]
-                if row.picture != picture_path(pair, length, self.model_name) or row.state == "failed":
+                if row.picture != name_picture(pair, length, self.model_name) or row.state == "failed":
                     continue
                 right[pair.kind] += row.details.get("right", 0)
                 asked[pair.kind] += len(pair.questions)
             by_type = {kind: 100 * right[kind] / asked[kind] for kind in asked}
             if by_type:
-                scores |= {f"{name}, {length}": value for name, value in tiif_averages(by_type).items()}
+                scores |= {f"{name}, {length}": value for name, value in average_tiif(by_type).items()}
         if not scores:
             raise ValueError("no picture of TIIF-Bench could be scored")
         overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]

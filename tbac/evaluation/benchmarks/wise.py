@@ -45,7 +45,7 @@ class Knowledge:
     category: str
 
 
-def category_of(name: str, subcategory: str) -> str:
+def find_category(name: str, subcategory: str) -> str:
     """Key of `SHARES` for a row's category and subcategory."""
     for word in (subcategory, name):
         for known in SHARES:
@@ -69,35 +69,43 @@ def read_wise(path: str | Path) -> list[Knowledge]:
         raise BenchmarkFileError(f"WISE's prompts {path} don't exist; give a JSON file or the folder of its three")
     rows = []
     for file in files:
-        try:
-            found = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
-        if not isinstance(found, list):
-            raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(found).__name__}")
-        for index, row in enumerate(found):
-            needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
-            for name, kind in needed.items():
-                if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                    raise BenchmarkFileError(f"{file}: prompt {index} needs {name!r} as {kind.__name__}")
-            category = category_of(row["Category"], str(row.get("Subcategory", "")))
-            if not category:
-                raise BenchmarkFileError(
-                    f"{file}: prompt {index} has the category {row['Category']!r}; known are {', '.join(SHARES)}"
-                )
-            rows.append(Knowledge(row["prompt_id"], row["Prompt"], row["Explanation"], category))
+        for index, row in enumerate(read_list(file)):
+            rows.append(read_prompt(row, f"{file}: prompt {index}"))
     numbers = [row.number for row in rows]
     if len(set(numbers)) != len(numbers):
         raise BenchmarkFileError(f"{path}: the number {max(numbers, key=numbers.count)} stands twice as prompt_id")
     return sorted(rows, key=lambda row: row.number)
 
 
-def wise_targets(rows: list[Knowledge]) -> list[Target]:
+def read_list(file: Path) -> list:
+    """The list that a JSON file holds."""
+    try:
+        found = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
+    if not isinstance(found, list):
+        raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(found).__name__}")
+    return found
+
+
+def read_prompt(row: Any, origin: str) -> Knowledge:
+    """A row of WISE's files; `origin` says where it stands, for messages."""
+    needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
+    for name, kind in needed.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise BenchmarkFileError(f"{origin} needs {name!r} as {kind.__name__}")
+    category = find_category(row["Category"], str(row.get("Subcategory", "")))
+    if not category:
+        raise BenchmarkFileError(f"{origin} has the category {row['Category']!r}; known are {', '.join(SHARES)}")
+    return Knowledge(row["prompt_id"], row["Prompt"], row["Explanation"], category)
+
+
+def list_wise_targets(rows: list[Knowledge]) -> list[Target]:
     """`<prompt_id>.png`."""
     return [Target(f"{row.number}.png", str(row.number), row.prompt) for row in rows]
 
 
-def ratings(reply: str) -> dict[str, int] | None:
+def read_ratings(reply: str) -> dict[str, int] | None:
     """The three ratings of a reply, each 0, 1 or 2; None unless all are there."""
     found = {}
     for name in WEIGHTS:
@@ -108,12 +116,12 @@ def ratings(reply: str) -> dict[str, int] | None:
     return found
 
 
-def wiscore(rated: Mapping[str, int]) -> float:
+def compute_wiscore(rated: Mapping[str, int]) -> float:
     """WiScore of one picture, in [0, 1]."""
     return sum(weight * rated[name] for name, weight in WEIGHTS.items()) / 2
 
 
-def wise_scores(scores: Mapping[int, float], rows: list[Knowledge]) -> dict[str, float]:
+def aggregate_wise(scores: Mapping[int, float], rows: list[Knowledge]) -> dict[str, float]:
     """Mean per category, and `overall`, weighted as WISE's prompts are: only where every category is there.
 
     Raises:
@@ -150,7 +158,7 @@ class WISE(PictureBenchmark):
 
     def list_targets(self) -> list[Target]:
         """`<prompt_id>.png`."""
-        return wise_targets(self.prompts)
+        return list_wise_targets(self.prompts)
 
     def group_of(self, target: Target) -> str:
         """The category of its prompt."""
@@ -161,11 +169,11 @@ class WISE(PictureBenchmark):
         prompt = self.prompt_of[target.item]
         text = INSTRUCTION.format(prompt=prompt.prompt, explanation=prompt.explanation)
         reply = judge.ask(text, [picture])
-        rated = ratings(reply)
+        rated = read_ratings(reply)
         if rated is None:
             raise JudgeError(f"no three ratings in: {reply}")
         said = ", ".join(f"{name} {value}" for name, value in rated.items())
-        return PictureVerdict(wiscore(rated), said, {"ratings": rated})
+        return PictureVerdict(compute_wiscore(rated), said, {"ratings": rated})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """WiScore by category and overall; a missing picture has 0, one without ratings isn't counted."""
@@ -174,5 +182,5 @@ class WISE(PictureBenchmark):
         differences = list_count_difference(len(self.prompts), NUM_PROMPTS, "prompts")
         differences.append("the judge is instructed in our own words")
         differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
-        scores = wise_scores(counted, self.prompts)
+        scores = aggregate_wise(counted, self.prompts)
         return Summary(scores, f"{len(self.prompts)} prompts of {self.file}", differences)

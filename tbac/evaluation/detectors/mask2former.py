@@ -50,7 +50,7 @@ def resize_masks(logits: Tensor, padded: tuple[int, int], resized: tuple[int, in
     return interpolate(inside, size, mode="bilinear", align_corners=False)[0]
 
 
-def instances(classes: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Detection], Tensor]:
+def find_instances(classes: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Detection], Tensor]:
     """Detections without colours, the best first, and their masks (detection, height, width).
 
     A detection is a query and a class; its score is the class's probability times the mean of the mask's probabilities
@@ -118,7 +118,7 @@ class Mask2FormerDetector:
         seen = inputs["pixel_mask"][0]
         resized = int(seen[:, 0].sum()), int(seen[0].sum())
         masks = resize_masks(made.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
-        found, kept = instances(made.class_queries_logits[0].float(), masks, self.names)
+        found, kept = find_instances(made.class_queries_logits[0].float(), masks, self.names)
         detections = tuple(
             Detection(d.name, self.color(image, d, mask), d.box, d.score)
             if d.name in colored and d.score > self.thresholds.score

@@ -46,7 +46,7 @@ class TemplateDetector:
     def from_world(cls, path: str | Path) -> "TemplateDetector":
         """Build from a world's `world.json` (fields `colors`, `backgrounds`, `glyphs` as rows of '#' and '.')."""
         world = json.loads(Path(path).read_text())
-        glyphs = {k: np.array([[c == "#" for c in row] for row in rows]) for k, rows in world["glyphs"].items()}
+        glyphs = {name: np.array([list(row) for row in rows]) == "#" for name, rows in world["glyphs"].items()}
         return cls(world["colors"], world["backgrounds"], glyphs)
 
     def _classify(self, component: np.ndarray) -> tuple[int, float]:

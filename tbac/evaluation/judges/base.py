@@ -35,16 +35,16 @@ class Judge(Protocol):
         ...
 
 
-def yes_or_no(reply: str) -> bool | None:
+def read_yes_or_no(reply: str) -> bool | None:
     """Whether a reply begins with "yes" or "no"; None when with neither."""
     found = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
     return None if found is None else found[1].lower() == "yes"
 
 
-def yes_or_no_lines(reply: str, count: int) -> list[bool] | None:
+def read_yes_or_no_lines(reply: str, count: int) -> list[bool] | None:
     """The answers to several questions, a line for each; None when there are more or fewer.
 
     Lines that begin with neither word are passed over, as TIIF-Bench's scorer does.
     """
-    answers = [answer for line in reply.splitlines() if (answer := yes_or_no(line)) is not None]
+    answers = [answer for line in reply.splitlines() if (answer := read_yes_or_no(line)) is not None]
     return answers if len(answers) == count else None

@@ -1,6 +1,8 @@
 """A judge that runs on this machine: a Qwen2.5-VL."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -9,10 +11,11 @@ from tbac.evaluation.judges.base import JudgeError
 from tbac.models.prompt import ANSWER_SYSTEM
 
 
+@dataclass(eq=False)
 class QwenJudge:
     """A Qwen2.5-VL of one's own, greedily.
 
-    Args:
+    Attributes:
         mllm: folder or hub id, with tokenizer and image processor.
         device: where it runs; `auto` is CUDA where there is one.
         dtype: of the weights.
@@ -25,30 +28,30 @@ class QwenJudge:
         ValueError: when there are no such weights.
     """
 
-    slow = True
+    slow: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        mllm: str,
-        device: str = "auto",
-        dtype: str = "bfloat16",
-        quantization: str | None = None,
-        image_pixels: int = 802816,
-        max_text_tokens: int = 2048,
-        max_new_tokens: int = 512,
-    ) -> None:
+    mllm: str
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    image_pixels: int = 802816
+    max_text_tokens: int = 2048
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
         from tbac.models.prompt import PromptProcessor
         from tbac.models.qwen import open_mllm
 
-        folder, self.model = open_mllm("judge.mllm", mllm, dtype, quantization)
+        folder, self.model = open_mllm("judge.mllm", self.mllm, self.dtype, self.quantization)
         self.prompt = PromptProcessor.from_pretrained(
-            folder, image_pixels=image_pixels, max_text_tokens=max_text_tokens
+            folder, image_pixels=self.image_pixels, max_text_tokens=self.max_text_tokens
         )
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.model.to(kind)
-        self.device, self.max_new_tokens = kind, max_new_tokens
-        settings = {"dtype": dtype, "quantization": quantization, "image_pixels": image_pixels}
-        self.identity = f"{mllm} ({settings | {'max_new_tokens': max_new_tokens}})"
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(self.device)
+        # All that replies depend on: kept ones of other settings aren't taken for these.
+        names = ("dtype", "quantization", "image_pixels", "max_new_tokens")
+        self.identity = f"{self.mllm} ({ {name: getattr(self, name) for name in names} })"
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
         """The model's reply."""

@@ -8,9 +8,9 @@ from tbac.evaluation.benchmarks.dpg import (
     DenseScore,
     Mode,
     Question,
-    dense_score,
+    aggregate_dense,
+    apply_dependencies,
     read_dpg_questions,
-    with_dependencies,
 )
 
 HEADER = (
@@ -54,22 +54,22 @@ BACKWARDS = [q(1, 2), q(2, 3), q(3)]  # each stands before the one it needs
 def test_dependencies(questions: list[Question], answers: str, official: str, fixed: str) -> None:
     right = {question.number: answer == "1" for question, answer in zip(questions, answers, strict=True)}
     for mode, expected in (("official", official), ("fixed", fixed)):
-        found = with_dependencies(right, questions, mode)  # type: ignore[arg-type]
+        found = apply_dependencies(right, questions, mode)  # type: ignore[arg-type]
         assert "".join(str(int(found[question.number])) for question in questions) == expected
 
 
 def test_circles_and_absent_parents_are_named() -> None:
     right = {1: True, 2: True}
     with pytest.raises(ValueError, match="1, 2, 1 depend on each other in a circle"):
-        with_dependencies(right, [q(1, 2), q(2, 1)])
+        apply_dependencies(right, [q(1, 2), q(2, 1)])
     with pytest.raises(ValueError, match="question 2 depends on question 7, which isn't there"):
-        with_dependencies(right, [q(1), q(2, 7)])
+        apply_dependencies(right, [q(1), q(2, 7)])
 
 
 def score(mode: Mode, **answers: list[str]) -> DenseScore:
     questions = {"a": [q(1), q(2, 1, category="attribute - color")], "b": [q(1), q(2, category="relation - spatial")]}
     pictures = {k: [{i + 1: c == "1" for i, c in enumerate(p)} for p in v] for k, v in answers.items()}
-    return dense_score(pictures, questions, mode)
+    return aggregate_dense(pictures, questions, mode)
 
 
 def test_the_score_is_a_mean_of_prompts_and_pictures() -> None:
@@ -116,8 +116,8 @@ def test_the_official_reader_loses_the_first_question_and_with_it_its_prompt(tmp
     assert fixed["p0"][1].category == "attribute - color"
     answers = {"p0": [{1: True, 2: True}], "p1": [{1: True, 2: True}]}
     own = {"p0": [{2: True}], "p1": answers["p1"]}
-    assert dense_score(answers, fixed, "fixed").prompts == 2
-    assert dense_score(own, official, "official").dropped == ["p0"]
+    assert aggregate_dense(answers, fixed, "fixed").prompts == 2
+    assert aggregate_dense(own, official, "official").dropped == ["p0"]
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tbac.evaluation.benchmarks.imgedit import EditItem, edit_scores, read_imgedit, read_judge_prompts, reply_score
+from tbac.evaluation.benchmarks.imgedit import EditItem, aggregate_edits, read_imgedit, read_judge_prompts, read_score
 
 REPLY = "Brief reasoning: fine\nPrompt Compliance: 5\nVisual Naturalness: 4\nPhysical & Detail Integrity: 4"
 
@@ -26,12 +26,12 @@ REPLY = "Brief reasoning: fine\nPrompt Compliance: 5\nVisual Naturalness: 4\nPhy
     ],
 )
 def test_ratings_of_a_reply(reply: str, score: float | None) -> None:
-    assert reply_score(reply) == score
+    assert read_score(reply) == score
 
 
 def test_macro_is_over_kinds_and_micro_over_edits() -> None:
     kinds = {"1": "add", "2": "add", "3": "add", "4": "remove"}
-    found = edit_scores({"1": "a: 5", "2": "a: 4", "3": "a: 4", "4": "a: 1"}, kinds)
+    found = aggregate_edits({"1": "a: 5", "2": "a: 4", "3": "a: 4", "4": "a: 1"}, kinds)
     assert found.by_kind == {"add": 4.33, "remove": 1.0}
     assert found.macro == pytest.approx((4.33 + 1) / 2)
     assert found.micro == pytest.approx(14 / 4)
@@ -41,19 +41,19 @@ def test_macro_is_over_kinds_and_micro_over_edits() -> None:
 def test_failed_and_absent_replies_are_counted_and_not_averaged() -> None:
     kinds = {str(i): f"kind {i}" for i in range(9)}
     replies: dict[str, str | None] = {key: "a: 3" for key in kinds}
-    assert edit_scores(replies, kinds).comparable
+    assert aggregate_edits(replies, kinds).comparable
     replies["2"], replies["3"] = None, "nonsense"
     del replies["4"]
-    found = edit_scores(replies, kinds)
+    found = aggregate_edits(replies, kinds)
     assert (found.scored, found.unscored, found.macro) == (6, ["2", "3", "4"], 3.0)
     assert not found.comparable
 
 
 def test_replies_to_nothing_and_no_rating_at_all_are_errors() -> None:
     with pytest.raises(ValueError, match="doesn't have: x"):
-        edit_scores({"x": "a: 1"}, {"1": "add"})
+        aggregate_edits({"x": "a: 1"}, {"1": "add"})
     with pytest.raises(ValueError, match="no reply"):
-        edit_scores({"1": None}, {"1": "add"})
+        aggregate_edits({"1": None}, {"1": "add"})
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_published_kinds_give_the_published_overall(cells: tuple[float, ...]
         for i in range(100):
             replies[f"{number}/{i}"] = f"a: {low + (i < share)}"
             kinds[f"{number}/{i}"] = f"kind {number}"
-    found = edit_scores(replies, kinds)
+    found = aggregate_edits(replies, kinds)
     assert tuple(found.by_kind.values()) == cells
     assert round(found.macro, 2) == overall
     assert found.comparable

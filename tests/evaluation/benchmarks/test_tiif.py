@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 
-from tbac.evaluation.benchmarks.tiif import GROUPS, TYPES, read_pairs, tiif_averages, tiif_targets
+from tbac.evaluation.benchmarks.tiif import GROUPS, TYPES, average_tiif, list_tiif_targets, read_pairs
 
 
 def test_there_are_twelve_basic_and_twenty_six_advanced_types() -> None:
@@ -17,7 +17,7 @@ def test_there_are_twelve_basic_and_twenty_six_advanced_types() -> None:
 
 def test_levels_are_means_of_types_and_overall_of_the_nine_columns() -> None:
     by_type = {kind: float(i) for i, kind in enumerate(sorted(TYPES))}
-    found = tiif_averages(by_type)
+    found = average_tiif(by_type)
     columns = {name: mean(by_type[k] for k in kinds) for groups in GROUPS.values() for name, kinds in groups.items()}
     assert len(columns) == 9
     assert found["overall"] == pytest.approx(mean(columns.values()))
@@ -29,12 +29,12 @@ def test_levels_are_means_of_types_and_overall_of_the_nine_columns() -> None:
 
 
 def test_what_isnt_there_is_in_no_mean() -> None:
-    found = tiif_averages({"numeracy": 50.0, "comparison": 100.0, "style": 25.0})
+    found = average_tiif({"numeracy": 50.0, "comparison": 100.0, "style": 25.0})
     assert found == {"overall": 50.0, "basic": 75.0, "advanced": 25.0, "reasoning": 75.0, "style": 25.0}
     with pytest.raises(ValueError, match="got none"):
-        tiif_averages({})
+        average_tiif({})
     with pytest.raises(ValueError, match="got colour"):
-        tiif_averages({"colour": 1.0})
+        average_tiif({"colour": 1.0})
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> None:
@@ -50,7 +50,7 @@ def test_pictures_are_named_by_type_model_length_and_row(tmp_path: Path) -> None
     write(tmp_path / "p", "style_prompts.jsonl", [prompt("style", 0), prompt("style", 1)])
     write(tmp_path / "p", "text_prompts.jsonl", [prompt("text", 2)])
     pairs = read_pairs(tmp_path / "p")
-    targets = {target.path: target.prompt for target in tiif_targets(pairs, "ours")}
+    targets = {target.path: target.prompt for target in list_tiif_targets(pairs, "ours")}
     assert targets == {
         "style/ours/short_description/0.png": "short 0",
         "style/ours/long_description/0.png": "long 0",

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tbac.evaluation.benchmarks.wise import Knowledge, ratings, read_wise, wiscore, wise_scores, wise_targets
+from tbac.evaluation.benchmarks.wise import (
+    Knowledge,
+    aggregate_wise,
+    compute_wiscore,
+    list_wise_targets,
+    read_ratings,
+    read_wise,
+)
 
 
 def row(number: int, category: str, subcategory: str = "") -> dict:
@@ -25,7 +32,7 @@ def test_categories_are_found_and_pictures_named_by_number(tmp_path: Path) -> No
     (tmp_path / "b.json").write_text(json.dumps(rows[1:]))
     found = read_wise(tmp_path)
     assert [(k.number, k.category) for k in found] == [(1, "biology"), (2, "time"), (3, "culture")]
-    assert [target.path for target in wise_targets(found)] == ["1.png", "2.png", "3.png"]
+    assert [target.path for target in list_wise_targets(found)] == ["1.png", "2.png", "3.png"]
 
 
 @pytest.mark.parametrize(
@@ -41,20 +48,20 @@ def test_categories_are_found_and_pictures_named_by_number(tmp_path: Path) -> No
     ],
 )
 def test_ratings(reply: str, expected: tuple[int, int, int] | None) -> None:
-    found = ratings(reply)
+    found = read_ratings(reply)
     assert (found and tuple(found.values())) == expected
 
 
 def test_wiscore_and_its_weights() -> None:
-    assert wiscore({"consistency": 2, "realism": 2, "aesthetic quality": 2}) == pytest.approx(1)
-    assert wiscore({"consistency": 1, "realism": 0, "aesthetic quality": 2}) == pytest.approx(0.45)
+    assert compute_wiscore({"consistency": 2, "realism": 2, "aesthetic quality": 2}) == pytest.approx(1)
+    assert compute_wiscore({"consistency": 1, "realism": 0, "aesthetic quality": 2}) == pytest.approx(0.45)
     names = ("culture", "time", "space", "biology", "physics", "chemistry")
     rows = [Knowledge(i, "p", "e", name) for i, name in enumerate(names)]
     published = dict(enumerate((0.56, 0.55, 0.62, 0.49, 0.63, 0.41)))  # MetaQuery-XL: 0.55
-    assert round(wise_scores(published, rows)["overall"], 2) == 0.55
-    assert "overall" not in wise_scores({0: 1.0}, rows)
+    assert round(aggregate_wise(published, rows)["overall"], 2) == 0.55
+    assert "overall" not in aggregate_wise({0: 1.0}, rows)
     with pytest.raises(ValueError, match="no picture"):
-        wise_scores({}, rows)
+        aggregate_wise({}, rows)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tbac.evaluation.detectors.base import Detection
-from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, instances, resize_masks
+from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, find_instances, resize_masks
 from tests.helpers.pictures import noise_image
 
 pytestmark = pytest.mark.xdist_group("mask2former")  # the detector is built once
@@ -28,19 +28,19 @@ def test_a_detection_is_a_query_and_a_class() -> None:
     classes = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]))  # dog, cat, nothing
     masks = torch.full((2, 6, 8), -10.0)
     masks[0, 1:3, 2:7] = 2.0
-    found, kept = instances(classes, masks, ["dog", "cat"])
+    found, kept = find_instances(classes, masks, ["dog", "cat"])
     certainty = torch.tensor(2.0).sigmoid().item()
     assert [(d.name, d.box) for d in found] == [("dog", (2, 1, 7, 3)), ("cat", (2, 1, 7, 3))]  # the other mask is empty
     assert [d.score for d in found] == pytest.approx([0.7 * certainty, 0.2 * certainty], rel=1e-4)
     assert kept.shape == (2, 6, 8)
     assert kept[0].sum() == 10
-    assert instances(classes, torch.full((2, 6, 8), -1.0), ["dog", "cat"])[0] == []
+    assert find_instances(classes, torch.full((2, 6, 8), -1.0), ["dog", "cat"])[0] == []
 
 
 def test_the_best_hundred_are_kept_in_the_order_of_their_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     classes, masks = torch.randn(40, 6, generator=generator), torch.randn(40, 16, 16, generator=generator)
-    found, kept = instances(classes, masks, list("abcde"))
+    found, kept = find_instances(classes, masks, list("abcde"))
     assert len(found) == len(kept) == 100
     scores = [d.score for d in found]
     assert scores == sorted(scores, reverse=True)

@@ -9,10 +9,13 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.sweeps import plots
-from experiments.sweeps.points import Point, read_choices
+from experiments.sweeps.points import Point, read_choices, read_points
 from experiments.sweeps.report import compare_ladder, describe_spread, group_points, tabulate, tabulate_suites
+from experiments.sweeps.score import open_data
+from tbac.app import plain
+from tbac.data.datamodule import ShardDataModule
 from tests.helpers.commands import run_app
-from tests.helpers.configs import ROOT
+from tests.helpers.configs import ROOT, composed
 
 SWEEPS = sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml"))
 FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]
@@ -74,6 +77,28 @@ def test_a_single_seed_has_no_spread() -> None:
 def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:
     assert not plots.curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_checkpoint_s_data_are_opened_by_our_own_class_whatever_it_names(in_world: Path) -> None:
+    config = plain(composed("train", "run_dir=.", "world=shapes"))
+    config["data"] |= {"_target_": "pathlib.Path.write_text", "_args_": ["trace", "executed"]}
+    config["data"]["dropout"] |= {"_target_": "os.system", "_args_": ["touch trace"]}
+    assert type(open_data(config)) is ShardDataModule
+    config["data"]["sources"] = [{"_target_": "os.system", "_args_": ["touch trace"]}]
+    with pytest.raises(ValueError, match=r"os\.system"):
+        open_data(config)
+    assert not Path("trace").exists()
+
+
+def test_what_a_run_folder_says_of_its_overrides_is_read_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- taps=${oc.env:SECRET}\n- seed=1\n")
+    (tmp_path / "run" / "report.json").write_text("{}")
+    (found,) = read_points(tmp_path, ["taps", "seed"])
+    assert found.choices == {"taps": "${oc.env:SECRET}", "seed": "1"}
 
 
 @pytest.mark.usefixtures("in_world")

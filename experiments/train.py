@@ -17,7 +17,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
-from experiments.slurm import submit
 from experiments.stage_configs import finished, stage_configs
 from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 
 def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     """Submit these stages instead of training here."""
+    from experiments.slurm import submit
     from experiments.training_run import find_init
     from tbac.models.saved import read_checkpoint
 
@@ -67,7 +67,6 @@ def point_alone() -> Iterator[None]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @user_errors
 def main(cfg: DictConfig) -> None:
-    # What trains takes seconds to import: only once the configs are known to fit together.
     keep_freed_memory()
     overrides = HydraConfig.get().overrides.task
     configs = stage_configs(cfg, overrides)
@@ -77,6 +76,7 @@ def main(cfg: DictConfig) -> None:
     if finished(configs, output_dir()):
         log.info("finished before; give stage.steps=… for more steps")
         return
+    # What trains takes seconds to import: only once the configs are known to fit together.
     from experiments.training_run import train
     from tbac.training.strategies import process_rank
 

@@ -16,7 +16,7 @@ COMMANDS = sorted(
     for file in (ROOT / top).rglob("*.py")
     if "@hydra.main(" in file.read_text()
 )
-# Runs command lines one after the other, and prints exit status, heavy modules that were imported, and the text of each.
+# Runs command lines one after the other; prints exit status, heavy modules that were imported, and the text of each.
 RUN = """
 import contextlib, io, json, runpy, sys
 from hydra.core.global_hydra import GlobalHydra
@@ -43,23 +43,33 @@ def run_all(lines: list[list[str]]) -> list[tuple[int, list[str], str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_no_command_imports_anything_heavy_at_its_top() -> None:
+    modules = [file.removesuffix(".py").replace("/", ".") for file in COMMANDS]
+    assert "experiments.train" in modules
+    script = f"import sys, {', '.join(modules)}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+@pytest.mark.slow
 def test_help_of_every_command_imports_nothing_heavy() -> None:
-    assert "experiments/train.py" in COMMANDS
     shown = run_all([[file, "--help"] for file in COMMANDS])
     assert [status for status, _, _ in shown] == [0] * len(COMMANDS)
     assert all("Powered by Hydra" in text for _, _, text in shown)
     assert {file: imported for file, (_, imported, _) in zip(COMMANDS, shown, strict=True) if imported} == {}
 
 
-@pytest.mark.parametrize(
-    ("mistake", "words"),
-    [("stage.lrr=1", "Key 'lrr' is not in 'stage'"), ("taps=deep", "Could not find 'taps/deep'"), ("x=1", "'x'")],
-)
-def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported(mistake: str, words: str) -> None:
-    ((status, imported, text),) = run_all([["experiments/train.py", "world=shapes", mistake]])
-    assert (status, imported) == (1, [])
-    assert words in text
-    assert "Traceback" not in text
+def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported() -> None:
+    mistakes = {
+        "stage.lrr=1": "Key 'lrr' is not in struct",
+        "taps=deep": "Could not find 'taps/deep'",
+        "x=1": "Key 'x'",
+    }
+    told = run_all([["experiments/train.py", "world=shapes", mistake] for mistake in mistakes])
+    for words, (status, imported, text) in zip(mistakes.values(), told, strict=True):
+        assert (status, imported) == (1, [])
+        assert words in text
+        assert "Traceback" not in text
 
 
 def test_help_takes_little_of_a_processor_s_time() -> None:

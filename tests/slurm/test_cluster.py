@@ -151,6 +151,26 @@ def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: 
     assert len(jobs) == 2
 
 
+def test_a_point_of_a_sweep_near_its_time_limit_goes_back_into_the_queue(
+    whole: Path, in_world: Path, tmp_path: Path
+) -> None:
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
+    folder = tmp_path / "point"
+    options = [*RUN, "machine=slurm_2x8", *MACHINE, "logger=csv", slow, f"hydra.sweep.dir={tmp_path}"]
+    sweep = subprocess.Popen(
+        [sys.executable, "experiments/train.py", "-m", *options, "hydra.sweep.subdir=point"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: lines(folder) >= 3)
+    job = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    until(lambda: state(job) == "PENDING")
+    release_hold(job)
+    text, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, text
+    assert same(last(folder)["state_dict"], last(whole)["state_dict"])
+
+
 def _keys(folder: Path, rank: int) -> list[list[str]]:
     """Keys by position; where a position comes twice, the later line counts."""
     found = map(json.loads, (folder / "sample_log" / f"rank_{rank}.jsonl").read_text().splitlines())

@@ -19,8 +19,6 @@ from omegaconf import DictConfig
 
 from experiments.reports import markdown
 from experiments.stage_configs import stage_configs
-from experiments.studies.guard.alternate import AlternatingGuard
-from experiments.training_run import train
 from tbac.app import CONF, keep_freed_memory, user_errors
 
 log = logging.getLogger(__name__)
@@ -29,6 +27,9 @@ STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
 
 def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Median time of a step with and without the guard."""
+    from experiments.studies.guard.alternate import AlternatingGuard  # lightning, which --help doesn't need
+    from experiments.training_run import train
+
     chosen = [
         "stage=t2i_pretrain", "world=shapes", "logger=csv", "callbacks.sample_grid.prompts=[]", f"run_dir={folder}",
         f"stage.steps={cfg.steps}", "stage.val_every=100000", "stage.val_samples=8", "~callbacks.progress",
@@ -49,6 +50,8 @@ def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """Steps taken and rejected by the three stages."""
+    from experiments.training_run import train
+
     chosen = [
         f"stages={STAGES}", "world=shapes", "logger=csv", "callbacks=audit", "callbacks.sample_grid.prompts=[]",
         f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,

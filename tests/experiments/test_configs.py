@@ -90,6 +90,20 @@ def test_a_cluster_chooses_the_launcher_that_reads_it() -> None:
     assert "BasicLauncher" in launcher_of("plan", "machine=slurm")._target_
 
 
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_first_comment_of_a_command_s_config_is_the_command(name: str) -> None:
+    text = (CONF / f"{name}.yaml").read_text()
+    script = re.search(r"^# python (\S+\.py)\b", text, re.MULTILINE)
+    assert script, text
+    assert f'config_name="{name}"' in (ROOT / script[1]).read_text()
+
+
+def test_the_readme_knows_every_group() -> None:
+    table = (CONF / "README.md").read_text().split("## Worlds")[0]
+    groups = {f.name for f in CONF.iterdir() if f.is_dir()} - {"study", "hydra", "local"}
+    assert groups <= set(re.findall(r"`(\w+)`", table))
+
+
 def test_no_yaml_is_left_out() -> None:
     """Whoever adds a folder of configs adds a test of them."""
     folders = {f.parent.relative_to(CONF).as_posix() for f in CONF.rglob("*.yaml")} - {"local"}

@@ -176,8 +176,10 @@ def write_benchmarks(world: World, out: Path) -> None:
 
 def _draw_glyphs() -> dict[str, list[str]]:
     """Each glyph as rows of `#` and `.`."""
-    drawn = {name: np.where(mask, "#", ".") for name, mask in GLYPHS.items()}
-    return {name: ["".join(row) for row in rows] for name, rows in drawn.items()}
+    drawn = {}
+    for name, mask in GLYPHS.items():
+        drawn[name] = ["".join(row) for row in np.where(mask, "#", ".")]
+    return drawn
 
 
 def _write_questions(rng: Random, scenes: list[Scene], out: Path) -> None:

@@ -44,8 +44,11 @@ _GLYPH_ROWS = {
     "letter L": "##.... ##.... ##.... ##.... ###### ######",
     "letter T": "###### ###### ..##.. ..##.. ..##.. ..##..",
 }
-GLYPHS = {name: np.array([list(row) for row in rows.split()]) == "#" for name, rows in _GLYPH_ROWS.items()}
 GLYPH_SIZE = 6
+GLYPHS = {
+    name: (np.array(list(rows.replace(" ", ""))) == "#").reshape(GLYPH_SIZE, GLYPH_SIZE)
+    for name, rows in _GLYPH_ROWS.items()
+}
 MARGIN = (CELL_SIZE - GLYPH_SIZE) // 2
 
 ROW_NAMES = ("top", "middle", "bottom")

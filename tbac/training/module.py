@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any
 
 import lightning as L
@@ -22,16 +21,6 @@ from tbac.training.stages import Stage
 from tbac.types import Batch
 
 
-class Shared:
-    """Holds a model by reference: copies of the holder (weight averaging makes one) hold the same model."""
-
-    def __init__(self, model: UniImage) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict) -> "Shared":
-        return copy(self)
-
-
 class LadderTuningModule(L.LightningModule):
     """Trains queries, connector and denoiser of a `UniImage`.
 
@@ -47,7 +36,7 @@ class LadderTuningModule(L.LightningModule):
 
     def __init__(self, model: UniImage, stage: Stage, seed: int = 42, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._shared = Shared(model)
+        self._held = (model,)  # in a tuple, where torch doesn't see its parts as parts of this module
         self.ladder = model.ladder
         self.denoiser = model.denoiser
         self.seed = seed
@@ -56,7 +45,6 @@ class LadderTuningModule(L.LightningModule):
         self.begun = 0  # batches whose computation has begun in this process
         self.first_step = 0  # optimizer steps of the run before this fit, with rejected ones
         self.norms: GradientNorms | None = None
-        self.measure_taps = False  # whether `tap_norms` will be asked for
         self._context_squares: Tensor | None = None  # (block,)
         self.enter(stage, stage.steps or 1)
 
@@ -64,11 +52,12 @@ class LadderTuningModule(L.LightningModule):
         """Begin a stage: count its steps from 0 and train what it trains.
 
         Args:
-            stage: see above.
+            stage: what is trained, and how.
             total_steps: optimizer steps of its schedule.
         """
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
+        self.measure_taps = False  # whether `tap_norms` will be asked for
         self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
         self._going_on: Mapping[str, Any] | None = None
         stage.apply_trainable(self.named_parameters())
@@ -88,7 +77,7 @@ class LadderTuningModule(L.LightningModule):
 
     @property
     def model(self) -> UniImage:
-        return self._shared.model
+        return self._held[0]
 
     @property
     def stepped(self) -> bool:

@@ -109,10 +109,10 @@ class RunningMeanRule:
 
     Args:
         decay: of the running means.
-        loss_ratio: see above, ditto the others.
-        norm_ratio: ditto.
-        min_norm: ditto.
-        max_norm: ditto.
+        loss_ratio: a loss above this multiple of its mean is a spike.
+        norm_ratio: a norm above this multiple of its mean is one, if it is also above `min_norm`.
+        min_norm: a norm up to this is none.
+        max_norm: a norm above this always is one.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class FlowOptions:
 
     Args:
         scheme: of noise levels; see `tbac.flow.sample_sigma`.
-        shift: of noise levels, ditto.
+        shift: of noise levels, the flow shift of SD3 and SANA; 1 changes nothing.
         noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of
             them.
     """

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def build_world_if_missing(cfg: DictConfig) -> None:
         build_world(world)
 
 
-def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
+def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
     """Train every point that isn't finished."""
     command = [
         sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
@@ -44,6 +45,7 @@ def sweep(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
 @user_errors
 def main(cfg: DictConfig) -> None:
+    # What is asked for must exist, before anything is built or trained.
     choices = read_choices(cfg.name)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))
@@ -51,27 +53,27 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
     # Torch, diffusers and matplotlib are imported only when the config is right.
     from experiments.sweeps.report import write_report
-    from experiments.sweeps.score import score
+    from experiments.sweeps.score import score_point
     from tbac.training.tracking import metric_history, parent_run
 
     build_world_if_missing(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    expected = 1
-    for values in choices.values():
-        expected *= len(values)
+    expected = prod(map(len, choices.values()))
     with parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
         run.log_config(plain(cfg))
-        sweep(cfg, out, run.run_id)
+        train_points(cfg, out, run.run_id)
         points = read_points(out, list(choices))
         if len(points) < expected:
             log.warning("%d of %d points are finished", len(points), expected)
+        # Scores of every point that is finished, and what it logged while it trained.
         detector = instantiate(cfg.judge)
         histories: dict[Path, dict[str, Any]] = {}
         for number, point in enumerate(points, start=1):
-            point.scores = score(point, cfg, detector)
+            point.scores = score_point(point, cfg, detector)
             histories[point.folder] = metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
             log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
+        # The report, beside the points and in the parent run.
         report = write_report(cfg.name, points, histories, out, expected)
         summary = [{"choices": p.choices, "report": p.report, "scores": p.scores} for p in points]
         (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")

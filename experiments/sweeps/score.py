@@ -33,7 +33,7 @@ SUITE_SCORES = {
 }
 
 
-def score(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
+def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     """Score a point, or read what was scored before.
 
     Returns:

@@ -53,17 +53,17 @@ class CachedJudge:
 
     Args:
         judge: who is asked.
-        kept: where.
+        cache: where replies are kept.
     """
 
     slow = False
 
-    def __init__(self, judge: Judge, kept: Cache) -> None:
-        self.judge, self.kept, self.identity = judge, kept, judge.identity
+    def __init__(self, judge: Judge, cache: Cache) -> None:
+        self.judge, self.cache, self.identity = judge, cache, judge.identity
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
         """The reply, as it was given before or now."""
-        return self.kept.get([self.identity, question], images, lambda: self.judge.ask(question, images))
+        return self.cache.get([self.identity, question], images, lambda: self.judge.ask(question, images))
 
 
 class CachedDetector:
@@ -71,11 +71,11 @@ class CachedDetector:
 
     Args:
         detector: who looks; its `identity` says what its scans depend on besides the picture.
-        kept: where.
+        cache: where scans are kept.
     """
 
-    def __init__(self, detector: Any, kept: Cache) -> None:
-        self.detector, self.kept, self.identity = detector, kept, detector.identity
+    def __init__(self, detector: Any, cache: Cache) -> None:
+        self.detector, self.cache, self.identity = detector, cache, detector.identity
         self.thresholds: Thresholds = getattr(detector, "thresholds", EVERY)
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
@@ -85,6 +85,6 @@ class CachedDetector:
             scan = self.detector(image, colored)
             return {"background": scan.background, "detections": [asdict(d) for d in scan.detections]}
 
-        found = self.kept.get([self.identity, sorted(colored)], [image], look)
+        found = self.cache.get([self.identity, sorted(colored)], [image], look)
         detections = (Detection(**{**d, "box": tuple(d["box"])}) for d in found["detections"])
         return Scan(found["background"], tuple(detections))

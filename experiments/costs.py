@@ -89,8 +89,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         with torch.no_grad():
             count("vision", lambda: model.mllm.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
-    also = plan.layers if model.ladder.prompt_context else ()
-    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, also))
+    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, model.ladder.prompt_layers))
     taps = count("queries", lambda: model.mllm.read_queries(model.ladder.queries, prefix, plan.layers))
     both = taps.detach() if prefix.states is None else torch.cat([taps.detach(), prefix.states], dim=2)
     tapped = both.requires_grad_()
@@ -164,10 +163,10 @@ class Activations:
     num_layers: int
     num_blocks: int
 
-    def per_sample(self, denoiser_checkpointing: bool, query_checkpointing: bool) -> float:
+    def per_sample(self, rerun_denoiser: bool, rerun_queries: bool) -> float:
         """Bytes of activations per sample; the cache is apart."""
-        queries = self.query_inputs + self.queries / self.num_layers if query_checkpointing else self.queries
-        denoiser = self.block_inputs + self.denoiser / self.num_blocks if denoiser_checkpointing else self.denoiser
+        queries = self.query_inputs + self.queries / self.num_layers if rerun_queries else self.queries
+        denoiser = self.block_inputs + self.denoiser / self.num_blocks if rerun_denoiser else self.denoiser
         return queries + denoiser
 
 

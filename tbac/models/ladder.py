@@ -118,7 +118,7 @@ class Ladder(nn.Module):
         config = config or LadderConfig()
         config.check_width(hidden_size)
         self.plan = plan
-        self.prompt_context = config.prompt_context
+        self.prompt_layers = plan.layers if config.prompt_context else ()  # where the prompt's own states are tapped
         self.queries = nn.Parameter(config.query_std * torch.randn(num_queries, hidden_size))
         self.connector = build_connector(config, len(plan.layers), hidden_size, channels)
         if plan.mixed:

@@ -99,13 +99,13 @@ class UniImage(nn.Module):
             ValueError: for inputs that aren't of `prompt()`, where the prompt's states are wanted.
         """
         plan = self.ladder.plan
-        if not self.ladder.prompt_context:
+        if not self.ladder.prompt_layers:
             prefix = self.mllm.prefix(inputs, plan.deepest)
             states, mask = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
         elif "shared_ids" not in inputs:
             raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
         else:
-            prefix = self.mllm.prefix(inputs, plan.deepest, plan.layers)
+            prefix = self.mllm.prefix(inputs, plan.deepest, self.ladder.prompt_layers)
             assert prefix.states is not None
             assert prefix.states_mask is not None
             states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)

@@ -143,23 +143,21 @@ class LadderConfig:
             )
         _check_whole("ladder.num_heads", self.num_heads, 1)
         _check_flag("ladder.prompt_context", self.prompt_context)
-        if self.prompt_context and not self.per_token:
-            raise ValueError(
-                "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own "
-                "with per_token = True"
-            )
+        if self.connector == "transformer":
+            self.check_prompt_context(per_token=False)
 
     @property
     def own_connector(self) -> Connector | None:
         """The user's own connector, or None where it is one of `CONNECTORS`."""
         return None if isinstance(self.connector, str) else self.connector
 
-    @property
-    def per_token(self) -> bool:
-        """Whether the connector reads each token apart from the others."""
-        if isinstance(self.connector, str):
-            return self.connector != "transformer"
-        return bool(getattr(getattr(self.connector, "func", self.connector), "per_token", False))
+    def check_prompt_context(self, per_token: bool) -> None:
+        """Raise ValueError where the prompt's tokens would join the queries in a connector that mixes tokens."""
+        if self.prompt_context and not per_token:
+            raise ValueError(
+                "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own "
+                "with per_token = True"
+            )
 
     def check_width(self, hidden_size: int) -> None:
         """Raise ValueError when an MLLM of this hidden size can't be read."""
@@ -292,7 +290,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # Hydra gives nested groups as plain mappings.
         if not isinstance(self.ladder, LadderConfig):
-            object.__setattr__(self, "ladder", LadderConfig.from_dict(self.ladder))
+            check_keys(self.ladder, [f.name for f in fields(LadderConfig)], "ladder")
+            object.__setattr__(self, "ladder", LadderConfig(**self.ladder))
         if self.architecture is not None and not isinstance(self.architecture, ArchitectureConfig):
             object.__setattr__(self, "architecture", ArchitectureConfig.from_dict(self.architecture))
         if self.system_prompt is None:

@@ -26,6 +26,8 @@ class ConnectorMLP(nn.Sequential):
         channels: caption channels of the denoiser.
     """
 
+    per_token = True
+
     def __init__(self, hidden_size: int, channels: int) -> None:
         norm = RMSNorm(channels, eps=1e-5, elementwise_affine=True)
         nn.init.constant_(norm.weight, math.sqrt(5.5))
@@ -66,7 +68,7 @@ class PerTapMLP(nn.ModuleList):
         channels: caption channels of the denoiser.
     """
 
-    per_tap = True
+    per_tap = per_token = True
 
     def __init__(self, num_taps: int, hidden_size: int, channels: int) -> None:
         super().__init__(ConnectorMLP(hidden_size, channels) for _ in range(num_taps))
@@ -108,7 +110,7 @@ class Ladder(nn.Module):
         config: the ladder's options.
 
     Raises:
-        ValueError: when the connector doesn't fit the MLLM's width.
+        ValueError: when the connector doesn't fit the MLLM's width, or mixes tokens that the prompt would join.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Ladder(nn.Module):
         self.prompt_layers = plan.layers if config.prompt_context else ()  # where the prompt's own states are tapped
         self.queries = nn.Parameter(config.query_std * torch.randn(num_queries, hidden_size))
         self.connector = build_connector(config, len(plan.layers), hidden_size, channels)
+        config.check_prompt_context(getattr(self.connector, "per_token", False))
         if plan.mixed:
             self.mix_logits = nn.Parameter(torch.zeros(plan.num_blocks, len(plan.layers)))
 

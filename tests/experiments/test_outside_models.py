@@ -45,7 +45,8 @@ connector:
   _partial_: true
   width: 8
 """
-OWN = [*FEW, "--config-dir=own", "taps=every_second"]
+OWN = ["--config-dir=own", *FEW, "taps=every_second"]
+BOTTLENECK = ["ladder=bottleneck", "ladder.prompt_context=true"]
 CONNECTOR = "connector={_target_: outside_models.Bottleneck, _partial_: true, width: 8}"
 
 
@@ -84,13 +85,16 @@ def test_a_rule_s_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[st
 
 
 def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *OWN, "ladder=bottleneck", "hydra.run.dir=run")
+    # It reads each token apart, so the prompt's tokens may join the queries.
+    ran("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=run")
     checkpoint = read_checkpoint("run")
     assert checkpoint["tbac"]["config"]["model"]["ladder"]["connector"] == "outside_models.Bottleneck"
     assert checkpoint["state_dict"]["ladder.connector.down.weight"].shape == (8, 96)
     # Whoever opens it gives the class; what the file names is not imported.
     text = message("export", capfd, "checkpoint=run", "out=out")
     assert "error: run: ladder.connector is outside_models.Bottleneck, which isn't one of tbac's" in text
+    text = message("export", capfd, "checkpoint=run", "out=out", CONNECTOR.replace("width: 8", "width: 9"))
+    assert "error: run doesn't fit this model: ladder.connector.down.weight has shape (8, 96), expected (9, 96)" in text
     ran("export", capfd, "checkpoint=run", "out=out", CONNECTOR)
     ran("generate", capfd, "checkpoint=out", "prompts=[a red circle]", "num_inference_steps=1", "out=made", CONNECTOR)
     with pytest.raises(ValueError, match=r"out/config\.json: ladder\.connector is outside_models\.Bottleneck"):
@@ -103,16 +107,9 @@ def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pyte
     state = model.trained_state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint["state_dict"].items())
     # Training goes on from it by the user's own config.
-    ran("train", capfd, *OWN, "ladder=bottleneck", "stage.steps=3", "hydra.run.dir=next", "resume=run")
-    ran("train", capfd, *OWN, "ladder=bottleneck", "hydra.run.dir=tuned", "init=out")
+    ran("train", capfd, *OWN, *BOTTLENECK, "stage.steps=3", "hydra.run.dir=next", "resume=run")
+    ran("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=tuned", "init=out")
     assert "ladder.connector is outside_models.Bottleneck" in message("train", capfd, *OWN, "init=out")
-
-
-def test_a_connector_of_another_form_is_refused_by_tensor(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *OWN, "ladder=bottleneck", "hydra.run.dir=run")
-    wider = CONNECTOR.replace("width: 8", "width: 9")
-    text = message("export", capfd, "checkpoint=run", "out=out", wider)
-    assert "error: run doesn't fit this model: ladder.connector.down.weight has shape (8, 96), expected (9, 96)" in text
 
 
 @pytest.mark.parametrize(
@@ -127,8 +124,6 @@ def test_a_connector_s_mistakes_are_named(override: str, words: str, capfd: pyte
     assert words in message("train", capfd, *OWN, "ladder=bottleneck", override)
 
 
-def test_the_prompt_joins_where_tokens_are_read_apart(capfd: pytest.CaptureFixture[str]) -> None:
-    context = [*OWN, "ladder=bottleneck", "ladder.prompt_context=true"]
-    ran("train", capfd, *context, "hydra.run.dir=run")
-    text = message("train", capfd, *context, "ladder.connector._target_=outside_models.Mixing")
+def test_the_prompt_joins_only_where_tokens_are_read_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    text = message("train", capfd, *OWN, *BOTTLENECK, "ladder.connector._target_=outside_models.Mixing")
     assert "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own" in text

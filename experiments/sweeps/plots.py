@@ -16,13 +16,13 @@ Groups = Mapping[str, Sequence[Point]]
 Histories = Mapping[str, Sequence[Mapping[str, Sequence[tuple[int, float]]]]]
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def scores_by_group(groups: Groups, path: Path) -> None:
+def draw_scores_by_group(groups: Groups, path: Path) -> None:
     """Overall score: a bar for the mean, a dot for each seed."""
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(groups) + 1.5))
     for row, points in enumerate(groups.values()):
@@ -34,10 +34,10 @@ def scores_by_group(groups: Groups, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GenEval rules, overall (dots: seeds)")
     axes.margins(x=0.12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def scores_by_tag(groups: Groups, path: Path) -> None:
+def draw_scores_by_tag(groups: Groups, path: Path) -> None:
     """A table in colours: groups by tags."""
     tags = list(next(iter(groups.values()))[0].scores["geneval"])
 
@@ -47,10 +47,10 @@ def scores_by_tag(groups: Groups, path: Path) -> None:
     rows = []
     for points in groups.values():
         rows.append([average_score(points, tag) for tag in tags])
-    _heat_map(np.array(rows), list(groups), tags, "mean over seeds", path)
+    draw_heat_map(np.array(rows), list(groups), tags, "mean over seeds", path)
 
 
-def _heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
+def draw_heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 3, 0.5 * len(rows) + 1.8))
     image = axes.imshow(values, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
@@ -61,10 +61,10 @@ def _heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], t
         axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
+def draw_curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     """A metric over steps: the mean over seeds, and its range. Returns whether there was anything to draw."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
@@ -87,20 +87,20 @@ def curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
     axes.set_yscale("log")
     if drawn:
         axes.legend(fontsize=7 if len(histories) > 8 else 8)
-        _save(figure, path)
+        save_figure(figure, path)
     plt.close(figure)
     return drawn
 
 
-def learned_mix(points: Sequence[Point], path: Path) -> None:
+def draw_learned_mix(points: Sequence[Point], path: Path) -> None:
     """MLLM layer against block: the share of each layer in each block's tap, mean over seeds."""
     shares = np.mean([p.scores["mix"] for p in points], axis=0)
     rows = [f"block {i}" for i in range(len(shares))]
     columns = [f"layer {layer}" for layer in points[0].scores["layers"]]
-    _heat_map(shares, rows, columns, "share of each layer in each block's tap", path)
+    draw_heat_map(shares, rows, columns, "share of each layer in each block's tap", path)
 
 
-def bars_by_tap(values: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path) -> None:
+def draw_bars_by_tap(values: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path) -> None:
     """For each group one panel: a bar per tap with the mean over seeds and its standard deviation."""
     columns = min(4, len(values))
     rows = -(-len(values) // columns)
@@ -116,4 +116,4 @@ def bars_by_tap(values: Mapping[str, Mapping[str, Sequence[float]]], label: str,
         panel.set_xlabel("tap")
     for row in axes:
         row[0].set_ylabel(label)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -132,24 +132,24 @@ def draw_plots(
     for group, members in groups.items():
         runs[group] = [histories[point.folder] for point in members]
     # Scores.
-    plots.scores_by_group(groups, out / "scores.png")
-    plots.scores_by_tag(groups, out / "tags.png")
+    plots.draw_scores_by_group(groups, out / "scores.png")
+    plots.draw_scores_by_tag(groups, out / "tags.png")
     pictures = [("Score by point", "scores.png"), ("Score by tag", "tags.png")]
     # What was logged during training.
-    if plots.curves(runs, "val/loss", "validation loss", out / "loss.png"):
+    if plots.draw_curves(runs, "val/loss", "validation loss", out / "loss.png"):
         pictures.append(("Validation loss; the band is the range over seeds", "loss.png"))
     mixed = [point for point in points if point.scores["mix"]]
     if mixed:
-        plots.learned_mix(mixed, out / "mix.png")
+        plots.draw_learned_mix(mixed, out / "mix.png")
         pictures.append(("The learned mix", "mix.png"))
     norms = {group: measure_tap_norms(members) for group, members in runs.items()}
     norms = {group: by_tap for group, by_tap in norms.items() if by_tap}
     if norms:
-        plots.bars_by_tap(norms, "gradient norm of its contexts", out / "tap_norms.png")
+        plots.draw_bars_by_tap(norms, "gradient norm of its contexts", out / "tap_norms.png")
         pictures.append(("Gradient norm per tap, mean over training", "tap_norms.png"))
     # What each tap is worth, and pictures of the same prompts.
     added = {group: measure_added_losses(members) for group, members in groups.items()}
-    plots.bars_by_tap(added, "added validation loss", out / "ablation.png")
+    plots.draw_bars_by_tap(added, "added validation loss", out / "ablation.png")
     pictures.append(("Loss when the contexts of one tap are zero", "ablation.png"))
     draw_grid(groups, out / "grid.png")
     pictures.append(("The same prompts from the same noise; the lowest seed of each point", "grid.png"))

@@ -75,7 +75,7 @@ def test_a_single_seed_has_no_spread() -> None:
 
 
 def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:
-    assert not plots.curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
+    assert not plots.draw_curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 

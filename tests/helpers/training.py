@@ -1,6 +1,7 @@
 """A module, its data and a trainer, all small; and the commands of trainings in processes of their own."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import adamw, warmup_cosine
 from tbac.training.stages import Stage
 from tests.helpers.configs import composed
+from tests.helpers.processes import Command, start_command
 
 TRAIN = [sys.executable, "-m", "experiments.train"]
 STEPS = 6  # of BASE
@@ -87,3 +89,10 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert values.keys() == states[1][index].keys()
         assert values["step"] == states[1][index]["step"]
         assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
+
+
+def start_training(world: Path, folder: Path, *overrides: str) -> Command:
+    """Start the training `RUN` in a process of its own, with its run folder there."""
+    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [*RUN, f"hydra.run.dir={folder}", *overrides]
+    return start_command("experiments.train", arguments, folder / "output.txt", variables)

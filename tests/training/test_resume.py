@@ -11,28 +11,21 @@ from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
 from tbac.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from tbac.training.checkpoints import newest_whole
-from tests.helpers.processes import Command, start_command
-from tests.helpers.training import RUN
+from tests.helpers.training import start_training
 
 pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
 
 
-def start(world: Path, folder: Path) -> Command:
-    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    return start_command("experiments.train", [*RUN, f"hydra.run.dir={folder}"], folder / "output.txt", variables)
-
-
-def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
-    assert start(in_world, tmp_path / "whole").wait() == 0
-    killed = start(in_world, tmp_path / "killed")
+def test_a_killed_run_goes_on_exactly(in_world: Path, whole_run: Path, tmp_path: Path) -> None:
+    killed = start_training(in_world, tmp_path / "killed")
     while not list((tmp_path / "killed" / "checkpoints").glob("*-step=[69].ckpt")):
         time.sleep(0.05)
         assert killed.poll() is None
     killed.kill()
     assert newest_whole(tmp_path / "killed") is not None
-    assert start(in_world, tmp_path / "killed").wait() == 0
+    assert start_training(in_world, tmp_path / "killed").wait() == 0
     whole, again = (
-        read_checkpoint(tmp_path / f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in ("whole", "killed")
+        read_checkpoint(f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in (whole_run, tmp_path / "killed")
     )
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule"):
         assert same(whole[part], again[part]), part

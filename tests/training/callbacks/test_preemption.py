@@ -8,32 +8,25 @@ import pytest
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.preemption import Preemption, slurm_job, slurm_job_runs_on
-from tests.helpers.processes import start_command
-from tests.helpers.training import RUN
+from tests.helpers.training import start_training
 
 pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
 
 NAME = "ti2i_pretrain-step=16.ckpt"
 
 
-def run(world: Path, folder: Path, *overrides: str) -> tuple[int, str]:
-    """Exit status of a training, and what it has written."""
-    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [*RUN, f"hydra.run.dir={folder}", *overrides]
-    command = start_command("experiments.train", arguments, folder / "output.txt", variables)
-    return command.wait(), command.text
-
-
 @pytest.mark.parametrize(("name", "batch"), [("SIGTERM", 3), ("SIGINT", 5)])  # 5: a validation follows that step
-def test_a_signal_saves_and_ends_and_the_command_goes_on(in_world: Path, tmp_path: Path, name: str, batch: int) -> None:
+def test_a_signal_saves_and_ends_and_the_command_goes_on(
+    in_world: Path, whole_run: Path, tmp_path: Path, name: str, batch: int
+) -> None:
     fault = f"+callbacks.fault={{_target_:experiments.studies.faults.inject.Signal,batches:[{batch}],name:{name}}}"
-    status, text = run(in_world, tmp_path / "stopped", fault)
-    assert status == 128 + signal.Signals[name]
-    assert f"stopped by {name} after step {batch + 1} of stage ti2i_pretrain" in text
-    assert (tmp_path / "stopped" / "checkpoints" / f"ti2i_pretrain-step={batch + 1}.ckpt").is_file()
-    assert run(in_world, tmp_path / "stopped")[0] == 0
-    assert run(in_world, tmp_path / "whole")[0] == 0
-    one, other = (read_checkpoint(tmp_path / f / "checkpoints" / NAME) for f in ("stopped", "whole"))
+    folder = tmp_path / "stopped"
+    stopped = start_training(in_world, folder, fault)
+    assert stopped.wait() == 128 + signal.Signals[name]
+    assert f"stopped by {name} after step {batch + 1} of stage ti2i_pretrain" in stopped.text
+    assert (folder / "checkpoints" / f"ti2i_pretrain-step={batch + 1}.ckpt").is_file()
+    assert start_training(in_world, folder).wait() == 0
+    one, other = (read_checkpoint(f / "checkpoints" / NAME) for f in (folder, whole_run))
     for part in ("state_dict", "current_model_state", "optimizer_states", "StagedDataModule", "callbacks"):
         assert same(one[part], other[part]), part
 

@@ -57,10 +57,11 @@ def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
     values.pop("tbac_version", None)
     config = ModelConfig.from_dict(convert_old(values) if known == OLD_FORMAT else values, str(file), connector)
     # A standalone folder holds the frozen parts itself.
-    within = {name: str(folder / name) for name in (MLLM, DENOISER) if getattr(config, name) == name}
+    mllm = str(folder / MLLM) if config.mllm == MLLM else config.mllm
+    denoiser = str(folder / DENOISER) if config.denoiser == DENOISER else config.denoiser
     state = read_state(folder)
     table = state.pop(PROMPT_EMBEDDINGS, None)
-    return SavedModel(replace(config, **within), digests, state, str(folder), table)
+    return SavedModel(replace(config, mllm=mllm, denoiser=denoiser), digests, state, str(folder), table)
 
 
 def convert_old(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,16 +105,18 @@ def write_export(
     config, state = saved.config, dict(saved.state)
     if saved.prompt_embeddings is not None:
         state[PROMPT_EMBEDDINGS] = saved.prompt_embeddings
-    # The table is in the export itself, and folders are to be found from everywhere.
-    places = {"mllm": make_absolute(config.mllm), "denoiser": make_absolute(config.denoiser)}
+    # Folders are to be found from everywhere.
+    mllm, denoiser = make_absolute(config.mllm), make_absolute(config.denoiser)
     if standalone:
         copy_files(local_folder("mllm", config.mllm, MLLM_FILES), folder / MLLM, MLLM_FILES)
         copy_files(local_folder("denoiser", config.denoiser, DENOISER_FILES), folder / DENOISER, AUTOENCODER_FILES)
-        places = {"mllm": MLLM, "denoiser": DENOISER}
+        mllm, denoiser = MLLM, DENOISER
+    # The table of word embeddings is in the export itself.
+    written = replace(config, mllm=mllm, denoiser=denoiser, prompt_embeddings=None)
     values = {
         "format": FORMAT,
         "tbac_version": __version__,
-        **replace(config, **places, prompt_embeddings=None).to_dict(),
+        **written.to_dict(),
         "frozen_digests": dict(saved.frozen_digests or {}),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -99,8 +99,8 @@ def read_released(
 
     # The frozen tensors are those of the base models, and are left there.
     dropped = [
-        *compare(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
-        *compare(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
+        *check_frozen_tensors(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
+        *check_frozen_tensors(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
     ]
     # What has trained is taken; the queries are the rows of the embedding table behind the vocabulary.
     taken = files.read(lambda name: name == TABLE or name.startswith((CONNECTOR, TRANSFORMER)))
@@ -167,7 +167,7 @@ def check_names(
     return table[0]
 
 
-def compare(
+def check_frozen_tensors(
     folder: Path, files: WeightFiles, base: WeightFiles, base_name_of: Mapping[str, str], source: str
 ) -> list[str]:
     """Names of the frozen tensors, all of which equal the base model's; one that differs is refused by name."""

@@ -77,5 +77,5 @@ def read_everything(model: UniImage) -> UniImage:
     """The model with those parts read too that otherwise wait until they are used."""
     model.mllm.load_full_model()
     for part in ("encoder", "decoder"):
-        model.autoencoder.part(part)
+        model.autoencoder.load_part(part)
     return model

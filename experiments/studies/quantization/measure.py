@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments.speed.measure import MIB
-from tbac.app import open_model
+from tbac.app import open_model, opening_options
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.models import UniImage
 
@@ -48,7 +48,8 @@ def measure_all(cfg: DictConfig) -> list[dict[str, Any]]:
     prompts = [row["prompt"] for row in geneval.prompts]
     detector, rows, plain = instantiate(cfg.judge), [], None
     for name, (dtype, quantization) in OPTIONS.items():
-        pipeline = open_model(cfg.checkpoint, cfg.device, dtype, quantization)
+        opening = opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
+        pipeline = open_model(cfg.checkpoint, **opening)
         held = layer_bytes(pipeline.model)
         taps = taps_of(pipeline.model, prompts)
         plain = taps if plain is None else plain

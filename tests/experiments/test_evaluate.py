@@ -1,8 +1,6 @@
 """The steps of a benchmark: a tree on any number of processes, scored and reported, and gone on with."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.commands import FEW, message, ran
-from tests.helpers.configs import ROOT
 from tests.helpers.endpoint import Server, completion, serving
+from tests.helpers.processes import start_command
 
 pytestmark = pytest.mark.usefixtures("trained_run")
 COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
@@ -106,14 +104,14 @@ def test_suites_with_questions_are_drawn_by_any_number_of_processes_and_scored(
     assert result("one")["missing"] == [first.removeprefix(f"{benchmark}/")]
 
 
+@pytest.mark.xdist_group("trainings")  # the evaluation is forked as they are
 def test_a_killed_run_goes_on_to_the_same_tree(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=whole", "steps=[generate]")
-    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), *COMMON, "out=cut", "steps=[generate]"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [*COMMON, "out=cut", "steps=[generate]"]
+    process = start_command("experiments.evaluate", arguments, Path("output.txt"), {})
     while process.poll() is None and len(list(Path("cut").rglob("*.png"))) < 3:
         time.sleep(0.01)
     process.kill()
-    process.wait()
     assert 3 <= len(tree("cut")) - len(list(Path("cut").rglob("metadata.jsonl"))) < len(tree("whole"))
     ran("evaluate", capfd, *COMMON, "out=cut", "steps=[generate]")
     assert tree("cut") == tree("whole")

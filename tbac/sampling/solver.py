@@ -34,7 +34,6 @@ def solve(
     num_inference_steps: int,
     generator: torch.Generator | None = None,
     progress: bool = False,
-    batch_branches: bool = True,
 ) -> Tensor:
     """Denoise.
 
@@ -42,12 +41,11 @@ def solve(
         model: predicts velocities.
         condition: `model.denoiser.project` of a condition with rows (branch * batch), in the order of
             `guidance.branches`.
-        guidance: how the branches are joined, and at which noise levels.
+        guidance: how the branches are predicted and joined, and at which noise levels.
         latents: (batch, channel, height, width) of standard normal noise.
         num_inference_steps: solver steps.
         generator: for schedulers that add noise.
         progress: show a progress bar.
-        batch_branches: predict all branches in one batch; False takes less memory and more time.
 
     Returns:
         Scaled latents (batch, channel, height, width).
@@ -58,7 +56,7 @@ def solve(
     latents = latents * scheduler.init_noise_sigma
     count = len(guidance.branches)
     rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
-    parts = [condition[r] for r in rows] if not batch_branches or guidance.interval != (0.0, 1.0) else []
+    parts = [condition[r] for r in rows] if not guidance.batch_branches or guidance.interval != (0.0, 1.0) else []
     takes = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generator} if takes else {}
     steps = zip(scheduler.timesteps, levels, strict=True)
@@ -67,7 +65,7 @@ def solve(
         sigma = (timestep.float() / NUM_TIMESTEPS).view(1)
         if not guidance.applies(level):
             velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
-        elif batch_branches:
+        elif guidance.batch_branches:
             velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition, count).float())
         else:
             velocity = guidance.combine(torch.cat([model.predict_velocity(noisy, sigma, p).float() for p in parts]))

@@ -1,6 +1,5 @@
 """A model's options: one home for YAML, checkpoint and export."""
 
-import ast
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -19,7 +18,6 @@ from tbac.models.saved import FACTS, read_saved_model
 from tbac.models.taps import last_n, learned_mix
 from tbac.training.checkpoints import describe_model
 from tests.helpers.configs import ROOT
-from tests.helpers.source import CODE, list_files, parse
 from tests.helpers.worlds import small_model
 
 FIELDS = {f.name for f in fields(ModelConfig)}
@@ -52,22 +50,6 @@ def test_an_option_stands_in_one_yaml_besides_presets() -> None:
     for file in (ROOT / "conf" / "ladder").glob("*.yaml"):
         own = {"num_layers", "num_heads"} if file.stem == "transformer" else set()
         assert keys_of(f"ladder/{file.name}") == {"connector"} | own
-
-
-@pytest.mark.parametrize(
-    "option",
-    ["reference_latents", "spell_words", "prompt_context", "query_phrases", "denoiser_checkpointing", "query_std"],
-)
-def test_an_option_stands_in_at_most_three_files(option: str) -> None:
-    """Its field, its use and the builder."""
-    found = set()
-    for file in list_files(*CODE):
-        for node in ast.walk(parse(file)):
-            words = (getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "arg", ""))
-            if option in words or (isinstance(node, ast.Constant) and node.value == option):
-                found.add(file.relative_to(ROOT).as_posix())
-    assert "tbac/models/config.py" in found
-    assert len(found) <= 3, found
 
 
 def test_plain_values_and_back() -> None:

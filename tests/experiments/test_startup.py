@@ -77,4 +77,4 @@ def test_help_takes_little_of_a_processor_s_time() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "experiments/train.py", "--help"], cwd=ROOT, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4.0

@@ -7,8 +7,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_prep.conversion import convert, table
-from experiments.common import CONF, user_errors
+from tbac.app import CONF, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -16,13 +15,20 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path=CONF, config_name="convert")
 @user_errors
 def main(cfg: DictConfig) -> None:
+    if "dataset" not in cfg:
+        known = sorted(file.stem for file in (Path(CONF) / "dataset").glob("*.yaml"))
+        raise ValueError(f"name the layout of the dataset, dataset={'|'.join(known)}, or a YAML of your own")
     if cfg.processes < 1:
         raise ValueError(f"processes must be at least 1, got {cfg.processes}")
+
+    # Imported here, so that --help doesn't wait for what decodes pictures.
+    from data_prep.shards.conversion import convert, format_counts
+
     options = instantiate(cfg.options)
     dataset = instantiate(cfg.dataset, _convert_="all")
     out = Path(cfg.out).expanduser().absolute()
     counts = convert(dataset, out, options, cfg.processes)
-    print(f"\n{dataset.name} in {out}:\n{table(counts)}")
+    print(f"\n{dataset.name} in {out}:\n{format_counts(counts)}")
     if counts.expected is not None and counts.read != counts.expected:
         log.warning("%s has %d samples; %d were found", dataset.name, counts.expected, counts.read)
 

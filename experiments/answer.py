@@ -6,19 +6,15 @@ python experiments/answer.py checkpoint=PATH 'question="what color is the circle
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import CONF, open_model, user_errors
 from experiments.generate import read_image
+from tbac.app import CONF, open_model, opening_options, user_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="answer")
 @user_errors
 def main(cfg: DictConfig) -> None:
     image = read_image(cfg.image) if cfg.image else None
-    print(
-        open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization).answer(
-            cfg.question, image, cfg.max_new_tokens
-        )
-    )
+    print(open_model(cfg.checkpoint, **opening_options(cfg)).answer(cfg.question, image, cfg.max_new_tokens))
 
 
 if __name__ == "__main__":

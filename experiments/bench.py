@@ -6,100 +6,32 @@ python experiments/bench.py experiment=real_size_cpu                 one step of
 """
 
 import json
-import platform
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
-from experiments.common import CONF, keep_freed_memory, pick_device, plain, user_errors
-from experiments.speed.cached import bench_cached
-from experiments.speed.gpu_tests import run_gpu_tests
-from experiments.speed.kernels import bench_kernels
-from experiments.speed.loader import bench_loader
-from experiments.speed.measure import bench_rates
-from experiments.speed.memory import bench_memory
-from experiments.speed.parts import run_parts
-from experiments.speed.real_size import bench_step
-from experiments.speed.sampling import bench_sampling
-from experiments.speed.trainer import bench_first_steps, bench_overhead, device_name
-from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training, count_flops, utilisation
-
-PARTS = {
-    "first_steps": bench_first_steps,
-    "rates": bench_rates,
-    "flops": count_flops,
-    "tests": run_gpu_tests,
-    "training": bench_training,
-    "memory": bench_memory,
-    "overhead": bench_overhead,
-    "sampling": bench_sampling,
-    "kernels": bench_kernels,
-    "cached": bench_cached,
-    "loader": bench_loader,
-    "batches": bench_batches,
-    "step": bench_step,
-}
-
-
-def check(cfg: dict[str, Any]) -> None:
-    """Raise ValueError for what can't be measured."""
-    if wrong := [part for part in cfg["parts"] if part not in PARTS]:
-        raise ValueError(f"parts may hold {', '.join(PARTS)}; got {wrong[0]!r}")
-    sides = cfg["sides"]
-    if sides[:2] != [BASELINE, OURS] or set(sides) - set(SIDES):
-        raise ValueError(f"sides must begin with {BASELINE}, {OURS} and hold no others than {SIDES}; got {sides}")
-    device = pick_device(cfg["device"])
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={cfg['device']}: this computer has no CUDA device; device=cpu runs anywhere")
-    accepted = ("32-true", "bf16-true") if "step" in cfg["parts"] else ("32-true", "bf16-mixed")
-    if cfg["precision"] not in accepted:
-        raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
-    if "step" in cfg["parts"] and len(cfg["parts"]) > 1:
-        raise ValueError(f"parts=[step] measures a fresh process, so it comes alone; got {cfg['parts']}")
-    lengths = cfg["tokens"]["text"] + cfg["tokens"]["image"]
-    if not lengths or min(lengths) <= cfg["shared_tokens"]:
-        raise ValueError(f"every entry of tokens must exceed shared_tokens={cfg['shared_tokens']}, got {cfg['tokens']}")
-    for name, value in (
-        ("repeats", cfg["repeats"]),
-        ("turns", cfg["turns"]),
-        ("warm_up", cfg["warm_up"]),
-        ("sampling.repeats", cfg["sampling"]["repeats"]),
-        ("loader.repeats", cfg["loader"]["repeats"]),
-        ("loader.batches", cfg["loader"]["batches"]),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if (count := cfg["loader"]["memory_samples"]) < 500:
-        raise ValueError(f"loader.memory_samples must be at least 500, got {count}")
-
-
-def bench(cfg: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Everything that the config asks for."""
-    device = pick_device(cfg["device"])
-    report: dict[str, Any] = {
-        "device": device_name(device),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "precision": cfg["precision"],
-        "repeats": cfg["repeats"],
-        "config": cfg,
-    }
-    return report | run_parts({name: PARTS[name] for name in cfg["parts"]}, cfg, device, out)
+from tbac.app import CONF, keep_freed_memory, plain, user_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
 @user_errors
 def main(cfg: DictConfig) -> None:
+    from experiments.speed.parts import bench, check  # torch and diffusers, only when the config is right
+    from experiments.speed.training import utilisation
+
     keep_freed_memory()
     options = plain(cfg)
     check(options)
     out = Path(cfg.out)
     report = bench(options, out)
-    texts = {part: report[part].pop("table", report[part].get("error", "")) for part in options["parts"]}
-    if all(report.get(part, {}).get("line") for part in ("flops", "rates", "training")):
+    texts = {}
+    for part in options["parts"]:
+        found = report[part]
+        texts[part] = "\n\n".join(found[key] for key in ("table", "error") if key in found)
+        found.pop("table", None)
+    # Utilisation needs three parts, which may have run at different times.
+    if all("line" in report.get(part, {}) for part in ("flops", "rates", "training")):
         texts["training"] += "\n\n" + utilisation(report["flops"], report["rates"], report["training"])
     tables = [f"## {part.replace('_', ' ').capitalize()}\n\n{text}" for part, text in texts.items()]
     facts = (

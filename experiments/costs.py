@@ -72,7 +72,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         what encodes target images online is `autoencoder_flops`.
     """
     with torch.device("meta"):
-        model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
+        model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
     case = replace(case, batch=1)
     inputs = make_inputs(model, case, 0)
     plan = model.ladder.plan
@@ -87,10 +87,9 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
     counted["vision"] = 0.0
     if case.side:
         with torch.no_grad():
-            count("vision", lambda: model.mllm.see(inputs["pixel_values"], inputs["image_grid_thw"]))
+            count("vision", lambda: model.mllm.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
-    also = plan.layers if model.ladder.prompt_context else ()
-    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, also))
+    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, model.ladder.prompt_layers))
     taps = count("queries", lambda: model.mllm.read_queries(model.ladder.queries, prefix, plan.layers))
     both = taps.detach() if prefix.states is None else torch.cat([taps.detach(), prefix.states], dim=2)
     tapped = both.requires_grad_()
@@ -116,7 +115,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
 def autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
     """FLOPs of encoding one target image of `image_size` pixels a side."""
     with torch.device("meta"):
-        model: UniImage = instantiate(model_config, random_init=True, dtype="float32")
+        model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
         pixels = torch.randn(1, 3, image_size, image_size)
     with _counter() as counter, torch.no_grad():
         model.autoencoder.model.encoder(pixels)
@@ -164,10 +163,10 @@ class Activations:
     num_layers: int
     num_blocks: int
 
-    def per_sample(self, denoiser_checkpointing: bool, query_checkpointing: bool) -> float:
+    def per_sample(self, rerun_denoiser: bool, rerun_queries: bool) -> float:
         """Bytes of activations per sample; the cache is apart."""
-        queries = self.query_inputs + self.queries / self.num_layers if query_checkpointing else self.queries
-        denoiser = self.block_inputs + self.denoiser / self.num_blocks if denoiser_checkpointing else self.denoiser
+        queries = self.query_inputs + self.queries / self.num_layers if rerun_queries else self.queries
+        denoiser = self.block_inputs + self.denoiser / self.num_blocks if rerun_denoiser else self.denoiser
         return queries + denoiser
 
 
@@ -183,8 +182,8 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
     found = {}
     for batch in (2, 3):
         with FakeTensorMode():
-            model: UniImage = instantiate(
-                model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False
+            model = UniImage.from_config(
+                instantiate(model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False)
             )
             found[batch] = _saved(model, replace(case, batch=batch), latent_side, mixed)
     two, three = found[2], found[3]
@@ -209,15 +208,14 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
 
 def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
     """Bytes saved for backward by query pass with ladder, and by the denoiser."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, Any] = {}
+    counted = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}  # of the model: not saved anew
     totals = {"queries": 0.0, "denoiser": 0.0}
     part = "queries"
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen[storage._cdata] = storage  # kept, so that its number isn't given away
+        if storage not in counted:
+            counted.add(storage)
             totals[part] += storage.nbytes()
         return tensor
 
@@ -231,7 +229,7 @@ def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[s
     precision = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     with precision, saved_tensors_hooks(keep, lambda tensor: tensor):
         prefix = model.mllm.prefix(inputs, model.ladder.plan.deepest)
-        seen.update({t.untyped_storage()._cdata: t.untyped_storage() for t in (*prefix.keys, *prefix.values)})
+        counted.update(t.untyped_storage() for t in (*prefix.keys, *prefix.values))
         taps = model.mllm.read_queries(model.ladder.queries, prefix, model.ladder.plan.layers)
         condition = Condition(model.ladder(taps))
         part = "denoiser"

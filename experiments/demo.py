@@ -6,94 +6,16 @@ the same for longer, and scores more.
 """
 
 import json
-import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra import compose
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from PIL import Image
 
-from data_prep.shapes.build import build
-from data_prep.shapes.pretrain_autoencoder import pixels_of
-from experiments.benchmarks.suites import SUITES
-from experiments.common import CONF, open_model, output_dir, plain, user_errors
-from experiments.evaluate import evaluate, score_suite
-from experiments.train import train
-from tbac.evaluation.benchmarks import read_edits, read_geneval, read_questions, scan_from_json
-from tbac.sampling import UniImagePipeline
-from tbac.sampling.grid import picture_grid
-from tbac.sampling.pipeline import to_pil
-from tbac.training.tracking import ParentRun, parent_run, tag_name
-
-log = logging.getLogger(__name__)
-PER_TAG = 6  # pictures of each tag on the contact sheet
-
-
-def reading_accuracy(detector: Any, questions: str, pipeline: UniImagePipeline) -> dict[str, float]:
-    """Share of held-out scenes of which the detector reads every object and the background right.
-
-    Returns:
-        `ground_truth`: of the pictures themselves; `reconstructed`: of what the autoencoder makes of them.
-    """
-    rows = read_questions(questions)
-    pictures = [Image.open(Path(questions).parent / row["image"]).convert("RGB") for row in rows]
-    truths = [_named(scan_from_json(row["scene"])) for row in rows]
-    autoencoder = pipeline.model.autoencoder
-    made = to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
-    shares = {}
-    for name, images in (("ground_truth", pictures), ("reconstructed", made)):
-        right = [_named(detector(image)) == truth for image, truth in zip(images, truths, strict=True)]
-        shares[name] = sum(right) / len(right)
-    return shares
-
-
-def _named(scan: Any) -> tuple:
-    """What a scan says, with places rounded to 4 pixels."""
-    objects = sorted((d.name, d.color, round(d.center[0] / 4), round(d.center[1] / 4)) for d in scan.detections)
-    return scan.background, objects
-
-
-def contact_sheet(pipeline: UniImagePipeline, cfg: DictConfig, answers: list[str], path: Path) -> None:
-    """Pictures of every tag with their prompts, edits beside their sources, and answered questions."""
-    by_tag: dict[str, list[str]] = {}
-    for row in read_geneval(cfg.geneval.file):
-        by_tag.setdefault(row["tag"], []).append(row["prompt"])
-    prompts = [prompt for rows in by_tag.values() for prompt in rows[:PER_TAG]]
-    edits = read_edits(cfg.edits.file)[:PER_TAG]
-    sources = [Image.open(Path(cfg.edits.file).parent / row["image"]).convert("RGB") for row in edits]
-    instructions = [row["instruction"] for row in edits]
-    steps, guidance = cfg.geneval.num_inference_steps, cfg.geneval.guidance_scale
-    generators = [torch.Generator().manual_seed(cfg.seed + i) for i in range(len(prompts))]
-    drawn = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
-    edited = pipeline(
-        instructions,
-        image=sources,
-        num_inference_steps=steps,
-        guidance_scale=cfg.edits.guidance_scale,
-        image_guidance_scale=cfg.edits.image_guidance_scale,
-        generator=generators[: len(edits)],
-    ).images
-    questions = read_questions(cfg.answers.file)[: 2 * PER_TAG]
-    asked = [Image.open(Path(cfg.answers.file).parent / row["image"]).convert("RGB") for row in questions]
-    said = [f"{row['question']} {answer}" for row, answer in zip(questions, answers, strict=False)]
-    pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
-    titles = [text for instruction in instructions for text in ("source", instruction)]
-    sections = [
-        picture_grid(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=12)
-        for images, captions in ((drawn, prompts), (pairs, titles), (asked, said))
-    ]
-    sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")
-    top = 0
-    for section in sections:
-        sheet.paste(section, (0, top))
-        top += section.height
-    sheet.save(path)
+from tbac.app import CONF, plain, user_errors
 
 
 def table(report: dict[str, Any]) -> str:
@@ -123,85 +45,22 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def suite_scores(cfg: DictConfig, model: Path) -> dict[str, float]:
-    """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
-    scores: dict[str, float] = {}
-    for name in cfg.suites:
-        found = score_suite(name, model, Path(cfg.out) / name, cfg.tracking_uri)
-        scores |= {f"{SUITES[name].title}: {key}": found[key] for key in cfg.suites[name] if key in found}
-    return scores
-
-
-def train_config(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
-    """The config of `experiments/train.py` for one stage on the shapes world."""
-    chosen = [f"stage={stage}", "model=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
-    return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
-
-
-def score(pipeline: UniImagePipeline, detector: Any, cfg: DictConfig, name: str, run: ParentRun) -> dict[str, float]:
-    """GenEval's rules on the model as it is now."""
-    folder = output_dir() / name
-    scores = evaluate(pipeline, detector, cfg.geneval, folder)
-    run.log_file(folder / "geneval.png")
-    run.log_metrics({f"geneval/{name}/{tag}": value for tag, value in scores.items()})
-    log.info("%s: GenEval rules %s", name, " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-    return scores
-
-
-def demo(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
-    """Everything after the world is there; returns the report."""
-    out = Path(cfg.out)
-    detector = instantiate(cfg.judge)
-    pipeline = UniImagePipeline(instantiate(train_config(cfg, cfg.stages[0], output_dir()).model))
-    reading = reading_accuracy(detector, cfg.answers.file, pipeline)
-    before = evaluate(pipeline, detector, cfg.answers)
-    geneval = {"untrained": score(pipeline, detector, cfg, "untrained", run)}
-    stages: list[dict[str, Any]] = []
-    checkpoint = ""
-    for stage in cfg.stages:
-        folder = output_dir() / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        start = [f"init='{checkpoint}'"] if checkpoint else []
-        tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'"]
-        result = train([train_config(cfg, stage, folder, *start, *tracked)], folder)
-        checkpoint = result.pop("checkpoint")
-        stages.append(result)
-        pipeline = open_model(checkpoint, "cpu", "float32")
-        geneval[stage] = score(pipeline, detector, cfg, stage, run)
-    edits = evaluate(pipeline, detector, cfg.edits, output_dir())
-    after = evaluate(pipeline, detector, cfg.answers)
-    pipeline.model.save_pretrained(out / "model")
-    contact_sheet(pipeline, cfg, after["answers"], out / "contact_sheet.png")
-    suites = suite_scores(cfg, out / "model")
-    run.log_metrics({tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()})
-    return {
-        "suites": suites,
-        "stages": stages,
-        "geneval": geneval,
-        "edit": edits["score"],
-        "edit_happened": edits["happened"],
-        "edit_kept": edits["kept"],
-        "edit_by_kind": edits["by_kind"],
-        "answer_accuracy": after["accuracy"],
-        "answer_accuracy_before": before["accuracy"],
-        "answers_identical": after["answers"] == before["answers"],
-        "detector_accuracy": reading["ground_truth"],
-        "detector_accuracy_reconstructed": reading["reconstructed"],
-        "contact_sheet": str(out / "contact_sheet.png"),
-    }
-
-
 @hydra.main(version_base="1.3", config_path=CONF, config_name="demo")
 @user_errors
 def main(cfg: DictConfig) -> None:
+    # Torch and the libraries of models are imported only when the config is right.
+    from data_prep.shapes.parts import build_world
+    from experiments.scores.showcase import show
+    from tbac.training.tracking import parent_run
+
     started = time.monotonic()
     out = Path(cfg.out)
-    os.environ["TBAC_SHAPES"] = cfg.world  # where all configs look for the world
-    build(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
+    os.environ["TBAC_SHAPES"] = cfg.world_folder  # where all configs look for the world
+    build_world(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
     with parent_run(cfg.tracking_uri, "tbac", "demo") as run:
         run.log_config(plain(cfg))
-        report = demo(cfg, run)
+        report = show(cfg, run)
         report["seconds_world"] = round(built - started, 1)
         report["seconds"] = round(time.monotonic() - started, 1)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

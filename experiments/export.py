@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from omegaconf import DictConfig
 
-from experiments.common import CONF, open_model, user_errors
-from tbac.models.card import is_hub_id
-from tbac.training.checkpoints import FACTS, read_checkpoint
+from tbac.app import CONF, open_model, opening_options, user_errors
 
 log = logging.getLogger(__name__)
 
 
 def check_options(cfg: DictConfig) -> None:
     """Raise ValueError for what can be refused before a weight is read."""
+    from tbac.models.card import is_hub_id
+
     out = Path(cfg.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={cfg.out} exists and isn't an empty folder; give a new one")
@@ -32,6 +30,8 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     """Rows of the model card that only a training checkpoint knows."""
     if (Path(checkpoint).expanduser() / "config.json").is_file():
         return {}
+    from tbac.models.saved import FACTS, read_checkpoint
+
     read = read_checkpoint(checkpoint)
     return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
 
@@ -42,6 +42,9 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Raises:
         ValueError: when the hub can't be reached or refuses.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -57,7 +60,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 @user_errors
 def main(cfg: DictConfig) -> None:
     check_options(cfg)
-    model = open_model(cfg.checkpoint, "cpu", "float32").model
+    model = open_model(cfg.checkpoint, **opening_options(cfg)).model
     out = Path(cfg.out)
     model.save_pretrained(out, standalone=cfg.standalone, notes=facts_of(cfg.checkpoint))
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)

@@ -5,11 +5,10 @@ import logging
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from experiments.common import CONF, open_model, user_errors
+from tbac.app import CONF, open_model, opening_options, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +71,10 @@ def main(cfg: DictConfig) -> None:
     for name in ("batch_size", "height", "width"):
         if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < 1):
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
+    import torch  # takes seconds, so only when the options are right
+
     sources = images * len(prompts) if len(images) == 1 else images
-    pipeline = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantization)
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
     if cfg.compile:
         pipeline.model.denoiser.compile_blocks()
     out = Path(cfg.out)

@@ -10,8 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import CONF, output_dir, user_errors
-from tbac.models.released import read_released
+from tbac.app import CONF, output_dir, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +21,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out={cfg.out} exists and isn't empty; give a new folder")
+    from tbac.models.released import read_released  # torch and diffusers, only when `out` is right
+
     model, accounting = read_released(cfg.checkpoint, cfg.mllm, cfg.denoiser, cfg.image_pixels)
     model.save_pretrained(out, standalone=cfg.standalone)
     report = {"used": accounting.used, "dropped": accounting.dropped, "unused_rows": accounting.unused_rows}

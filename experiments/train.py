@@ -1,10 +1,9 @@
 """Train one stage, or several in sequence.
 
-python experiments/train.py stage=t2i_pretrain model=shapes
-python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' model=shapes
+python experiments/train.py stage=t2i_pretrain world=shapes
+python experiments/train.py 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' world=shapes
 """
 
-import json
 import logging
 import os
 import sys
@@ -14,208 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
-import torch
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, read_write
-from torch import distributed
 
-from experiments.common import CONF, keep_freed_memory, output_dir, plain, user_errors
-from experiments.submit import submit
-from tbac.data.datamodule import StagedDataModule
-from tbac.training.callbacks.stage_transition import StageTransition
-from tbac.training.checkpoints import (
-    FACTS,
-    describe_model,
-    load_exported,
-    load_weights,
-    newest_checkpoint,
-    newest_whole,
-    optimizer_state_of,
-    read_checkpoint,
-)
-from tbac.training.module import LadderTuningModule
-from tbac.training.stages import Stage
-from tbac.training.tracking import log_run, run_facts
+from experiments.stage_configs import finished, stage_configs
+from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
 
 log = logging.getLogger(__name__)
-RUNS = "outputs/train"
-PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks")  # what stages of a run may differ in
-
-
-def find_init(cfg: DictConfig) -> str | None:
-    """Checkpoint that this stage starts from, or None for the first stage.
-
-    Raises:
-        ValueError: when a previous stage is needed and has left no checkpoint.
-    """
-    if cfg.init or not cfg.stage.previous:
-        return cfg.init
-    found = newest_checkpoint(RUNS, cfg.stage.previous)
-    if found is None:
-        raise ValueError(
-            f"stage {cfg.stage.name} starts from a checkpoint of {cfg.stage.previous}, and there is none under "
-            f"{RUNS}/; run that stage first (make stage1, make stage2), or give init=PATH"
-        )
-    return str(found)
-
-
-def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """Checkpoint that this run goes on from, or None for a fresh start.
-
-    Raises:
-        ValueError: when one was named and can't be read.
-    """
-    if not cfg.resume:
-        return None
-    named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
-    found = newest_whole(named) if named.is_dir() else (named, read_checkpoint(named))
-    if found is None and cfg.resume != "auto":
-        raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
-    return found and (str(found[0]), found[1])
-
-
-def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
-    """The config of each stage of this run, composed as for a job of its own.
-
-    Raises:
-        ValueError: when stages disagree in what belongs to the whole run.
-    """
-    if not cfg.stages:
-        return [cfg]
-    kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
-    configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
-    shared = [{k: v for k, v in plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
-    for name, other in zip(cfg.stages, shared, strict=True):
-        differing = [k for k in other if other[k] != shared[0][k]]
-        if differing:
-            raise ValueError(
-                f"stage_overrides.{name} changes {', '.join(differing)}, which all stages of a run share; a stage may "
-                f"have its own {', '.join(PER_STAGE)}"
-            )
-    return configs
-
-
-def finished(stages: Sequence[DictConfig], folder: Path) -> bool:
-    """Whether a run has nothing left to do in its folder."""
-    file = folder / "report.json"
-    if not (stages[0].resume == "auto" and file.is_file()):
-        return False
-    report = json.loads(file.read_text())
-    last, steps = report.get("stages", [report])[-1], stages[-1].stage.steps
-    if last["name"] != stages[-1].stage.name or steps is None or last["steps"] < steps:
-        return False
-    return (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file()
-
-
-def process_rank() -> int:
-    """Number of this process by what its launcher has set; 0 where nothing has."""
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def stage_of(cfg: DictConfig) -> Stage:
-    """The stage that a config describes."""
-    names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
-    return Stage(
-        optimizer=instantiate(cfg.optim),
-        scheduler=instantiate(cfg.schedule),
-        flow=instantiate(cfg.flow),
-        trainable=list(cfg.stage.trainable),
-        keep_optimizer=cfg.stage.keep_optimizer,
-        callbacks=[instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else [],
-        config=plain(cfg),
-        **{name: cfg.stage[name] for name in names},
-    )
-
-
-def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
-    """Run the stages that the configs describe, one after the other; returns what `report.json` holds."""
-    cfg = configs[0]
-    L.seed_everything(cfg.seed, verbose=False)
-    resume = find_resume(cfg, folder)
-    current, history, init = 0, [], None
-    stages = [stage_of(c) for c in configs]
-    if resume:
-        path, checkpoint = resume
-        current = _stage_index(stages, checkpoint, path)
-        progress = checkpoint["callbacks"][StageTransition.__qualname__]
-        steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
-        log.info("going on from %s", path)
-        if stages[current].over(steps, position, progress["stale"]) and current + 1 < len(stages):
-            done = {"val_loss_first": progress["first"], "val_loss_last": progress["last"]}
-            history = [*progress["history"], {"name": stages[current].name, "steps": steps, **done}]
-            current, init, resume = current + 1, path, None
-    else:
-        init = find_init(cfg)
-    exported = Path(init).expanduser() if init and (Path(init).expanduser() / "config.json").is_file() else None
-    start = read_checkpoint(init) if init and not exported else None
-    if init and not start and stages[current].keep_optimizer:
-        raise ValueError(f"stage.keep_optimizer=true takes the optimizer's state from init={init}, which has none")
-    instantiate(cfg.model, _target_="tbac.models.loading.check_config")
-    data = StagedDataModule([instantiate(c.data) for c in configs], current)
-    for c, stage, source in zip(configs, stages, data.stages, strict=True):
-        total = stage.total_steps(source.batch_size * stage.accumulate)
-        stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=c.stage.lr), total_steps=total)  # tried on nothing
-
-    model = instantiate(cfg.model)
-    if exported is not None:
-        load_exported(exported, model)
-    if start is not None:
-        load_weights(start, model, str(init))
-    if init:
-        log.info("starting from the weights of %s", init)
-    facts = describe_model(model)
-    for source in data.stages:
-        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple)
-    module = LadderTuningModule(model, stages[current], cfg.seed, facts)
-    state = optimizer_state_of(start) if start else None
-    transition = StageTransition(stages, current, history, state, resume[0] if resume else init)
-    logger = instantiate(cfg.logger) if cfg.logger and not process_rank() else False
-    callbacks = [*stages[current].callbacks, transition]
-    trainer: L.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
-    if cfg.logger and process_rank():  # one process alone opens the store
-        trainer.loggers = [DummyLogger()]
-    digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
-    config = dict(stages[0].config)
-    if len(stages) > 1:
-        config["stages"] = {s.name: {k: s.config[k] for k in PER_STAGE} for s in stages}
-    if trainer.is_global_zero:
-        log_run(trainer.loggers, config, run_facts() | digests)
-
-    trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
-    reports = transition.reports(module)
-    for done in reports:
-        done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
-    report = reports[0] if len(stages) == 1 else {"stages": reports}
-    if trainer.is_global_zero:
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _stage_index(stages: Sequence[Stage], checkpoint: dict[str, Any], path: str) -> int:
-    names = [s.name for s in stages]
-    if checkpoint[FACTS]["stage"] not in names:
-        raise ValueError(
-            f"{path} is a checkpoint of stage {checkpoint[FACTS]['stage']}, and this run has {', '.join(names)}; "
-            "to start from its weights give it as init="
-        )
-    return names.index(checkpoint[FACTS]["stage"])
 
 
 def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     """Submit these stages instead of training here."""
+    from experiments.slurm import submit
+    from experiments.training_run import find_init
+    from tbac.models.saved import read_checkpoint
+
     folder = output_dir().absolute()
     init = find_init(configs[0])  # settled now, so that all processes start from the same
     if init and Path(init).is_file():
         read_checkpoint(init)
     arguments = [o for o in overrides if o.split("=")[0] != "init"]
     arguments += [f"init='{Path(init).absolute()}'"] if init else []
-    job = submit(plain(configs[0].machine), f"tbac-{configs[0].stage.name}", folder, arguments)
+    launcher = {**plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
+    job = submit(launcher, folder, arguments)
     print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
 
 
@@ -225,6 +46,8 @@ def point_alone() -> Iterator[None]:
 
     It starts them with this process's own arguments, which would begin the whole sweep again in each of them.
     """
+    from torch import distributed
+
     config: Any = HydraConfig.get()
     arguments, environment = sys.argv, dict(os.environ)
     if config.mode == RunMode.MULTIRUN:
@@ -245,8 +68,6 @@ def point_alone() -> Iterator[None]:
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
-    if process_rank():  # the others say only what is wrong
-        logging.getLogger().setLevel(logging.WARNING)
     overrides = HydraConfig.get().overrides.task
     configs = stage_configs(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
@@ -255,6 +76,12 @@ def main(cfg: DictConfig) -> None:
     if finished(configs, output_dir()):
         log.info("finished before; give stage.steps=… for more steps")
         return
+    # What trains takes seconds to import: only once the configs are known to fit together.
+    from experiments.training_run import train
+    from tbac.training.strategies import process_rank
+
+    if process_rank():  # the others say only what is wrong
+        logging.getLogger().setLevel(logging.WARNING)
     with point_alone():
         report = train(configs, output_dir())
     for stage in report.get("stages", [report]):

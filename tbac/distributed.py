@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -76,16 +76,19 @@ def whole_of_part(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, value: Any) -> Any:
-    """`value`, whole on every process, sharded as `tensor` is where the two have one shape."""
+    """`value`, whole on every process or sharded already, sharded as `tensor` is where the two have one shape."""
     if not isinstance(tensor, DTensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
+        return value
+    if isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def shard(module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
-    """Shard a module's parameters over the processes of `mesh`, each block on its own and then what remains."""
+def shard(module: nn.Module, blocks: nn.ModuleList, device_type: str) -> None:
+    """Shard a module's parameters over all processes, each block on its own and then what remains; only once."""
     if isinstance(module, FSDPModule):
         return
+    mesh = init_device_mesh(device_type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -21,7 +21,7 @@ class LookupFailedError(LookupError):
     """A file that isn't there, or that several could be meant by; the message is the kind of failure."""
 
 
-def archive_groups(folder: Path) -> list[list[Path]]:
+def find_archives(folder: Path) -> list[list[Path]]:
     """The archives under a folder, each as the list of its parts in order, sorted by path."""
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path in sorted(folder.rglob("*")):
@@ -89,7 +89,7 @@ class Joined:
         self._files.clear()
 
 
-def unpacked(parts: Sequence[Path], scratch: Path) -> list[Path]:
+def unpack_archive(parts: Sequence[Path], scratch: Path) -> list[Path]:
     """The archive as tar: its parts as they are, or decompressed into one file of `scratch`.
 
     Raises:

@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from data_prep.conversion import Record, Rejected
 from data_prep.datasets.archives import FileStore, LookupFailedError
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.decoding import IMAGE_EXTENSIONS
 
 MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
 
 
-def image_extension(data: bytes, name: str = "") -> str:
+def find_image_extension(data: bytes, name: str = "") -> str:
     """Extension of an image by its first bytes, or else by its name; "bin" when neither says."""
     for magic, extension in MAGIC:
         if data.startswith(magic):
@@ -22,22 +22,23 @@ def image_extension(data: bytes, name: str = "") -> str:
     return suffix if suffix in IMAGE_EXTENSIONS else "bin"
 
 
-def text_to_image(key: str, text: str, image: bytes, name: str = "") -> Record:
+def build_text_to_image(key: str, text: str, image: bytes, name: str = "") -> Record:
     """A text-to-image sample."""
-    return Record(key, {image_extension(image, name): image, "txt": text.encode()})
+    return Record(key, {find_image_extension(image, name): image, "txt": text.encode()})
 
 
-def edit(key: str, instruction: str, sources: Sequence[bytes], target: bytes, kind: str = "") -> Record:
+def build_edit(key: str, instruction: str, sources: Sequence[bytes], target: bytes, kind: str = "") -> Record:
     """An edit: `source`, `source_1`, …, `target`, and `json` of one constant schema."""
     fields = {}
     for number, source in enumerate(sources):
-        fields[f"source{f'_{number}' if number else ''}.{image_extension(source)}"] = source
-    fields[f"target.{image_extension(target)}"] = target
+        name = f"source_{number}" if number else "source"
+        fields[f"{name}.{find_image_extension(source)}"] = source
+    fields[f"target.{find_image_extension(target)}"] = target
     fields["json"] = json.dumps({"instruction": instruction, "kind": kind}).encode()
     return Record(key, fields)
 
 
-def from_paths(
+def build_from_paths(
     store: FileStore, key: str, text: object, output: object, inputs: Sequence[object] | None, kind: str = ""
 ) -> Record | Rejected:
     """A sample from paths of its pictures; an edit where `inputs` isn't None."""
@@ -54,5 +55,5 @@ def from_paths(
     except LookupFailedError as error:
         return Rejected(key, f"a picture that isn't found: {error}")
     if inputs is None:
-        return text_to_image(key, text, target, output)
-    return edit(key, text, sources, target, kind)
+        return build_text_to_image(key, text, target, output)
+    return build_edit(key, text, sources, target, kind)

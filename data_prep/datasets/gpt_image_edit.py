@@ -1,30 +1,32 @@
 """GPT-Image-Edit-1.5M: archives in parts with their metadata inside, or pictures with training JSON files."""
 
+import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from data_prep.conversion import Record, Rejected
-from data_prep.datasets.archives import FileStore, archive_groups, unpacked
-from data_prep.datasets.fields import from_paths
-from data_prep.datasets.sharegpt4o import SLICE, read_list
+from data_prep.datasets.archives import FileStore, find_archives, unpack_archive
+from data_prep.datasets.fields import build_from_paths
+from data_prep.datasets.rows import as_list, cut_into_units, parse_json_rows, read_rows
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
 EXPECTED = 1_553_575
 IMAGE_MARK = "<image>"  # in training conversations: where a picture stands
 
 
-def parse_row(row: dict) -> tuple[object, object, list, str]:
+def parse_row(row: Mapping[str, Any]) -> tuple[object, object, list, str]:
     """Instruction, target, sources and kind, of either form of metadata."""
-    if "conversations" in row:
-        said = [turn.get("value", "") for turn in row["conversations"] if isinstance(turn, dict)]
-        asked = next((text for text in said if isinstance(text, str) and text.replace(IMAGE_MARK, "").strip()), "")
-        images = row.get("image")
-        images = images if isinstance(images, list) else []
-        return asked.replace(IMAGE_MARK, "").strip(), images[-1] if images else None, images[:-1], ""
-    source = row.get("input")
-    sources = source if isinstance(source, list) else [source] if source else []
-    return row.get("instruction"), row.get("output"), sources, str(row.get("instruction_type") or "")
+    if "conversations" not in row:
+        kind = str(row.get("instruction_type") or "")
+        return row.get("instruction"), row.get("output"), as_list(row.get("input")), kind
+    # In training files the instruction is the first turn that says more than where pictures stand.
+    turns = [turn.get("value") for turn in row["conversations"] if isinstance(turn, dict)]
+    texts = [turn.replace(IMAGE_MARK, "").strip() for turn in turns if isinstance(turn, str)]
+    instruction = next(filter(None, texts), "")
+    *sources, target = as_list(row.get("image")) or [None]
+    return instruction, target, sources, ""
 
 
 class GPTImageEdit:
@@ -44,7 +46,7 @@ class GPTImageEdit:
     def __init__(self, path: str, metadata: Sequence[str] | None = None) -> None:
         self.root = Path(path).expanduser()
         self.metadata = list(metadata or ())
-        self.groups = archive_groups(self.root)
+        self.groups = find_archives(self.root)
         if absent := [name for name in self.metadata if not (self.root / name).is_file()]:
             raise DataError(f"dataset.metadata: {self.root / absent[0]} doesn't exist")
         loose = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob("**/metadata/*.json"))
@@ -54,19 +56,25 @@ class GPTImageEdit:
         if not (self.groups or self.metadata or self.loose):
             raise DataError(f"dataset.path={path} holds neither archives nor */metadata/*.json; see dataset.metadata")
         self._store: FileStore | None = None
+        self._rows: tuple[str, list[Mapping[str, Any]]] | None = None  # name of a JSON file, and what it holds
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_store": None}
+        return {**self.__dict__, "_store": None, "_rows": None}  # each process opens the files itself
+
+    def _read_json(self, name: str) -> list[Mapping[str, Any]]:
+        """The rows of a JSON file; the latest file is kept, since its units follow each other."""
+        if self._rows is None or self._rows[0] != name:
+            self._rows = name, list(read_rows(self.root / name))
+        return self._rows[1]
 
     def units(self) -> Sequence[str]:
         """Archives with metadata of their own, or slices of the JSON files."""
         if self.groups and not self.metadata:
             return [group[0].relative_to(self.root).as_posix() for group in self.groups]
-        slices = []
+        units = []
         for name in self.metadata or self.loose:
-            count = len(read_list(self.root / name))
-            slices += [f"{name}:{i}:{min(i + SLICE, count)}" for i in range(0, count, SLICE)]
-        return slices
+            units += cut_into_units(len(self._read_json(name)), f"{name}:")
+        return units
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         """Samples in the order of the metadata."""
@@ -76,14 +84,14 @@ class GPTImageEdit:
         if self._store is None:
             self._store = FileStore([self.root], self.groups)
         name, start, stop = unit.rsplit(":", 2)
-        rows = read_list(self.root / name)
+        rows = self._read_json(name)
         for number in range(int(start), int(stop)):
             yield self._sample(self._store, f"{name.removesuffix('.json')}_{number:07d}", rows[number])
 
     def _read_archive(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         group = next(g for g in self.groups if g[0].relative_to(self.root).as_posix() == unit)
         try:
-            store = FileStore(archives=[unpacked(group, scratch)])
+            store = FileStore(archives=[unpack_archive(group, scratch)])
         except tarfile.TarError as error:
             yield Rejected(f"{unit}: {error}", "an archive that breaks off")
             return
@@ -93,14 +101,13 @@ class GPTImageEdit:
         if not metadata:
             yield Rejected(unit, "an archive without metadata")
         for name in sorted(metadata):
-            file = scratch / "metadata.json"
-            file.write_bytes(store.read(name))
-            for number, row in enumerate(read_list(file)):
+            text = io.StringIO(store.read(name).decode("utf-8-sig"))
+            for number, row in enumerate(parse_json_rows(text, f"{unit}: {name}")):
                 yield self._sample(store, f"{name.removesuffix('.json')}_{number:07d}", row)
 
-    def _sample(self, store: FileStore, key: str, row: dict) -> Record | Rejected:
+    def _sample(self, store: FileStore, key: str, row: Mapping[str, Any]) -> Record | Rejected:
         instruction, target, sources, kind = parse_row(row)
-        return from_paths(store, key, instruction, target, sources, kind)
+        return build_from_paths(store, key, instruction, target, sources, kind)
 
 
 def _plain(group: Sequence[Path]) -> bool:

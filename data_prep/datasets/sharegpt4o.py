@@ -1,35 +1,16 @@
 """ShareGPT-4o-Image: two JSON files, and pictures in tars or folders."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from data_prep.conversion import Record, Rejected
-from data_prep.datasets.archives import FileStore, archive_groups
-from data_prep.datasets.fields import from_paths
+from data_prep.datasets.archives import FileStore, find_archives
+from data_prep.datasets.fields import build_from_paths
+from data_prep.datasets.rows import as_list, cut_into_units, read_rows
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
 FILES = {"t2i": ("text_to_image.json", 45717), "edit": ("text_and_image_to_image.json", 46539)}
-SLICE = 2000  # samples of a unit
-
-
-def read_list(path: Path) -> list[dict]:
-    """A JSON list, or JSON lines, of objects.
-
-    Raises:
-        DataError: when it is neither.
-    """
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is neither a JSON list nor JSON lines ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} must hold a list of objects")
-    return rows
 
 
 class ShareGPT4oImage:
@@ -51,31 +32,29 @@ class ShareGPT4oImage:
         self.file = self.root / file
         if not self.file.is_file():
             raise DataError(f"dataset.path={path} has no {file}")
-        self._rows: list[dict] | None = None
+        self._rows: list[Mapping[str, Any]] | None = None
         self._store: FileStore | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_rows": None, "_store": None}  # each process opens the files itself
 
     @property
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[Mapping[str, Any]]:
         """The entries of the JSON file."""
         if self._rows is None:
-            self._rows = read_list(self.file)
+            self._rows = list(read_rows(self.file))
         return self._rows
 
     def units(self) -> Sequence[str]:
         """Slices of the JSON file."""
-        return [f"{i}:{min(i + SLICE, len(self.rows))}" for i in range(0, len(self.rows), SLICE)]
+        return cut_into_units(len(self.rows))
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         """Samples in the order of the JSON file."""
         if self._store is None:
-            self._store = FileStore([self.root], archive_groups(self.root))
+            self._store = FileStore([self.root], find_archives(self.root))
         start, stop = map(int, unit.split(":"))
         for number in range(start, stop):
             row, key = self.rows[number], f"{self.half}_{number:06d}"
-            inputs = row.get("input_image") or ()
-            inputs = [inputs] if isinstance(inputs, str) else list(inputs)
-            inputs = inputs if self.half == "edit" else None
-            yield from_paths(self._store, key, row.get("input_prompt"), row.get("output_image"), inputs)
+            inputs = as_list(row.get("input_image")) if self.half == "edit" else None
+            yield build_from_paths(self._store, key, row.get("input_prompt"), row.get("output_image"), inputs)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.conversion import Record, Rejected
-from data_prep.datasets.fields import image_extension
+from data_prep.datasets.fields import find_image_extension
+from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 from tbac.data.tars import NOWHERE, TarReader
 
@@ -71,5 +71,5 @@ class WebDatasetTars:
         if text is None:
             return Rejected(name, "no caption")
         field, data = images[0]
-        fields = {image_extension(data, f"x.{field}"): data, "txt": text}
+        fields = {find_image_extension(data, f"x.{field}"): data, "txt": text}
         return Record(name, fields | ({"json": raw["json"]} if "json" in raw else {}))

@@ -1,175 +1,22 @@
-"""Build the shapes world: python data_prep/shapes/build.py
+"""Build the shapes world: python data_prep/shapes/build.py"""
 
-Everything is made from one seed: benchmarks, tokenizer, pre-trained backbones in the real formats, shards with cached
-latents. Finished parts are kept: a part is made in a folder of its own and renamed when it is complete, and
-`recipe.json` beside it says what it was made from; with another recipe it is made again.
-"""
-
-import hashlib
-import json
 import logging
-import multiprocessing
-import shutil
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from random import Random
-from typing import Any
 
 import hydra
-import torch
-from diffusers import DPMSolverMultistepScheduler
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.language import caption, long_caption, sample_edit, sample_question
-from data_prep.shapes.pretrain_autoencoder import pixels_of, pretrain_autoencoder
-from data_prep.shapes.pretrain_denoiser import lone_scenes, pretrain_denoiser
-from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
-from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
-from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
-from data_prep.shapes.tokenizer import train_tokenizer
-from experiments.common import CONF, plain, user_errors
-from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.prompt import SYSTEM_PROMPT
-from tbac.models.uniimage import ANSWER_SYSTEM
-from tbac.models.weights import autoencoder_digest
+from tbac.app import CONF, user_errors
 
 log = logging.getLogger(__name__)
-
-
-def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
-    """Make a folder unless it is there already, made from the same recipe; half-made folders are never left behind."""
-    marker = folder / "recipe.json"
-    text = json.dumps(recipe, indent=2, sort_keys=True, default=str) + "\n"
-    if marker.is_file() and marker.read_text() == text:
-        log.info("%s is there already", folder)
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    for stale in (partial, folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    started = time.monotonic()
-    make(partial)
-    (partial / "recipe.json").write_text(text)
-    partial.rename(folder)
-    log.info("made %s in %.0f s", folder, time.monotonic() - started)
-
-
-def make_tokenizer(folder: Path, seed: int, mixture: Mixture = USUAL) -> None:
-    """Tokenizer and image processor of the world."""
-    rng = Random(f"tokenizer/{seed}")
-    texts = [SYSTEM_PROMPT, ANSWER_SYSTEM, "user", "assistant", "system"] * 50
-    for _ in range(3000):
-        scene = sample_scene(rng, mixture)
-        texts += [caption(rng, scene), long_caption(scene), sample_edit(rng, scene).instruction]
-        question, answer = sample_question(rng, scene)
-        texts += [question, answer, f"{question} {answer}"]
-    train_tokenizer(texts).save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096).save_pretrained(folder)
-
-
-def make_mllm(folder: Path, tokenizer_folder: Path, architecture: dict, recipe: Recipe, world: World) -> None:
-    """The MLLM with its tokenizer, as a Hugging Face folder."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(tokenizer_folder)
-    model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed, world.mixture)
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(folder)
-
-
-def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: dict[str, dict]) -> None:
-    """Autoencoder, prompt-free denoiser and scheduler, as a diffusers folder."""
-    autoencoder = pretrain_autoencoder(parts["autoencoder"], **recipes["autoencoder"], seed=world.seed)
-    autoencoder.save_pretrained(folder / "vae")
-    frozen = FrozenAutoencoder(autoencoder)
-    pictures = [render(scene) for scene in lone_scenes(Random(f"denoiser/{world.seed}"), 6000)]
-    latents = torch.cat([frozen.encode(pixels_of(pictures[i : i + 256])) for i in range(0, len(pictures), 256)])
-    denoiser = pretrain_denoiser(parts["transformer"], latents, **recipes["denoiser"], seed=world.seed)
-    denoiser.save_pretrained(folder / "transformer")
-    scheduler = {k: v for k, v in parts["scheduler"].items() if k != "_class_name"}
-    DPMSolverMultistepScheduler(**scheduler).save_pretrained(folder / "scheduler")
-
-
-def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
-    """Shards of all stages with cached latents."""
-    frozen = FrozenAutoencoder.from_folder(denoiser_folder / "vae")
-
-    def encode(images: list[Image.Image]) -> Any:
-        return frozen.encode(pixels_of(images))
-
-    write_training_sets(world, folder, encode, autoencoder_digest(denoiser_folder))
-
-
-def _pictures_branch(out: Path, parts: dict, world: World, recipes: dict) -> None:
-    """What runs in one process: autoencoder, denoiser, shards."""
-    _begin_process()
-    denoiser = out / "backbones" / "denoiser"
-    recipe = [parts["autoencoder"], parts["transformer"], parts["scheduler"], recipes, world.seed, source_digest()]
-    make_part(denoiser, recipe, lambda folder: make_denoiser(folder, parts, world, recipes))
-    made_from = [recipe, asdict(world.sizes), asdict(world.mixture)]
-    make_part(out / "data", made_from, lambda folder: make_data(folder, world, denoiser))
-
-
-def _language_branch(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
-    """What runs beside it: the MLLM."""
-    _begin_process()
-    made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, source_digest()]
-    make_part(
-        out / "backbones" / "mllm",
-        made_from,
-        lambda folder: make_mllm(folder, out / "tokenizer", architecture, recipe, world),
-    )
-
-
-def _begin_process() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    torch.set_num_threads(1)
-
-
-def source_digest() -> str:
-    """sha256 of the code that makes the world, so that a changed world is made anew."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def build(cfg: DictConfig) -> Path:
-    """Build what is missing; returns the world's folder."""
-    out = Path(cfg.out)
-    sizes, mixture = instantiate(cfg.sizes), instantiate(cfg.scenes)
-    parts = plain(cfg.model.architecture)
-    recipes = {"autoencoder": plain(cfg.autoencoder), "denoiser": plain(cfg.denoiser)}
-    world = World.draw(cfg.seed, sizes, mixture)
-    made_from = [asdict(sizes), asdict(mixture), cfg.seed, source_digest()]
-    make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
-    make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
-    branches: list[tuple[Callable[..., None], tuple]] = [
-        (_language_branch, (out, parts["mllm"], world, instantiate(cfg.mllm))),
-        (_pictures_branch, (out, parts, world, recipes)),
-    ]
-    context = multiprocessing.get_context("spawn")
-    running = [context.Process(target=target, args=args) for target, args in branches]
-    for process in running:
-        process.start()
-        if cfg.processes < 2:
-            process.join()
-    for process in running:
-        process.join()
-    if any(process.exitcode for process in running):
-        raise RuntimeError("building the shapes world failed; see the messages above")
-    return out
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="shapes")
 @user_errors
 def main(cfg: DictConfig) -> None:
-    log.info("the shapes world is in %s", build(cfg))
+    from data_prep.shapes.parts import build_world  # torch and diffusers, only when the config is right
+
+    log.info("the shapes world is in %s", build_world(cfg))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from data_prep.shapes.scene import (
     in_reading_order,
     sample_scene,
 )
-from tbac.models.prompt import SYSTEM_PROMPT, VISION_END, VISION_START
-from tbac.models.uniimage import ANSWER_SYSTEM
+from tbac.models.prompt import ANSWER_SYSTEM, SYSTEM_PROMPT, VISION_END, VISION_START
 
 TOLD_KINDS = ("where", "count", "exists")  # questions that every caption answers
 COLOR_KINDS = ("color", "shape")  # and those that need one with colours
@@ -71,8 +70,50 @@ def visible_part(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int]
     return in_reading_order(scene.background, inside), cells, side
 
 
+class _Prefix:
+    """Tokens and rotary positions of what comes before the branches.
+
+    Args:
+        cells: visible cells.
+
+    Attributes:
+        tokens: so far.
+        positions: of each token, (time, row, column) as three lists.
+        next: position of the token to come.
+    """
+
+    def __init__(self, cells: list[int]) -> None:
+        self.cells = cells
+        self.tokens: list[int] = []
+        self.positions: list[list[int]] = [[], [], []]
+        self.next = 0
+
+    def add_text(self, tokens: Sequence[int]) -> None:
+        """Add tokens of a text, at the same place on all three axes."""
+        self.tokens += tokens
+        for axis in self.positions:
+            axis += range(self.next, self.next + len(tokens))
+        self.next += len(tokens)
+
+    def add_picture(self, image_token: int, count: int, side: int) -> None:
+        """Add the tokens of a picture of `side` cells a side, which stand at one time, by row and column."""
+        self.tokens += [image_token] * count
+        time, rows, columns = self.positions
+        time += [self.next] * count
+        rows += [self.next + cell // side for cell in range(count)]
+        columns += [self.next + cell % side for cell in range(count)]
+        self.next += side  # as in Qwen2.5-VL: text goes on after the longest axis
+
+
 class Conversations:
-    """Draws conversations about pictures, and about captions alone."""
+    """Draws conversations about pictures, and about captions alone.
+
+    Args:
+        tokenizer: of the world.
+        scenes: of the pictures.
+        rng: decides everything that is drawn.
+        mixture: of the scenes that are told in words.
+    """
 
     def __init__(
         self, tokenizer: Qwen2Tokenizer, scenes: Sequence[Scene], rng: Random, mixture: Mixture = USUAL
@@ -96,6 +137,7 @@ class Conversations:
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
         scene, cells, side = visible_part(rng, self.scenes[picture], CELLS if kind == "imagine" else side)
+        # What is told in words takes the place of the picture, and only what was told can be asked for.
         text, colored = "", True
         kinds: tuple[str, ...] = QUESTION_KINDS
         if kind in ("name", "answer", "imagine") and not seen:
@@ -103,6 +145,7 @@ class Conversations:
             text = caption(rng, scene)
             colored = any(color in text for color in COLORS)
             kinds = TOLD_KINDS + (COLOR_KINDS if colored else ())
+        # What is asked, and what is the answer.
         turns: list[tuple[str, str]] = []
         imagined: tuple[tuple[int, int], ...] = ()
         if kind in ("name", "answer"):
@@ -114,17 +157,25 @@ class Conversations:
                 text, scene = edit.instruction, edit.target
             imagined = self._layout(scene, colored, "background" in text or seen)
         elif kind == "describe":
-            turns = [("", long_caption(scene))]
-            if side == CELLS:
-                edits = (sample_edit(rng, scene) for _ in range(2))
-                turns += [(e.instruction, long_caption(e.target)) for e in edits]
+            turns = self._describe(scene, with_edits=side == CELLS)
         else:
-            cells = []
-            for _ in range(4):
-                said = caption(rng, sample_scene(rng, self.mixture))
-                opening = max((o for o in OPENINGS if said.startswith(o)), key=len)
-                turns.append((said, said.removeprefix(opening)))
-        return self._assemble(kind, text, turns, imagined, picture, cells, side)
+            cells, turns = [], [self._repeat_caption() for _ in range(4)]
+        prefix = self._build_prefix(kind, text, cells, side, bool(imagined))
+        return self._add_turns(prefix, kind, turns, imagined, picture)
+
+    def _describe(self, scene: Scene, with_edits: bool) -> list[tuple[str, str]]:
+        """The scene in words, and what two edits would make of it."""
+        turns = [("", long_caption(scene))]
+        if with_edits:
+            edits = (sample_edit(self.rng, scene) for _ in range(2))
+            turns += [(edit.instruction, long_caption(edit.target)) for edit in edits]
+        return turns
+
+    def _repeat_caption(self) -> tuple[str, str]:
+        """A caption, and what it says without its opening."""
+        said = caption(self.rng, sample_scene(self.rng, self.mixture))
+        opening = max((opening for opening in OPENINGS if said.startswith(opening)), key=len)
+        return said, said.removeprefix(opening)
 
     def _layout(self, scene: Scene, colored: bool, lit: bool) -> tuple[tuple[int, int], ...]:
         """Two words for each cell: colour and shape, or twice the shape, the background or "nothing"."""
@@ -135,35 +186,31 @@ class Conversations:
             said[item.row * CELLS + item.column] = (self.word[item.color] if colored else shape, shape)
         return tuple(said.get(cell, (nothing, nothing)) for cell in range(CELLS * CELLS))
 
-    def _assemble(
+    def _build_prefix(self, kind: str, text: str, cells: list[int], side: int, imagines: bool) -> _Prefix:
+        """What all branches see: the system message, the picture, the text, and what stands for imagined cells."""
+        system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
+        prefix = _Prefix(cells)
+        prefix.add_text(self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        if cells:
+            prefix.add_text(self.encode(VISION_START))
+            prefix.add_picture(self.image_token, len(cells), side)
+            prefix.add_text(self.encode(VISION_END))
+        prefix.add_text(self.encode(text))
+        if imagines:
+            prefix.add_text(self.encode(REPLY + VISION_START))
+            prefix.add_text([column for _, column in self.places])
+        return prefix
+
+    def _add_turns(
         self,
+        prefix: _Prefix,
         kind: str,
-        text: str,
         turns: list[tuple[str, str]],
         imagined: tuple[tuple[int, int], ...],
         picture: int,
-        cells: list[int],
-        side: int,
     ) -> Conversation:
-        system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
-        before = self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
-        tokens = list(before)
-        positions = [list(range(len(before))) for _ in range(3)]
-        start = len(before)
-        if cells:
-            opening, closing = self.encode(VISION_START), self.encode(VISION_END)
-            first = start + 1
-            tokens += [*opening, *[self.image_token] * len(cells), *closing]
-            offsets = ([0] * len(cells), [c // side for c in range(len(cells))], [c % side for c in range(len(cells))])
-            for axis, offset in zip(positions, offsets, strict=True):
-                axis += [start, *[first + o for o in offset], first + side]
-            start = first + side + 1
-        told = [*self.encode(text), *(self.encode(REPLY + VISION_START) if imagined else ())]
-        told += [column for _, column in self.places] if imagined else []
-        tokens += told
-        for axis in positions:
-            axis += range(start, start + len(told))
-        start += len(told)
+        """Add questions and answers, each pair as a branch that begins where the prefix ends."""
+        tokens, positions = list(prefix.tokens), [list(axis) for axis in prefix.positions]
         labels, branches = [-100] * len(tokens), [0] * len(tokens)
         for number, (asked, said) in enumerate(turns, start=1):
             if kind == "name":
@@ -175,6 +222,6 @@ class Conversations:
             labels += [*[-100] * len(question), *answer]
             branches += [number] * length
             for axis in positions:
-                axis += range(start, start + length)
+                axis += range(prefix.next, prefix.next + length)
         rows = [row for row, _ in self.places] if imagined else []
-        return Conversation(tokens, labels, branches, positions, picture, cells, rows, imagined)
+        return Conversation(tokens, labels, branches, positions, picture, prefix.cells, rows, imagined)

@@ -50,7 +50,7 @@ def long_caption(scene: Scene) -> str:
     return f"on a {scene.background} background: " + ", ".join(parts) if parts else f"a {scene.background} background"
 
 
-def stacked(scene: Scene) -> bool:
+def is_stacked(scene: Scene) -> bool:
     """Whether two different shapes stand one above the other, as pairs in composed pictures may."""
     return scene.cells == STACKED and scene.items[0].shape != scene.items[1].shape
 
@@ -73,7 +73,7 @@ def short_caption(rng: Random, scene: Scene) -> str:
     items = list(scene.items)
     with_color = rng.random() < 0.7
     body = listing(scene, with_color)
-    if stacked(scene) or (len(items) == 2 and items[0].shape != items[1].shape and rng.random() < 0.5):
+    if is_stacked(scene) or (len(items) == 2 and items[0].shape != items[1].shape and rng.random() < 0.5):
         first, second = rng.sample(items, 2)
         body = f"a {noun(first, with_color)} {rng.choice(relation(first, second))} a {noun(second, with_color)}"
     if rng.random() < 0.1:
@@ -90,7 +90,7 @@ def caption(rng: Random, scene: Scene) -> str:
     """A short caption where the places follow from it as pictures are composed; else, or sometimes, the long one."""
     if scene.word:
         return rng.choice(OPENINGS) + word_caption(scene) if rng.random() > 0.1 else long_caption(scene)
-    follows = scene.composed or stacked(scene)
+    follows = scene.composed or is_stacked(scene)
     return short_caption(rng, scene) if follows and rng.random() > 0.1 else long_caption(scene)
 
 
@@ -106,42 +106,55 @@ class Edit:
 
 def sample_edit(rng: Random, source: Scene) -> Edit:
     """Draw an edit of the scene; the object meant is always named without ambiguity."""
-    names = Counter(noun(i) for i in source.items)
-    unique = [i for i in source.items if names[noun(i)] == 1]
-    kinds = ["background"]
-    if unique:
-        kinds += ["replace", "recolor"] + (["remove"] if len(source.items) > 1 else [])
-    if free_cells(source.items):
-        kinds += (["move"] if unique else []) + (["add"] if len(source.items) < 6 else [])
-    kind = rng.choice(kinds)
-    items = list(source.items)
-    background = source.background
+    names = Counter(noun(item) for item in source.items)
+    unique = [item for item in source.items if names[noun(item)] == 1]
+    kind = rng.choice(_possible_edits(source, unique))
+    items, background = list(source.items), source.background
     if kind == "background":
-        background = rng.choice([b for b in BACKGROUNDS if b != source.background])
+        background = rng.choice([name for name in BACKGROUNDS if name != source.background])
         instruction = rng.choice((f"change the background to {background}", f"make the background {background}"))
     elif kind == "add":
         place(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
         where = f" at the {items[-1].place}" if rng.random() < 0.75 else ""
         instruction = rng.choice(("add", "put")) + f" a {noun(items[-1])}" + where
+    elif kind == "remove":
+        chosen = rng.choice(unique)
+        items.remove(chosen)
+        instruction = rng.choice(("remove", "delete")) + f" the {noun(chosen)}"
     else:
         chosen = rng.choice(unique)
         items.remove(chosen)
-        if kind == "remove":
-            instruction = rng.choice(("remove", "delete")) + f" the {noun(chosen)}"
-        elif kind == "replace":
-            shape = rng.choice([s for s in GLYPHS if s != chosen.shape])
-            items.append(replace(chosen, shape=shape))
-            instruction = f"replace the {noun(chosen)} with a {noun(items[-1])}"
-        elif kind == "recolor":
-            color = rng.choice([c for c in COLORS if c != chosen.color])
-            items.append(replace(chosen, color=color))
-            form = rng.choice(("make the {} {}", "change the color of the {} to {}"))
-            instruction = form.format(noun(chosen), color)
-        else:
-            row, column = rng.choice(free_cells(source.items))
-            items.append(replace(chosen, row=row, column=column))
-            instruction = f"move the {noun(chosen)} to the {items[-1].place}"
+        changed, instruction = _change_item(rng, kind, chosen, source)
+        items.append(changed)
     return Edit(kind, instruction, source, in_reading_order(background, items))
+
+
+def _possible_edits(source: Scene, unique: list[Item]) -> list[str]:
+    """Kinds of edits of a scene, of whose objects `unique` can be named without ambiguity."""
+    kinds = ["background"]
+    if unique:
+        kinds += ["replace", "recolor"]
+    if unique and len(source.items) > 1:
+        kinds.append("remove")
+    if unique and free_cells(source.items):
+        kinds.append("move")
+    if len(source.items) < 6 and free_cells(source.items):
+        kinds.append("add")
+    return kinds
+
+
+def _change_item(rng: Random, kind: str, item: Item, source: Scene) -> tuple[Item, str]:
+    """An object after an edit of it, and the instruction."""
+    if kind == "replace":
+        changed = replace(item, shape=rng.choice([shape for shape in GLYPHS if shape != item.shape]))
+        return changed, f"replace the {noun(item)} with a {noun(changed)}"
+    if kind == "recolor":
+        changed = replace(item, color=rng.choice([color for color in COLORS if color != item.color]))
+        form = rng.choice(("make the {} {}", "change the color of the {} to {}"))
+        return changed, form.format(noun(item), changed.color)
+    row, column = rng.choice(free_cells(source.items))
+    changed = replace(item, row=row, column=column)
+    return changed, f"move the {noun(item)} to the {changed.place}"
 
 
 def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION_KINDS) -> tuple[str, str]:
@@ -168,44 +181,41 @@ def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION
 
 def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
     """Prompts in the format of GenEval's `evaluation_metadata.jsonl`, `per_tag` for each of its six tags."""
-    shapes, colors = list(GLYPHS), list(COLORS)
     rows = []
     for tag in GENEVAL_TAGS:
         seen: set[str] = set()
         for index in range(per_tag * 50):
-            a, b = rng.sample(shapes, 2)
-            color_a, color_b = rng.sample(colors, 2)
-            row: dict = {"tag": tag}
-            if tag == "single_object":
-                a = shapes[index % len(shapes)]
-                row["include"] = [{"class": a, "count": 1}]
-                body = f"a {a}"
-            elif tag == "two_object":
-                row["include"] = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-                body = f"a {a} and a {b}"
-            elif tag == "counting":
-                n = rng.randint(2, 4)
-                row["include"] = [{"class": a, "count": n}]
-                row["exclude"] = [{"class": a, "count": n + 1}]
-                body = f"{NUMBERS[n]} {plural(a)}"
-            elif tag == "colors":
-                row["include"] = [{"class": a, "count": 1, "color": color_a}]
-                body = f"a {color_a} {a}"
-            elif tag == "position":
-                where = rng.choice(RELATIONS)
-                row["include"] = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [where, 0]}]
-                body = f"a {a} {where} a {b}"
-            else:
-                row["include"] = [
-                    {"class": a, "count": 1, "color": color_a},
-                    {"class": b, "count": 1, "color": color_b},
-                ]
-                body = f"a {color_a} {a} and a {color_b} {b}"
+            body, asked = _geneval_prompt(rng, tag, index)
             # "a photo of" as GenEval has it; the other openings only where all such prompts are taken.
-            row["prompt"] = next((p for p in (o + body for o in (*OPENINGS[1:], "")) if p not in seen), "")
-            if row["prompt"]:
-                seen.add(row["prompt"])
-                rows.append(row)
+            prompts = [opening + body for opening in (*OPENINGS[1:], "")]
+            prompt = next((text for text in prompts if text not in seen), None)
+            if prompt is not None:
+                seen.add(prompt)
+                rows.append({"tag": tag, **asked, "prompt": prompt})
             if len(seen) == per_tag:
                 break
     return rows
+
+
+def _geneval_prompt(rng: Random, tag: str, index: int) -> tuple[str, dict]:
+    """What a prompt of a tag says, and `include` and `exclude`, what GenEval looks for."""
+    shapes = list(GLYPHS)
+    a, b = rng.sample(shapes, 2)
+    color_a, color_b = rng.sample(list(COLORS), 2)
+    if tag == "single_object":
+        a = shapes[index % len(shapes)]
+        return f"a {a}", {"include": [{"class": a, "count": 1}]}
+    if tag == "two_object":
+        return f"a {a} and a {b}", {"include": [{"class": a, "count": 1}, {"class": b, "count": 1}]}
+    if tag == "counting":
+        n = rng.randint(2, 4)
+        asked = {"include": [{"class": a, "count": n}], "exclude": [{"class": a, "count": n + 1}]}
+        return f"{NUMBERS[n]} {plural(a)}", asked
+    if tag == "colors":
+        return f"a {color_a} {a}", {"include": [{"class": a, "count": 1, "color": color_a}]}
+    if tag == "position":
+        where = rng.choice(RELATIONS)
+        wanted = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [where, 0]}]
+        return f"a {a} {where} a {b}", {"include": wanted}
+    wanted = [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]
+    return f"a {color_a} {a} and a {color_b} {b}", {"include": wanted}

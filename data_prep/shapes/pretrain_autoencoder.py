@@ -40,6 +40,7 @@ def pretrain_autoencoder(
         seed: of weights and data.
         pictures: how many different ones are drawn.
     """
+    # The pictures are drawn once; each step takes some of them.
     torch.manual_seed(seed)
     model = AutoencoderDC(**architecture)
     rng = Random(f"autoencoder/{seed}")
@@ -59,6 +60,7 @@ def pretrain_autoencoder(
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", seconds=f"{time.monotonic() - started:.0f}")
+    # Diffusion works on latents of unit variance.
     model.eval()
     with torch.no_grad():
         spread = model.encode(data[:256]).latent.std().item()

@@ -1,9 +1,8 @@
 """Pre-training of the shapes world's MLLM: to see, to name, to answer, to describe, to carry out edits in words.
 
 What makes it learn within minutes on one core:
-- The vision tower first learns to speak in the words' embeddings: each image token is fitted to the sum of the
-  embeddings of what its cell shows (background, row, column, and colour and shape of an object). It stays as it is
-  then, so that its features are computed once.
+- The vision tower first learns to speak in the words' embeddings (`vision_teacher.py`). It stays as it is then, so that
+  its features are computed once.
 - Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the
   words.
 - Small batches and many steps: looking something up is a circuit that needs steps, not samples.
@@ -14,8 +13,7 @@ What makes it learn within minutes on one core:
 - The pictures grow: first one cell, then four, then all.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -24,26 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
-
-from data_prep.shapes.conversations import Conversation, Conversations, last_ids
-from data_prep.shapes.pretrain_autoencoder import dense_scene
-from data_prep.shapes.scene import (
-    BACKGROUNDS,
-    CELLS,
-    COLORS,
-    COLUMN_NAMES,
-    GLYPHS,
-    ROW_NAMES,
-    USUAL,
-    Mixture,
-    Scene,
-    render,
-    sample_scene,
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
 )
 
+from data_prep.shapes.conversations import Conversation, Conversations
+from data_prep.shapes.scene import CELLS, USUAL, Mixture, Scene, sample_scene
+from data_prep.shapes.vision_teacher import VisionRecipe, encode_pictures, make_patches, scale_rate, teach_vision
+
 BLUR = 0.5  # greatest standard deviation of the noise on imagined cells; embeddings have 1
-GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
 
 
 @dataclass(frozen=True)
@@ -73,82 +64,7 @@ class Recipe:
     told_imagined: float = 0.65
 
 
-class VisionTeacher:
-    """What each image token should say: a sum of word embeddings."""
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, embeddings: Tensor) -> None:
-        kinds: dict[str, Iterable[str]] = {
-            "shape": GLYPHS,
-            "color": COLORS,
-            "background": BACKGROUNDS,
-            "row": ROW_NAMES,
-            "column": COLUMN_NAMES,
-        }
-        names = {kind: list(named) for kind, named in kinds.items()}
-        self.words = {k: dict(zip(v, embeddings[last_ids(tokenizer, v)], strict=True)) for k, v in names.items()}
-
-    def __call__(self, scene: Scene) -> Tensor:
-        """(cell, hidden)."""
-        rows = []
-        items = {(i.row, i.column): i for i in scene.items}
-        for row in range(CELLS):
-            for column in range(CELLS):
-                said = self.words["background"][scene.background] + self.words["row"][ROW_NAMES[row]]
-                said = said + self.words["column"][COLUMN_NAMES[column]]
-                if item := items.get((row, column)):
-                    said = said + self.words["shape"][item.shape] + self.words["color"][item.color]
-                rows.append(said)
-        return torch.stack(rows)
-
-
-def patches_of(processor: Qwen2VLImageProcessorPil, scenes: Sequence[Scene]) -> Tensor:
-    """Vision patches (scene, patch, channel)."""
-    values = processor(images=[render(s) for s in scenes], return_tensors="pt")["pixel_values"]
-    return values.view(len(scenes), GRID * GRID, -1)
-
-
-def image_features(model: Qwen2_5_VLForConditionalGeneration, patches: Tensor) -> Tensor:
-    """(scene, cell, hidden) from patches (scene, patch, channel)."""
-    grids = torch.tensor([[1, GRID, GRID]]).expand(len(patches), -1)
-    features = model.model.get_image_features(patches.flatten(0, 1), grids).pooler_output
-    return torch.stack(list(features))
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate: linear warm-up, flat, cosine over the last 60 %."""
-    progress = max(0.0, step / steps - 0.4) / 0.6
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
-
-
-def teach_vision(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: Qwen2Tokenizer,
-    processor: Qwen2VLImageProcessorPil,
-    recipe: Recipe,
-    rng: Random,
-) -> None:
-    """Fit image tokens to the embeddings of what they show."""
-    embeddings = model.get_input_embeddings().weight.data
-    teacher = VisionTeacher(tokenizer, embeddings)
-    scenes = [dense_scene(rng) for _ in range(1500)]
-    patches = patches_of(processor, scenes)
-    targets = torch.stack([teacher(s) for s in scenes])
-    optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=recipe.vision_lr, fused=True)
-    bar = tqdm(range(recipe.vision_steps), desc="mllm vision", mininterval=5)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = recipe.vision_lr * schedule(step, recipe.vision_steps, 20)
-        chosen = torch.tensor(rng.sample(range(len(scenes)), 32))
-        error = image_features(model, patches[chosen]) - targets[chosen]
-        loss = error.square().mean() / recipe.embedding_std**2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 25 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.model.visual.requires_grad_(False)
-
-
-def branch_mask(branches: Tensor) -> Tensor:
+def make_branch_mask(branches: Tensor) -> Tensor:
     """Additive attention mask (batch, 1, token, token): causal; a token sees the prefix and its own branch."""
     length = branches.shape[1]
     seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -156,7 +72,36 @@ def branch_mask(branches: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
 
 
-def conversation_states(
+@dataclass(frozen=True)
+class Padded:
+    """Conversations of one length.
+
+    Attributes:
+        tokens: (batch, token), the padding token at the end.
+        labels: (batch, token), -100 where nothing is learned.
+        branches: (batch, token), -1 for padding.
+        positions: (3, batch, token), rotary.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    branches: Tensor
+    positions: Tensor
+
+
+def pad_conversations(batch: Sequence[Conversation], pad: int) -> Padded:
+    """Join conversations; `pad` is the id of the padding token."""
+    shape = len(batch), max(len(c.tokens) for c in batch)
+    tokens, labels = torch.full(shape, pad), torch.full(shape, -100)
+    branches, positions = torch.full(shape, -1), torch.zeros(3, *shape, dtype=torch.long)
+    for row, c in enumerate(batch):
+        end = len(c.tokens)
+        tokens[row, :end], labels[row, :end] = torch.tensor(c.tokens), torch.tensor(c.labels)
+        branches[row, :end], positions[:, row, :end] = torch.tensor(c.branches), torch.tensor(c.positions)
+    return Padded(tokens, labels, branches, positions)
+
+
+def compute_states(
     model: Qwen2_5_VLForConditionalGeneration,
     batch: Sequence[Conversation],
     features: Tensor,
@@ -173,23 +118,15 @@ def conversation_states(
         blur: standard deviation of the noise on the embeddings of imagined cells, so that learnable queries that come
             near them read as cells too.
     """
-    length = max(len(c.tokens) for c in batch)
-    tokens = torch.full((len(batch), length), pad)
-    labels = torch.full((len(batch), length), -100)
-    branches = torch.full((len(batch), length), -1)
-    positions = torch.zeros(3, len(batch), length, dtype=torch.long)
-    pictured = []
-    for row, c in enumerate(batch):
-        end = len(c.tokens)
-        tokens[row, :end], labels[row, :end] = torch.tensor(c.tokens), torch.tensor(c.labels)
-        branches[row, :end], positions[:, row, :end] = torch.tensor(c.branches), torch.tensor(c.positions)
-        if c.cells:
-            pictured.append(features[c.picture, c.cells])
+    padded = pad_conversations(batch, pad)
     embed = model.get_input_embeddings()
-    embeddings = embed(tokens)
+    embeddings = embed(padded.tokens)
+    # Image tokens say what the vision tower says of their cells.
+    pictured = [features[c.picture, c.cells] for c in batch if c.cells]
     if pictured:
-        places = (tokens == model.config.image_token_id).unsqueeze(-1)
+        places = (padded.tokens == model.config.image_token_id).unsqueeze(-1)
         embeddings = embeddings.masked_scatter(places, torch.cat(pictured))
+    # Tokens of imagined cells are columns; each takes its row as well, and some noise.
     if batch[0].imagined:
         mixed = embeddings.clone()
         for row, c in enumerate(batch):
@@ -198,16 +135,19 @@ def conversation_states(
             mixed[row, cells] += blur * torch.rand(1) * torch.randn_like(mixed[row, cells])
         embeddings = mixed
     hidden = model.model.language_model(
-        inputs_embeds=embeddings, position_ids=positions, attention_mask=branch_mask(branches), use_cache=False
+        inputs_embeds=embeddings,
+        position_ids=padded.positions,
+        attention_mask=make_branch_mask(padded.branches),
+        use_cache=False,
     ).last_hidden_state
-    return hidden, labels
+    return hidden, padded.labels
 
 
-def conversation_loss(
+def compute_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
 ) -> Tensor:
     """Mean cross-entropy of the answers' tokens, or of the words for imagined cells."""
-    hidden, labels = conversation_states(model, batch, features, pad, BLUR)
+    hidden, labels = compute_states(model, batch, features, pad, BLUR)
     if batch[0].imagined:
         ends = [(row, len(c.tokens) - len(c.imagined), len(c.tokens)) for row, c in enumerate(batch)]
         cells = torch.cat([hidden[row, first:end] for row, first, end in ends])
@@ -218,13 +158,13 @@ def conversation_loss(
     return cross_entropy(model.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
 
 
-def side_at(rng: Random, progress: float) -> int:
+def draw_side(rng: Random, progress: float) -> int:
     """Side of the visible window: grows with progress, and smaller ones stay in the mixture."""
     largest = 1 if progress < 0.12 else 2 if progress < 0.3 else CELLS
     return largest if rng.random() < 0.8 else rng.randint(1, 2)
 
 
-def kind_at(rng: Random, progress: float) -> str:
+def draw_kind(rng: Random, progress: float) -> str:
     """Kind of conversation: naming, then answering with it, then the rest."""
     if progress < 0.1:
         return "name"
@@ -255,18 +195,20 @@ def pretrain_mllm(
     """
     torch.manual_seed(seed)
     rng = Random(f"mllm/{seed}")
-    model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer))
+    model = AutoModelForImageTextToText.from_config(make_config(architecture, tokenizer))
     model.get_input_embeddings().weight.data.normal_(0, recipe.embedding_std)
-    teach_vision(model, tokenizer, processor, recipe, rng)
+    vision_recipe = VisionRecipe(recipe.vision_steps, recipe.vision_lr, recipe.embedding_std)
+    teach_vision(model, tokenizer, processor, vision_recipe, rng)
+    # The pictures that conversations are about; what the vision tower says of them stays the same.
     scenes: list[Scene] = []
     while len(scenes) < recipe.pictures:
         scene = sample_scene(rng, mixture)
         if not scene.held_out:
             scenes.append(scene)
+    chunks = [scenes[i : i + 256] for i in range(0, len(scenes), 256)]
     with torch.no_grad():
-        features = torch.cat(
-            [image_features(model, patches_of(processor, scenes[i : i + 256])) for i in range(0, len(scenes), 256)]
-        )
+        features = torch.cat([encode_pictures(model, make_patches(processor, chunk)) for chunk in chunks])
+    # The language model learns: what is asked, and how much of a picture is shown, grows with progress.
     draw = Conversations(tokenizer, scenes, rng, mixture).draw
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -274,13 +216,13 @@ def pretrain_mllm(
     model.train()
     for step in bar:
         progress = step / recipe.steps
-        optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe.steps, 40)
-        kind = kind_at(rng, progress)
-        side = side_at(rng, progress)
+        optimizer.param_groups[0]["lr"] = recipe.lr * scale_rate(step, recipe.steps, 40)
+        kind = draw_kind(rng, progress)
+        side = draw_side(rng, progress)
         seen = progress < 0.12 or rng.random() > (recipe.told_imagined if kind == "imagine" else recipe.told)
         count = recipe.batch_size * (1 if side == CELLS or kind == "text" else 2)
         batch = [draw(kind, side, seen) for _ in range(count)]
-        loss = conversation_loss(model, batch, features, tokenizer.pad_token_id)
+        loss = compute_loss(model, batch, features, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

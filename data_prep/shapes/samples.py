@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.shapes.benchmarks import write_dense, write_pairs
 from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
 from data_prep.shapes.scene import (
     BACKGROUNDS,
@@ -23,8 +24,7 @@ from data_prep.shapes.scene import (
     render,
     sample_scene,
 )
-from data_prep.shapes.suites import write_dense, write_pairs
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 
 Encode = Callable[[list[Image.Image]], Any]
 
@@ -115,17 +115,15 @@ def edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Iterator
     """Edit triplets with cached latents of the target."""
     index = 0
     for chunk in _chunked(edits, 256):
-        targets = [render(e.target) for e in chunk]
+        targets = [render(edit.target) for edit in chunk]
         for edit, target, latents in zip(chunk, targets, encode(targets), strict=True):
-            yield (
-                f"{prefix}_{index:06d}",
-                {
-                    "source.png": render(edit.source),
-                    "target.png": target,
-                    "json": {"instruction": edit.instruction, "kind": edit.kind},
-                    "target.latent.safetensors": latents,
-                },
-            )
+            fields = {
+                "source.png": render(edit.source),
+                "target.png": target,
+                "json": {"instruction": edit.instruction, "kind": edit.kind},
+                "target.latent.safetensors": latents,
+            }
+            yield f"{prefix}_{index:06d}", fields
             index += 1
 
 
@@ -148,53 +146,67 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
     """The scene as a detector would read it."""
-
-    def box(item: Item) -> list[int]:
-        rows, columns = np.nonzero(GLYPHS[item.shape])
-        top, left = item.corner
-        return [
-            int(v) for v in (left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1)
-        ]
-
-    objects = [{"name": i.shape, "color": i.color, "box": box(i)} for i in scene.items]
+    objects = [{"name": item.shape, "color": item.color, "box": find_box(item)} for item in scene.items]
     return {"background": scene.background, "objects": objects}
+
+
+def find_box(item: Item) -> list[int]:
+    """Left, top, right and bottom of an object's glyph, in pixels."""
+    rows, columns = np.nonzero(GLYPHS[item.shape])
+    top, left = item.corner
+    box = (left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1)
+    return [int(side) for side in box]
 
 
 def write_benchmarks(world: World, out: Path) -> None:
     """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures; `dense/`
     and `pairs/`.
     """
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    glyphs = {name: ["".join(".#"[int(v)] for v in row) for row in mask] for name, mask in GLYPHS.items()}
-    described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": glyphs}
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": _draw_glyphs()}
     (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
+    # One generator for both, so that prompts and questions are those of a seed.
     rng = Random(f"benchmarks/{world.seed}")
     _write_rows(out / "geneval.jsonl", geneval_prompts(rng, world.sizes.prompts_per_tag))
+    _write_questions(rng, world.val_scenes[: world.sizes.questions], out)
+    _write_edits(world.val_edits[: world.sizes.edits], out)
+    write_dense(Random(f"dense/{world.seed}"), world.sizes.dense, out / "dense")
+    write_pairs(Random(f"pairs/{world.seed}"), world.sizes.pairs_per_type, out / "pairs")
+
+
+def _draw_glyphs() -> dict[str, list[str]]:
+    """Each glyph as rows of `#` and `.`."""
+    drawn = {}
+    for name, mask in GLYPHS.items():
+        drawn[name] = ["".join(row) for row in np.where(mask, "#", ".")]
+    return drawn
+
+
+def _write_questions(rng: Random, scenes: list[Scene], out: Path) -> None:
     rows = []
-    for index, scene in enumerate(world.val_scenes[: world.sizes.questions]):
+    for index, scene in enumerate(scenes):
         name = f"pictures/question_{index:04d}.png"
         render(scene).save(out / name)
         question, answer = sample_question(rng, scene)
         rows.append({"image": name, "question": question, "answer": answer, "scene": scene_to_json(scene)})
     _write_rows(out / "questions.jsonl", rows)
-    edits: list[dict[str, Any]] = []
-    for index, edit in enumerate(world.val_edits[: world.sizes.edits]):
+
+
+def _write_edits(edits: list[Edit], out: Path) -> None:
+    rows = []
+    for index, edit in enumerate(edits):
         name = f"pictures/edit_{index:04d}.png"
         render(edit.source).save(out / name)
-        edits.append(
-            {
-                "image": name,
-                "instruction": edit.instruction,
-                "kind": edit.kind,
-                "source": scene_to_json(edit.source),
-                "target": scene_to_json(edit.target),
-                "anywhere": edit.kind == "add" and " at the " not in edit.instruction,
-            }
-        )
-    _write_rows(out / "edits.jsonl", edits)
-    write_dense(Random(f"dense/{world.seed}"), world.sizes.dense, out / "dense")
-    write_pairs(Random(f"pairs/{world.seed}"), world.sizes.pairs_per_type, out / "pairs")
+        row = {
+            "image": name,
+            "instruction": edit.instruction,
+            "kind": edit.kind,
+            "source": scene_to_json(edit.source),
+            "target": scene_to_json(edit.target),
+            "anywhere": edit.kind == "add" and " at the " not in edit.instruction,
+        }
+        rows.append(row)
+    _write_rows(out / "edits.jsonl", rows)
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

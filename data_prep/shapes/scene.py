@@ -44,8 +44,11 @@ _GLYPH_ROWS = {
     "letter L": "##.... ##.... ##.... ##.... ###### ######",
     "letter T": "###### ###### ..##.. ..##.. ..##.. ..##..",
 }
-GLYPHS = {name: np.array([[c == "#" for c in row] for row in rows.split()]) for name, rows in _GLYPH_ROWS.items()}
 GLYPH_SIZE = 6
+GLYPHS = {
+    name: (np.array(list(rows.replace(" ", ""))) == "#").reshape(GLYPH_SIZE, GLYPH_SIZE)
+    for name, rows in _GLYPH_ROWS.items()
+}
 MARGIN = (CELL_SIZE - GLYPH_SIZE) // 2
 
 ROW_NAMES = ("top", "middle", "bottom")
@@ -166,6 +169,7 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
             return word_scene(rng)
         if draw < mixture.words + mixture.dense:
             return crowded_scene(rng)
+    # What is in it: one object, two different ones, a group of one kind, or a mixture.
     shapes, colors = list(GLYPHS), list(COLORS)
     kind = rng.random()
     if kind < 0.25:
@@ -176,6 +180,7 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
         wanted = [(rng.choice(shapes), rng.choice(colors))] * rng.randint(2, 4)
     else:
         wanted = [(rng.choice(shapes), rng.choice(colors)) for _ in range(rng.randint(3, 6))]
+    # Where they stand: sometimes anywhere, mostly composed.
     background = rng.choice(list(BACKGROUNDS))
     items: list[Item] = []
     if len(wanted) <= 3 and rng.random() < 0.3:

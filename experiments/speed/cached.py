@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from experiments.costs import Case, autoencoder_flops, flops_of, make_inputs
-from experiments.speed.measure import Memory, in_child, interleaved, markdown, summary
+from experiments.reports import markdown
+from experiments.speed.measure import Memory, in_child, interleaved, summary
 from experiments.speed.training import OURS, Side, autocast, make_model, targets
 from tbac.models import UniImage
 from tbac.training.module import latents_of

@@ -2,12 +2,14 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.speed.measure import markdown, wait_for
+from experiments.reports import markdown
+from experiments.speed.measure import wait_for
 from experiments.speed.training import (
     COMPILED,
     COMPILED_GRAPHED,
@@ -19,6 +21,7 @@ from experiments.speed.training import (
     training_cases,
 )
 
+HEADER = ["step", "family", "ms", "kernels"]
 # Families by what the names of kernels (of operators, on a CPU) hold; the first that fits.
 FAMILIES = {
     "attention": ("flash", "fmha", "attention", "softmax"),
@@ -52,7 +55,7 @@ def family_of(kernel: str) -> str:
     return "other"
 
 
-def bench_kernels(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_kernels(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Milliseconds of one step by family, of every kind of prompt, plain and compiled where the sides name it."""
     model, rows, found = make_model(cfg["model"], device.type), [], {}
     optimizer = None
@@ -75,6 +78,7 @@ def bench_kernels(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             families = sorted(one["families_ms"].items(), key=lambda item: -item[1])
             rows += [[label, family, f"{ms:.2f}", one["counts"][family]] for family, ms in families]
             side.forget_graphs()
+            yield {"steps": found, "table": markdown(HEADER, rows)}
             rows.append([label, "all; without a profiler", f"{one['busy_ms']:.2f}; {wall_ms:.2f}", one["kernels"]])
         del side
     busy = {label: f"{100 * one['busy_ms'] / one['wall_ms']:.0f} %" for label, one in found.items()}

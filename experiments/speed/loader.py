@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.build import make_tokenizer
-from data_prep.shards import write_shards
-from experiments.speed.measure import MIB, in_child, interleaved, markdown, summary
+from data_prep.shapes.parts import make_tokenizer
+from data_prep.shards.writer import write_shards
+from experiments.reports import markdown
+from experiments.speed.measure import MIB, in_child, interleaved, summary
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import IMAGE_FORMATS
 from tbac.data.tars import TarReader

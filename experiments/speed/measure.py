@@ -2,18 +2,21 @@
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from experiments.reports import markdown
 
 MIB = 1024**2
 
@@ -82,26 +85,34 @@ class Memory:
 
 
 def in_child(work: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
-    """`work(*arguments)` in a fresh process, whose memory is its own.
+    """`work(*arguments)` in a process of its own, whose memory is its own.
+
+    It is forked from one that has imported what the work needs and has done nothing else.
 
     Args:
-        work: a function of a module.
+        work: a function of a module; or a generator, whose last value is the result.
         arguments: its own.
         limit_s: seconds after which the process is ended, with all that it has started.
 
     Raises:
-        RuntimeError: with the child's traceback, or when it ends without a result or is too slow.
+        ChildError: with the child's traceback, or when it ends without a result or is too slow.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     alone = limit_s is not None
     process = context.Process(target=_run_in_child, args=(work, arguments, sender, torch.get_num_threads(), alone))
     process.start()
     sender.close()
     result, problem = None, f"it took more than its {limit_s} s"
+    deadline = math.inf if limit_s is None else time.monotonic() + limit_s
     try:
-        if limit_s is None or receiver.poll(limit_s):
-            result, problem = receiver.recv()
+        while limit_s is None or receiver.poll(max(0.0, deadline - time.monotonic())):
+            value, problem, last = receiver.recv()
+            result = result if problem else value
+            if last:
+                break
+            problem = f"it took more than its {limit_s} s"
     except EOFError:
         problem = "it ended without a result; was it killed for its memory?"
     finally:
@@ -110,18 +121,37 @@ def in_child(work: Callable[..., Any], *arguments: Any, limit_s: float | None = 
                 os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started ends with it
         process.join()
     if problem:
-        raise RuntimeError(f"{work.__name__} failed in a process of its own: {problem}")
+        raise ChildError(f"{work.__name__} failed in a process of its own: {problem}", result)
     return result
 
 
+class ChildError(RuntimeError):
+    """A process of its own has failed.
+
+    Args:
+        message: why.
+        partial: what it had found by then, or None.
+    """
+
+    def __init__(self, message: str, partial: Any) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
 def _run_in_child(work: Callable[..., Any], arguments: tuple, sender: Any, threads: int, alone: bool) -> None:
+    """Send (value, problem, whether it is the last) for each value of a generator, or for the one of a function."""
     if alone:
         os.setpgid(0, 0)
     torch.set_num_threads(threads)
     try:
-        sender.send((work(*arguments), None))
+        value = work(*arguments)
+        if isinstance(value, Iterator):
+            steps, value = value, None
+            for value in steps:
+                sender.send((value, None, False))
+        sender.send((value, None, True))
     except Exception:  # noqa: BLE001 (the parent raises it)
-        sender.send((None, traceback.format_exc()))
+        sender.send((None, traceback.format_exc(), True))
 
 
 def status(name: str) -> int:
@@ -195,10 +225,3 @@ def wait_for(device: torch.device) -> None:
     """Until what was given to a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table; numbers to the right."""
-    align = [" ---: |" if i else " --- |" for i in range(len(header))]
-    lines = ["| " + " | ".join(header) + " |", "|" + "".join(align)]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])

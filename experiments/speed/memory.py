@@ -1,13 +1,15 @@
 """The planner's memory against what a training step really takes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.budget import Setting, build, memory_of
 from experiments.costs import Case, activations_of
-from experiments.plan import Setting, build, memory_of
-from experiments.speed.measure import MIB, in_child, markdown
+from experiments.reports import markdown
+from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import CHECKPOINTED, OURS, one_side, training_cases
 
 
@@ -23,7 +25,7 @@ def planned_mib(cfg: dict[str, Any], case: Case, checkpointing: bool) -> float:
     return (planned + size * sum(p.numel() for layer in unread for p in layer.parameters())) / MIB
 
 
-def bench_memory(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_memory(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Planned and measured peaks of the shortest text and the longest prompt, with and without checkpointing."""
     rows, peaks = [], {}
     for case in _shortest_and_longest(cfg):
@@ -33,10 +35,10 @@ def bench_memory(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
             peaks[f"{name}; {case.name}, {case.tokens}"] = {"planned_mib": planned, "measured_mib": measured}
             label = [f"{name}; {case.name}, {case.tokens} tokens, batch {case.batch}"]
             rows.append([*label, f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}"])
-    worst = max((abs(p["planned_mib"] / p["measured_mib"] - 1) for p in peaks.values()), default=0.0)
-    line = f"the planner is off by {100 * worst:.0f} % at most"
-    table = markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)
-    return {"peaks": peaks, "table": table, "line": line}
+            table = markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)
+            yield {"peaks": peaks, "table": table}
+    worst = max(abs(p["planned_mib"] / p["measured_mib"] - 1) for p in peaks.values())
+    yield {"peaks": peaks, "table": table, "line": f"the planner is off by {100 * worst:.0f} % at most"}
 
 
 def _shortest_and_longest(cfg: dict[str, Any]) -> list[Case]:

@@ -1,73 +1,82 @@
-"""Runs the parts of a benchmark one after the other, each in a process of its own with a time limit.
+"""What the benchmark measures, part by part, and what it refuses to measure."""
 
-What a part has found is written as soon as it is there, as JSON and as text, so that a benchmark which is cut off keeps
-what it has, and goes on with what is missing when it is started again.
-"""
-
-import json
-import signal
-import sys
-import time
-from collections.abc import Callable, Mapping
-from hashlib import sha256
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.speed.measure import in_child
-from tbac.files import write_whole
+from experiments.speed.cached import bench_cached
+from experiments.speed.gpu_tests import run_gpu_tests
+from experiments.speed.kernels import bench_kernels
+from experiments.speed.loader import bench_loader
+from experiments.speed.measure import bench_rates
+from experiments.speed.memory import bench_memory
+from experiments.speed.real_size import bench_step
+from experiments.speed.running import run_parts
+from experiments.speed.sampling import bench_sampling
+from experiments.speed.trainer import bench_first_steps, bench_overhead, device_name
+from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training, count_flops
+from tbac.app import pick_device
 
-Part = Callable[[dict[str, Any], torch.device], dict[str, Any]]
-
-
-def run_parts(parts: Mapping[str, Part], cfg: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]:
-    """What each part has found; a part that failed or was too slow has an `error` alone.
-
-    Args:
-        parts: by name, in the order in which they run.
-        cfg: of the benchmark; `limits_s` holds the seconds that a part may take.
-        device: what is measured.
-        out: folder for `<part>.json` and `<part>.md`.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part that runs is ended, too
-    wanted = digest_of(cfg)
-    found: dict[str, Any] = {}
-    for name, part in parts.items():
-        file = out / f"{name}.json"
-        kept = read_finished(file, wanted)
-        if kept is not None:
-            found[name] = kept
-            print(f"{name}: kept from {file}", flush=True)
-            continue
-        started = time.monotonic()
-        try:
-            found[name] = in_child(part, cfg, device, limit_s=cfg["limits_s"].get(name))
-        except RuntimeError as error:
-            found[name] = {"error": str(error)}
-        seconds = time.monotonic() - started
-        write_whole(
-            file,
-            (json.dumps({"digest": wanted, "seconds": round(seconds, 1), **found[name]}, indent=2) + "\n").encode(),
-        )
-        text = found[name].get("table") or found[name].get("error", "")
-        write_whole(out / f"{name}.md", f"{text}\n".encode())
-        said = found[name].get("line") or found[name].get("error", "done").strip().splitlines()[-1]
-        print(f"{name} ({seconds:.0f} s): {said}", flush=True)
-    return found
+PARTS = {
+    "first_steps": bench_first_steps,
+    "rates": bench_rates,
+    "flops": count_flops,
+    "tests": run_gpu_tests,
+    "training": bench_training,
+    "memory": bench_memory,
+    "overhead": bench_overhead,
+    "sampling": bench_sampling,
+    "cached": bench_cached,
+    "loader": bench_loader,
+    "batches": bench_batches,
+    "kernels": bench_kernels,
+    "step": bench_step,
+}
 
 
-def digest_of(cfg: dict[str, Any]) -> str:
-    """By which results of another config are told apart; which parts run, and how long they may take, don't matter."""
-    measured = {k: v for k, v in cfg.items() if k not in ("parts", "limits_s", "out")}
-    return sha256(json.dumps(measured, sort_keys=True, default=str).encode()).hexdigest()
+def check(cfg: dict[str, Any]) -> None:
+    """Raise ValueError for what can't be measured."""
+    if wrong := [part for part in cfg["parts"] if part not in PARTS]:
+        raise ValueError(f"parts may hold {', '.join(PARTS)}; got {wrong[0]!r}")
+    sides = cfg["sides"]
+    if sides[:2] != [BASELINE, OURS] or set(sides) - set(SIDES):
+        raise ValueError(f"sides must begin with {BASELINE}, {OURS} and hold no others than {SIDES}; got {sides}")
+    device = pick_device(cfg["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={cfg['device']}: this computer has no CUDA device; device=cpu runs anywhere")
+    accepted = ("32-true", "bf16-true") if "step" in cfg["parts"] else ("32-true", "bf16-mixed")
+    if cfg["precision"] not in accepted:
+        raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
+    if "step" in cfg["parts"] and len(cfg["parts"]) > 1:
+        raise ValueError(f"parts=[step] measures a fresh process, so it comes alone; got {cfg['parts']}")
+    lengths = cfg["tokens"]["text"] + cfg["tokens"]["image"]
+    if not lengths or min(lengths) <= cfg["shared_tokens"]:
+        raise ValueError(f"every entry of tokens must exceed shared_tokens={cfg['shared_tokens']}, got {cfg['tokens']}")
+    for name, value in (
+        ("repeats", cfg["repeats"]),
+        ("turns", cfg["turns"]),
+        ("warm_up", cfg["warm_up"]),
+        ("sampling.repeats", cfg["sampling"]["repeats"]),
+        ("loader.repeats", cfg["loader"]["repeats"]),
+        ("loader.batches", cfg["loader"]["batches"]),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if (count := cfg["loader"]["memory_samples"]) < 500:
+        raise ValueError(f"loader.memory_samples must be at least 500, got {count}")
 
 
-def read_finished(file: Path, digest: str) -> dict[str, Any] | None:
-    """What a part found in an earlier run with the same config; None where it has to run."""
-    try:
-        kept = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return kept if kept.get("digest") == digest and "error" not in kept else None
+def bench(cfg: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Everything that the config asks for; what is in `out` already, of the same config, is kept."""
+    device = pick_device(cfg["device"])
+    report: dict[str, Any] = {
+        "device": device_name(device),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "precision": cfg["precision"],
+        "repeats": cfg["repeats"],
+        "config": cfg,
+    }
+    return report | run_parts({name: PARTS[name] for name in cfg["parts"]}, cfg, device, out)

@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 from experiments.costs import make_inputs
-from experiments.speed.measure import markdown, status
+from experiments.reports import markdown
+from experiments.speed.measure import status
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import parameter_groups

@@ -11,6 +11,7 @@ import copy
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tbac.flow import timestep_of
@@ -30,13 +31,14 @@ class ReleaseWay(nn.Module):
 
     def __init__(self, model: UniImage) -> None:
         super().__init__()
-        self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.whole())
+        self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.load_full_model())
         self.connector = copy.deepcopy(model.ladder.connector)
         with torch.device(model.device):
             self.transformer = SanaTransformer2DModel(**_arguments(model.denoiser.transformer))
-        self.transformer.to(model.denoiser.transformer.dtype)
+        if model.denoiser.transformer.dtype != torch.float32:
+            self.transformer.to(model.denoiser.transformer.dtype)
         self.transformer.load_state_dict(model.denoiser.transformer.state_dict())
-        self.scheduler = model.provenance.scheduler
+        self.scheduler = model.scheduler_config
         queries = model.ladder.queries.detach()
         self.vocabulary = self.mllm.get_input_embeddings().weight.shape[0]
         self.num_queries = len(queries)
@@ -103,7 +105,7 @@ class ReleaseWay(nn.Module):
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
             arguments = (hidden, None, context, bias, modulation, rows, columns)
             if torch.is_grad_enabled() and model.gradient_checkpointing:
-                hidden = model._gradient_checkpointing_func(block, *arguments)
+                hidden = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 hidden = block(*arguments)
         hidden = model.proj_out(model.norm_out(hidden, embedded, model.scale_shift_table))

@@ -9,22 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from hydra.utils import instantiate
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, IterableDataset
 
 from experiments.costs import Case, make_inputs
-from experiments.speed.measure import MIB, markdown, wait_for
+from experiments.reports import markdown
+from experiments.speed.measure import MIB, wait_for
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
-from tbac.training.callbacks.averaging import WeightAverage
-from tbac.training.callbacks.grad_norm import GradNormMonitor
-from tbac.training.callbacks.throughput import ThroughputMonitor
+from tbac.training.callbacks import Callback
+from tbac.training.callbacks.ema import EMA
+from tbac.training.callbacks.guard import Guard
+from tbac.training.callbacks.throughput import Throughput
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import adamw, warmup_cosine
 from tbac.training.spikes import RobustRule
@@ -46,7 +46,7 @@ class Repeated(IterableDataset[Batch]):
             yield replace(self.batch)
 
 
-class StepClock(L.Callback):
+class StepClock(Callback):
     """Seconds of each step; a step that begins before the device is done counts for the time that it took the CPU.
 
     Args:
@@ -56,14 +56,12 @@ class StepClock(L.Callback):
     def __init__(self, warm_up: int) -> None:
         self.warm_up, self.steps, self.seconds = warm_up, 0, 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.warm_up:
             wait_for(pl_module.device)
             self._started = time.perf_counter()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         wait_for(pl_module.device)
         self.seconds = time.perf_counter() - self._started
         self.steps = trainer.global_step - self.warm_up
@@ -84,7 +82,7 @@ class Fit:
     stage: str
     case: Case
     steps: int
-    callbacks: Sequence[L.Callback] = ()
+    callbacks: Sequence[Callback] = ()
     folder: Path | None = None
 
 
@@ -105,7 +103,9 @@ def fit(model: UniImage, run: Fit, cfg: dict[str, Any], device: torch.device) ->
         clip=0.5,
     )
     module = LadderTuningModule(model, stage)
-    trainer = L.Trainer(
+    logger = instantiate({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(run.folder)})
+    trainer = instantiate(
+        {"_target_": "lightning.Trainer"},
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=1,
         precision=cfg["precision"],
@@ -113,9 +113,9 @@ def fit(model: UniImage, run: Fit, cfg: dict[str, Any], device: torch.device) ->
         max_epochs=-1,
         gradient_clip_val=stage.clip,
         callbacks=list(run.callbacks),
-        logger=CSVLogger(run.folder) if run.folder else False,
+        logger=logger if run.folder else False,
         log_every_n_steps=25,
-        enable_progress_bar=any(isinstance(c, TQDMProgressBar) for c in run.callbacks),
+        enable_progress_bar=bool(run.folder),
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -124,18 +124,18 @@ def fit(model: UniImage, run: Fit, cfg: dict[str, Any], device: torch.device) ->
     return float(trainer.callback_metrics["train/loss"])
 
 
-def watchers() -> list[L.Callback]:
+def watchers() -> list[Callback]:
     """What a run has beside the training itself: guard, average, rates, progress."""
     return [
-        WeightAverage(0.9999),
-        GradNormMonitor(RobustRule(), then="skip"),
-        LearningRateMonitor("step"),
-        ThroughputMonitor(25),
-        TQDMProgressBar(refresh_rate=25),
+        EMA(0.9999),
+        Guard(RobustRule(), then="skip"),
+        instantiate({"_target_": "lightning.pytorch.callbacks.LearningRateMonitor", "logging_interval": "step"}),
+        Throughput(25),
+        instantiate({"_target_": "lightning.pytorch.callbacks.TQDMProgressBar", "refresh_rate": 25}),
     ]
 
 
-def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Two steps of each stage with guard and average, then a picture: whether it runs at all, and in what memory.
 
     Raises:
@@ -154,15 +154,16 @@ def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> dict[str, An
         peak = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else float("nan")
         found[name] = {"loss": loss, "seconds": round(seconds, 1), "peak_mib": peak}
         rows.append([name, cases[kind].tokens, cases[kind].batch, f"{loss:.4f}", f"{seconds:.1f}", f"{peak:,.0f}"])
+        table = markdown(["stage", "tokens", "batch", "loss", "seconds of 2 steps", "peak MiB"], rows)
+        yield {"stages": found, "torch": torch.__version__, "table": table}
         model.zero_grad()
         gc.collect()
     model.to(device)
     pixels = _picture(model, cases["image + text"], cfg)
     if not all(torch.isfinite(torch.tensor(one["loss"])) for one in found.values()) or not pixels.isfinite().all():
         raise RuntimeError(f"a loss or a picture isn't finite: {found}")
-    table = markdown(["stage", "tokens", "batch", "loss", "seconds of 2 steps", "peak MiB"], rows)
     line = f"three stages and a picture of {tuple(pixels.shape[-2:])} pixels ran on {device_name(device)}"
-    return {"stages": found, "torch": torch.__version__, "table": table, "line": line}
+    yield {"stages": found, "torch": torch.__version__, "table": table, "line": line}
 
 
 @torch.no_grad()
@@ -207,7 +208,7 @@ def bench_overhead(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def count_waits(
-    model: UniImage, case: Case, callbacks: list[L.Callback], cfg: dict[str, Any], device: torch.device
+    model: UniImage, case: Case, callbacks: list[Callback], cfg: dict[str, Any], device: torch.device
 ) -> float:
     """Waits for the device in a step: those of many steps less those of a few, so that start and end don't count."""
     counts = []

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,13 +15,13 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from experiments.costs import Case, flops_of, make_inputs
+from experiments.reports import markdown
 from experiments.speed.measure import (
     MIB,
     Memory,
     in_child,
     interleaved,
     largest_batch,
-    markdown,
     summary,
     wait_for,
 )
@@ -48,7 +48,7 @@ def make_model(options: dict[str, Any], device: str) -> UniImage:
     """The model with random weights: the frozen parts in the config's type, the trained ones in float32."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: UniImage = instantiate(options, random_init=True)
+        model = UniImage.from_config(instantiate(options, random_init=True))
     return model
 
 
@@ -265,8 +265,8 @@ def one_side(name: str, cfg: dict[str, Any], device: str, case: Case, repeats: i
     return {"seconds": seconds, "memory": memory.end(), "holds": side.holds()}
 
 
-def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Every case of the config: seconds, peak memory.
+def bench_training(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Every case of the config: seconds, and where wanted the peak memory; given anew after each case.
 
     In one process the sides take turns step by step; isolated, each has the device to itself for a while, in turns of a
     few steps, since two of them don't fit at real sizes.
@@ -279,17 +279,12 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         same = sides.get(OURS)
         sides[name] = Side(name, model, cfg, same.optimizer if same else None)
     cases: dict[str, Any] = {}
-    times, memory = [], []
-    holds: dict[str, list] = {}
     failed: dict[str, str] = {}
     for case in training_cases(cfg):
+        # What each side takes, in turns, and what it holds, in a process of its own.
         alone = {}
         if model is None:
-            seconds: dict[str, list[float]] = {name: [] for name in names}
-            for _ in range(cfg["turns"]):
-                for name in names:
-                    alone[name] = in_child(one_side, name, cfg, device.type, case, cfg["repeats"])
-                    seconds[name] += alone[name]["seconds"]
+            seconds, alone = _time_isolated(cfg, device, case)
         else:
             arguments = arguments_of(model, case, cfg)
             failed |= failures_of(sides, arguments)
@@ -299,38 +294,52 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
                 side.forget_graphs()
             if cfg["measure_memory"]:
                 alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
-        found = summary(seconds, BASELINE, OURS)
-        median = found["median_s"]
-        found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in median.items()}
+        found = summary(seconds, BASELINE, OURS) | {"batch": case.batch}
+        found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in found["median_s"].items()}
         found["difference"] = difference.get(f"{case.name}, {case.tokens}")
         found["memory"] = {name: one["memory"] for name, one in alone.items()}
-        holds = {name: one["holds"] for name, one in alone.items()}
+        found["holds"] = {name: one["holds"] for name, one in alone.items()}
         cases[f"{case.name}, {case.tokens}"] = found
-        label = [case.name, case.tokens, case.batch]
-        took = [median.get(name, math.nan) for name in names]
-        times.append([*label, *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
-        if not alone:
-            continue
-        peaks = [found["memory"][name]["peak_mib"] for name in names]
-        memory.append([*label, *(f"{p:,.0f}" for p in peaks), *(f"{peaks[0] / p:.2f}" for p in peaks[1:])])
         log.info("%s, %d tokens: %.2f", case.name, case.tokens, found["ratio"])
+        yield {"cases": cases, "failed": failed, "table": _training_tables(cases, names, failed)}
+    ratios = {label: one["median_s"][BASELINE] / min(one["median_s"].values()) for label, one in cases.items()}
+    line = "release / ours at best: " + "; ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
+    yield {"cases": cases, "failed": failed, "table": _training_tables(cases, names, failed), "line": line}
+
+
+def _time_isolated(
+    cfg: dict[str, Any], device: torch.device, case: Case
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Seconds of each side's steps, and what the last of its processes held."""
+    seconds: dict[str, list[float]] = {name: [] for name in cfg["sides"]}
+    alone = {}
+    for _ in range(cfg["turns"]):
+        for name, values in seconds.items():
+            alone[name] = in_child(one_side, name, cfg, device.type, case, cfg["repeats"])
+            values += alone[name]["seconds"]
+    return seconds, alone
+
+
+def _training_tables(cases: dict[str, Any], names: list[str], failed: dict[str, str]) -> str:
+    """Seconds, peak memory and trainable parameters of every side, and why a side failed."""
+    times, memory, holds = [], [], {}
+    for label, found in cases.items():
+        took = [found["median_s"].get(name, math.nan) for name in names]
+        times.append([label, found["batch"], *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
+        if found["memory"]:
+            peaks = [found["memory"][name]["peak_mib"] for name in names]
+            ratios = [f"{peaks[0] / peak:.2f}" for peak in peaks[1:]]
+            memory.append([label, found["batch"], *(f"{peak:,.0f}" for peak in peaks), *ratios])
+            holds = found["holds"]
     over = [f"release / {name}" for name in names[1:]]
-    header = ["prompt", "tokens", "batch"]
-    tables = ["Seconds a step:\n\n" + markdown([*header, *names, *over], times)]
+    header = ["prompt, tokens", "batch", *names, *over]
+    tables = ["Seconds a step:\n\n" + markdown(header, times)]
     if memory:
-        tables.append("Peak memory of training, MiB:\n\n" + markdown([*header, *names, *over], memory))
-        tables.append(
-            markdown(
-                ["what trains", "tensors", "parameters", "optimizer state, MiB"],
-                [[name, *(f"{v:,}" for v in holds[name])] for name in names],
-            )
-        )
-    line = "; ".join(
-        f"{label}: release / ours {' '.join(f'{s[BASELINE] / s[n]:.2f}' for n in names[1:] if n in s)}"
-        for label, s in ((label, one["median_s"]) for label, one in cases.items())
-    )
+        tables.append("Peak memory of training, MiB:\n\n" + markdown(header, memory))
+        rows = [[name, *map("{:,}".format, values)] for name, values in holds.items()]
+        tables.append(markdown(["what trains", "tensors", "parameters", "optimizer state, MiB"], rows))
     tables += [f"{name} failed: {reason}" for name, reason in failed.items()]
-    return {"cases": cases, "holds": holds, "failed": failed, "table": "\n\n".join(tables), "line": line}
+    return "\n\n".join(tables)
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:
@@ -349,18 +358,20 @@ def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> 
     return {str(cap): largest_batch(step, int(cap * 1024**3)) for cap in cfg["memory_caps_gib"]}
 
 
-def bench_batches(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The largest batches that fit into capped memory of a GPU."""
+def bench_batches(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The largest batches that fit into capped memory of a GPU, given anew after each kind of step."""
     found: dict[str, Any] = {}
+    line = "left out: a CPU has no allocator whose memory can be capped"
     cases = training_cases(cfg)
-    if device.type != "cuda":  # there is no allocator to cap
-        return {"largest_batch": {}, "table": "", "line": "left out: a CPU has no allocator whose memory can be capped"}
-    for name in (OURS, CHECKPOINTED):
+    for name in (OURS, CHECKPOINTED) if device.type == "cuda" else ():
         for case in (cases[0], cases[-1]):
             label = f"{name}; {case.name}, {case.tokens}"
             found[label] = in_child(largest_batches, name, cfg, device.type, case)
-    table = markdown(
-        ["largest batch", *(f"{cap} GiB" for cap in cfg["memory_caps_gib"])],
-        [[label, *sizes.values()] for label, sizes in found.items()],
-    )
-    return {"largest_batch": found, "table": table}
+            line = str(found)
+            yield {"largest_batch": found, "table": _table_of_batches(cfg, found)}
+    yield {"largest_batch": found, "table": _table_of_batches(cfg, found), "line": line}
+
+
+def _table_of_batches(cfg: dict[str, Any], found: dict[str, dict[str, int]]) -> str:
+    caps = [f"{cap} GiB" for cap in cfg["memory_caps_gib"]]
+    return markdown(["largest batch", *caps], [[label, *sizes.values()] for label, sizes in found.items()])

@@ -1,29 +1,27 @@
 """The Lightning data module: one stage's mixture for training, one fixed pass for validation."""
 
-import gc
-import hashlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from tbac.data.buckets import BucketIndex, parse_buckets
 from tbac.data.collation import Collator, PromptCode
 from tbac.data.decoding import check_reducing_gap
-from tbac.data.order import BatchPlan, BucketedOrder, TrainingOrder, ValidationOrder
+from tbac.data.loader import CleanLoader
+from tbac.data.order import BatchPlan, BucketedOrder, Mixture, TrainingOrder, ValidationOrder
+from tbac.data.position import BUCKETS, MixturePosition
 from tbac.data.reader import ShardReader, check_bad_share
-from tbac.data.shards import DataError, Source, list_shards, parse_source, read_manifest
-from tbac.data.tars import shard_sizes
+from tbac.data.remote import download_source, is_remote
+from tbac.data.shards import DataError, SourceShards, parse_source
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch
 
-log = logging.getLogger(__name__)
 
-
+@dataclass(eq=False, repr=False)
 class ShardDataModule(L.LightningDataModule):
     """Streams WebDataset shards, in an order that doesn't depend on the numbers of processes and workers.
 
@@ -31,7 +29,7 @@ class ShardDataModule(L.LightningDataModule):
     loaded; `bind` then gives the prompt code of the model that will train.
 
     Args:
-        sources: training mixture: mappings with `path`, and optionally `split` and `weight`.
+        sources: training mixture: mappings with `path`, a folder or a URL, and optionally `split` and `weight`.
         val_sources: the same for validation; no dropout, fixed order.
         batch_size: samples per process and step.
         image_size: pixels a side of target images; with buckets, of the one that is a square.
@@ -49,74 +47,81 @@ class ShardDataModule(L.LightningDataModule):
         reducing_gap: JPEG targets much larger than needed are decoded at a fraction of their size, at least this many
             times what is needed; None decodes in full.
         prefetch_factor: batches that each loader process reads ahead.
+        cache_dir: folder that sources behind URLs are downloaded to.
 
     Raises:
         DataError: for absent, empty or altered sources.
         ValueError: for other values that can't be used.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Mapping[str, Any]],
-        val_sources: Sequence[Mapping[str, Any]],
-        batch_size: int,
-        image_size: int,
-        dropout: ConditionDropout | None = None,
-        val_batch_size: int | None = None,
-        val_samples: int = 256,
-        seed: int = 42,
-        shuffle_buffer: int = 1000,
-        num_workers: int = 0,
-        max_bad_share: float = 0.05,
-        use_latents: bool = True,
-        check_manifest: bool = True,
-        buckets: str | Sequence[Sequence[int]] | None = None,
-        reducing_gap: float | None = 2.0,
-        prefetch_factor: int = 2,
-    ) -> None:
+    sources: Sequence[Mapping[str, Any]]
+    val_sources: Sequence[Mapping[str, Any]]
+    batch_size: int
+    image_size: int
+    dropout: ConditionDropout | None = None
+    val_batch_size: int | None = None
+    val_samples: int = 256
+    seed: int = 42
+    shuffle_buffer: int = 1000
+    num_workers: int = 0
+    max_bad_share: float = 0.05
+    use_latents: bool = True
+    check_manifest: bool = True
+    buckets: str | Sequence[Sequence[int]] | None = None
+    reducing_gap: float | None = 2.0
+    prefetch_factor: int = 2
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        for name, count in (("stage.batch_size", batch_size), ("data.prefetch_factor", prefetch_factor)):
+        for name, count in (("stage.batch_size", self.batch_size), ("data.prefetch_factor", self.prefetch_factor)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        check_reducing_gap(reducing_gap, "data.reducing_gap")
-        self.buckets, self.reducing_gap = parse_buckets(buckets, image_size), reducing_gap
-        self.prefetch_factor = prefetch_factor
-        self.sources = [parse_source(s) for s in sources]
-        self.val_sources = [parse_source(s) for s in val_sources]
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.val_samples, self.image_size, self.num_workers = val_samples, image_size, num_workers
-        self.seed, self.shuffle_buffer, self.dropout = seed, shuffle_buffer, dropout
-        self.use_latents, self.max_bad_share = use_latents, max_bad_share
-        check_bad_share(max_bad_share)
+        check_reducing_gap(self.reducing_gap, "data.reducing_gap")
+        check_bad_share(self.max_bad_share)
+        self._buckets = parse_buckets(self.buckets, self.image_size)
         if not self.sources:
             raise DataError("stage.sources is empty; name at least one folder of shards")
-        self.shards = {s: list_shards(s, check_manifest) for s in [*self.sources, *self.val_sources]}
-        self.sizes = {s: shard_sizes(s, shards, check_manifest) for s, shards in self.shards.items()}
-        for source, sizes in self.sizes.items():
-            if not sum(sizes):
-                raise DataError(f"{source.path} gave no usable sample: its {source.split} shards are empty")
-        if use_latents and check_manifest:
-            self._check_cached_size()
-        self.collator: Collator | None = None
-        self._position: dict[str, Any] | None = None
+        # What lies on disk is looked up before any model is loaded.
+        self._training = [self._find_shards(fields) for fields in self.sources]
+        self._validation = [self._find_shards(fields) for fields in self.val_sources]
+        for shards in [*self._training, *self._validation]:
+            if not sum(shards.samples):
+                raise DataError(
+                    f"{shards.source.path} gave no usable sample: its {shards.source.split} shards are empty"
+                )
+            if self.use_latents and self.check_manifest:
+                self._check_cached_size(shards)
+        self._position = MixturePosition(
+            [shards.source for shards in self._training], [sum(shards.samples) for shards in self._training]
+        )
+        self._collator: Collator | None = None
 
-    def _check_cached_size(self) -> None:
+    def _find_shards(self, fields: Mapping[str, Any]) -> SourceShards:
+        source = parse_source(fields)
+        folder = download_source(source, self.cache_dir) if is_remote(source) else None
+        return SourceShards(source, self.check_manifest, folder)
+
+    def _check_cached_size(self, shards: SourceShards) -> None:
         """Refuse latents that were cached for pictures of other sizes."""
-        for source in self.shards:
-            manifest = read_manifest(_folder(source)) or {}
-            cached = manifest.get("image_size")
-            if cached and cached != self.image_size:
-                raise DataError(
-                    f"the cached latents of {source.path} are of pictures of {cached} pixels, stage.image_size is "
-                    f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
-                )
-            own = self.buckets.listed() if self.buckets else None
-            if cached and manifest.get("buckets") != own:
-                state = f"the buckets {found}" if (found := manifest.get("buckets")) else "no buckets"
-                raise DataError(
-                    f"the cached latents of {source.path} were made with {state}, data.buckets is another; give those, "
-                    "cache them again, or encode online with data.use_latents=false"
-                )
+        path, manifest = shards.source.path, shards.manifest or {}
+        cached = manifest.get("image_size")
+        if cached and cached != self.image_size:
+            raise DataError(
+                f"the cached latents of {path} are of pictures of {cached} pixels, stage.image_size is "
+                f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
+            )
+        if cached and manifest.get("buckets") != self._listed_buckets:
+            cached_buckets = manifest.get("buckets")
+            state = f"the buckets {cached_buckets}" if cached_buckets else "no buckets"
+            raise DataError(
+                f"the cached latents of {path} were made with {state}, data.buckets is another; give those, "
+                "cache them again, or encode online with data.use_latents=false"
+            )
+
+    @property
+    def _listed_buckets(self) -> list[list[int]] | None:
+        return self._buckets.listed() if self._buckets else None
 
     def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None, multiple: int = 1) -> None:
         """Collate with this model's prompt code.
@@ -130,34 +135,26 @@ class ShardDataModule(L.LightningDataModule):
             DataError: when cached latents come from another autoencoder.
             ValueError: for sides that the model can't take.
         """
-        name = "data.buckets" if self.buckets else "stage.image_size"
-        for side in sorted({side for size in self._target_sizes for side in size}):
+        name = "data.buckets" if self._buckets else "stage.image_size"
+        target_sizes = self._buckets.sizes if self._buckets else [(self.image_size, self.image_size)]
+        for side in sorted({side for size in target_sizes for side in size}):
             if side % multiple:
                 raise ValueError(f"{name}: sides must be multiples of {multiple} pixels for this model, got {side}")
-        self.collator = Collator(prompt)
+        self._collator = Collator(prompt)
         if not (self.use_latents and autoencoder_digest):
             return
-        for source in [*self.sources, *self.val_sources]:
-            cached = (read_manifest(_folder(source)) or {}).get("autoencoder_digest")
+        for shards in [*self._training, *self._validation]:
+            cached = (shards.manifest or {}).get("autoencoder_digest")
             if cached and cached != autoencoder_digest:
                 raise DataError(
-                    f"the cached latents of {source.path} come from another autoencoder ({cached[:12]}…) than this "
-                    f"model's ({autoencoder_digest[:12]}…); cache them again, or encode online with "
+                    f"the cached latents of {shards.source.path} come from another autoencoder ({cached[:12]}…) than "
+                    f"this model's ({autoencoder_digest[:12]}…); cache them again, or encode online with "
                     "data.use_latents=false"
                 )
 
-    @property
-    def _target_sizes(self) -> Sequence[tuple[int, int]]:
-        """(height, width) of the targets that there may be."""
-        return self.buckets.sizes if self.buckets else [(self.image_size, self.image_size)]
-
     def manifest_digests(self) -> dict[str, str]:
         """Per source folder the digest of its manifest, for the log of a run."""
-        found = {}
-        for source in [*self.sources, *self.val_sources]:
-            file = _folder(source) / "manifest.json"
-            found[source.path] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
-        return found
+        return {shards.source.path: shards.manifest_digest for shards in [*self._training, *self._validation]}
 
     @property
     def _rank(self) -> int:
@@ -167,21 +164,58 @@ class ShardDataModule(L.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, sources: Sequence[Source], order: Sampler[BatchPlan], train: bool) -> "CleanLoader":
-        if self.collator is None:
+    def train_dataloader(self) -> CleanLoader:
+        """Endless batches of this process's share of the mixture, from the restored position on."""
+        mixture = Mixture(
+            [shards.samples for shards in self._training],
+            [shards.source.weight for shards in self._training],
+            self.seed,
+            self.shuffle_buffer,
+        )
+        place = (self.batch_size, self._rank, self._world_size, self._position.state)
+        bucket_of = self._bucket_index(self._training)
+        order = BucketedOrder(bucket_of, mixture, *place) if bucket_of else TrainingOrder(mixture, *place)
+        return self._loader(self._training, order, self.num_workers, self.dropout)
+
+    def val_dataloader(self) -> CleanLoader | list:
+        """The first `val_samples` samples, in the order of the shards; without workers and without dropout."""
+        if not self._validation:
+            return []
+        order = ValidationOrder(
+            [shards.samples for shards in self._validation],
+            self.val_samples,
+            self.val_batch_size or self.batch_size,
+            self._rank,
+            self._world_size,
+            self._bucket_index(self._validation),
+        )
+        return self._loader(self._validation, order, num_workers=0, dropout=None)
+
+    def _bucket_index(self, sources: Sequence[SourceShards]) -> BucketIndex | None:
+        if self._buckets is None:
+            return None
+        return BucketIndex(self._buckets, [shards.tars for shards in sources], self.use_latents)
+
+    def _loader(
+        self,
+        sources: Sequence[SourceShards],
+        order: Sampler[BatchPlan],
+        num_workers: int,
+        dropout: ConditionDropout | None,
+    ) -> CleanLoader:
+        if self._collator is None:
             raise RuntimeError("call bind(model.prompt) before training")
         reader = ShardReader(
-            [self.shards[s] for s in sources],
-            [self.sizes[s] for s in sources],
+            [shards.tars for shards in sources],
+            [shards.samples for shards in sources],
             seed=self.seed,
-            collate=self.collator,
+            collate=self._collator,
             size=(self.image_size, self.image_size),
-            dropout=self.dropout if train else None,
+            dropout=dropout,
             use_latents=self.use_latents,
             max_bad_share=self.max_bad_share,
             reducing_gap=self.reducing_gap,
         )
-        num_workers = self.num_workers if train else 0
         return CleanLoader(
             reader,
             sampler=order,
@@ -192,44 +226,10 @@ class ShardDataModule(L.LightningDataModule):
             multiprocessing_context="fork" if num_workers else None,
         )
 
-    def train_dataloader(self) -> "CleanLoader":
-        """Endless batches of this process's share of the mixture, from the restored position on."""
-        arguments = (
-            [self.sizes[s] for s in self.sources],
-            [s.weight for s in self.sources],
-            self.seed,
-            self.shuffle_buffer,
-            self.batch_size,
-            self._rank,
-            self._world_size,
-            self._position,
-        )
-        bucket_of = self._bucket_index(self.sources)
-        order = BucketedOrder(bucket_of, *arguments) if bucket_of else TrainingOrder(*arguments)
-        return self._loader(self.sources, order, train=True)
-
-    def val_dataloader(self) -> "CleanLoader | list":
-        """The first `val_samples` samples, in the order of the shards."""
-        if not self.val_sources:
-            return []
-        sizes = [self.sizes[s] for s in self.val_sources]
-        order = ValidationOrder(
-            sizes,
-            self.val_samples,
-            self.val_batch_size,
-            self._rank,
-            self._world_size,
-            self._bucket_index(self.val_sources),
-        )
-        return self._loader(self.val_sources, order, train=False)
-
-    def _bucket_index(self, sources: Sequence[Source]) -> BucketIndex | None:
-        return BucketIndex(self.buckets, [self.shards[s] for s in sources], self.use_latents) if self.buckets else None
-
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Note how far training has come: what the loader has read ahead doesn't count."""
         if batch.after:
-            self._position = batch.after
+            self._position.state = batch.after
         return batch
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -238,16 +238,15 @@ class ShardDataModule(L.LightningDataModule):
     @property
     def position(self) -> int:
         """Samples that training has taken, of all processes together."""
-        return self._position["position"] if self._position else 0
+        return self._position.taken
 
     @property
     def drawn(self) -> dict[str, int]:
         """Samples that training has taken of each source, of all processes together; by folder and split."""
-        counts = self._position["drawn"] if self._position else [0] * len(self.sources)
-        names = [f"{_folder(s).name}-{s.split}" for s in self.sources]
-        alike = {n for n in names if names.count(n) > 1}
-        names = [f"{n}-{i}" if n in alike else n for i, n in enumerate(names)]
-        return dict(zip(names, counts, strict=True))
+        names = [f"{shards.folder.name}-{shards.source.split}" for shards in self._training]
+        repeated = {name for name in names if names.count(name) > 1}
+        names = [f"{name}-{i}" if name in repeated else name for i, name in enumerate(names)]
+        return dict(zip(names, self._position.drawn, strict=True))
 
     def _circumstances(self) -> dict[str, Any]:
         """What decides the sequence of samples, and how it is shared out."""
@@ -257,62 +256,17 @@ class ShardDataModule(L.LightningDataModule):
             "data.num_workers": self.num_workers,
             "stage.batch_size": self.batch_size,
             "number of processes": self._world_size,
-            "weights of the mixture": [s.weight for s in self.sources],
-            "data.buckets": self.buckets.listed() if self.buckets else None,
+            "weights of the mixture": [shards.source.weight for shards in self._training],
+            BUCKETS: self._listed_buckets,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the sequence of samples: after the last batch that training took."""
-        position = self._position or {"position": 0, "drawn": [0] * len(self.sources)}
-        drawn = [
-            {"path": s.path, "split": s.split, "samples": sum(self.sizes[s]), "drawn": n}
-            for s, n in zip(self.sources, position["drawn"], strict=True)
-        ]
-        waiting = [list(draw) for draw in position.get("waiting", ())]
-        circumstances = self._circumstances()
-        return {
-            "position": position["position"], "sources": drawn, "waiting": waiting, "circumstances": circumstances,
-        }  # fmt: skip
+        return self._position.to_state_dict(self._circumstances())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a position; says what has changed since, and what it means for the order."""
-        self._position = {"position": state_dict["position"], "drawn": [0] * len(self.sources)}
-        places: dict[int, int] = {}  # index of a source then -> index now
-        numbers = {(s["path"], s["split"]): i for i, s in enumerate(state_dict["sources"])}
-        known = {(s["path"], s["split"]): s for s in state_dict["sources"]}
-        for index, source in enumerate(self.sources):
-            entry = known.pop((source.path, source.split), None)
-            if entry is None:
-                log.warning("%s wasn't part of the mixture before: it is read from its beginning", source.path)
-                continue
-            self._position["drawn"][index] = entry["drawn"]
-            places[numbers[source.path, source.split]] = index
-            if entry["samples"] != (own := sum(self.sizes[source])):
-                log.warning(
-                    "%s has %d samples, it had %d: its order is another one, and samples of this pass may repeat",
-                    source.path,
-                    own,
-                    entry["samples"],
-                )
-        for path, _ in known:
-            log.warning("%s was part of the mixture before and isn't any more", path)
-        waiting = [(p, places[s], n) for p, s, n in state_dict.get("waiting", ()) if s in places]
-        if self.buckets:
-            self._position["waiting"] = waiting
-        before, now = state_dict["circumstances"], self._circumstances()
-        changed = [f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]]
-        if not changed:
-            return
-        reordered = any(before.get(k) != now[k] for k in ("data.seed", "data.shuffle_buffer"))
-        reordered |= bool(waiting) and not self.buckets  # what waited for its bucket has been passed over
-        log.warning(
-            "going on at sample %d with %s; %s",
-            state_dict["position"],
-            ", ".join(changed),
-            "the order is another one, and samples of this pass may repeat"
-            if reordered
-            else "no sample of this pass is repeated or lost",
-        )
+        self._position.load_state_dict(state_dict, self._circumstances())
 
 
 class StagedDataModule(L.LightningDataModule):
@@ -337,10 +291,10 @@ class StagedDataModule(L.LightningDataModule):
     def drawn(self) -> dict[str, int]:
         return self.active.drawn
 
-    def train_dataloader(self) -> "CleanLoader":
+    def train_dataloader(self) -> CleanLoader:
         return self.active.train_dataloader()
 
-    def val_dataloader(self) -> "CleanLoader | list":
+    def val_dataloader(self) -> CleanLoader | list:
         return self.active.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -354,28 +308,3 @@ class StagedDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.active.load_state_dict(state_dict)
-
-
-class CleanLoader(DataLoader):
-    """A DataLoader whose data errors read the same whether a worker process or this one met them.
-
-    Workers leave what they have inherited out of their garbage collection: going through it would write to its pages,
-    and each worker would sooner or later hold a copy of this process's memory.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self.num_workers:
-            gc.collect()
-            gc.freeze()
-        try:
-            batches = super().__iter__()
-        finally:
-            gc.unfreeze()
-        try:
-            yield from batches
-        except DataError as error:
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
-
-
-def _folder(source: Source) -> Path:
-    return Path(source.path).expanduser()

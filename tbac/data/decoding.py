@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from torch import Tensor
 
 from tbac.types import Sample
 
@@ -167,29 +168,39 @@ def decode_sample(
     """
     key, origin = raw["__key__"], raw.get("__url__", "")
     text = decode_text(raw)
-    found_names = {f.rsplit(".", 1)[0] for f in raw if f.startswith("source") and f.endswith(IMAGE_EXTENSIONS)}
-    names = sorted(found_names, key=lambda name: (len(name), name))  # source_2 before source_10
+    # Input images, in the order of their numbers: source, source_1, …; source_2 before source_10.
     sources = []
-    for name in names:
+    fields = [field for field in raw if field.startswith("source") and field.endswith(IMAGE_EXTENSIONS)]
+    for name in sorted({field.rsplit(".", 1)[0] for field in fields}, key=lambda name: (len(name), name)):
         found = find_image(raw, name)
         assert found is not None
         sources.append(decode_image(found[1], found[0]))
-    has_target = any(f.startswith("target.") for f in raw)
+    has_target = any(field.startswith("target.") for field in raw)
     if has_target and not sources:
         raise CorruptSampleError("an edit sample without a source image", "no source image")
-    if use_latents and (packed := raw.get("target.latent.safetensors", raw.get("latent.safetensors"))):
-        try:
-            latents = load_safetensors(packed)["latents"]
-        except (SafetensorError, KeyError) as error:
-            raise CorruptSampleError(f"cached latents can't be read ({error})", "unreadable latents") from None
-        if latents.ndim != 3:
-            raise CorruptSampleError(
-                f"cached latents have shape {tuple(latents.shape)} instead of three axes", "unreadable latents"
-            )
-        if not latents.isfinite().all():
-            raise CorruptSampleError("cached latents aren't finite", "unreadable latents")
-        return Sample(key, text, sources, None, latents.float(), origin)
+    # The target: its cached latents where there are any and they are wanted, else the image.
+    packed = raw.get("target.latent.safetensors", raw.get("latent.safetensors"))
+    if use_latents and packed:
+        return Sample(key, text, sources, None, decode_latents(packed), origin)
     found = find_image(raw, "target" if has_target or sources else "")
     if found is None:
         raise CorruptSampleError("no target image", "no target image")
     return Sample(key, text, sources, decode_image(found[1], found[0], size, reducing_gap), None, origin)
+
+
+def decode_latents(packed: bytes) -> Tensor:
+    """Cached latents (channel, height, width), float32.
+
+    Raises:
+        CorruptSampleError: for what isn't a safetensors file of such latents, all of them finite.
+    """
+    try:
+        latents = load_safetensors(packed)["latents"]
+    except (SafetensorError, KeyError) as error:
+        raise CorruptSampleError(f"cached latents can't be read ({error})", "unreadable latents") from None
+    if latents.ndim != 3:
+        message = f"cached latents have shape {tuple(latents.shape)} instead of three axes"
+        raise CorruptSampleError(message, "unreadable latents")
+    if not latents.isfinite().all():
+        raise CorruptSampleError("cached latents aren't finite", "unreadable latents")
+    return latents.float()

@@ -9,6 +9,10 @@ from a position therefore needs no reading, and another world size neither repea
   permuted within consecutive windows of `shuffle_buffer` samples, so that few shards are in use at a time.
 - Buckets: draws wait, by the bucket of their sample, until there are enough for a batch of one size. What waits is part
   of the position, and every process works it out for all of them, so none has fewer batches than another.
+
+Why this is written here: no library that this repository uses has a sampler whose sequence is a function of a position.
+torch's DistributedSampler shares out one epoch by the number of processes, and WebDataset shuffles what a process
+happens to have read; neither can go on exactly, or with another number of processes.
 """
 
 from bisect import bisect_right
@@ -108,14 +112,35 @@ class SourceOrder:
         return passes, int(shards[place]), offset - (ends[place - 1] if place else 0)
 
 
-class TrainingOrder(Sampler[BatchPlan]):
-    """Endless batch plans of one process.
+@dataclass(frozen=True)
+class Mixture:
+    """What decides the sequence of draws.
 
     Args:
         sizes: per source, the samples of each shard.
         weights: of the sources.
         seed: of the sequence.
         window: samples to shuffle among, per source (`shuffle_buffer`).
+
+    Raises:
+        ValueError: when sources and weights aren't equally many.
+    """
+
+    sizes: Sequence[Sequence[int]]
+    weights: Sequence[float]
+    seed: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.weights):
+            raise ValueError(f"{len(self.sizes)} sources have {len(self.weights)} weights")
+
+
+class TrainingOrder(Sampler[BatchPlan]):
+    """Endless batch plans of one process.
+
+    Args:
+        mixture: decides the sequence.
         batch_size: of each process.
         rank: of this process.
         world_size: number of processes.
@@ -124,18 +149,15 @@ class TrainingOrder(Sampler[BatchPlan]):
 
     def __init__(
         self,
-        sizes: Sequence[Sequence[int]],
-        weights: Sequence[float],
-        seed: int,
-        window: int,
+        mixture: Mixture,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.orders = [SourceOrder(s, i, seed, window) for i, s in enumerate(sizes)]
-        self.bounds = np.cumsum(np.asarray(weights, float) / sum(weights))
-        self.seed, self.batch_size, self.rank, self.world_size = seed, batch_size, rank, world_size
+        self.orders = [SourceOrder(s, i, mixture.seed, mixture.window) for i, s in enumerate(mixture.sizes)]
+        self.bounds = np.cumsum(np.asarray(mixture.weights, float) / sum(mixture.weights))
+        self.seed, self.batch_size, self.rank, self.world_size = mixture.seed, batch_size, rank, world_size
         self.state: Mapping[str, Any] = state or {"position": 0, "drawn": [0] * len(self.orders)}
 
     def sources(self, start: int, stop: int) -> np.ndarray:
@@ -151,6 +173,7 @@ class TrainingOrder(Sampler[BatchPlan]):
         position, drawn = self.state["position"], np.array(self.state["drawn"])
         step, first = self.batch_size * self.world_size, self.rank * self.batch_size
         while True:
+            # (draw, source): how many of each source this step has drawn up to and with each draw.
             sources = self.sources(position, position + step)
             counted = np.cumsum(sources[:, None] == np.arange(len(drawn)), axis=0)
             draws = []
@@ -162,6 +185,9 @@ class TrainingOrder(Sampler[BatchPlan]):
             yield BatchPlan(draws, {"position": position, "drawn": drawn.tolist()})
 
 
+Pile = list[tuple[Draw, int]]  # draws of one bucket that wait, each with its number within its source
+
+
 class BucketedOrder(TrainingOrder):
     """Endless batch plans of one process, each of one bucket.
 
@@ -170,40 +196,46 @@ class BucketedOrder(TrainingOrder):
 
     Args:
         bucket_of: the bucket of each draw.
-        arguments: as `TrainingOrder`.
+        mixture: decides the sequence.
+        batch_size: of each process.
+        rank: of this process.
+        world_size: number of processes.
+        state: where to go on, from `BatchPlan.after`; None is the beginning.
     """
 
-    def __init__(self, bucket_of: BucketOf, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self,
+        bucket_of: BucketOf,
+        mixture: Mixture,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(mixture, batch_size, rank, world_size, state)
         self.bucket_of = bucket_of
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        taken, drawn = self.state["position"], list(self.state["drawn"])
-        piles: dict[int, list[tuple[Draw, int]]] = {}
-        for position, source, n in self.state.get("waiting", ()):
-            draw = Draw(position, source, *self.orders[source][n])
-            piles.setdefault(self.bucket_of(draw), []).append((draw, n))
-            drawn[source] += 1
+        piles, drawn = self._restore_piles()
+        taken = self.state["position"]
         position = taken + sum(map(len, piles.values()))
-        chosen: list[int] = []  # sources of the draws to come, the next one last
+        upcoming = self._sources_from(position)
         while True:
-            batches: list[tuple[int, list[tuple[Draw, int]]]] = []
-            for bucket, pile in piles.items():  # after going on with smaller batches there may be some already
-                while len(pile) >= self.batch_size and len(batches) < self.world_size:
-                    batches.append((bucket, pile[: self.batch_size]))
-                    del pile[: self.batch_size]
+            # Going on with a smaller batch size, some piles hold whole batches already.
+            batches = self._take_whole_batches(piles)
+            # Draw until every process has a batch; all processes work out the batches of all.
             while len(batches) < self.world_size:
-                if not chosen:
-                    chosen = self.sources(position, position + BLOCK).tolist()[::-1]
-                source = chosen.pop()
+                source = next(upcoming)
                 draw = Draw(position, source, *self.orders[source][drawn[source]])
-                pile = piles.setdefault(bucket := self.bucket_of(draw), [])
+                bucket = self.bucket_of(draw)
+                pile = piles.setdefault(bucket, [])
                 pile.append((draw, drawn[source]))
                 drawn[source] += 1
                 position += 1
                 if len(pile) == self.batch_size:
                     batches.append((bucket, pile.copy()))
                     pile.clear()
+            # What still waits belongs to the position: whoever goes on from it begins with these draws.
             taken += self.batch_size * self.world_size
             waiting = sorted([draw.position, draw.source, n] for pile in piles.values() for draw, n in pile)
             counts = list(drawn)
@@ -212,6 +244,31 @@ class BucketedOrder(TrainingOrder):
             bucket, pile = batches[self.rank]
             after = {"position": taken, "drawn": counts, "waiting": waiting}
             yield BatchPlan([draw for draw, _ in pile], after, self.bucket_of.sizes[bucket])
+
+    def _restore_piles(self) -> tuple[dict[int, Pile], list[int]]:
+        """The draws that wait, by bucket, and how many of each source were drawn, those that wait counted."""
+        piles: dict[int, Pile] = {}
+        drawn = list(self.state["drawn"])
+        for position, source, n in self.state.get("waiting", ()):
+            draw = Draw(position, source, *self.orders[source][n])
+            piles.setdefault(self.bucket_of(draw), []).append((draw, n))
+            drawn[source] += 1
+        return piles, drawn
+
+    def _take_whole_batches(self, piles: dict[int, Pile]) -> list[tuple[int, Pile]]:
+        """Take batches, at most one for each process, out of piles that hold enough for them."""
+        batches: list[tuple[int, Pile]] = []
+        for bucket, pile in piles.items():
+            while len(pile) >= self.batch_size and len(batches) < self.world_size:
+                batches.append((bucket, pile[: self.batch_size]))
+                del pile[: self.batch_size]
+        return batches
+
+    def _sources_from(self, position: int) -> Iterator[int]:
+        """The sources of all draws from a position on."""
+        while True:
+            yield from self.sources(position, position + BLOCK).tolist()
+            position += BLOCK
 
 
 class ValidationOrder(Sampler[BatchPlan]):
@@ -240,24 +297,32 @@ class ValidationOrder(Sampler[BatchPlan]):
     ) -> None:
         places = ((k, i, n) for k, shards in enumerate(sizes) for i, size in enumerate(shards) for n in range(size))
         draws = [Draw(j, k, 0, i, n) for j, (k, i, n) in enumerate(islice(places, count))]
+        # All processes take part equally, so none waits for another in what they compute together.
         draws = draws[: len(draws) // world_size * world_size]
         if bucket_of is None:
             own = draws[rank::world_size]
-            self.plans = [BatchPlan(own[i : i + batch_size], {}) for i in range(0, len(own), batch_size)]
+            self.plans = [BatchPlan(batch, {}) for batch in _cut(own, batch_size)]
             return
+        # A batch is of one bucket.
         piles: dict[int, list[Draw]] = {}
         for draw in draws:
             piles.setdefault(bucket_of(draw), []).append(draw)
-        batches = [(b, p[i : i + batch_size]) for b, p in sorted(piles.items()) for i in range(0, len(p), batch_size)]
+        batches = [(bucket, batch) for bucket, pile in sorted(piles.items()) for batch in _cut(pile, batch_size)]
+        # The largest batches are halved until every process can have equally many.
         while len(batches) % world_size:
             bucket, largest = max(batches, key=lambda batch: len(batch[1]))
             batches.remove((bucket, largest))
             half = len(largest) // 2
             batches += [(bucket, largest[:half]), (bucket, largest[half:])]
-        self.plans = [BatchPlan(pile, {}, bucket_of.sizes[b]) for b, pile in batches[rank::world_size]]
+        self.plans = [BatchPlan(batch, {}, bucket_of.sizes[bucket]) for bucket, batch in batches[rank::world_size]]
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def __iter__(self) -> Iterator[BatchPlan]:
         return iter(self.plans)
+
+
+def _cut(draws: list[Draw], size: int) -> list[list[Draw]]:
+    """Runs of `size` draws; the last one may be shorter."""
+    return [draws[i : i + size] for i in range(0, len(draws), size)]

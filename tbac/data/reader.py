@@ -1,4 +1,9 @@
-"""From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted."""
+"""From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted.
+
+Why this is written here: no library that this repository uses has an indexed, exactly resumable reader of tars.
+WebDataset's pipeline drops a corrupt sample, after which every later batch holds other samples. Here a plan says which
+samples a batch holds, and its position decides what replaces a corrupt one, so a batch is the same in every run.
+"""
 
 import logging
 from collections import Counter
@@ -45,6 +50,7 @@ def _alike(latents: Tensor, size: tuple[int, int]) -> bool:
     return latents.shape[1] * size[1] == latents.shape[2] * size[0]
 
 
+@dataclass(eq=False)
 class ShardReader(Dataset[Batch]):
     """Batches by plan.
 
@@ -63,27 +69,28 @@ class ShardReader(Dataset[Batch]):
         min_seen: the share is judged over multiples of this many samples, or of a pass where that is less.
         reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, which
             stays at least this many times what is kept; None decodes in full.
+
+    Attributes:
+        tally: samples seen and refused.
+        tars: what reads them.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Sequence[Path]],
-        sizes: Sequence[Sequence[int]],
-        seed: int,
-        collate: Callable[[Sequence[Sample], tuple[int, int]], Batch],
-        size: tuple[int, int],
-        dropout: ConditionDropout | None = None,
-        use_latents: bool = True,
-        max_bad_share: float = 0.05,
-        min_seen: int = 200,
-        reducing_gap: float | None = None,
-    ) -> None:
-        check_bad_share(max_bad_share)
-        self.shards, self.sizes = [list(s) for s in shards], [list(s) for s in sizes]
-        self.seed, self.collate, self.dropout, self.use_latents = seed, collate, dropout, use_latents
-        self.max_bad_share, self.min_seen = max_bad_share, min(min_seen, sum(map(sum, self.sizes)))
-        self.size, self.reducing_gap = size, reducing_gap
-        self.tally, self.tars = Tally(), TarReader()
+    shards: Sequence[Sequence[Path]]
+    sizes: Sequence[Sequence[int]]
+    seed: int
+    collate: Callable[[Sequence[Sample], tuple[int, int]], Batch]
+    size: tuple[int, int]
+    dropout: ConditionDropout | None = None
+    use_latents: bool = True
+    max_bad_share: float = 0.05
+    min_seen: int = 200
+    reducing_gap: float | None = None
+    tally: Tally = field(default_factory=Tally, init=False)
+    tars: TarReader = field(default_factory=TarReader, init=False)
+
+    def __post_init__(self) -> None:
+        check_bad_share(self.max_bad_share)
+        self.min_seen = min(self.min_seen, sum(map(sum, self.sizes)))
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         batch = self.collate(self.samples(plan), plan.size or self.size)
@@ -125,21 +132,24 @@ class ShardReader(Dataset[Batch]):
             self.tally.seen += 1
             try:
                 sample = self._decode(path, index, bucket or self.size)
+                usable = bucket is None or sample.latents is None or _alike(sample.latents, bucket)
             except CorruptSampleError as error:
                 self._refuse(f"sample {index} of {path}", error)
-                fits = False
-            else:
-                fits = bucket is None or sample.latents is None or _alike(sample.latents, bucket)
-            if fits:
-                if self.dropout is not None:
-                    name = f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"
-                    sample = self.dropout(sample, Random(name))
-                return sample
+                usable = False
+            if usable:
+                return self._drop_conditions(sample, draw)
+            # Any sample of the source may take the place: the position decides which, so every run takes the same.
             shard = substitutes.choices(range(len(sizes)), sizes)[0]
             index = substitutes.randrange(sizes[shard])
         folder = self.shards[draw.source][0].parent
         kind = NoSubstituteError if bucket else DataError
         raise kind(f"{folder} gave no usable sample in {ATTEMPTS} attempts")
+
+    def _drop_conditions(self, sample: Sample, draw: Draw) -> Sample:
+        """The sample after dropout, which its key and pass decide."""
+        if self.dropout is None:
+            return sample
+        return self.dropout(sample, Random(f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"))
 
     def _decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
         try:

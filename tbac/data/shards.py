@@ -1,11 +1,17 @@
-"""Shards on disk: finding them, and what their manifest says of them."""
+"""The shards of a source: finding them, and what their manifest says of them."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tbac.data.tars import TarIndex, ends_properly
+
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
@@ -19,7 +25,7 @@ class Source:
     """A folder of shards in a mixture.
 
     Args:
-        path: the folder.
+        path: the folder, or where it can be downloaded from (`remote.py`).
         split: shards are named `<split>-{000000}.tar`.
         weight: share of the samples drawn from here, relative to the other sources.
 
@@ -55,10 +61,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         DataError: when the file is there but isn't a manifest of a known version.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        return None
+    return parse_manifest(file.read_bytes(), file) if file.is_file() else None
+
+
+def parse_manifest(content: bytes, file: Path) -> dict[str, Any]:
+    """The manifest that a file holds; the file's name is for messages.
+
+    Raises:
+        DataError: when it isn't a manifest of a known version.
+    """
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(content)
         version = manifest["schema_version"]
         shards = manifest["shards"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -68,40 +81,85 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def ends_properly(shard: Path) -> bool:
-    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
-    with shard.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(-min(file.tell(), 1024), 2)
-        return file.read() == bytes(1024)
+class SourceShards:
+    """The tars of a source in the order of their names, and what is known of them.
 
-
-def list_shards(source: Source, check_manifest: bool = True) -> list[Path]:
-    """The tars of a source in order of their names.
+    The manifest is read once, when something is first asked of it.
 
     Args:
         source: where to look.
-        check_manifest: compare names and bytes with the manifest; shards that it doesn't list must end as tars do.
+        check_manifest: compare names and bytes with the manifest, and take its counts of samples; tars that it doesn't
+            list must end as tars do. False counts the samples of every tar.
+        folder: where the tars lie, when that isn't the source's path.
+
+    Attributes:
+        folder: where the tars lie.
+        tars: their paths.
+        samples: how many each of them holds.
 
     Raises:
-        DataError: when the folder is absent or holds no shard of the split, or a shard isn't as the manifest says.
+        DataError: when the folder is absent or holds no tar of the split, or a tar isn't as the manifest says.
     """
-    folder = Path(source.path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"shard folder {folder} doesn't exist; stage.sources must name folders of WebDataset tars")
-    shards = sorted(folder.glob(f"{source.split}-*.tar"))
-    if not shards:
-        raise DataError(f"shard folder {folder} holds no {source.split}-*.tar")
-    if check_manifest:
-        manifest = read_manifest(folder) or {"shards": {}}
-        listed = {k: v for k, v in manifest["shards"].items() if k.startswith(f"{source.split}-")}
+
+    def __init__(self, source: Source, check_manifest: bool = True, folder: Path | None = None) -> None:
+        self.source = source
+        self.folder = folder or Path(source.path).expanduser()
+        if not self.folder.is_dir():
+            raise DataError(
+                f"shard folder {self.folder} doesn't exist; stage.sources must name folders of WebDataset tars"
+            )
+        self.tars = sorted(self.folder.glob(f"{source.split}-*.tar"))
+        if not self.tars:
+            raise DataError(f"shard folder {self.folder} holds no {source.split}-*.tar")
+        listed: Mapping[str, Any] = {}
+        if check_manifest and self.manifest is not None:
+            listed = {k: v for k, v in self.manifest["shards"].items() if k.startswith(f"{source.split}-")}
+        if check_manifest:
+            self._compare(listed)
+        self.samples = [_count_samples(tar, listed) for tar in self.tars]
+
+    @cached_property
+    def _manifest_bytes(self) -> bytes | None:
+        file = self.folder / MANIFEST
+        return file.read_bytes() if file.is_file() else None
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest beside the tars, or None where there is none.
+
+        Raises:
+            DataError: when the file is there but isn't a manifest of a known version.
+        """
+        content = self._manifest_bytes
+        return None if content is None else parse_manifest(content, self.folder / MANIFEST)
+
+    @property
+    def manifest_digest(self) -> str:
+        """sha256 of the manifest, or "none"."""
+        content = self._manifest_bytes
+        return "none" if content is None else hashlib.sha256(content).hexdigest()
+
+    def _compare(self, listed: Mapping[str, Any]) -> None:
+        """Compare the tars with their entries of the manifest."""
         hint = "restore it, or read what is there with data.check_manifest=false"
-        for name in sorted(set(listed) - {s.name for s in shards}):
-            raise DataError(f"{folder / name} is in the manifest but absent; {hint}")
-        for shard in shards:
-            if shard.name not in listed and not ends_properly(shard):
-                raise DataError(f"shard {shard} is truncated: it lacks the end mark of a tar; {hint}")
-            if shard.name in listed and (size := shard.stat().st_size) != (stated := listed[shard.name]["bytes"]):
+        for name in sorted(set(listed) - {tar.name for tar in self.tars}):
+            raise DataError(f"{self.folder / name} is in the manifest but absent; {hint}")
+        for tar in self.tars:
+            if tar.name not in listed:
+                if not ends_properly(tar):
+                    raise DataError(f"shard {tar} is truncated: it lacks the end mark of a tar; {hint}")
+                continue
+            size, stated = tar.stat().st_size, listed[tar.name]["bytes"]
+            if size != stated:
                 state = "truncated" if size < stated else "changed"
-                raise DataError(f"shard {shard} is {state}: it has {size} bytes, its manifest says {stated}; {hint}")
-    return shards
+                raise DataError(f"shard {tar} is {state}: it has {size} bytes, its manifest says {stated}; {hint}")
+
+
+def _count_samples(tar: Path, listed: Mapping[str, Any]) -> int:
+    """Samples of a tar by the manifest, or counted by reading the headers of one that it doesn't list."""
+    if tar.name in listed:
+        return int(listed[tar.name]["samples"])
+    index = TarIndex(tar)
+    if index.broken is not None:
+        log.warning("skipped the end of %s: the tar breaks off: %s", tar, index.broken)
+    return len(index.samples)

@@ -1,20 +1,23 @@
-"""Reading single samples of WebDataset tars, by an index of where their members lie."""
+"""Reading single samples of WebDataset tars, by an index of where their members lie.
+
+Why this is written here: no library that this repository uses has an indexed reader of tars. WebDataset's goes through
+a tar from its beginning. To go on exactly where a run stopped, in a shuffled order that doesn't depend on the number of
+processes, sample n of a tar has to be read without those before it. Which members are one sample is WebDataset's own
+rule (`base_plus_ext`).
+"""
 
 import logging
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
-from tbac.data.shards import Source, ends_properly, read_manifest
-
 log = logging.getLogger(__name__)
 Members = dict[str, tuple[int, int]]  # field -> offset and size of its bytes
-NOWHERE = (0, 0)  # a field of which nobody can say which of two is meant; it reads as empty
+NOWHERE = (0, 0)  # place of a field that a sample has twice: nobody can say which one is meant; it reads as empty
 
 
 class TarIndex:
@@ -39,23 +42,7 @@ class TarIndex:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     while (member := tar.next()) is not None:
-                        key, field = base_plus_ext(member.name)
-                        if member.isdir() or not key or not field:
-                            continue
-                        if not member.isfile() or member.issparse():
-                            self.refused["not a plain file"] += 1
-                            continue
-                        if member.name.startswith("/") or ".." in member.name.split("/"):
-                            self.refused["a name that leads out of the archive"] += 1
-                            continue
-                        if not self.samples or self.samples[-1][0] != key:
-                            self.samples.append((key, {}))
-                        own = self.samples[-1][1]
-                        if field.lower() in own:
-                            self.refused["a second field of the same name"] += 1
-                            own[field.lower()] = NOWHERE
-                            continue
-                        own[field.lower()] = (member.offset_data, member.size)
+                        self._add(member)
             except (tarfile.TarError, EOFError) as error:
                 self.broken = str(error)
         if self.broken is None and not ends_properly(path):
@@ -64,6 +51,36 @@ class TarIndex:
             self.samples = self.samples[:-1]
         for kind, count in self.refused.items():
             log.warning("passed over %d members of %s: %s", count, path, kind)
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        key, field = base_plus_ext(member.name)
+        # Folders and names without an extension belong to no sample.
+        if member.isdir() or not key or not field:
+            return
+        # A link or a name that leads out of the archive is never followed, whatever it names.
+        if not member.isfile() or member.issparse():
+            self.refused["not a plain file"] += 1
+            return
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            self.refused["a name that leads out of the archive"] += 1
+            return
+        # Another key than that of the member before begins another sample.
+        if not self.samples or self.samples[-1][0] != key:
+            self.samples.append((key, {}))
+        members = self.samples[-1][1]
+        if field.lower() in members:
+            self.refused["a second field of the same name"] += 1
+            members[field.lower()] = NOWHERE
+            return
+        members[field.lower()] = (member.offset_data, member.size)
+
+
+def ends_properly(tar: Path) -> bool:
+    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
+    with tar.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(-min(file.tell(), 1024), 2)
+        return file.read() == bytes(1024)
 
 
 class TarReader:
@@ -79,7 +96,7 @@ class TarReader:
 
     def index(self, path: Path) -> TarIndex:
         """The index of a tar."""
-        return self._opened(path)[1]
+        return self._open_tar(path)[1]
 
     def read(self, path: Path, sample: int) -> dict[str, Any]:
         """The fields of one sample, with `__key__` and `__url__`.
@@ -88,14 +105,14 @@ class TarReader:
             OSError: when the tar can't be read.
             IndexError: when it has fewer samples.
         """
-        descriptor, index = self._opened(path)
+        descriptor, index = self._open_tar(path)
         key, members = index.samples[sample]
         fields: dict[str, Any] = {"__key__": key, "__url__": str(path)}
         for name, (offset, size) in members.items():
             fields[name] = os.pread(descriptor, size, offset)
         return fields
 
-    def _opened(self, path: Path) -> tuple[int, TarIndex]:
+    def _open_tar(self, path: Path) -> tuple[int, TarIndex]:
         if path not in self._open:
             index = TarIndex(path)
             self._open[path] = (os.open(path, os.O_RDONLY), index)
@@ -111,25 +128,3 @@ class TarReader:
 
     def __del__(self) -> None:
         self.close()
-
-
-def shard_sizes(source: Source, shards: Sequence[Path], use_manifest: bool = True) -> list[int]:
-    """Samples of each shard: by the manifest, or counted by reading the headers of tars that it doesn't list.
-
-    Args:
-        source: whose manifest is read.
-        shards: its tars.
-        use_manifest: False counts all of them.
-    """
-    manifest = read_manifest(Path(source.path).expanduser()) if use_manifest else None
-    listed = manifest["shards"] if manifest else {}
-    sizes = []
-    for shard in shards:
-        if shard.name in listed:
-            sizes.append(int(listed[shard.name]["samples"]))
-            continue
-        index = TarIndex(shard)
-        if index.broken is not None:
-            log.warning("skipped the end of %s: the tar breaks off: %s", shard, index.broken)
-        sizes.append(len(index.samples))
-    return sizes

@@ -21,7 +21,7 @@ class ConditionDropout:
     Args:
         caption_drop_prob: only the caption.
         image_drop_prob: only the input images; for samples without any this one is never drawn.
-        both_drop_prob: caption and input images; ditto.
+        both_drop_prob: caption and input images; for samples without any this one is never drawn.
 
     Raises:
         ValueError: when a probability is outside [0, 1], or their sum above 1.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tbac.evaluation.detectors import Detection, Scan
+from tbac.evaluation.detectors.base import Detection, Scan
 
 POSITION_MARGIN = 0.1  # of the summed box sides, as GenEval
 POSITION_SINE = 0.5  # least share of the offset along an axis, as GenEval
@@ -29,11 +29,12 @@ class Thresholds:
     def apply(self, detections: Sequence[Detection], tag: str) -> list[Detection]:
         """Those that count for a prompt with this tag, the best first."""
         least = self.counting if tag == "counting" else self.score
-        kept: dict[str, list[Detection]] = {}
+        by_name: dict[str, list[Detection]] = {}
         for detection in sorted(detections, key=lambda d: -d.score):
-            if detection.score > least and len(own := kept.setdefault(detection.name, [])) < self.most:
-                own.append(detection)
-        return [detection for own in kept.values() for detection in own]
+            of_name = by_name.setdefault(detection.name, [])
+            if detection.score > least and len(of_name) < self.most:
+                of_name.append(detection)
+        return [detection for of_name in by_name.values() for detection in of_name]
 
 
 GENEVAL_THRESHOLDS = Thresholds(score=0.3, counting=0.9, most=16)
@@ -75,9 +76,11 @@ def judge_geneval(
         metadata: a row of GenEval's `evaluation_metadata.jsonl`.
         thresholds: which detections count; GenEval's own are `GENEVAL_THRESHOLDS`.
     """
+    # What counts, by class, the most certain first.
     by_class: dict[str, list[Detection]] = {}
     for detection in thresholds.apply(detections, metadata.get("tag", "")):
         by_class.setdefault(detection.name, []).append(detection)
+    # Every wanted entry; a position points back at the objects of an earlier one.
     groups: list[list[Detection]] = []
     for wanted in metadata.get("include", ()):
         name, count = wanted["class"], wanted["count"]
@@ -91,6 +94,7 @@ def judge_geneval(
             if not all(relation in relations(a, b) for a in found for b in groups[target]):
                 return Verdict(False, f"expected {name} {relation} {metadata['include'][target]['class']}")
         groups.append(found)
+    # Nothing more than that, where the prompt gives a number.
     for banned in metadata.get("exclude", ()):
         if len(by_class.get(banned["class"], [])) >= banned["count"]:
             return Verdict(False, f"expected {banned['class']} < {banned['count']}")
@@ -141,6 +145,7 @@ def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, 
         anywhere: an added object may stand at any place.
         tolerance: greatest distance in pixels, per axis, at which an object is still at its place.
     """
+    # Each object that is found stands for at most one that is wanted; what is left in the end is too much.
     left = list(found.detections)
 
     def take(wanted: Detection, free: bool = False) -> bool:
@@ -154,10 +159,12 @@ def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, 
     def is_in(item: Detection, scan: Scan) -> bool:
         return any((item.name, item.color, item.center) == (d.name, d.color, d.center) for d in scan.detections)
 
+    # What should have stayed takes its objects first, then what should have appeared, then what should be gone.
     stayed = [take(d) for d in target.detections if is_in(d, source)]
     appeared = [take(d, anywhere) for d in target.detections if not is_in(d, source)]
     gone = [not take(d) for d in source.detections if not is_in(d, target)]
     happened = all(appeared) and all(gone)
+    # The background is part of the edit, or part of what stays.
     if source.background != target.background:
         happened = happened and found.background == target.background
     else:
@@ -166,6 +173,6 @@ def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, 
     return EditVerdict(happened, sum(stayed) / total if total else 1.0)
 
 
-def same_answer(given: str, expected: str) -> bool:
+def is_same_answer(given: str, expected: str) -> bool:
     """Equal apart from case, surrounding space and a final full stop."""
     return given.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower()

@@ -1,19 +1,17 @@
 """The configs of all parts, read and checked before any weight is."""
 
-import json
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Qwen2_5_VLConfig
 
-from tbac.models.ladder import check_ladder
+from tbac.models.config import ArchitectureConfig, ModelConfig, check_keys, check_scheduler
 from tbac.models.mllm import check_mllm
-from tbac.models.taps import TapPlan, TapRule
-from tbac.models.uniimage import check_sizes
+from tbac.models.sources import HubUnreachableError, read_config
+from tbac.models.taps import TapPlan, resolve_taps
 
 
 @dataclass(frozen=True)
@@ -33,37 +31,64 @@ class Architecture:
     scheduler: dict[str, Any]
 
     @classmethod
-    def from_dicts(cls, parts: Mapping[str, Any]) -> "Architecture":
-        """From plain mappings, such as the `architecture` of a model config."""
-        return cls(
-            Qwen2_5_VLConfig(**parts["mllm"]), *(dict(parts[k]) for k in ("transformer", "autoencoder", "scheduler"))
-        )
+    def from_config(cls, config: ArchitectureConfig | None) -> "Architecture":
+        """From the options of a model that is made without reading any file.
+
+        Raises:
+            ValueError: when a part is missing, or has an argument that its class doesn't take.
+        """
+        parts = {} if config is None else config.to_dict()
+        missing = [name for name in ("mllm", "transformer", "autoencoder", "scheduler") if name not in parts]
+        if missing:
+            raise ValueError(
+                "model.random_init=true needs model.architecture (configs of mllm, transformer, autoencoder and "
+                f"scheduler); it lacks {', '.join(missing)}"
+            )
+        check_arguments(SanaTransformer2DModel, parts["transformer"], "model.architecture.transformer")
+        check_arguments(AutoencoderDC, parts["autoencoder"], "model.architecture.autoencoder")
+        return cls(Qwen2_5_VLConfig(**parts["mllm"]), parts["transformer"], parts["autoencoder"], parts["scheduler"])
 
     @classmethod
-    def from_pretrained(cls, mllm: str, denoiser: str, prefix: str = "model.") -> "Architecture":
-        """Read only the configs of two folders or hub ids; `prefix` is that of their options' names in messages.
+    def from_pretrained(
+        cls, mllm: str, denoiser: str, prefix: str = "model.", known: ArchitectureConfig | None = None
+    ) -> "Architecture":
+        """Read only the configs of two folders or hub ids.
+
+        Args:
+            mllm: folder or hub id of the MLLM.
+            denoiser: folder or hub id with `transformer/`, `vae/` and `scheduler/`.
+            prefix: of their options' names in messages.
+            known: configs of transformer and scheduler that are used instead of those of `denoiser`.
 
         Raises:
             ValueError: naming the folder or hub id that can't be found, and how to give a local path.
         """
-        problems: list[str] = []
+        found: dict[str, Any] = {}
+        if known is not None and known.transformer is not None:
+            check_arguments(SanaTransformer2DModel, known.transformer, "model.architecture.transformer")
+            found["transformer"] = dict(known.transformer)
+        if known is not None and known.scheduler is not None:
+            found["scheduler"] = dict(known.scheduler)
+        # All that can't be read is named at once, with one message per option.
+        problems: dict[str, str] = {}
         unreachable = False  # asking a hub that doesn't answer takes long, so it is asked once
-        found: dict[str, dict[str, Any]] = {}
-        for part, (option, source, path) in {
-            "mllm": (f"{prefix}mllm", mllm, "config.json"),
-            "transformer": (f"{prefix}denoiser", denoiser, "transformer/config.json"),
-            "autoencoder": (f"{prefix}denoiser", denoiser, "vae/config.json"),
-            "scheduler": (f"{prefix}denoiser", denoiser, "scheduler/scheduler_config.json"),
-        }.items():
-            if any(p.startswith(f"{option}=") for p in problems):
-                continue  # one message per option
+        for part, option, source, path in (
+            ("mllm", f"{prefix}mllm", mllm, "config.json"),
+            ("transformer", f"{prefix}denoiser", denoiser, "transformer/config.json"),
+            ("autoencoder", f"{prefix}denoiser", denoiser, "vae/config.json"),
+            ("scheduler", f"{prefix}denoiser", denoiser, "scheduler/scheduler_config.json"),
+        ):
+            if part in found or option in problems:
+                continue
             try:
                 found[part] = read_config(option, source, path, local_only=unreachable)
             except ValueError as error:
                 unreachable = unreachable or isinstance(error, HubUnreachableError)
-                problems.append(str(error))
+                problems[option] = str(error)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("; ".join(problems.values()))
+        check_scheduler(found["scheduler"])
+        # What begins with an underscore is the library's note of its version, not an argument.
         transformer = {k: v for k, v in found["transformer"].items() if not k.startswith("_")}
         autoencoder = {k: v for k, v in found["autoencoder"].items() if not k.startswith("_")}
         return cls(Qwen2_5_VLConfig(**found["mllm"]), transformer, autoencoder, found["scheduler"])
@@ -80,57 +105,51 @@ class Architecture:
     def num_blocks(self) -> int:
         return self.transformer["num_layers"]
 
-
-class HubUnreachableError(ValueError):
-    """A file that isn't cached, while the hub doesn't answer."""
-
-
-def read_config(option: str, source: str, path: str, local_only: bool = False) -> dict[str, Any]:
-    """A JSON file of a local folder or a hub repository; with `local_only` the hub isn't asked."""
-    folder = Path(source).expanduser()
-    hint = f"give a local folder with {option}=/path/to/folder"
-    if folder.is_dir():
-        file = folder / path
-        if not file.is_file():
-            raise ValueError(f"{option}={source}: the folder has no {path}; {hint} that has one")
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        try:
-            file = Path(hf_hub_download(source, path, local_files_only=local_only))
-        except (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-            kind = HubUnreachableError if isinstance(error, LocalEntryNotFoundError) else ValueError
-            raise kind(
-                f"{option}={source}: no such local folder, and {path} of the hub repository {source} is neither cached "
-                f"nor to be downloaded ({type(error).__name__}); {hint}"
-            ) from None
-    else:
-        raise ValueError(f"{option}={source}: no such folder; {hint}, or a hub id such as owner/name")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option}={source}: {path} isn't JSON ({error})") from None
+    @property
+    def caption_channels(self) -> int:
+        return self.transformer["caption_channels"]
 
 
-def configs_of(mllm: str, denoiser: str, random_init: bool, architecture: Mapping[str, Any] | None) -> Architecture:
-    """The configs of all parts, from the model config itself or from where the weights are."""
-    if not random_init:
-        return Architecture.from_pretrained(mllm, denoiser)
-    if architecture is None:
-        raise ValueError("model.random_init=true needs model.architecture (configs of mllm, transformer, autoencoder)")
-    return Architecture.from_dicts(architecture)
+def check_arguments(kind: type, arguments: Mapping[str, Any], place: str) -> None:
+    """Raise ValueError for an argument that a class's constructor doesn't take."""
+    check_keys(arguments, [name for name in inspect.signature(kind).parameters if name != "self"], place)
 
 
-def check_model(parts: Architecture, taps: TapRule, ladder: Mapping[str, Any], num_queries: int) -> TapPlan:
-    """Check on configs alone that the parts fit, and resolve the taps."""
-    plan = taps.resolve(parts.num_layers, parts.num_blocks)
+def read_architecture(config: ModelConfig, opened: bool = False) -> Architecture:
+    """The configs of all parts.
+
+    Args:
+        config: of the model.
+        opened: whether it comes out of a checkpoint or an export, and so knows its own transformer and scheduler.
+    """
+    if config.random_init:
+        return Architecture.from_config(config.architecture)
+    known = config.architecture if opened else None
+    return Architecture.from_pretrained(config.mllm, config.denoiser, "" if opened else "model.", known)
+
+
+def check_config(config: ModelConfig, opened: bool = False) -> tuple[Architecture, TapPlan]:
+    """Check on configs alone, before any weight is read, that the parts of a model are there and fit.
+
+    Args:
+        config: of the model.
+        opened: as in `read_architecture`.
+
+    Returns:
+        The configs of all parts, and which layer feeds which block.
+
+    Raises:
+        ValueError: for anything that doesn't fit or isn't there.
+    """
+    parts = read_architecture(config, opened)
+    plan = resolve_taps(config.taps, parts.num_layers, parts.num_blocks)
     check_mllm(parts.mllm)
-    check_ladder(num_queries, parts.hidden_size, **ladder)
-    transformer, autoencoder = SanaConfigView(parts.transformer), SanaConfigView(parts.autoencoder)
-    check_sizes(transformer, autoencoder)
-    return plan
+    config.ladder.check_width(parts.hidden_size)
+    check_channels(parts.transformer["in_channels"], parts.autoencoder["latent_channels"])
+    return parts, plan
 
 
-class SanaConfigView:
-    """A config mapping with attribute access."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
+def check_channels(denoiser: int, autoencoder: int) -> None:
+    """Raise ValueError when the latents of autoencoder and denoiser differ in channels."""
+    if denoiser != autoencoder:
+        raise ValueError(f"the denoiser reads latents of {denoiser} channels but the autoencoder makes {autoencoder}")

@@ -60,7 +60,7 @@ class FrozenAutoencoder(nn.Module):
         """Pixels per latent along one axis."""
         return 2 ** (len(self.model.config.encoder_block_out_channels) - 1)
 
-    def part(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
+    def load_part(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
         """`encoder` or `decoder`, read now if it hasn't been."""
         part = getattr(self.model, name)
         if self._read is not None and next(part.parameters()).is_meta:
@@ -78,12 +78,12 @@ class FrozenAutoencoder(nn.Module):
         """
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
-        weight = next(self.part("encoder", pixels.device).parameters())
+        weight = next(self.load_part("encoder", pixels.device).parameters())
         return self.model.encode(pixels.to(weight.dtype)).latent * self.model.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> pixels (batch, 3, height, width) clamped to [-1, 1]."""
-        weight = next(self.part("decoder", latents.device).parameters())
+        weight = next(self.load_part("decoder", latents.device).parameters())
         pixels = self.model.decode(latents.to(weight.dtype) / self.model.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1)

@@ -41,11 +41,11 @@ def model_card(config: dict[str, Any], sources: list[str], standalone: bool, not
     taps = config["taps"]
     blocks = [taps["layers"][i] for i in taps["assignment"]] if not taps["mixed"] else f"mixes of {taps['layers']}"
     rows = {
-        "MLLM": config["mllm"]["source"],
-        "denoiser": config["denoiser"]["source"],
+        "MLLM": config["mllm"],
+        "denoiser": config["denoiser"],
         "queries": config["num_queries"],
         "taps, block by block": blocks,
-        "connector": config["ladder"].get("connector", "shared_mlp"),
+        "connector": config["ladder"]["connector"],
         "area of input images": f"{config['image_pixels']} pixels",
         "longest prompt": f"{config['max_text_tokens']} tokens",
         **{f"sha256 of {part}": digest for part, digest in config["frozen_digests"].items()},

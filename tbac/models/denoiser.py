@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ class LadderDenoiser(nn.Module):
         hidden = model.patch_embed(noisy_latents.to(model.dtype)).repeat(branches, 1, 1)
         reference = None if self.reference_embed is None else condition.reference
         if reference is not None:
-            hidden = hidden + self._refer(reference, noisy_latents)
+            hidden = hidden + self._embed_reference(reference, noisy_latents)
         batch = len(hidden)
         modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
         modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
@@ -203,7 +204,7 @@ class LadderDenoiser(nn.Module):
         hidden = hidden.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return hidden.reshape(batch, -1, rows * patch, columns * patch)
 
-    def _refer(self, reference: Tensor, noisy_latents: Tensor) -> Tensor:
+    def _embed_reference(self, reference: Tensor, noisy_latents: Tensor) -> Tensor:
         """(branch * batch, token, width), to be added to the embedded patches.
 
         Raises:
@@ -230,3 +231,18 @@ def _run_block(
 ) -> Tensor:
     """One block with its own context."""
     return block(hidden, None, context, mask, modulation, rows, columns)
+
+
+def load_transformer(folder: Path) -> SanaTransformer2DModel:
+    """SANA's transformer in float32, from a denoiser folder.
+
+    Raises:
+        ValueError: when tensors are missing, unexpected or have another shape, by name.
+    """
+    model, loaded = SanaTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
+    )
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *(k[0] for k in loaded["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"{folder}: the denoiser's weights don't fit its config, such as {wrong[0]}")
+    return model

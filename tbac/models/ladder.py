@@ -1,4 +1,12 @@
-"""The ladder: learnable queries, and connectors that turn tapped states into one context per denoiser block."""
+"""The ladder: learnable queries, and connectors that turn tapped states into one context per denoiser block.
+
+A connector is made by a callable that takes `num_taps`, `hidden_size` and `channels`, and is a module that turns states
+(tap, batch, token, hidden) into contexts (tap, batch, token, channel). Two attributes of its class say how it may be
+used; both are False where it has none:
+
+- `per_token`: it reads each token apart from the others, so the prompt's tokens may follow the queries.
+- `per_tap`: it has weights of its own for each tap, so a learned mix is taken of its contexts and not of its input.
+"""
 
 import math
 
@@ -6,33 +14,8 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from tbac.models.taps import TapPlan
-
-CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
-
-
-def check_ladder(
-    num_queries: int,
-    hidden_size: int,
-    connector: str = "shared_mlp",
-    num_layers: int = 2,
-    num_heads: int = 8,
-    query_std: float = 0.02,
-    prompt_context: bool = False,
-) -> None:
-    """Raise ValueError for options that no `Ladder` can be built from; arguments as there."""
-    if num_queries < 1:
-        raise ValueError(f"model.num_queries must be at least 1, got {num_queries}")
-    if connector not in CONNECTORS:
-        raise ValueError(f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {connector!r}")
-    if connector == "transformer" and (num_heads < 1 or hidden_size % num_heads):
-        raise ValueError(f"ladder.num_heads={num_heads} must divide the MLLM's hidden size {hidden_size}")
-    if connector == "transformer" and prompt_context:
-        raise ValueError("ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp")
-    if num_layers < 1 or query_std < 0:
-        raise ValueError(
-            f"ladder.num_layers must be at least 1 and ladder.query_std at least 0, got {num_layers}, {query_std}"
-        )
+from tbac.models.config import LadderConfig
+from tbac.models.taps import TapPlan, check_call
 
 
 class ConnectorMLP(nn.Sequential):
@@ -42,6 +25,8 @@ class ConnectorMLP(nn.Sequential):
         hidden_size: width of the MLLM.
         channels: caption channels of the denoiser.
     """
+
+    per_token = True
 
     def __init__(self, hidden_size: int, channels: int) -> None:
         norm = RMSNorm(channels, eps=1e-5, elementwise_affine=True)
@@ -61,7 +46,7 @@ class TransformerConnector(nn.Module):
         num_heads: attention heads; must divide `hidden_size`.
     """
 
-    def __init__(self, hidden_size: int, channels: int, num_layers: int = 2, num_heads: int = 8) -> None:
+    def __init__(self, hidden_size: int, channels: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
             hidden_size, num_heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -74,6 +59,46 @@ class TransformerConnector(nn.Module):
         return self.mlp(self.encoder(states.flatten(0, -3)).view_as(states))
 
 
+class PerTapMLP(nn.ModuleList):
+    """One MLP per tap.
+
+    Args:
+        num_taps: how many.
+        hidden_size: width of the MLLM.
+        channels: caption channels of the denoiser.
+    """
+
+    per_tap = per_token = True
+
+    def __init__(self, num_taps: int, hidden_size: int, channels: int) -> None:
+        super().__init__(ConnectorMLP(hidden_size, channels) for _ in range(num_taps))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(tap, …, hidden) -> (tap, …, channel)."""
+        return torch.stack([mlp(tap) for mlp, tap in zip(self, states, strict=True)])
+
+
+def build_connector(config: LadderConfig, num_taps: int, hidden_size: int, channels: int) -> nn.Module:
+    """The connector that a config names.
+
+    Raises:
+        ValueError: for one of the user's own that doesn't take these sizes or isn't a module.
+    """
+    if config.connector == "shared_mlp":
+        return ConnectorMLP(hidden_size, channels)
+    if config.connector == "per_tap_mlp":
+        return PerTapMLP(num_taps, hidden_size, channels)
+    if config.connector == "transformer":
+        return TransformerConnector(hidden_size, channels, config.num_layers, config.num_heads)
+    assert callable(config.connector)
+    sizes = {"num_taps": num_taps, "hidden_size": hidden_size, "channels": channels}
+    check_call("ladder.connector", config.connector, **sizes)
+    connector = config.connector(**sizes)
+    if not isinstance(connector, nn.Module):
+        raise ValueError(f"ladder.connector must make a torch module, got {connector!r}")
+    return connector
+
+
 class Ladder(nn.Module):
     """Queries and connectors.
 
@@ -82,36 +107,23 @@ class Ladder(nn.Module):
         num_queries: number of learnable queries.
         hidden_size: width of the MLLM.
         channels: caption channels of the denoiser.
-        connector: `shared_mlp` (released), `per_tap_mlp`, or `transformer` (shared by the taps).
-        num_layers: encoder layers of the `transformer` connector.
-        num_heads: its attention heads.
-        query_std: standard deviation of the queries at the start.
-        prompt_context: the prompt's own tapped states follow the queries in every context, through the same connectors.
+        config: the ladder's options.
+
+    Raises:
+        ValueError: when the connector doesn't fit the MLLM's width, or mixes tokens that the prompt would join.
     """
 
     def __init__(
-        self,
-        plan: TapPlan,
-        num_queries: int,
-        hidden_size: int,
-        channels: int,
-        connector: str = "shared_mlp",
-        num_layers: int = 2,
-        num_heads: int = 8,
-        query_std: float = 0.02,
-        prompt_context: bool = False,
+        self, plan: TapPlan, num_queries: int, hidden_size: int, channels: int, config: LadderConfig | None = None
     ) -> None:
         super().__init__()
-        check_ladder(num_queries, hidden_size, connector, num_layers, num_heads, query_std, prompt_context)
+        config = config or LadderConfig()
+        config.check_width(hidden_size)
         self.plan = plan
-        self.prompt_context = prompt_context
-        self.queries = nn.Parameter(query_std * torch.randn(num_queries, hidden_size))
-        if connector == "per_tap_mlp":
-            self.connector: nn.Module = nn.ModuleList(ConnectorMLP(hidden_size, channels) for _ in plan.layers)
-        elif connector == "transformer":
-            self.connector = TransformerConnector(hidden_size, channels, num_layers, num_heads)
-        else:
-            self.connector = ConnectorMLP(hidden_size, channels)
+        self.prompt_layers = plan.layers if config.prompt_context else ()  # where the prompt's own states are tapped
+        self.queries = nn.Parameter(config.query_std * torch.randn(num_queries, hidden_size))
+        self.connector = build_connector(config, len(plan.layers), hidden_size, channels)
+        config.check_prompt_context(getattr(self.connector, "per_token", False))
         if plan.mixed:
             self.mix_logits = nn.Parameter(torch.zeros(plan.num_blocks, len(plan.layers)))
 
@@ -129,16 +141,15 @@ class Ladder(nn.Module):
             (block, batch, query, channel).
         """
         taps = taps.to(self.queries.dtype)
-        if isinstance(self.connector, nn.ModuleList):
-            contexts = torch.stack([mlp(tap) for mlp, tap in zip(self.connector, taps, strict=True)])
-        else:
-            if self.plan.mixed:
-                taps = torch.einsum("kt,tbqh->kbqh", self.mix_weights().to(taps.dtype), taps)
-            contexts = self.connector(taps)
+        if self.plan.mixed and getattr(self.connector, "per_tap", False):
+            return self._mix(self.connector(taps))
         if self.plan.mixed:
-            if isinstance(self.connector, nn.ModuleList):
-                return torch.einsum("kt,tbqc->kbqc", self.mix_weights().to(contexts.dtype), contexts)
-            return contexts
+            return self.connector(self._mix(taps))
+        contexts = self.connector(taps)
         if self.plan.assignment == tuple(range(len(self.plan.layers))):
             return contexts
         return contexts[list(self.plan.assignment)]
+
+    def _mix(self, states: Tensor) -> Tensor:
+        """(tap, batch, query, width) -> (block, batch, query, width)."""
+        return torch.einsum("kt,tbqw->kbqw", self.mix_weights().to(states.dtype), states)

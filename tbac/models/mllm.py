@@ -111,7 +111,7 @@ class FrozenMLLM(nn.Module):
 
     Args:
         model: the whole model with its language head, or its body, which may lack the layers above the deepest tap.
-        load_whole: reads the whole model, for answering; needed where `model` is a body.
+        read_full_model: reads the whole model, for answering; needed where `model` is a body.
         num_layers: decoder layers of the whole model; default: those of `model`.
         prompt_embeddings: word embeddings (token, hidden) that prompts are read with instead of the model's own, which
             answering keeps; the released weights need this, since training them shrank the table.
@@ -125,7 +125,7 @@ class FrozenMLLM(nn.Module):
     def __init__(
         self,
         model: Qwen2_5_VLForConditionalGeneration | Qwen2_5_VLModel,
-        load_whole: Callable[[], Qwen2_5_VLForConditionalGeneration] | None = None,
+        read_full_model: Callable[[], Qwen2_5_VLForConditionalGeneration] | None = None,
         num_layers: int | None = None,
         prompt_embeddings: Tensor | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class FrozenMLLM(nn.Module):
         self.model = model.eval().requires_grad_(False)
         pad_vision_mlps(self.body.visual)
         self.num_layers = num_layers or model.config.text_config.num_hidden_layers
-        self._load_whole = load_whole
+        self._read_full_model = read_full_model
         self.register_buffer("prompt_embeddings", prompt_embeddings)
         self.checkpointing = False  # of the query pass: its layers run again in the backward pass
         self._run_query_layer: Callable[..., Tensor] = _run_query_layer
@@ -165,18 +165,18 @@ class FrozenMLLM(nn.Module):
         self._run_rest = torch.compile(_finish_layer, **options)
         self._run_vision_layer = torch.compile(_run_vision_layer, **options)
 
-    def whole(self) -> Qwen2_5_VLForConditionalGeneration:
+    def load_full_model(self) -> Qwen2_5_VLForConditionalGeneration:
         """The model with all its layers and its language head, read now if it hasn't been.
 
         Raises:
             ValueError: when it can't be read, since this model was made from its body alone.
         """
         if isinstance(self.model, Qwen2_5_VLModel):
-            if self._load_whole is None:
+            if self._read_full_model is None:
                 raise ValueError("this model was built without the MLLM's language head, so it can't answer")
             device = self.body.get_input_embeddings().weight.device
             del self.model  # its memory is needed for the whole one
-            self.model = self._load_whole().to(device).eval().requires_grad_(False)
+            self.model = self._read_full_model().to(device).eval().requires_grad_(False)
         return self.model
 
     def prompt_table(self) -> Tensor:
@@ -188,11 +188,11 @@ class FrozenMLLM(nn.Module):
         embeddings = nn.functional.embedding(inputs["input_ids"], self.prompt_table())
         if inputs.get("pixel_values") is not None:
             places = inputs["input_ids"] == self.model.config.image_token_id
-            features = self.see(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
+            features = self.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
             embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features)
         return embeddings
 
-    def see(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
         """Features of images (merged patch, hidden), in order.
 
         The layers of the vision tower are called part by part, as those of the language model are: the library runs
@@ -376,7 +376,7 @@ class FrozenMLLM(nn.Module):
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Greedy token ids (batch, new token) of the untouched model; `inputs` are padded on the left."""
-        model = self.whole()
+        model = self.load_full_model()
         model.model.rope_deltas = None
         kinds = (inputs["input_ids"] == model.config.image_token_id).int()
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-SYSTEM_PROMPT = (
-    "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
-)
+from tbac.models.config import SYSTEM_PROMPT
+
+ANSWER_SYSTEM = "You are a helpful assistant."
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
@@ -179,7 +179,7 @@ class PromptProcessor:
             raise ValueError(f"prompts must be strings, got {type(bad[0]).__name__}")
         conditioning = padding_side == "right"
         if self.spell_words and conditioning:
-            texts = [spelled(text) for text in texts]
+            texts = [spell_quoted_words(text) for text in texts]
         vision = self.vision([image for group in images for image in group or ()])
         grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
@@ -197,7 +197,7 @@ class PromptProcessor:
             shared = self.shared_ids(self.system_prompt if system is None else system)
             data["shared_ids"] = torch.tensor(shared, dtype=torch.long)
             if self.reference_size and any(images):
-                data |= references(
+                data |= make_references(
                     [group[0] if group else None for group in images], reference_size or self.reference_size
                 )
         return PromptInputs(data)
@@ -255,7 +255,7 @@ class PromptProcessor:
         return ids, mask
 
 
-def spelled(text: str) -> str:
+def spell_quoted_words(text: str) -> str:
     """The text with the letters of each word in double quotes after it: `"LT"` becomes `"LT" (L T)`."""
 
     def with_letters(found: re.Match) -> str:
@@ -265,7 +265,7 @@ def spelled(text: str) -> str:
     return re.sub(r'"([^"]*)"', with_letters, text)
 
 
-def references(images: Sequence[Image.Image | None], size: tuple[int, int]) -> dict[str, Tensor]:
+def make_references(images: Sequence[Image.Image | None], size: tuple[int, int]) -> dict[str, Tensor]:
     """`reference_pixels` and `has_reference`: the largest central part of that shape, resized; zeros for None."""
     height, width = size
     pixels = torch.zeros(len(images), 3, height, width)

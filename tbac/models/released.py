@@ -7,7 +7,7 @@ then is dropped; the embedding table, which weight decay has changed, is kept fo
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
-from tbac.models.architecture import Architecture, check_model
-from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.denoiser import LadderDenoiser
+from tbac.models.architecture import check_config
+from tbac.models.config import ModelConfig
 from tbac.models.ladder import Ladder
-from tbac.models.loading import digests_of, load_mllm
-from tbac.models.prompt import SYSTEM_PROMPT, PromptProcessor
-from tbac.models.taps import TapRule
-from tbac.models.uniimage import Provenance, UniImage
-from tbac.models.weights import DENOISER_FILES, MLLM_FILES, WeightFiles, local_folder, mllm_name
+from tbac.models.saved import SavedModel
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, local_folder
+from tbac.models.uniimage import UniImage
+from tbac.models.weights import WeightFiles, mllm_name
 
 MODEL_TYPE = "tbacuniimage"
 TABLE = "model.mllm_backbone.model.embed_tokens.weight"
@@ -68,19 +66,25 @@ def read_released(
             frozen and yet different from the base model's; by name.
     """
     folder = Path(checkpoint).expanduser()
-    config = read_released_config(folder)
-    parts = Architecture.from_pretrained(mllm, denoiser, prefix="")
-    taps = TapRule("last_n")
-    options: dict[str, Any] = {"connector": "shared_mlp"}
-    num_queries = config["num_metaqueries"]
-    plan = check_model(parts, taps, options, num_queries)
+    options = read_released_config(folder)
+    config = ModelConfig(
+        mllm=mllm,
+        denoiser=denoiser,
+        image_pixels=image_pixels,
+        num_queries=options["num_metaqueries"],
+        max_text_tokens=options.get("max_input_text_tokens", 256),
+        system_prompt=options.get("system_prompt"),
+    )
+    parts, plan = check_config(config, opened=True)
+    num_queries = config.num_queries
     files = WeightFiles(folder)
     mllm_folder = local_folder("mllm", mllm, MLLM_FILES)
     denoiser_folder = local_folder("denoiser", denoiser, DENOISER_FILES)
 
+    # What the checkpoint must hold, by the base models: every tensor of its own and every frozen one.
     with init_empty_weights(include_buffers=False):
         transformer = SanaTransformer2DModel(**parts.transformer)
-        ladder = Ladder(plan, num_queries, parts.hidden_size, parts.transformer["caption_channels"], **options)
+        ladder = Ladder(plan, num_queries, parts.hidden_size, parts.caption_channels, config.ladder)
     base_mllm, base_vae = WeightFiles(mllm_folder), WeightFiles(denoiser_folder / "vae")
     base_shapes = base_mllm.shapes()
     vocabulary = next((s[0] for n, s in base_shapes.items() if mllm_name(n) == "embed_tokens.weight"), 0)
@@ -93,32 +97,19 @@ def read_released(
     expected.pop(TABLE, None)
     rows = check_names(folder, files.shapes(), expected, vocabulary + num_queries, parts.hidden_size)
 
+    # The frozen tensors are those of the base models, and are left there.
     dropped = [
-        *compare(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
-        *compare(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
+        *check_frozen_tensors(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
+        *check_frozen_tensors(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
     ]
+    # What has trained is taken; the queries are the rows of the embedding table behind the vocabulary.
     taken = files.read(lambda name: name == TABLE or name.startswith((CONNECTOR, TRANSFORMER)))
     table = taken[TABLE].float()
     own = {"ladder.queries": table[vocabulary : vocabulary + num_queries].clone()}
     for prefix, place in ((CONNECTOR, "ladder.connector."), (TRANSFORMER, "denoiser.transformer.")):
         own |= {place + k.removeprefix(prefix): v.float() for k, v in taken.items() if k.startswith(prefix)}
     table = table[:vocabulary].clone()
-    model = UniImage(
-        load_mllm(mllm_folder, parts.mllm, plan.deepest, torch.float32, prompt_embeddings=table),
-        ladder,
-        LadderDenoiser(transformer),
-        FrozenAutoencoder.from_folder(denoiser_folder / "vae"),
-        PromptProcessor.from_pretrained(
-            mllm_folder,
-            image_pixels=image_pixels,
-            max_text_tokens=config.get("max_input_text_tokens", 256),
-            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
-        ),
-        Provenance(
-            mllm, denoiser, options, parts.scheduler, digests_of(mllm_folder, denoiser_folder, plan.deepest, table)
-        ),
-    )
-    model.load_trained_state(own, str(folder), assign=True)
+    model = UniImage.from_saved(SavedModel(replace(config, taps=plan), None, own, str(folder), table))
     return model, Accounting(tuple(sorted(taken)), tuple(sorted(dropped)), rows - vocabulary - num_queries)
 
 
@@ -176,7 +167,7 @@ def check_names(
     return table[0]
 
 
-def compare(
+def check_frozen_tensors(
     folder: Path, files: WeightFiles, base: WeightFiles, base_name_of: Mapping[str, str], source: str
 ) -> list[str]:
     """Names of the frozen tensors, all of which equal the base model's; one that differs is refused by name."""

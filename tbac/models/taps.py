@@ -1,12 +1,20 @@
 """Tap rules: which MLLM states feed which denoiser block.
 
 A tap is an index into Hugging Face's `hidden_states`: 0 = embeddings, k = output of decoder layer k; the last one is
-after the final norm. A rule turns (number of MLLM layers, number of blocks) into a `TapPlan`, or says what doesn't fit.
+after the final norm. A rule is a function of (number of MLLM layers, number of denoiser blocks) that returns a
+`TapPlan` or says what doesn't fit; its further arguments are its own options. A YAML in conf/taps/ names a rule by
+`_target_` (with `_partial_: true`), so a rule of your own may live in any module.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
-RULES = ("last_n", "uniform", "first", "middle", "single", "final", "explicit", "reversed", "learned_mix")
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -18,12 +26,63 @@ class TapPlan:
         assignment: for each block the position in `layers` of its tap; empty when the taps are mixed.
         mixed: each block learns a softmax mix over all of `layers`.
         num_blocks: number of denoiser blocks.
+
+    Raises:
+        ValueError: when these contradict each other.
     """
 
     layers: tuple[int, ...]
     assignment: tuple[int, ...]
     mixed: bool
     num_blocks: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "assignment", tuple(self.assignment))
+        ascending = all(low < high for low, high in zip(self.layers, self.layers[1:], strict=False))
+        if not self.layers or not all(map(_is_index, self.layers)) or not ascending:
+            raise ValueError(f"taps.layers must be ascending tap indices, got {list(self.layers)}")
+        if not isinstance(self.mixed, bool):
+            raise ValueError(f"taps.mixed must be true or false, got {self.mixed!r}")
+        if not _is_index(self.num_blocks) or self.num_blocks == 0:
+            raise ValueError(f"taps.num_blocks must be at least 1, got {self.num_blocks!r}")
+        expected = 0 if self.mixed else self.num_blocks
+        in_range = all(_is_index(i) and i < len(self.layers) for i in self.assignment)
+        if len(self.assignment) != expected or not in_range:
+            raise ValueError(
+                f"taps.assignment must hold {expected} positions in taps.layers, which has {len(self.layers)}; got "
+                f"{list(self.assignment)}"
+            )
+
+    @classmethod
+    def per_block(cls, taps: Sequence[int]) -> "TapPlan":
+        """The plan that gives block i the tap `taps[i]`."""
+        layers = tuple(sorted(set(taps)))
+        return cls(layers, tuple(layers.index(tap) for tap in taps), False, len(taps))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "TapPlan":
+        """From what `to_dict` gave.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        names = [f.name for f in fields(cls)]
+        if not isinstance(values, Mapping) or sorted(values) != sorted(names):
+            raise ValueError(f"taps must hold {', '.join(names)}, got {values!r}")
+        for name in ("layers", "assignment"):
+            if not isinstance(values[name], list | tuple):
+                raise ValueError(f"taps.{name} must be a list of whole numbers, got {values[name]!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "layers": list(self.layers),
+            "assignment": list(self.assignment),
+            "mixed": self.mixed,
+            "num_blocks": self.num_blocks,
+        }
 
     @property
     def deepest(self) -> int:
@@ -34,104 +93,162 @@ class TapPlan:
         return [self.layers[i] for i in self.assignment]
 
 
-@dataclass(frozen=True)
-class TapRule:
-    """A named way of choosing taps.
+TapRule = Callable[[int, int], TapPlan]  # (num_layers, num_blocks)
+
+
+def resolve_taps(rule: TapRule | TapPlan, num_layers: int, num_blocks: int) -> TapPlan:
+    """Fit a rule, or a plan that is already one, to a model.
 
     Args:
-        rule: one of `RULES`.
-            `last_n`: the n states before the last, ascending (the release: `hidden_states[-(n + 1):-1]`).
-            `uniform`: evenly spread from layer 1 to the one before the last. `first`: layers 1..n. `middle`: n centred.
-            `single`: one layer (`layer`) to every block. `final`: the last state, after the norm, to every block.
-            `explicit`: `layers` in block order. `reversed`: `last_n` from deep to shallow.
-            `learned_mix`: every block mixes all candidates (`layers`, or those of `last_n`).
-        layers: taps in block order for `explicit`; candidates for `learned_mix`.
-        layer: the tap of `single`; None = the middle layer.
-        assignment: for `explicit` with fewer taps than blocks: the position in `layers` that each block reads.
+        rule: one of this module's, or your own.
+        num_layers: decoder layers of the MLLM; taps run from 0 to `num_layers`.
+        num_blocks: transformer blocks of the denoiser.
+
+    Raises:
+        ValueError: for options that the rule doesn't have, a tap out of range, or counts that don't fit.
     """
+    plan = rule
+    if not isinstance(rule, TapPlan):
+        check_call("the tap rule", rule, num_layers, num_blocks)
+        plan = rule(num_layers, num_blocks)
+    if not isinstance(plan, TapPlan):
+        raise ValueError(f"a tap rule must return a TapPlan, got {plan!r}")
+    check_range(plan.layers, num_layers)
+    if plan.num_blocks != num_blocks:
+        raise ValueError(f"the taps are for {plan.num_blocks} denoiser blocks, and this denoiser has {num_blocks}")
+    return plan
 
-    rule: str = "last_n"
-    layers: tuple[int, ...] | None = None
-    layer: int | None = None
-    assignment: tuple[int, ...] | None = None
 
-    def resolve(self, num_layers: int, num_blocks: int) -> TapPlan:
-        """Fit the rule to a model.
+def check_call(what: str, made_of: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Raise ValueError unless a callable that a YAML names, with the options that it gives, takes these arguments."""
+    function = made_of
+    if isinstance(made_of, partial):
+        function, options = made_of.func, {**made_of.keywords, **options}
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:
+        name = getattr(function, "__name__", repr(function))
+        raise ValueError(f"{what} {name} can't be called with what it is given: {error}") from None
 
-        Args:
-            num_layers: decoder layers of the MLLM; taps run from 0 to `num_layers`.
-            num_blocks: transformer blocks of the denoiser.
 
-        Raises:
-            ValueError: for an unknown rule, a tap out of range, or counts that don't fit.
-        """
-        if self.rule not in RULES:
-            raise ValueError(f"taps.rule must be one of {', '.join(RULES)}; got {self.rule!r}")
-        if self.rule == "learned_mix":
-            candidates = self.layers or self._spread("last_n", num_layers, min(num_blocks, num_layers - 1))
-            self._check_range(candidates, num_layers)
-            return TapPlan(tuple(sorted(set(candidates))), (), True, num_blocks)
-        per_block = self._per_block(num_layers, num_blocks)
-        self._check_range(per_block, num_layers)
-        layers = tuple(sorted(set(per_block)))
-        return TapPlan(layers, tuple(layers.index(tap) for tap in per_block), False, num_blocks)
-
-    def _per_block(self, num_layers: int, num_blocks: int) -> list[int]:
-        if self.rule == "final":
-            return [num_layers] * num_blocks
-        if self.rule == "single":
-            return [num_layers // 2 if self.layer is None else self.layer] * num_blocks
-        if self.rule == "explicit":
-            return self._explicit(num_layers, num_blocks)
-        if self.rule == "reversed":
-            return self._spread("last_n", num_layers, num_blocks)[::-1]
-        return self._spread(self.rule, num_layers, num_blocks)
-
-    def _explicit(self, num_layers: int, num_blocks: int) -> list[int]:
-        if not self.layers:
-            raise ValueError("taps.layers must list one tap per denoiser block for taps.rule=explicit; it is empty")
-        self._check_range(self.layers, num_layers)
-        if self.assignment is None:
-            if len(self.layers) != num_blocks:
-                raise ValueError(
-                    f"taps.layers has {len(self.layers)} taps for {num_blocks} denoiser blocks; give {num_blocks} "
-                    f"taps, or taps.assignment with {num_blocks} positions in taps.layers"
-                )
-            return list(self.layers)
-        if len(self.assignment) != num_blocks or not all(0 <= i < len(self.layers) for i in self.assignment):
+def check_range(layers: Sequence[int], num_layers: int) -> None:
+    """Raise ValueError for a tap that the MLLM doesn't have."""
+    for tap in layers:
+        if not _is_index(tap) or tap > num_layers:
             raise ValueError(
-                f"taps.assignment={list(self.assignment)} must hold {num_blocks} positions (one per denoiser block) "
-                f"between 0 and {len(self.layers) - 1}"
-            )
-        if len(set(self.assignment)) != len(self.layers):
-            raise ValueError(f"taps.assignment={list(self.assignment)} leaves taps of taps.layers unused")
-        return [self.layers[i] for i in self.assignment]
-
-    @staticmethod
-    def _spread(rule: str, num_layers: int, count: int) -> list[int]:
-        """`count` layers out of 1 .. num_layers - 1, the states before the final one."""
-        inner = num_layers - 1
-        if count > inner:
-            raise ValueError(
-                f"taps.rule={rule} needs {count} taps, one per denoiser block, but the MLLM has {inner} states between "
-                "its embeddings and its final state; use taps.rule=explicit with taps.assignment"
-            )
-        if rule == "first":
-            return list(range(1, count + 1))
-        if rule == "middle":
-            start = 1 + (inner - count) // 2
-            return list(range(start, start + count))
-        if rule == "uniform":
-            if count == 1:
-                return [inner]
-            return [1 + round(i * (inner - 1) / (count - 1)) for i in range(count)]
-        return list(range(num_layers - count, num_layers))
-
-    @staticmethod
-    def _check_range(layers: tuple[int, ...] | list[int], num_layers: int) -> None:
-        bad = [tap for tap in layers if not 0 <= tap <= num_layers]
-        if bad:
-            raise ValueError(
-                f"tap index {bad[0]} is out of range: the MLLM has {num_layers} layers, so taps run from 0 "
+                f"tap index {tap} is out of range: the MLLM has {num_layers} layers, so taps run from 0 "
                 f"(embeddings) to {num_layers} (final state)"
             )
+
+
+def count_inner_states(rule: str, num_layers: int, num_blocks: int) -> int:
+    """How many states lie between the embeddings and the final one, at least one per block.
+
+    Raises:
+        ValueError: when there are fewer than blocks.
+    """
+    inner = num_layers - 1
+    if num_blocks > inner:
+        raise ValueError(
+            f"taps={rule} needs {num_blocks} taps, one per denoiser block, but the MLLM has {inner} states between "
+            "its embeddings and its final state; use taps=explicit with taps.assignment"
+        )
+    return inner
+
+
+def last_n(num_layers: int, num_blocks: int) -> TapPlan:
+    """The states before the last one, ascending, as released: `hidden_states[-(num_blocks + 1):-1]`."""
+    count_inner_states("last_n", num_layers, num_blocks)
+    return TapPlan.per_block(range(num_layers - num_blocks, num_layers))
+
+
+def last_n_reversed(num_layers: int, num_blocks: int) -> TapPlan:
+    """The states of `last_n`, from deep to shallow."""
+    return TapPlan.per_block(last_n(num_layers, num_blocks).layers[::-1])
+
+
+def first(num_layers: int, num_blocks: int) -> TapPlan:
+    """Layers 1 to `num_blocks`."""
+    count_inner_states("first", num_layers, num_blocks)
+    return TapPlan.per_block(range(1, num_blocks + 1))
+
+
+def middle(num_layers: int, num_blocks: int) -> TapPlan:
+    """`num_blocks` layers around the middle."""
+    inner = count_inner_states("middle", num_layers, num_blocks)
+    start = 1 + (inner - num_blocks) // 2
+    return TapPlan.per_block(range(start, start + num_blocks))
+
+
+def uniform(num_layers: int, num_blocks: int) -> TapPlan:
+    """Layers evenly spread from the first to the one before the last."""
+    inner = count_inner_states("uniform", num_layers, num_blocks)
+    if num_blocks == 1:
+        return TapPlan.per_block([inner])
+    return TapPlan.per_block([1 + round(i * (inner - 1) / (num_blocks - 1)) for i in range(num_blocks)])
+
+
+def single(num_layers: int, num_blocks: int, layer: int | None = None) -> TapPlan:
+    """One layer to every block.
+
+    Args:
+        num_layers: decoder layers of the MLLM.
+        num_blocks: transformer blocks of the denoiser.
+        layer: which one; None = the middle layer.
+    """
+    layer = num_layers // 2 if layer is None else layer
+    check_range([layer], num_layers)
+    return TapPlan.per_block([layer] * num_blocks)
+
+
+def final(num_layers: int, num_blocks: int) -> TapPlan:
+    """The final state, after the norm, to every block."""
+    return TapPlan.per_block([num_layers] * num_blocks)
+
+
+def explicit(
+    num_layers: int, num_blocks: int, layers: Sequence[int] | None = None, assignment: Sequence[int] | None = None
+) -> TapPlan:
+    """The listed layers.
+
+    Args:
+        num_layers: decoder layers of the MLLM.
+        num_blocks: transformer blocks of the denoiser.
+        layers: taps in block order, or fewer with `assignment`.
+        assignment: the position in `layers` that each block reads.
+
+    Raises:
+        ValueError: when they don't give every block a tap, or leave one unused.
+    """
+    if not layers:
+        raise ValueError("taps.layers must list one tap per denoiser block for taps=explicit; it is empty")
+    check_range(layers, num_layers)
+    if assignment is None:
+        if len(layers) != num_blocks:
+            raise ValueError(
+                f"taps.layers has {len(layers)} taps for {num_blocks} denoiser blocks; give {num_blocks} "
+                f"taps, or taps.assignment with {num_blocks} positions in taps.layers"
+            )
+        return TapPlan.per_block(layers)
+    if len(assignment) != num_blocks or not all(0 <= i < len(layers) for i in assignment):
+        raise ValueError(
+            f"taps.assignment={list(assignment)} must hold {num_blocks} positions (one per denoiser block) "
+            f"between 0 and {len(layers) - 1}"
+        )
+    if len(set(assignment)) != len(layers):
+        raise ValueError(f"taps.assignment={list(assignment)} leaves taps of taps.layers unused")
+    return TapPlan.per_block([layers[i] for i in assignment])
+
+
+def learned_mix(num_layers: int, num_blocks: int, layers: Sequence[int] | None = None) -> TapPlan:
+    """Every block mixes all candidates, with weights that it learns.
+
+    Args:
+        num_layers: decoder layers of the MLLM.
+        num_blocks: transformer blocks of the denoiser.
+        layers: the candidates; None = the states before the last one, as many as there are blocks or inner layers.
+    """
+    if not layers:
+        layers = last_n(num_layers, min(num_blocks, num_layers - 1)).layers
+    check_range(layers, num_layers)
+    return TapPlan(tuple(sorted(set(layers))), (), True, num_blocks)

@@ -1,51 +1,28 @@
 """UniImage: a frozen MLLM, a ladder of taps, a diffusion transformer and a frozen autoencoder as one model."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tbac import __version__
 from tbac.flow import timestep_of
+from tbac.models.architecture import check_channels
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.card import model_card
+from tbac.models.config import Connector, ModelConfig
 from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
+from tbac.models.export import find_export, read_export, write_export
 from tbac.models.ladder import Ladder
+from tbac.models.loading import Provenance, build_parts
 from tbac.models.mllm import FrozenMLLM
-from tbac.models.prompt import PromptInputs, PromptProcessor
-from tbac.models.weights import DENOISER_FILES, MLLM_FILES, copy_files, local_folder
+from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
+from tbac.models.qwen import DTYPES
+from tbac.models.saved import SavedModel, read_checkpoint, read_saved_model
 from tbac.types import Condition
 
-FORMAT = "tbac-uniimage-1"
 TRAINED = ("ladder", "denoiser")
-PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
-ANSWER_SYSTEM = "You are a helpful assistant."
-
-
-@dataclass
-class Provenance:
-    """Where the parts came from: what an exported folder or a checkpoint needs to find them again.
-
-    Attributes:
-        mllm: hub id or folder of the MLLM with its tokenizer and image processor.
-        denoiser: hub id or folder with `transformer/`, `vae/` and `scheduler/`.
-        ladder: constructor options of the `Ladder` besides plan and sizes.
-        scheduler: config of the base model's sampling scheduler.
-        digests: of the frozen parts' files (`mllm`, `autoencoder`) and of `prompt_embeddings` where there are any;
-            empty with weights that were never read.
-    """
-
-    mllm: str = ""
-    denoiser: str = ""
-    ladder: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 class UniImage(nn.Module):
@@ -57,7 +34,7 @@ class UniImage(nn.Module):
         denoiser: the diffusion transformer; trains.
         autoencoder: image <-> scaled latents; never changes.
         prompt: texts and images -> model inputs; None only where no prompt is ever read (planning).
-        provenance: where the parts came from.
+        provenance: what the model is made of.
 
     Raises:
         ValueError: when the sizes of two parts don't fit.
@@ -70,16 +47,16 @@ class UniImage(nn.Module):
         denoiser: LadderDenoiser,
         autoencoder: FrozenAutoencoder,
         prompt: PromptProcessor | None,
-        provenance: Provenance | None = None,
+        provenance: Provenance,
     ) -> None:
         super().__init__()
-        check_sizes(denoiser.transformer.config, autoencoder.model.config)
+        check_channels(denoiser.transformer.config.in_channels, autoencoder.model.config.latent_channels)
         self.mllm = mllm
         self.ladder = ladder
         self.denoiser = denoiser
         self.autoencoder = autoencoder
         self._prompt = prompt
-        self.provenance = provenance or Provenance()
+        self.provenance = provenance
 
     @property
     def prompt(self) -> PromptProcessor:
@@ -101,6 +78,13 @@ class UniImage(nn.Module):
     def latent_channels(self) -> int:
         return self.denoiser.transformer.config.in_channels
 
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Config of the base model's sampling scheduler."""
+        architecture = self.provenance.config.architecture
+        assert architecture is not None
+        return dict(architecture.scheduler or {})
+
     def encode_condition(self, inputs: PromptInputs | dict[str, Tensor]) -> Condition:
         """Read prompts and queries.
 
@@ -115,21 +99,21 @@ class UniImage(nn.Module):
             ValueError: for inputs that aren't of `prompt()`, where the prompt's states are wanted.
         """
         plan = self.ladder.plan
-        if not self.ladder.prompt_context:
+        if not self.ladder.prompt_layers:
             prefix = self.mllm.prefix(inputs, plan.deepest)
             states, mask = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
         elif "shared_ids" not in inputs:
             raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
         else:
-            prefix = self.mllm.prefix(inputs, plan.deepest, plan.layers)
+            prefix = self.mllm.prefix(inputs, plan.deepest, self.ladder.prompt_layers)
             assert prefix.states is not None
             assert prefix.states_mask is not None
             states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
             mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
             states = torch.cat([states, prefix.states.to(states)], dim=2)
-        return Condition(self.ladder(states), mask, self.reference_of(inputs))
+        return Condition(self.ladder(states), mask, self.encode_reference(inputs))
 
-    def reference_of(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
+    def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
         """Scaled latents (batch, channel, height, width) of each prompt's first input image, 0 where it has none."""
         pixels = inputs.get("reference_pixels") if self.denoiser.reference_embed is not None else None
         if pixels is None:
@@ -159,14 +143,6 @@ class UniImage(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """Every tensor that training may change: queries, connectors, denoiser."""
         return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in TRAINED}
-
-    def options(self) -> dict[str, bool]:
-        """What this model does beyond the released one."""
-        return {
-            "reference_latents": self.denoiser.reference_embed is not None,
-            "prompt_context": self.ladder.prompt_context,
-            "spell_words": self._prompt is not None and self._prompt.spell_words,
-        }
 
     def set_checkpointing(self, denoiser: bool = False, queries: bool = False) -> None:
         """Run the denoiser's blocks, or the query pass, again in the backward pass instead of keeping activations."""
@@ -201,35 +177,6 @@ class UniImage(nn.Module):
             raise ValueError(f"{origin} doesn't fit this model: {'; '.join(problems[:8])}{more}")
         self.load_state_dict(state, strict=False, assign=assign)
 
-    def describe(self) -> dict[str, Any]:
-        """The `config.json` of an exported folder."""
-        plan, prompt = self.ladder.plan, self.prompt
-        transformer = {k: v for k, v in self.denoiser.transformer.config.items() if not k.startswith("_")}
-        return {
-            "format": FORMAT,
-            "tbac_version": __version__,
-            "num_queries": self.ladder.queries.shape[0],
-            "image_pixels": prompt.image_pixels,
-            "max_text_tokens": prompt.max_text_tokens,
-            "system_prompt": prompt.system_prompt,
-            "spell_words": prompt.spell_words,
-            "taps": {
-                "layers": list(plan.layers),
-                "assignment": list(plan.assignment),
-                "mixed": plan.mixed,
-                "num_blocks": plan.num_blocks,
-            },
-            "ladder": self.provenance.ladder,
-            "mllm": {"source": absolute(self.provenance.mllm)},
-            "denoiser": {
-                "source": absolute(self.provenance.denoiser),
-                "config": transformer,
-                "references": self.denoiser.reference_embed is not None,
-            },
-            "frozen_digests": self.provenance.digests,
-            "scheduler": self.provenance.scheduler,
-        }
-
     def save_pretrained(
         self, folder: str | Path, standalone: bool = False, notes: Mapping[str, Any] | None = None
     ) -> None:
@@ -240,26 +187,41 @@ class UniImage(nn.Module):
             standalone: also copy the frozen parts' files, so that the folder loads without network.
             notes: more rows for the card.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = dict(self.trained_state())
-        if self.mllm.prompt_embeddings is not None:
-            state[PROMPT_EMBEDDINGS] = self.mllm.prompt_embeddings
-        config = self.describe()
-        if standalone:
-            mllm, denoiser = self.provenance.mllm, self.provenance.denoiser
-            copy_files(local_folder("mllm", mllm, MLLM_FILES), folder / "mllm", MLLM_FILES)
-            frozen = [name for name in DENOISER_FILES if name.startswith("vae/")]
-            copy_files(local_folder("denoiser", denoiser, DENOISER_FILES), folder / "denoiser", frozen)
-            config["mllm"]["source"], config["denoiser"]["source"] = "mllm", "denoiser"
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in state.items()},
-            folder / "model.safetensors",
-            metadata={"format": "pt"},
+        saved = SavedModel(
+            self.provenance.config,
+            self.provenance.digests,
+            self.trained_state(),
+            str(folder),
+            self.mllm.prompt_embeddings,
         )
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        sources = [self.provenance.mllm, self.provenance.denoiser]
-        (folder / "README.md").write_text(model_card(config, sources, standalone, notes or {}))
+        write_export(saved, Path(folder), standalone, notes)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> "UniImage":
+        """Build the model that a config describes, with queries and connector that haven't learned anything yet.
+
+        Raises:
+            ValueError: for anything that doesn't fit, before a weight is read.
+        """
+        model = cls(**vars(build_parts(config)))
+        model.set_checkpointing(config.denoiser_checkpointing, config.query_checkpointing)
+        if config.compile:
+            model.compile_parts(mllm=config.quantization is None)
+        return model
+
+    @classmethod
+    def from_saved(cls, saved: SavedModel) -> "UniImage":
+        """Build the model that training has made, for use; its weights are those of `saved`, in the config's type.
+
+        Raises:
+            ValueError: when a part can't be found, its digest differs, or tensors don't fit.
+        """
+        saved = replace(saved, config=saved.config.without_training_options())
+        model = cls(**vars(build_parts(saved.config, saved)))
+        dtype = DTYPES[saved.config.dtype]
+        state = {name: tensor.to(dtype) for name, tensor in saved.state.items()}
+        model.load_trained_state(state, saved.origin, assign=True)
+        return model
 
     @classmethod
     def from_pretrained(
@@ -269,47 +231,65 @@ class UniImage(nn.Module):
         denoiser: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         quantization: str | None = None,
+        connector: Connector | None = None,
     ) -> "UniImage":
         """Load an exported folder.
 
         Args:
-            folder: of `save_pretrained`.
+            folder: of `save_pretrained`, or the hub id of one.
             mllm: where to take the MLLM from instead of the place that `config.json` names.
             denoiser: the same for the autoencoder.
             dtype: of all weights.
             quantization: of the MLLM's decoder layers: `nf4`, `int8`, or None.
+            connector: your own, where the model was trained with one: nothing that a file names is imported.
 
         Raises:
             ValueError: when the folder isn't an export, a part can't be found, its digest differs, or tensors don't
                 fit.
         """
-        from tbac.models.loading import load_export  # the loaders build UniImage, so they import this module
+        saved = read_export(find_export(folder), connector)
+        saved = replace(saved, config=replace(saved.config, quantization=quantization))
+        return cls.from_saved(place_parts(saved, mllm, denoiser, dtype))
 
-        return load_export(cls, Path(folder), mllm, denoiser, dtype, quantization)
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        mllm: str | None = None,
+        denoiser: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        quantization: str | None = None,
+        connector: Connector | None = None,
+    ) -> "UniImage":
+        """Load a training checkpoint.
+
+        Args:
+            path: the file, or a run folder whose last checkpoint is meant.
+            mllm: where to take the MLLM from instead of the place that the checkpoint names.
+            denoiser: the same for the autoencoder.
+            dtype: of all weights.
+            quantization: of the MLLM's decoder layers: `nf4`, `int8`, or None for that of training.
+            connector: your own, where the model was trained with one: nothing that a file names is imported.
+
+        Raises:
+            ValueError: when it isn't a checkpoint, a part can't be found, its digest differs, or tensors don't fit.
+        """
+        saved = read_saved_model(read_checkpoint(path), str(path), connector)
+        if quantization is not None:
+            saved = replace(saved, config=replace(saved.config, quantization=quantization))
+        return cls.from_saved(place_parts(saved, mllm, denoiser, dtype))
 
 
-def absolute(source: str) -> str:
-    """A folder's absolute path, so that it is found from everywhere; a hub id as it is."""
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if source and folder.is_dir() else source
+def place_parts(saved: SavedModel, mllm: str | None, denoiser: str | None, dtype: torch.dtype | str) -> SavedModel:
+    """The same with its frozen parts where they lie on this machine, and in the type that is wanted.
 
-
-def check_sizes(transformer: Any, autoencoder: Any) -> None:
-    """Raise ValueError when the latents of autoencoder and denoiser differ in channels; both are configs."""
-    if transformer.in_channels != autoencoder.latent_channels:
-        raise ValueError(
-            f"the denoiser reads latents of {transformer.in_channels} channels but the autoencoder makes "
-            f"{autoencoder.latent_channels}"
-        )
-
-
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an exported folder.
-
-    Raises:
-        ValueError: when they can't be read.
+    Args:
+        saved: as it was read.
+        mllm: folder or hub id, or None for the one that it names.
+        denoiser: the same.
+        dtype: of all weights.
     """
-    try:
-        return load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} can't be read ({error})") from None
+    config = saved.config
+    name = str(dtype).removeprefix("torch.")
+    placed = replace(config, mllm=mllm or config.mllm, denoiser=denoiser or config.denoiser, dtype=name)
+    return replace(saved, config=placed)

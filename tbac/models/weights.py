@@ -7,55 +7,14 @@ loaded with, and the digest costs no memory.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 STEMS = ("model", "diffusion_pytorch_model")
-MLLM_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
-DENOISER_FILES = tuple(
-    f"{part}/{name}"
-    for part in ("transformer", "vae", "scheduler")
-    for name in ("*.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
-)
-
-
-def local_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
-    """The folder of a local path or of a hub repository, downloaded where it isn't cached.
-
-    Args:
-        option: what the user calls it, for messages.
-        source: folder or hub id.
-        patterns: files that are wanted of a hub repository.
-
-    Raises:
-        ValueError: when the hub doesn't give it.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{option}={source}: no such local folder, and its weights are neither cached nor to be downloaded "
-            f"({type(error).__name__}); give a local folder with {option}=/path/to/folder"
-        ) from None
-
-
-def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches `patterns` from one folder to another, bytes unchanged."""
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
 
 
 def mllm_name(name: str) -> str:

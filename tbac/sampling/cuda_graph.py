@@ -4,6 +4,8 @@ At small batches a GPU waits for the launches of some two thousand short kernels
 and launches them together; it computes the same bits, since it runs the same kernels on the same numbers.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class GraphedPrediction:
         pairs = tuple((key.clone(), value.clone()) for key, value in condition.keys_values)
         mask, reference = (None if t is None else t.clone() for t in (condition.mask, condition.reference))
         self._condition = ProjectedCondition(pairs, mask, reference)
+        self._read = condition  # whose numbers were copied last
 
         def predict() -> Tensor:
             return model.predict_velocity(self._latents, self._sigma, self._condition, branches)
@@ -44,6 +47,9 @@ class GraphedPrediction:
 
     def read(self, condition: ProjectedCondition) -> None:
         """Predict for another condition of the same shapes from now on."""
+        if condition is self._read:
+            return
+        self._read = condition
         for held, new in zip(_tensors(self._condition), _tensors(condition), strict=True):
             held.copy_(new)
 
@@ -61,27 +67,38 @@ class GraphedPrediction:
 
 
 class PredictionGraphs:
-    """Recorded predictions of one model, by the shapes that they were recorded for; the oldest go first.
+    """Stands in for a model where velocities are predicted: `solve(PredictionGraphs(model), …)` gives the same bits.
+
+    Predictions are recorded by the shapes that they are asked for; the oldest go first. Ask for none after the model's
+    weights have been moved to other memory.
 
     Args:
-        model: see `GraphedPrediction`.
-        limit: how many are kept; each holds the activations of one prediction.
+        model: on a CUDA device.
+        limit: how many recorded predictions are kept; each holds the activations of one.
     """
 
     def __init__(self, model: UniImage, limit: int = 4) -> None:
         self._model, self._limit = model, limit
         self._graphs: dict[tuple, GraphedPrediction] = {}
 
-    def get(self, condition: ProjectedCondition, latents: Tensor, branches: int) -> GraphedPrediction:
-        """The graph for these shapes, reading this condition."""
-        wanted = (latents.shape, latents.dtype, branches, *(t.shape for t in _tensors(condition)))
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """As of the model."""
+        return self._model.scheduler_config
+
+    def predict_velocity(
+        self, noisy_latents: Tensor, sigma: Tensor, condition: ProjectedCondition, branches: int = 1
+    ) -> Tensor:
+        """As of the model; what is returned is overwritten by the next call."""
+        shapes = (tensor.shape for tensor in _tensors(condition))
+        wanted = (noisy_latents.shape, noisy_latents.dtype, branches, *shapes)
         graph = self._graphs.get(wanted)
         if graph is None:
             while len(self._graphs) >= self._limit:
                 del self._graphs[next(iter(self._graphs))]
-            graph = self._graphs[wanted] = GraphedPrediction(self._model, condition, latents, branches)
+            graph = self._graphs[wanted] = GraphedPrediction(self._model, condition, noisy_latents, branches)
         graph.read(condition)
-        return graph
+        return graph(noisy_latents, sigma)
 
 
 def _tensors(condition: ProjectedCondition) -> list[Tensor]:

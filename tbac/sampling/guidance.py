@@ -15,6 +15,7 @@ class Guidance:
             the image is then in both branches, and only the text is guided.
         interval: noise levels (sigma) from which to which there is guidance (Kynkäänniemi et al. 2024,
             arXiv 2404.07724); elsewhere the prediction is the prompt's own, which is cheaper and changes the picture.
+        batch_branches: predict all branches in one batch; False takes less memory and more time.
 
     Raises:
         ValueError: when the interval isn't one.
@@ -23,6 +24,7 @@ class Guidance:
     text: float
     image: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
+    batch_branches: bool = True
 
     def __post_init__(self) -> None:
         low, high = self.interval

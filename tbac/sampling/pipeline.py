@@ -145,7 +145,8 @@ class UniImagePipeline:
             )
         edits = [bool(group) for group in images]
         low, high = guidance_interval
-        guidance = Guidance(guidance_scale, image_guidance_scale if any(edits) else None, (low, high))
+        image_scale = image_guidance_scale if any(edits) else None
+        guidance = Guidance(guidance_scale, image_scale, (low, high), batch_branches)
         if any(edits) and not all(edits):
             raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
         shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
@@ -161,7 +162,7 @@ class UniImagePipeline:
             condition = condition[rows.repeat_interleave(num_images_per_prompt)]
         single = generator if isinstance(generator, torch.Generator) else None
         noise = noise.to(self.model.device)
-        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress, batch_branches)
+        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress)
         if output_type == "latent":
             return UniImageOutput(solved)
         pixels = (self.model.autoencoder.decode(solved) + 1) / 2

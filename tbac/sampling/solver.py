@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from tbac.flow import NUM_TIMESTEPS
 from tbac.models import UniImage
+from tbac.models.config import check_scheduler
 from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance
@@ -19,53 +20,44 @@ def make_scheduler(config: dict[str, Any]) -> Any:
     """The base model's diffusers scheduler, fresh, so that no state of an earlier run is left in it.
 
     Raises:
-        ValueError: when diffusers has no scheduler of that name.
+        ValueError: for a class that isn't in the fixed list of schedulers.
     """
-    name = config.get("_class_name", "")
-    if not name or not hasattr(diffusers, name):
-        raise ValueError(f"the scheduler config names the class {name!r}, which diffusers doesn't have")
-    return getattr(diffusers, name).from_config(config)
+    check_scheduler(config)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 @torch.no_grad()
 def solve(
-    model: UniImage,
+    model: UniImage | PredictionGraphs,
     condition: ProjectedCondition,
     guidance: Guidance,
     latents: Tensor,
     num_inference_steps: int,
     generator: torch.Generator | None = None,
     progress: bool = False,
-    batch_branches: bool = True,
-    graphs: PredictionGraphs | None = None,
 ) -> Tensor:
     """Denoise.
 
     Args:
-        model: predicts velocities.
+        model: predicts velocities; or its recorded predictions, which are faster at small batches on a CUDA device.
         condition: `model.denoiser.project` of a condition with rows (branch * batch), in the order of
             `guidance.branches`.
-        guidance: how the branches are joined, and at which noise levels.
+        guidance: how the branches are predicted and joined, and at which noise levels.
         latents: (batch, channel, height, width) of standard normal noise.
         num_inference_steps: solver steps.
         generator: for schedulers that add noise.
         progress: show a progress bar.
-        batch_branches: predict all branches in one batch; False takes less memory and more time.
-        graphs: recorded predictions of this model, which are replayed where all branches are predicted in one batch at
-            every step, on a CUDA device; the same bits, faster at small batches.
 
     Returns:
         Scaled latents (batch, channel, height, width).
     """
-    scheduler = make_scheduler(model.provenance.scheduler)
+    scheduler = make_scheduler(model.scheduler_config)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     levels = (scheduler.timesteps.float() / NUM_TIMESTEPS).tolist()
     latents = latents * scheduler.init_noise_sigma
     count = len(guidance.branches)
     rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
-    parts = [condition[r] for r in rows] if not batch_branches or guidance.interval != (0.0, 1.0) else []
-    replayed = graphs is not None and not parts and latents.is_cuda
-    graph = graphs.get(condition, latents, count) if graphs is not None and replayed else None
+    parts = [condition[r] for r in rows] if not guidance.batch_branches or guidance.interval != (0.0, 1.0) else []
     takes = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generator} if takes else {}
     steps = zip(scheduler.timesteps, levels, strict=True)
@@ -74,9 +66,7 @@ def solve(
         sigma = (timestep.float() / NUM_TIMESTEPS).view(1)
         if not guidance.applies(level):
             velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
-        elif graph is not None:
-            velocity = guidance.combine(graph(noisy, sigma).float())
-        elif batch_branches:
+        elif guidance.batch_branches:
             velocity = guidance.combine(model.predict_velocity(noisy, sigma, condition, count).float())
         else:
             velocity = guidance.combine(torch.cat([model.predict_velocity(noisy, sigma, p).float() for p in parts]))

@@ -1,44 +1,15 @@
 """Slim training checkpoints: finding, reading and checking them."""
 
-import json
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tbac.models import UniImage
-from tbac.models.uniimage import PROMPT_EMBEDDINGS, read_state
+from tbac.models.saved import FACTS, SavedModel, check_frozen, read_checkpoint
 
-FACTS = "tbac"
 REFERENCE = "denoiser.reference_embed."
 log = logging.getLogger(__name__)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint, with `weights_only`.
-
-    Args:
-        path: the file, or a run folder whose `checkpoints/last.ckpt` is meant.
-
-    Raises:
-        ValueError: when it doesn't exist or isn't a checkpoint of this project.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "checkpoints" / "last.ckpt"
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} doesn't exist")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # read when used
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} isn't a training checkpoint of tbac")
-    return checkpoint
 
 
 def newest_whole(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -67,23 +38,8 @@ def optimizer_state_of(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
     return {name: state[i] for i, name in enumerate(checkpoint[FACTS]["optimized"]) if i in state}
 
 
-def check_frozen(facts: Mapping[str, Any], model: UniImage, origin: str) -> None:
-    """Compare the frozen parts that a checkpoint was trained on with those of `model`.
-
-    Raises:
-        ValueError: naming the part that differs.
-    """
-    known, own = facts["frozen"], model.provenance.digests
-    for part in sorted({*known, *own}):
-        if known.get(part) != own.get(part):
-            raise ValueError(
-                f"{origin} was trained on another {part} (digest {known.get(part, 'none')[:12]}…) than this model's "
-                f"({own.get(part, 'none')[:12]}…)"
-            )
-
-
-def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) -> None:
-    """Load the trained weights of a checkpoint into `model`.
+def load_weights(saved: SavedModel, model: UniImage) -> None:
+    """Load what training has made of another model into `model`, which goes on from there.
 
     Its options may be others, so that a model trained without can be tuned with them: a model that reads references
     goes on from one that doesn't with their embedding at zero, where it changes nothing.
@@ -91,50 +47,26 @@ def load_weights(checkpoint: Mapping[str, Any], model: UniImage, origin: str) ->
     Raises:
         ValueError: for other frozen parts, other taps, or any missing, unexpected or misshapen tensor, by name.
     """
-    facts = checkpoint[FACTS]
-    check_frozen(facts, model, origin)
-    plan = model.ladder.plan
-    taps = {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed}
-    if facts["taps"] != taps:
-        raise ValueError(f"{origin} was trained with taps {facts['taps']}, this model has {taps}")
-    own, known = model.options(), facts.get("options", {})
-    if changed := [f"{name} {known[name]} -> {own[name]}" for name in own if known.get(name, own[name]) != own[name]]:
-        log.warning("%s was trained with other options: %s", origin, ", ".join(changed))
-    state = dict(checkpoint["state_dict"])
-    if own["reference_latents"] and not any(name.startswith(REFERENCE) for name in state):
-        log.warning("%s was trained without references: their embedding starts at zero", origin)
-        state |= {name: tensor for name, tensor in model.trained_state().items() if name.startswith(REFERENCE)}
-    model.load_trained_state(state, origin)
-
-
-def load_exported(folder: Path, model: UniImage) -> None:
-    """Load the trained weights of an exported folder into `model`, such as those of the imported release.
-
-    Raises:
-        ValueError: for other frozen parts, other taps, or any missing, unexpected or misshapen tensor, by name.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    state = read_state(folder)
-    if state.pop(PROMPT_EMBEDDINGS, None) is not None and model.mllm.prompt_embeddings is None:
+    own = model.provenance.config
+    if saved.prompt_embeddings is not None and model.mllm.prompt_embeddings is None:
         raise ValueError(
-            f"init={folder} reads prompts with a table of its own; give model.prompt_embeddings={folder} as well"
+            f"init={saved.origin} reads prompts with a table of its own; give model.prompt_embeddings={saved.origin} "
+            "as well"
         )
-    taps = {k: config["taps"][k] for k in ("layers", "assignment", "mixed")}
-    options = {
-        "reference_latents": config["denoiser"].get("references", False),
-        "prompt_context": config["ladder"].get("prompt_context", False),
-        "spell_words": config.get("spell_words", False),
-    }
-    facts = {"frozen": config["frozen_digests"], "taps": taps, "options": options}
-    load_weights({FACTS: facts, "state_dict": state}, model, str(folder))
+    check_frozen(saved.frozen_digests or {}, model.provenance.digests, saved.origin)
+    if saved.config.taps != own.taps:
+        raise ValueError(
+            f"{saved.origin} was trained with taps {saved.config.describe_taps()}, this model has {own.describe_taps()}"
+        )
+    if changed := own.changes_since(saved.config):
+        log.warning("%s was trained with other options: %s", saved.origin, ", ".join(changed))
+    state = dict(saved.state)
+    if model.denoiser.reference_embed is not None and not any(name.startswith(REFERENCE) for name in state):
+        log.warning("%s was trained without references: their embedding starts at zero", saved.origin)
+        state |= {name: tensor for name, tensor in model.trained_state().items() if name.startswith(REFERENCE)}
+    model.load_trained_state(state, saved.origin)
 
 
 def describe_model(model: UniImage) -> dict[str, Any]:
     """What a checkpoint says of the model besides its tensors."""
-    plan = model.ladder.plan
-    return {
-        "frozen": model.provenance.digests,
-        "taps": {"layers": list(plan.layers), "assignment": list(plan.assignment), "mixed": plan.mixed},
-        "options": model.options(),
-        "sources": {"mllm": model.provenance.mllm, "denoiser": model.provenance.denoiser},
-    }
+    return {"frozen": model.provenance.digests, "config": {"model": model.provenance.config.to_dict()}}

@@ -1,4 +1,8 @@
-"""Gradient norms: of everything, and of the components that say where a spike came from."""
+"""Gradient norms: of everything, and of the components that say where a spike came from.
+
+Norms and clipping are torch's own. Only what its functions can't do is written here: adding up the norms of shards over
+the processes, and scaling sharded gradients beside whole ones.
+"""
 
 import re
 from collections import defaultdict
@@ -8,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tbac.distributed import local_part
+from tbac.distributed import is_sharded, local_part
 
 
 @dataclass(frozen=True)
@@ -17,11 +22,11 @@ class GradientNorms:
     """L2 norms of the gradients of one optimizer step, over all shards.
 
     Attributes:
-        names: of the parameters that have a gradient.
-        each: (parameter,), float64.
+        components: names of those that have a gradient; see `component_of`.
+        each: (component,), float64.
     """
 
-    names: list[str]
+    components: list[str]
     each: Tensor
 
     @property
@@ -31,11 +36,7 @@ class GradientNorms:
 
     def by_component(self) -> dict[str, float]:
         """The norms of queries, connector, each denoiser block, and what remains of the denoiser."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, name in enumerate(self.names):
-            groups[component_of(name)].append(index)
-        each = self.each.cpu()
-        return {name: each[rows].square().sum().sqrt().item() for name, rows in groups.items()}
+        return dict(zip(self.components, self.each.tolist(), strict=True))
 
 
 def component_of(name: str) -> str:
@@ -54,18 +55,25 @@ def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Grad
     The result is the same on every process: gradients are already averaged, and those of sharded parameters are
     summed over their shards here.
     """
-    found = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
-    if not found:
+    # All parameters of a component are sharded, or none is: whole ones come first, then sharded ones.
+    whole: dict[str, list[Tensor]] = defaultdict(list)
+    sharded: dict[str, list[DTensor]] = defaultdict(list)
+    for name, parameter in named_parameters:
+        if isinstance(parameter.grad, DTensor):
+            sharded[component_of(name)].append(parameter.grad)
+        elif parameter.grad is not None:
+            whole[component_of(name)].append(parameter.grad)
+    squares = [get_total_norm(own).double().square() for own in whole.values()]
+    # Squares of shards are summed over the processes that hold them.
+    if sharded:
+        shards = [get_total_norm([gradient.to_local() for gradient in own]) for own in sharded.values()]
+        of_shards = torch.stack(shards).double().square()
+        mesh = next(iter(sharded.values()))[0].device_mesh
+        torch.distributed.all_reduce(of_shards, group=mesh.get_group())
+        squares += of_shards.unbind()
+    if not squares:
         return GradientNorms([], torch.zeros(0, dtype=torch.float64))
-    meshes = {g.device_mesh for _, g in found if isinstance(g, DTensor)}
-    with torch.no_grad():
-        squares = torch.stack(torch._foreach_norm([local_part(g) for _, g in found])).double().square()
-        for mesh in meshes:
-            mask = torch.tensor([isinstance(g, DTensor) for _, g in found], device=squares.device)
-            of_shards = squares * mask
-            torch.distributed.all_reduce(of_shards, group=mesh.get_group())
-            squares = torch.where(mask, of_shards, squares)
-    return GradientNorms([name for name, _ in found], squares.sqrt())
+    return GradientNorms([*whole, *sharded], torch.stack(squares).sqrt())
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: Tensor) -> None:
@@ -76,5 +84,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: T
         max_norm: norm that is kept.
         total: their norm, over all shards.
     """
+    held = [p for p in parameters if p.grad is not None]
+    clip_grads_with_norm_([p for p in held if not is_sharded(p)], max_norm, total)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None], factor)
+    for parameter in held:
+        if is_sharded(parameter):
+            assert parameter.grad is not None
+            local_part(parameter.grad).mul_(factor)

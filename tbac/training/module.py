@@ -1,40 +1,25 @@
 """The LightningModule of ladder tuning: prepare, compute the loss, log."""
 
-import hashlib
 import math
-import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from tbac.distributed import gather_objects, rank, shard, sum_over_ranks, world_size
-from tbac.flow import interpolate, sample_sigma, velocity_loss
+from tbac.distributed import gather_objects, shard, sum_over_ranks, world_size
+from tbac.flow import interpolate, velocity_loss
 from tbac.models import UniImage
-from tbac.training.checkpoints import FACTS, check_frozen
+from tbac.models.saved import FACTS
 from tbac.training.cuda_graphs import StepGraphs
 from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
-from tbac.training.optimizers import optimized_names, parameter_groups
-from tbac.training.stages import FlowOptions, Stage
+from tbac.training.optimizers import load_named_state, load_state, optimized_names, parameter_groups
+from tbac.training.randomness import noise_of, random_state, set_random_state
+from tbac.training.stages import Stage
 from tbac.types import Batch
-
-ONE_NOISE = FlowOptions()
-
-
-class Shared:
-    """Holds a model by reference: copies of the holder (weight averaging makes one) hold the same model."""
-
-    def __init__(self, model: UniImage) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict) -> "Shared":
-        return copy(self)
 
 
 class LadderTuningModule(L.LightningModule):
@@ -52,17 +37,16 @@ class LadderTuningModule(L.LightningModule):
 
     def __init__(self, model: UniImage, stage: Stage, seed: int = 42, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._shared = Shared(model)
+        self._held = (model,)  # in a tuple, where torch doesn't see its parts as parts of this module
         self.ladder = model.ladder
         self.denoiser = model.denoiser
         self.seed = seed
         self.facts = dict(facts or {})
         self.attempted = self.rejected = False  # whether this batch ended in an optimizer step, and in none after all
         self.begun = 0  # batches whose computation has begun in this process
+        self.first_step = 0  # optimizer steps of the run before this fit, with rejected ones
         self.norms: GradientNorms | None = None
-        self.measure_taps = False  # whether `tap_norms` will be asked for
         self._context_squares: Tensor | None = None  # (block,)
-        self._random: list[dict[str, Any]] | None = None
         self.graphs: StepGraphs | None = None  # runs the steps where it is given
         self.enter(stage, stage.steps or 1)
 
@@ -70,18 +54,34 @@ class LadderTuningModule(L.LightningModule):
         """Begin a stage: count its steps from 0 and train what it trains.
 
         Args:
-            stage: see above.
+            stage: what is trained, and how.
             total_steps: optimizer steps of its schedule.
         """
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
+        self.measure_taps = False  # whether `tap_norms` will be asked for
+        self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
+        self._going_on: Mapping[str, Any] | None = None
         stage.apply_trainable(self.named_parameters())
         if self.graphs is not None:
             self.graphs.forget()
 
+    def go_on(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up the stage, the optimizer, the schedule and the random numbers where a checkpoint has left them.
+
+        Its weights are in the model already, by `tbac.training.checkpoints.load_weights`.
+        """
+        self._going_on = checkpoint
+        self.steps, self.first_step = checkpoint[FACTS]["steps"], checkpoint["global_step"]
+
+    @property
+    def run_step(self) -> int:
+        """Optimizer steps of the whole run so far, all its stages, with rejected ones."""
+        return self.first_step + self.trainer.global_step
+
     @property
     def model(self) -> UniImage:
-        return self._shared.model
+        return self._held[0]
 
     @property
     def stepped(self) -> bool:
@@ -91,7 +91,7 @@ class LadderTuningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the denoiser where the strategy has a mesh of processes for it."""
         if self.device_mesh is not None:
-            shard(self.denoiser, self.denoiser.transformer.transformer_blocks, self.device_mesh["data_parallel"])
+            shard(self.denoiser, self.denoiser.transformer.transformer_blocks, self.device_mesh.device_type)
 
     def setup(self, stage: str) -> None:
         """Bring the frozen parts to the device of this process."""
@@ -103,36 +103,20 @@ class LadderTuningModule(L.LightningModule):
             self.graphs.forget()
 
     def on_train_start(self) -> None:
-        if self._random is not None:
-            set_random_state(self._random)
-            self._random = None
+        if self._going_on is not None:
+            set_random_state(self._going_on[FACTS]["random"])
+            self._going_on = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a checkpoint says of the model, and what going on exactly takes.
-
-        Lightning's own account of its loops is left out: the position in the data and these counters say the same
-        without its special cases for where in a loop a checkpoint was written.
-        """
-        del checkpoint["loops"]
+        """Add what a checkpoint says of the model, and what going on exactly takes."""
+        checkpoint["global_step"] = self.run_step
         checkpoint[FACTS] = self.facts | {
             "stage": self.stage.name,
-            "config": dict(self.stage.config),
+            "config": {**self.stage.config, **self.facts.get("config", {})},  # the model's as it was resolved
             "steps": self.steps,
             "optimized": optimized_names(self.trainer.optimizers[0], self),
             "random": gather_objects(random_state()),
         }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint stopped; refuse one that was trained on other frozen parts."""
-        facts = checkpoint.get(FACTS, {})
-        if facts.get("frozen"):
-            check_frozen(facts, self.model, "the checkpoint")
-        if "steps" not in facts:
-            return
-        self.steps, self._random = facts["steps"], facts["random"]
-        loop = self.trainer.fit_loop.epoch_loop
-        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
-        progress.ready = progress.completed = loop._batches_that_stepped = checkpoint["global_step"]
 
     def loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
         """Flow-matching loss of a batch.
@@ -186,11 +170,9 @@ class LadderTuningModule(L.LightningModule):
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = noise_of(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
-        return self.loss(batch, noise, sigma, latents)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Log the mean loss of all processes; Lightning has divided it for accumulation."""
-        self.log("train/loss", loss.detach() * self.stage.accumulate, prog_bar=True, sync_dist=True)
+        loss = self.loss(batch, noise, sigma, latents)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""
@@ -236,6 +218,11 @@ class LadderTuningModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.stage.optimizer(parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
+        if self._going_on is not None:
+            load_state(optimizer, self._going_on["optimizer_states"][0])
+            scheduler.load_state_dict(self._going_on["lr_schedulers"][0])
+        elif self.inherited_optimizer_state is not None:
+            load_named_state(optimizer, self, self.inherited_optimizer_state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -245,53 +232,3 @@ def latents_of(model: UniImage, batch: Batch) -> Tensor:
         return batch.latents
     assert batch.pixels is not None
     return model.autoencoder.encode(batch.pixels).float()
-
-
-def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
-    """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
-
-    Args:
-        names: one per sample.
-        latents: (batch, channel, height, width): whose shape, type and device the noise has.
-        flow: how sigmas are drawn, and how many of both per sample.
-
-    Returns:
-        Noise (batch * k, channel, height, width) and sigmas (batch * k,), those of a sample next to each other.
-    """
-    noise, sigma = [], []
-    for name in names:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(seed)
-        noise.append(torch.randn((flow.noise_samples_per_prompt, *latents.shape[1:]), generator=generator))
-        sigma.append(sample_sigma(flow.noise_samples_per_prompt, generator, scheme=flow.scheme, shift=flow.shift))
-    drawn = torch.cat(noise), torch.cat(sigma)
-    if latents.is_cuda:  # a copy from pageable memory would wait for the device
-        drawn = drawn[0].pin_memory(), drawn[1].pin_memory()
-    return drawn[0].to(latents, non_blocking=True), drawn[1].to(latents.device, non_blocking=True)
-
-
-def random_state() -> dict[str, Any]:
-    """State of the global generators of this process. Training draws from none of them; users' code may."""
-    version, numbers, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    words = numpy_state["state"]["key"].tolist()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": {**numpy_state, "state": {"key": words, "pos": int(numpy_state["state"]["pos"])}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(states: list[dict[str, Any]]) -> None:
-    """Set the global generators as they were; with another number of processes they stay as the seed left them."""
-    if len(states) != world_size():
-        return
-    state = states[rank()]
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    words = np.asarray(state["numpy"]["state"]["key"], np.uint32)
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": words}})
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,4 +1,9 @@
-"""Optimizers and learning-rate schedules, as factories that Hydra makes partials of."""
+"""Optimizers and learning-rate schedules, as factories that Hydra makes partials of.
+
+The schedule is written here because that of transformers (`get_cosine_with_min_lr_schedule_with_warmup`) begins its
+warm-up with a rate of zero, so that the first step does nothing, and rises again in a run that goes on past its end.
+From the end of the warm-up to the end of the run the two are equal, which a test says.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from tbac.distributed import sharded_like
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
@@ -44,7 +51,17 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
 def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, dict[str, Any]]) -> None:
     """Give a new optimizer the state of another one, where both move a parameter; its own options stay."""
     found = {i: state[name] for i, name in enumerate(optimized_names(optimizer, module)) if name in state}
-    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_state(optimizer, {"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what another optimizer's `state_dict` gave, whole on every process or sharded as the parameters are here."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    placed = {
+        index: {name: sharded_like(parameters[index], value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": placed})
 
 
 def adamw(

@@ -57,11 +57,11 @@ class RobustRule:
 
     def __init__(self, window: int = 256, warmup: int = 32, deviations: float = 10.0, min_ratio: float = 5.0) -> None:
         if not 2 <= warmup <= window:
-            raise ValueError(f"guard.rule.warmup={warmup} must be between 2 and guard.rule.window={window}")
+            raise ValueError(f"guard.warmup={warmup} must be between 2 and guard.window={window}")
         if deviations <= 0:
-            raise ValueError(f"guard.rule.deviations must be positive, got {deviations}")
+            raise ValueError(f"guard.deviations must be positive, got {deviations}")
         if min_ratio < 1:
-            raise ValueError(f"guard.rule.min_ratio must be at least 1, got {min_ratio}")
+            raise ValueError(f"guard.min_ratio must be at least 1, got {min_ratio}")
         self.warmup, self.deviations, self.min_ratio = warmup, deviations, min_ratio
         self.norms: deque[float] = deque(maxlen=window)
         self.losses: deque[float] = deque(maxlen=window)
@@ -109,10 +109,10 @@ class RunningMeanRule:
 
     Args:
         decay: of the running means.
-        loss_ratio: see above, ditto the others.
-        norm_ratio: ditto.
-        min_norm: ditto.
-        max_norm: ditto.
+        loss_ratio: a loss above this multiple of its mean is a spike.
+        norm_ratio: a norm above this multiple of its mean is one, if it is also above `min_norm`.
+        min_norm: a norm up to this is none.
+        max_norm: a norm above this always is one.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RunningMeanRule:
         max_norm: float = 1.0e6,
     ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"guard.rule.decay must be in [0, 1), got {decay}")
+            raise ValueError(f"guard.decay must be in [0, 1), got {decay}")
         self.decay, self.loss_ratio, self.norm_ratio = decay, loss_ratio, norm_ratio
         self.min_norm, self.max_norm = min_norm, max_norm
         self.mean_norm: float | None = None

@@ -20,7 +20,7 @@ class FlowOptions:
 
     Args:
         scheme: of noise levels; see `tbac.flow.sample_sigma`.
-        shift: of noise levels, ditto.
+        shift: of noise levels, the flow shift of SD3 and SANA; 1 changes nothing.
         noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of
             them.
     """
@@ -88,6 +88,8 @@ class Stage:
                 raise ValueError(f"stage.{name} must be at least 1, got {value}")
         if self.steps is None and self.samples is None:
             raise ValueError(f"stage {self.name} has no end: give stage.steps or stage.samples")
+        if others := [type(c).__name__ for c in self.callbacks if not isinstance(c, L.Callback)]:
+            raise ValueError(f"callbacks: {', '.join(others)} isn't a callback of Lightning")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"stage.clip must be positive or null, got {self.clip}")
         if not self.trainable or not set(self.trainable) <= set(TRAINABLE):

@@ -1,16 +1,22 @@
 """How several processes train one model: DDP, or FSDP2 with the denoiser sharded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, distributed
+from lightning.pytorch.utilities import rank_zero_only
+from torch import distributed
 
-from tbac.distributed import is_sharded, sharded_like, whole
+from tbac.distributed import is_sharded, whole
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+def process_rank() -> int:
+    """Number of this process by what its launcher has set; 0 where nothing has."""
+    return getattr(rank_zero_only, "rank", 0)
 
 
 def make_strategy(name: str, timeout_minutes: float = 15.0) -> Strategy | str:
@@ -48,31 +54,31 @@ class ShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
-    def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    def post_backward(self, closure_loss: Tensor) -> None:
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **options: Any) -> Any:
         """Average the gradients of what isn't sharded, once per optimizer step."""
-        super().post_backward(closure_loss)
+
+        def closure_and_average() -> Any:
+            result = closure()
+            self._average_whole_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, closure_and_average, model, **options)
+
+    def _average_whole_gradients(self) -> None:
         assert self.lightning_module is not None
-        if self.lightning_module.trainer.fit_loop._should_accumulate():
+        found = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in found if not is_sharded(gradient)]
+        if not gradients:
             return
-        gradients = [
-            p.grad for p in self.lightning_module.parameters() if p.grad is not None and not is_sharded(p.grad)
-        ]
-        if gradients:
-            flat = torch._utils._flatten_dense_tensors(gradients)
-            distributed.all_reduce(flat)
-            flat /= self.world_size
-            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-                gradient.copy_(mean)
+        # One message for all of them.
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.world_size
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -81,21 +87,3 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = getattr(optimizer, "optimizer", optimizer).state_dict()
         return state | {"state": {i: {k: whole(v) for k, v in s.items()} for i, s in state["state"].items()}}
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        own = self.lightning_module.state_dict()
-        state = {k: sharded_like(own[k], v) if k in own else v for k, v in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(state, strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            sharded = {
-                i: {k: sharded_like(parameters[i], v) for k, v in values.items()}
-                for i, values in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": sharded})

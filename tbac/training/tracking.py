@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ PACKAGES = (
     "torchmetrics",
     "mlflow",
 )
+
+
+def log_nowhere(trainer: Any) -> None:
+    """Give a process that opens no store a logger, so that it takes part in reducing what is logged."""
+    trainer.loggers = [DummyLogger()]
 
 
 def prepare_store(tracking_uri: str, experiment_name: str) -> None:
@@ -111,6 +117,59 @@ def tag_name(path: str) -> str:
     return re.sub(r"[^\w\-. /:]", "_", "/".join(p for p in PurePath(path).parts if p.strip("./")))
 
 
+class RunLogger(Logger):
+    """Hands on what the fits of one run log: their steps are counted over all of them, and only `close` ends the run.
+
+    Args:
+        logger: gets everything.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self.logger = logger
+        self.first_step = 0  # optimizer steps of the run before the fit that logs now
+
+    @property
+    def name(self) -> str | None:
+        return self.logger.name
+
+    @property
+    def version(self) -> int | str | None:
+        return self.logger.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.logger.save_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.logger.log_dir
+
+    @property
+    def group_separator(self) -> str:
+        return self.logger.group_separator
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logger.log_metrics(metrics, None if step is None else self.first_step + step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.logger.log_hyperparams(params, *args, **kwargs)
+
+    def save(self) -> None:
+        self.logger.save()
+
+    def finalize(self, status: str) -> None:
+        """At the end of a fit: only one that failed ends the run."""
+        if status == "success":
+            self.save()
+        else:
+            self.logger.finalize(status)
+
+    def close(self) -> None:
+        """End the run."""
+        self.logger.finalize("success")
+
+
 def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
     """Write the full config as parameters and as a file, and the facts as tags.
 
@@ -132,8 +191,9 @@ def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping
 def log_picture(loggers: Iterable[Logger], path: Path) -> None:
     """Add a picture file to the run's artifacts."""
     for logger in loggers:
-        if isinstance(logger, MLFlowLogger):
-            logger.experiment.log_artifact(logger.run_id, str(path), "samples")
+        inner = logger.logger if isinstance(logger, RunLogger) else logger
+        if isinstance(inner, MLFlowLogger):
+            inner.experiment.log_artifact(inner.run_id, str(path), "samples")
 
 
 def metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:

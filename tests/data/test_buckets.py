@@ -14,22 +14,23 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from data_prep.latents import cache_latents
-from data_prep.shards import write_shards
-from tbac.data.buckets import Buckets, parse_buckets
+from data_prep.shards.latents import CachingOptions, cache_latents
+from data_prep.shards.writer import write_shards
+from tbac.data.buckets import Buckets, parse_buckets, read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
-from tbac.data.order import BatchPlan, BucketedOrder, Draw, ValidationOrder
+from tbac.data.order import BatchPlan, BucketedOrder, Draw, Mixture, ValidationOrder
 from tbac.data.shards import DataError
-from tbac.data.sizes import read_sizes, sizes_file, target_sizes, write_sizes
 from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
-from tests.conftest import composed, noise_image, small_model
-from tests.data.test_decoding import saved, turned
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import losses_of, module_of, trainer_of
+from tests.helpers.commands import run_app
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image, saved, turned
+from tests.helpers.shards import write_mixed_sizes
+from tests.helpers.training import losses_of, module_of, trainer_of
+from tests.helpers.worlds import small_model
 
 # --- the table
 
@@ -122,7 +123,7 @@ def test_sizes_beside_a_shard_are_used_while_it_is_the_same(
     expected = [read_sizes(tar, use) for use in (True, False)]
     assert write_sizes(tar) == 8
     with monkeypatch.context() as patched:
-        patched.setattr("tbac.data.sizes.read_sizes", None)
+        patched.setattr("tbac.data.buckets.read_sizes", None)
         for use, sizes in zip((True, False), expected, strict=True):
             assert np.array_equal(target_sizes(tar, use), sizes)
     write_shards(Path("a"), "train", pictures()[3:], 8)
@@ -135,14 +136,17 @@ def test_sizes_beside_a_shard_are_used_while_it_is_the_same(
 
 def test_the_application_writes_sizes_beside_all_shards(capfd: pytest.CaptureFixture[str]) -> None:
     write_shards(Path("a"), "train", pictures(), 8)
-    status, text = run_app("data_prep.index_sizes", capfd, "path=a", "processes=1")
+    status, text = run_app("data_prep.verify", capfd, "path=a", "processes=1", "samples=false", "write_sizes=true")
     assert status == 0, text
     for tar in Path("a").glob("*.tar"):
         assert len(target_sizes(tar)) == len(read_sizes(tar))
     assert sorted(p.name for p in Path("a").glob("*.npz")) == ["train-000000.sizes.npz", "train-000001.sizes.npz"]
-    status, text = run_app("data_prep.index_sizes", capfd, "path=absent")
+    status, text = run_app("data_prep.verify", capfd, "path=.", "samples=false", "write_sizes=true")
     assert status == 1
-    assert "path=absent holds no *.tar" in text
+    assert "path=. holds no *.tar" in text
+    status, text = run_app("data_prep.verify", capfd, "path=a", "samples=false")
+    assert status == 1
+    assert "samples=false and write_sizes=false leave nothing to do" in text
 
 
 # --- order
@@ -161,7 +165,7 @@ class Made:
 
 
 def order_of(rank: int = 0, world_size: int = 1, batch_size: int = 4, state: Any = None) -> BucketedOrder:
-    return BucketedOrder(Made(), SIZES, [3.0, 1.0], 5, 10, batch_size, rank, world_size, state)
+    return BucketedOrder(Made(), Mixture(SIZES, [3.0, 1.0], 5, 10), batch_size, rank, world_size, state)
 
 
 def take(order: Any, count: int) -> list[BatchPlan]:
@@ -234,15 +238,6 @@ BUCKETS = [[24, 24], [16, 32], [32, 16]]
 GIVEN = f"data.buckets={BUCKETS}"
 
 
-def write(folder: str, count: int = 24) -> None:
-    sides = [(24, 24), (40, 20), (20, 40), (64, 30), (90, 100)]
-    samples = [
-        (f"s{i:03d}", {"png": noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})
-        for i in range(count)
-    ]
-    write_shards(Path(folder), "train", samples, 10)
-
-
 def data_of(folder: str, *more: str) -> ShardDataModule:
     sources = f"[{{path: {folder}, split: train}}]"
     options = [f"stage.sources={sources}", f"stage.val_sources={sources}", "stage.batch_size=4", *more]
@@ -260,7 +255,7 @@ def losses(model: UniImage, data: ShardDataModule) -> list[float]:
 
 
 def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     shapes = set()
     reader = TarReader()
     by_key = {f"s{i:03d}": reader.read(Path(f"raw/train-{i // 10:06d}.tar"), i % 10) for i in range(24)}
@@ -276,19 +271,20 @@ def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> Non
 
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path, keep_images: bool) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     denoiser = in_world / "backbones" / "denoiser"
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     digest = autoencoder_digest(denoiser)
-    cache_latents(Path("raw"), Path("cached"), autoencoder, digest, 24, 4, keep_images=keep_images, buckets=buckets)
+    options = CachingOptions(24, buckets, keep_images=keep_images, batch_size=4)
+    cache_latents(Path("raw"), Path("cached"), autoencoder, digest, options)
     on_images = losses(small_model(in_world), data_of("raw", GIVEN))
     on_latents = losses(small_model(in_world), data_of("cached", GIVEN))
     assert on_latents == pytest.approx(on_images, rel=1e-5)
     assert len(set(on_images)) == 6
     with pytest.raises(InstantiationException, match=r"were made with the buckets.*data\.buckets is another"):
         data_of("cached")
-    cache_latents(Path("raw"), Path("squares"), autoencoder, digest, 24, 4)
+    cache_latents(Path("raw"), Path("squares"), autoencoder, digest, CachingOptions(24, batch_size=4))
     with pytest.raises(InstantiationException, match=r"were made with no buckets, data\.buckets is another"):
         data_of("squares", GIVEN)
     Path("cached/manifest.json").unlink()  # without it nobody can say, until a batch holds two shapes
@@ -298,7 +294,7 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
 
 
 def test_going_on_with_buckets_gives_the_same_batches(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
 
     def read(data: ShardDataModule, count: int) -> list[Any]:
         return [data.on_before_batch_transfer(batch, 0) for batch in batches_of(data, model, count)]
@@ -320,7 +316,7 @@ def test_going_on_with_buckets_gives_the_same_batches(model: UniImage) -> None:
 def test_turning_buckets_off_or_on_says_what_becomes_of_the_order(
     model: UniImage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     data = data_of("raw", GIVEN)
     for batch in batches_of(data, model, 5):
         data.on_before_batch_transfer(batch, 0)
@@ -335,7 +331,7 @@ def test_turning_buckets_off_or_on_says_what_becomes_of_the_order(
 
 
 def test_validation_with_buckets_gives_one_loss(model: UniImage) -> None:
-    write("raw")
+    write_mixed_sizes("raw")
     data = data_of("raw", GIVEN, "stage.val_samples=16", "data.val_batch_size=5")
     data.bind(model.prompt)
     module = module_of(model)
@@ -345,7 +341,7 @@ def test_validation_with_buckets_gives_one_loss(model: UniImage) -> None:
 
 
 def test_sides_that_the_model_cant_take_are_named(model: UniImage) -> None:
-    write("raw", 8)
+    write_mixed_sizes("raw", 8)
     for options, name in ((("data.buckets=[[24,24],[18,32]]",), r"data\.buckets"), (("stage.image_size=30",), "stage")):
         data = data_of("raw", *options)
         with pytest.raises(ValueError, match=rf"{name}.*must be multiples of 8 pixels"):
@@ -354,11 +350,11 @@ def test_sides_that_the_model_cant_take_are_named(model: UniImage) -> None:
 
 def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
     """60 samples in buckets, of which s003 can't be read."""
-    write("raw", 60)
+    write_mixed_sizes("raw", 60)
     denoiser = world / "backbones" / "denoiser"
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
-    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), 24, buckets=buckets)
+    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), CachingOptions(24, buckets))
     tar = Path("cached/train-000000.tar")
     offset, size = TarReader().index(tar).samples[3][1]["txt"]
     with tar.open("r+b") as file:

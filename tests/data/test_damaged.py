@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from data_prep.verification import Facts, look_at
+from data_prep.shards.verification import Facts, look_at
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
-from tests.conftest import noise_image
-from tests.data.test_decoding import FRAMES, png_of_size, saved
+from tests.helpers.pictures import FRAMES, noise_image, png_of_size, saved
 
 PICTURE, SHARDS = saved(noise_image(1, (16, 16)), "PNG"), 11
 LATENTS = torch.zeros(2, 2, 2)

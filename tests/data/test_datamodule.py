@@ -13,13 +13,14 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, crop_to
 from tbac.models import UniImage
 from tbac.types import Batch, Sample
-from tests.conftest import composed, noise_image
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
 
 
 def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniImage) -> None:
@@ -99,6 +100,17 @@ def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str)
         instantiate(composed("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
 
 
+def test_a_manifest_is_read_once(model: UniImage, in_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    plain_read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), plain_read(path))[1])
+    data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
+    data.bind(model.prompt, model.provenance.digests["autoencoder"])
+    data.manifest_digests()
+    manifests = [path for path in read if path.name == "manifest.json"]
+    assert len(manifests) == len(data.sources) + len(data.val_sources)
+
+
 def test_the_manifest_says_what_the_shards_hold(in_world: Path) -> None:
     import hashlib
 
@@ -166,7 +178,7 @@ def test_uint8_pixels_are_encoded_as_their_floats(model: UniImage) -> None:
 
 def test_several_sources_keep_their_order(tmp_path: Path) -> None:
     from tbac.data.shards import Source
-    from tests.data.test_reader import reader_of, samples_of
+    from tests.helpers.shards import reader_of, samples_of
 
     fields = {f"source_{i}.png": noise_image(i, (8, 8)) for i in (10, 2, 1)}
     fields = {"source.png": noise_image(0, (8, 8)), **fields, "target.png": noise_image(99, (8, 8))}

@@ -1,9 +1,7 @@
 """Untrusted bytes: every kind of picture comes out right, or is refused by name."""
 
 import io
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tbac.data.decoding import ORIENTATION, CorruptSampleError, decode_image, decode_sample, decode_text
+from tbac.data.decoding import CorruptSampleError, decode_image, decode_sample, decode_text
 from tbac.data.tars import TarIndex, TarReader
 from tbac.data.transforms import crop_to
-from tests.conftest import noise_image
-
-
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.helpers.pictures import FRAMES, noise_image, png_of_size, saved, turned
 
 
 def halves(mode: str, left: Any, right: Any) -> Image.Image:
@@ -66,19 +58,6 @@ def test_pictures_are_turned_upright() -> None:
     made = decode_image(saved(image, "PNG", exif=exif.tobytes()), "png")
     assert made.size == (16, 24)
     assert np.array_equal(np.asarray(made), np.rot90(np.asarray(image), -1))
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size and whose data is a few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-FRAMES = [noise_image(i, (16, 16)) for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -160,12 +139,6 @@ def test_tricks_in_archives_are_passed_over_by_name(tmp_path: Path, caplog: pyte
     assert decode_sample(reader.read(tmp_path / "x.tar", 0)).text == "a cat"
     with pytest.raises(CorruptSampleError, match="missing or empty"):
         decode_sample(reader.read(tmp_path / "x.tar", 1))
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return exif.tobytes()
 
 
 def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -2,18 +2,19 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from tbac.data.order import BLOCK, Draw, TrainingOrder, ValidationOrder
+from tbac.data.order import BLOCK, Draw, Mixture, TrainingOrder, ValidationOrder
 
 SIZES = [[7, 5, 9, 4], [3, 8]]
 TOTAL = [25, 11]
 
 
-def order_of(rank: int = 0, world_size: int = 1, batch_size: int = 6, **options) -> TrainingOrder:
-    arguments = {"sizes": SIZES, "weights": [3.0, 1.0], "seed": 5, "window": 10} | options
-    return TrainingOrder(batch_size=batch_size, rank=rank, world_size=world_size, **arguments)
+def order_of(rank: int = 0, world_size: int = 1, batch_size: int = 6, state: Any = None, **options) -> TrainingOrder:
+    mixture = Mixture(**{"sizes": SIZES, "weights": [3.0, 1.0], "seed": 5, "window": 10} | options)
+    return TrainingOrder(mixture, batch_size, rank, world_size, state)
 
 
 def draws(order: TrainingOrder, count: int) -> list[Draw]:

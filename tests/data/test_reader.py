@@ -4,20 +4,19 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.shards import write_shards
+from data_prep.shards.writer import write_shards
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
-from tbac.data.shards import DataError, Source, list_shards
-from tbac.data.tars import TarIndex, shard_sizes
+from tbac.data.shards import DataError, Source
+from tbac.data.tars import TarIndex
 from tbac.data.transforms import ConditionDropout
-from tbac.types import Sample
-from tests.conftest import noise_image
+from tests.helpers.pictures import noise_image
+from tests.helpers.shards import break_members, reader_of, samples_of
 
 
 def write(folder: Path, count: int, per_shard: int, split: str = "train", prefix: str = "s") -> Source:
@@ -26,41 +25,8 @@ def write(folder: Path, count: int, per_shard: int, split: str = "train", prefix
     return Source(str(folder), split)
 
 
-def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
-    """A reader whose batches are lists of samples."""
-    shards = [list_shards(s, check_manifest) for s in sources]
-    sizes = [shard_sizes(s, found, check_manifest) for s, found in zip(sources, shards, strict=True)]
-    usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
-    return ShardReader(shards, sizes, **(usual | options))
-
-
-def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:
-    """All samples in the order of the shards, some passes of them."""
-    places = [
-        (k, p, i, n)
-        for p in range(passes)
-        for k, sizes in enumerate(reader.sizes)
-        for i, size in enumerate(sizes)
-        for n in range(size)
-    ]
-    return [reader.sample(Draw(position, *place)) for position, place in enumerate(places)]
-
-
 def keys(reader: ShardReader, passes: int = 1) -> list[str]:
     return [s.key for s in samples_of(reader, passes)]
-
-
-def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
-    """Rewrite a tar with the contents of some members replaced, or left out (None)."""
-    with tarfile.open(tar) as old:
-        members = [(m.name, old.extractfile(m).read()) for m in old]  # type: ignore[union-attr]
-    with tarfile.open(tar, "w") as new:
-        for name, data in members:
-            content = broken.get(name, data)
-            if content is not None:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                new.addfile(info, io.BytesIO(content))
 
 
 def test_dropout_depends_on_sample_and_pass_and_not_on_the_reader(tmp_path: Path) -> None:

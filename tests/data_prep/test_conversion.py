@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,15 +20,17 @@ import pytest
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.conversion import WORK, Dataset, Options, convert, safe_key, table
+from data_prep.shards.conversion import NAME, ConversionOptions, Dataset, clean_key, convert, format_counts
 from tbac.data.decoding import decode_sample
-from tbac.data.shards import DataError, Source, list_shards
+from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
+from tbac.models import UniImage
 from tbac.types import Sample
-from tests.conftest import ROOT, composed, noise_image
-from tests.experiments.test_errors import run_app
+from tests.helpers.commands import run_app
+from tests.helpers.configs import ROOT, composed
+from tests.helpers.pictures import noise_image
 
-FEW = Options(samples_per_shard=3, val_samples=2)
+FEW = ConversionOptions(samples_per_shard=3, val_samples=2)
 
 
 def encoded(seed: int, kind: str = "JPEG") -> bytes:
@@ -181,7 +185,7 @@ def samples(out: Path, split: str) -> list[Sample]:
     reader = TarReader()
     return [
         decode_sample(reader.read(tar, i))
-        for tar in list_shards(Source(str(out), split))
+        for tar in SourceShards(Source(str(out), split)).tars
         for i in range(len(reader.index(tar).samples))
     ]
 
@@ -199,21 +203,21 @@ def test_every_layout_converts_and_trains(layout: str, tmp_path: Path, in_world:
     assert len({sample.key for sample in found}) == count
     assert all(sample.text.strip() for sample in found)
     assert {bool(sample.sources) for sample in found} == {"edit" in layout.lower()}
-    assert not (tmp_path / "out" / WORK).exists()
+    assert not (tmp_path / "out" / f".{NAME}").exists()
     data = instantiate(
         composed(
             "train", "run_dir=.", f"stage.sources=[{{path: {tmp_path}/out, split: train}}]",
             f"stage.val_sources=[{{path: {tmp_path}/out, split: val}}]", "stage.batch_size=2",
         ).data
     )  # fmt: skip
-    model = instantiate(composed("train", "run_dir=.").model)
+    model = UniImage.from_config(instantiate(composed("train", "run_dir=.").model))
     data.bind(model.prompt)
     assert len(next(iter(data.train_dataloader()))) == 2
 
 
 def test_original_bytes_are_kept(tmp_path: Path) -> None:
     dataset, _ = made("GPT-Image-Edit", tmp_path / "raw")
-    convert(dataset, tmp_path / "out", Options(val_samples=0))
+    convert(dataset, tmp_path / "out", ConversionOptions(val_samples=0))
     reader = TarReader()
     raw = reader.read(tmp_path / "out" / "train-000001.tar", 3)
     assert raw["source.jpg"] == encoded(3)
@@ -224,7 +228,7 @@ def test_original_bytes_are_kept(tmp_path: Path) -> None:
 
 def test_several_inputs_are_several_sources(tmp_path: Path) -> None:
     dataset, _ = made("ShareGPT-4o-Image, edits", tmp_path / "raw")
-    convert(dataset, tmp_path / "out", Options(val_samples=0))
+    convert(dataset, tmp_path / "out", ConversionOptions(val_samples=0))
     last = samples(tmp_path / "out", "train")[3]
     assert [s.tobytes() for s in last.sources] == [noise_image(i, (24, 16)).tobytes() for i in (3, 0, 1)]
 
@@ -253,11 +257,12 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run(command("whole"), check=True, capture_output=True)
     whole = time.monotonic() - started
     for _ in range(10):
-        process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         time.sleep(rng.uniform(0.3, 1.0) * whole)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
         process.wait()
-        subprocess.run(["pkill", "-9", "-f", f"{tmp_path}/cut"], check=False)
     subprocess.run(command("cut"), check=True, capture_output=True)
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
@@ -284,7 +289,7 @@ def test_a_conversion_goes_on_unit_by_unit(tmp_path: Path, monkeypatch: pytest.M
     assert convert(dataset, tmp_path / "cut", FEW).total == 8  # it is there already
     assert len(seen) == 3
     with pytest.raises(DataError, match="made otherwise"):
-        convert(dataset, tmp_path / "cut", Options(samples_per_shard=2))
+        convert(dataset, tmp_path / "cut", ConversionOptions(samples_per_shard=2))
 
 
 def test_what_is_wrong_is_counted_by_reason_and_named(tmp_path: Path) -> None:
@@ -319,7 +324,7 @@ def test_what_is_wrong_is_counted_by_reason_and_named(tmp_path: Path) -> None:
         | counts.rejected
     )
     assert counts.read == counts.total + sum(counts.rejected.values())
-    text = table(counts)
+    text = format_counts(counts)
     assert "unreadable text, such as a_latin" in text
     assert f"{counts.total:>12,}" in text
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["conversion"]["counts"]["rejected"]
@@ -333,11 +338,11 @@ def test_pictures_that_arent_found_are_rejected(tmp_path: Path) -> None:
     rows[2]["input_prompt"] = ""
     (tmp_path / "raw" / "text_to_image.json").write_text(json.dumps(rows))
     config = composed("convert", "dataset=sharegpt4o_t2i", f"dataset.path={tmp_path}/raw", "out=x")
-    counts = convert(instantiate(config.dataset), tmp_path / "out", Options(val_samples=0))
+    counts = convert(instantiate(config.dataset), tmp_path / "out", ConversionOptions(val_samples=0))
     assert counts.rejected == {
         "a picture that isn't found: the file isn't there": 1, "no target image": 1, "no caption": 1,
     }  # fmt: skip
-    assert "45,717  samples are in the whole dataset" in table(counts)
+    assert "45,717  samples are in the whole dataset" in format_counts(counts)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +350,7 @@ def test_pictures_that_arent_found_are_rejected(tmp_path: Path) -> None:
     [("a.b/c", "a_b_c"), ("../x", "x"), ("caf\xe9", "caf"), ("\u732b", ""), ("A-1_b", "A-1_b"), ("a  b", "a_b")],
 )
 def test_keys_hold_nothing_that_splits_them(text: str, expected: str) -> None:
-    assert safe_key(text) == expected
+    assert clean_key(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -377,3 +382,12 @@ def test_the_application_prints_the_counts(capfd: pytest.CaptureFixture[str]) ->
     assert status == 0, text
     assert "rejected             1  no caption, such as alone.png" in text
     assert "written              2  val" in text
+
+
+def test_the_layout_must_be_named_and_help_needs_none(capfd: pytest.CaptureFixture[str]) -> None:
+    status, text = run_app("data_prep.convert", capfd, "out=out")
+    assert status == 1
+    assert "name the layout of the dataset, dataset=blip3o_60k|" in text
+    status, text = run_app("data_prep.convert", capfd, "--help")
+    assert status == 0, text
+    assert "sharegpt4o_edit" in text

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from data_prep.shapes.conversations import Conversation, Conversations, visible_part
-from data_prep.shapes.pretrain_mllm import Recipe, conversation_states, make_config, pretrain_mllm
+from data_prep.shapes.pretrain_mllm import Recipe, compute_states, make_config, pretrain_mllm
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
-from tests.conftest import composed, plain
-from tests.data_prep.test_scene import said_objects
+from tbac.app import plain
+from tests.helpers.captions import said_objects
+from tests.helpers.configs import composed
 
 PLACES = [f"{row} {column}" for row in ROW_NAMES for column in COLUMN_NAMES]
 
@@ -54,7 +55,7 @@ def test_branches_of_one_picture_equal_separate_conversations(tokenizer: Qwen2To
     model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer)).eval()
     features = torch.randn(4, CELLS * CELLS, architecture["text_config"]["hidden_size"])
     together = Conversations(tokenizer, scenes, rng).draw(kind, CELLS)
-    hidden, _ = conversation_states(model, [together], features, tokenizer.pad_token_id)
+    hidden, _ = compute_states(model, [together], features, tokenizer.pad_token_id)
     assert max(together.branches) >= 1
     for branch in range(1, max(together.branches) + 1):
         kept = [i for i, b in enumerate(together.branches) if b in (0, branch)]
@@ -66,7 +67,7 @@ def test_branches_of_one_picture_equal_separate_conversations(tokenizer: Qwen2To
             together.picture,
             together.cells,
         )
-        own, _ = conversation_states(model, [alone], features, tokenizer.pad_token_id)
+        own, _ = compute_states(model, [alone], features, tokenizer.pad_token_id)
         torch.testing.assert_close(own[0], hidden[0, kept], rtol=1e-4, atol=1e-4)
 
 

@@ -9,8 +9,8 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.latents import WORK, cache_latents
-from data_prep.shards import write_shards
+from data_prep.shards.latents import CachingOptions, cache_latents
+from data_prep.shards.writer import write_shards
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError
@@ -18,10 +18,11 @@ from tbac.data.tars import TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import autoencoder_digest
-from tests.conftest import composed, noise_image
-from tests.data.test_reader import break_members
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import losses_of
+from tests.helpers.commands import run_app
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
+from tests.helpers.shards import break_members
+from tests.helpers.training import losses_of
 
 
 def edits(folder: Path, count: int = 8) -> None:
@@ -48,7 +49,9 @@ def denoiser(in_world: Path) -> Path:
 
 def cache(denoiser: Path, out: str = "cached", **options: Any) -> None:
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
-    cache_latents(Path("raw"), Path(out), autoencoder, autoencoder_digest(denoiser), **({"image_size": 24} | options))
+    share = options.pop("share", (0, 1))
+    how = CachingOptions(**{"image_size": 24} | options)
+    cache_latents(Path("raw"), Path(out), autoencoder, autoencoder_digest(denoiser), how, share)
 
 
 def content(folder: str) -> dict[str, bytes]:
@@ -70,7 +73,7 @@ def curve(model: Any, folder: str, **options: Any) -> list[float]:
 def test_training_on_latents_is_training_on_images(
     denoiser: Path, in_world: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from tests.conftest import small_model
+    from tests.helpers.worlds import small_model
 
     edits(Path("raw"))
     cache(denoiser, dtype=dtype)
@@ -117,9 +120,9 @@ def test_caching_goes_on_and_is_shared(denoiser: Path, monkeypatch: pytest.Monke
     cache(denoiser)
     assert calls == 4  # the first of three tars wasn't done again
     assert content("cached") == content("whole")
-    assert not Path("cached", WORK).exists()
+    assert not Path("cached/.latents").exists()
     for rank in (1, 0):
-        cache(denoiser, "shared", rank=rank, world_size=2)
+        cache(denoiser, "shared", share=(rank, 2))
     assert content("shared") == content("whole")
     cache(denoiser)
     assert calls == 7
@@ -160,7 +163,7 @@ def test_latents_of_another_size_or_autoencoder_are_refused(denoiser: Path) -> N
         (["image_size=25"], "image_size=25: sides must be a multiple of 4"),
         (["dtype=int4"], "dtype must be one of float32"),
         (["denoiser=absent"], "denoiser=absent: no such folder"),
-        (["rank=2", "world_size=2"], "rank=2 below world_size=2"),
+        (["rank=2", "world_size=2"], "rank=2 must be at least 0 and below world_size=2"),
     ],
 )
 def test_bad_input_is_named(

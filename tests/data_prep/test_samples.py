@@ -13,10 +13,10 @@ from PIL import Image
 
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import render
-from data_prep.shards import write_shards
-from tbac.evaluation.benchmarks import scan_from_json
-from tbac.evaluation.detectors import TemplateDetector
-from tests.conftest import SIZES
+from data_prep.shards.writer import write_shards
+from tbac.evaluation.benchmarks.edits import scan_from_json
+from tbac.evaluation.detectors.template import TemplateDetector
+from tests.helpers.worlds import SIZES
 
 SETS = ("t2i", "edit", "finetune_t2i", "finetune_edit")
 

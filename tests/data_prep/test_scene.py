@@ -1,6 +1,5 @@
 """Scenes and what is said of them: deterministic, apart, true."""
 
-import re
 from collections import Counter
 from random import Random
 
@@ -11,7 +10,6 @@ from data_prep.shapes.language import (
     EDIT_TYPES,
     GENEVAL_TAGS,
     NUMBERS,
-    OPENINGS,
     caption,
     geneval_prompts,
     long_caption,
@@ -20,6 +18,7 @@ from data_prep.shapes.language import (
     sample_question,
 )
 from data_prep.shapes.scene import CELL_SIZE, COLORS, GLYPHS, Scene, render, sample_scene
+from tests.helpers.captions import said_objects
 
 SCENES = [sample_scene(Random(i)) for i in range(300)]
 
@@ -50,21 +49,6 @@ def test_a_picture_shows_each_object_in_its_colour_and_shape() -> None:
         for item in scene.items:
             cell = pixels[item.row * CELL_SIZE :, item.column * CELL_SIZE :][1:7, 1:7]
             assert np.array_equal((cell == COLORS[item.color]).all(-1), GLYPHS[item.shape])
-
-
-def said_objects(text: str) -> Counter:
-    """Objects that a caption names: (colour or None, shape) -> count, read with a grammar of its own."""
-    for opening in sorted(OPENINGS, key=len, reverse=True):
-        if opening and text.startswith(opening):
-            text = text.removeprefix(opening)
-    found: Counter = Counter()
-    names = {plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
-    pattern = (
-        rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
-    )
-    for count, color, shape in re.findall(pattern, text):
-        found[color or None, names[shape]] += 1 if count == "a" else NUMBERS.index(count)
-    return found
 
 
 def test_captions_tell_all_objects_and_only_these() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.shards import write_shards
-from data_prep.verification import geneval_template
-from tests.conftest import noise_image
-from tests.data.test_reader import break_members
-from tests.experiments.test_errors import run_app
+from data_prep.shards.geneval_captions import is_geneval_template
+from data_prep.shards.writer import write_shards
+from tests.helpers.commands import run_app
+from tests.helpers.pictures import noise_image
+from tests.helpers.shards import break_members
 
 
 def write(folder: Path, count: int = 12) -> None:
@@ -124,7 +124,7 @@ def test_tokens_are_counted_by_a_tokenizer(in_world: Path, capfd: pytest.Capture
     ],
 )
 def test_genevals_templates(caption: str, expected: bool) -> None:
-    assert geneval_template(caption) is expected
+    assert is_geneval_template(caption) is expected
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tbac.evaluation.detectors import Detection, Scan
+from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.rules import (
     EVERY,
     GENEVAL_THRESHOLDS,
     Thresholds,
     aggregate_by_tag,
+    is_same_answer,
     judge_edit,
     judge_geneval,
     relations,
-    same_answer,
 )
 
 
@@ -269,5 +269,5 @@ def test_an_added_object_may_stand_anywhere_when_no_place_is_named() -> None:
 
 
 def test_answers_are_compared_without_case_space_and_full_stop() -> None:
-    assert same_answer(" Red. ", "red")
-    assert not same_answer("dark red", "red")
+    assert is_same_answer(" Red. ", "red")
+    assert not is_same_answer("dark red", "red")

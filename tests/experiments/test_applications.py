@@ -9,19 +9,11 @@ import torch
 from PIL import Image
 
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import noise_image
-from tests.experiments.test_errors import run_app
+from tbac.models.saved import read_checkpoint
+from tests.helpers.commands import FEW, ran
+from tests.helpers.pictures import noise_image
 
 pytestmark = pytest.mark.usefixtures("in_world")
-FEW = ["model=shapes", "debug=few_steps", "stage.steps=2"]
-
-
-def ran(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The text of a run that succeeds."""
-    status, text = run_app(name, capfd, *arguments)
-    assert status == 0, text
-    return text
 
 
 def only(pattern: str) -> Path:
@@ -43,17 +35,17 @@ def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pyte
     assert not same(first["state_dict"], second["state_dict"])
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_a_stage_of_no_step_keeps_the_weights_it_starts_from(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=one")
-    ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=one")
-    first, second = (read_checkpoint(f"{f}/checkpoints/t2i_pretrain-step=2.ckpt")["state_dict"] for f in ("one", "two"))
+    ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=run")
+    first, second = (read_checkpoint(f"{f}/checkpoints/t2i_pretrain-step=2.ckpt")["state_dict"] for f in ("run", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_resuming_goes_on_from_the_step_that_was_reached(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=one")
-    checkpoint = only("one/checkpoints/t2i_pretrain-step=2.ckpt")
+    checkpoint = only("run/checkpoints/t2i_pretrain-step=2.ckpt")
     ran("train", capfd, *FEW, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
     assert json.loads(Path("two/report.json").read_text())["steps"] == 4
     assert read_checkpoint(only("two/checkpoints/t2i_pretrain-step=4.ckpt"))["global_step"] == 4
@@ -64,7 +56,7 @@ def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[st
     checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
     assert len(checkpoints) == 4
     points = {
-        (tuple(c["tbac"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
+        (tuple(c["tbac"]["config"]["model"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
         for c in map(read_checkpoint, checkpoints)
     }
     assert points == {(taps, lr) for taps in ((2, 3, 4, 5), (6,)) for lr in (1e-3, 2e-3)}
@@ -84,8 +76,8 @@ def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.Cap
     assert [a.path for a in client.list_artifacts(run.info.run_id, "samples")]
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     noise_image(0, (24, 24)).save("scene.png")
     few = ["checkpoint=run", "num_inference_steps=2", "device=cpu"]
     prompts = "prompts=[a red circle,two squares,a letter T]"
@@ -114,8 +106,8 @@ def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str])
         ("answers", {"accuracy"}),
     ],
 )
+@pytest.mark.usefixtures("trained_run")
 def test_a_run_folder_is_scored(benchmark: str, fields: set[str], capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     steps = [] if benchmark == "answers" else ["benchmark.num_inference_steps=2"]
     ran("evaluate", capfd, "checkpoint=run", f"benchmark={benchmark}", "hydra.run.dir=scored", "device=cpu", *steps)
     report = json.loads(Path("scored/report.json").read_text())
@@ -160,8 +152,8 @@ def test_a_checkpointed_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[s
         torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_the_quantisation_study_compares_every_option_with_the_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     text = ran("studies.quantization.run", capfd, "checkpoint=run", "geneval.num_inference_steps=1", "out=study")
     rows = json.loads(Path("study/report.json").read_text())
     assert [row["MLLM layers"] for row in rows] == ["float32", "bfloat16", "int8", "nf4"]

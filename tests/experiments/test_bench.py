@@ -9,59 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.common import plain
 from experiments.costs import Case, make_inputs
+from experiments.reports import markdown
 from experiments.speed.cached import IMAGES, LATENTS
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
-from experiments.speed.measure import Memory, in_child, interleaved, markdown, search_largest, summary
+from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from tbac.app import plain
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
-from tests.conftest import ROOT, composed, prompt_cases
-from tests.experiments.test_applications import ran
-from tests.experiments.test_errors import message
-
-SMALL = [
-    "model.architecture.mllm.text_config.num_hidden_layers=4",
-    "model.architecture.mllm.text_config.hidden_size=64",
-    "model.architecture.mllm.text_config.intermediate_size=96",
-    "model.architecture.mllm.text_config.num_attention_heads=4",
-    "model.architecture.mllm.text_config.rope_parameters.mrope_section=[2,3,3]",
-    "model.architecture.mllm.vision_config.hidden_size=32",
-    "model.architecture.mllm.vision_config.num_heads=2",
-    "model.architecture.mllm.vision_config.intermediate_size=48",
-    "model.architecture.mllm.vision_config.depth=2",
-    "model.architecture.mllm.vision_config.fullatt_block_indexes=[1]",
-    "model.architecture.mllm.vision_config.out_hidden_size=64",
-    "model.architecture.transformer.num_layers=3",
-    "model.architecture.transformer.num_attention_heads=2",
-    "model.architecture.transformer.num_cross_attention_heads=1",
-    "model.architecture.transformer.cross_attention_head_dim=64",
-    "model.architecture.transformer.cross_attention_dim=64",
-    "model.architecture.transformer.caption_channels=64",
-    "model.num_queries=8",
-    "latent_side=4",
-    "shared_tokens=4",
-    "matmul_size=64",
-    "repeats=1",
-    "sampling.repeats=1",
-    "sampling.steps=3",
-    "sampling.fewer_steps=2",
-    "sampling.latent_sides=[4]",
-    "sampling.tokens=12",
-    "cached.tokens=24",
-    "cached.image_side=3",
-    "cached.batch=2",
-    "loader.samples=24",
-    "loader.pictures=[[96,64],[64,64]]",
-    "loader.image_size=32",
-    "loader.batch=4",
-    "loader.batches=3",
-    "loader.repeats=1",
-    "loader.memory_samples=500",
-]
+from tests.helpers.commands import message, ran
+from tests.helpers.configs import ROOT, composed
+from tests.helpers.pictures import prompt_cases
+from tests.helpers.small_bench import SMALL
 
 
 @pytest.fixture
@@ -114,7 +76,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
     noise, rows = targets(model, 2, 4)[0], torch.tensor([0, 0, 1, 2])
     release = ReleaseWay(model).eval()
     release.mllm.gradient_checkpointing_disable()
-    theirs = release.sample({k: inputs[k][rows] for k in ("input_ids", "attention_mask")}, noise, 4, 3.0)
+    theirs = release.sample({k: inputs[k][rows] for k in ("input_ids", "attention_mask")}, noise, 4, Guidance(3.0))
     with torch.no_grad():
         condition = model.denoiser.project(model.encode_condition(inputs))[rows]
     torch.testing.assert_close(solve(model, condition, Guidance(3.0), noise, 4), theirs, rtol=1e-4, atol=1e-4)

@@ -3,21 +3,31 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, composed
+from tbac.models.architecture import check_config
+from tests.helpers.configs import ROOT, composed
 
-ROOTS = sorted(f.stem for f in (ROOT / "conf").glob("*.yaml"))
+CONF = ROOT / "conf"
+ROOTS = [
+    f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
+]
+# groups with a test of their own below
+BY_THEMSELVES = ("benchmark", "judge", "dataset", "debug", "experiment", "opening", "study", "sweep", "world")
 OPTIONS = sorted(
-    (f.parent.relative_to(ROOT / "conf").as_posix(), f.stem)
-    for f in (ROOT / "conf").glob("*/*.yaml")
-    if f.parent.name not in ("benchmark", "judge", "dataset", "local", "debug", "experiment", "sweep")
+    (f.parent.name, f.stem) for f in CONF.glob("*/*.yaml") if f.parent.name not in (*BY_THEMSELVES, "local")
 )
-PRESETS = sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml"))
+WORLDS = sorted(f.stem for f in (CONF / "world").glob("*.yaml"))
+STAGES = sorted(f.stem for f in (CONF / "stage").glob("*.yaml"))
+PRESETS = sorted(f.stem for f in (CONF / "experiment").glob("*.yaml"))
 REQUIRED = {
     "answer": ["checkpoint=x", "question=x"],
     "cache_latents": ["path=x", "out=x", "denoiser=x"],
@@ -25,11 +35,10 @@ REQUIRED = {
     "evaluate": ["checkpoint=x", "out=x"],
     "export": ["checkpoint=x", "out=x"],
     "generate": ["checkpoint=x", "out=."],
-    "quantization": ["checkpoint=x"],
+    "study/quantization": ["checkpoint=x"],
     "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
     "sweep": ["name=taps_x_lr"],
     "train": ["run_dir=."],
-    "index_sizes": ["path=x"],
     "verify": ["path=x"],
 }
 
@@ -47,7 +56,7 @@ def test_every_option_composes_and_its_parts_can_be_built(group: str, option: st
     OmegaConf.to_container(config, resolve=True)
     part = config[group]
     if group == "model":
-        instantiate(part, _target_="tbac.models.loading.check_config", random_init=True)
+        check_config(instantiate(part, random_init=True))
     elif group == "callbacks":
         assert len([instantiate(c) for c in part.values()]) == len(part)
     elif "_target_" in part and group not in ("data", "trainer"):
@@ -60,6 +69,67 @@ def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> Non
     assert instantiate(config.trainer, logger=False, callbacks=[]).max_steps == -1
 
 
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "optim" / "schedule").glob("*.yaml")))
+def test_every_schedule_can_be_built(name: str) -> None:
+    config = composed("train", "run_dir=.", f"optim/schedule@schedule={name}")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.stage.lr)
+    assert instantiate(config.schedule)(optimizer, total_steps=config.stage.steps).get_last_lr()
+
+
+def launcher_of(name: str, *overrides: str) -> Any:
+    """The config of what starts the jobs of a sweep."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides), return_hydra_config=True).hydra.launcher
+
+
+def test_a_cluster_chooses_the_launcher_that_reads_it() -> None:
+    launcher = instantiate(launcher_of("train", "machine=slurm"), submitit_folder="x")
+    assert launcher.params["nodes"] == 8
+    assert launcher.params["additional_parameters"]["signal"] == "USR1@180"
+    assert "BasicLauncher" in launcher_of("plan", "machine=slurm")._target_
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_first_comment_of_a_command_s_config_is_the_command(name: str) -> None:
+    text = (CONF / f"{name}.yaml").read_text()
+    script = re.search(r"^# python (\S+\.py)\b", text, re.MULTILINE)
+    assert script, text
+    assert f'config_name="{name}"' in (ROOT / script[1]).read_text()
+
+
+def test_the_readme_knows_every_group() -> None:
+    table = (CONF / "README.md").read_text().split("## Worlds")[0]
+    groups = {f.name for f in CONF.iterdir() if f.is_dir()} - {"study", "hydra", "local"}
+    assert groups <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_no_yaml_is_left_out() -> None:
+    """Whoever adds a folder of configs adds a test of them."""
+    folders = {f.parent.relative_to(CONF).as_posix() for f in CONF.rglob("*.yaml")} - {"local"}
+    by_world = {f"world/{name}" for name in WORLDS}
+    inherited = {"model/base", "ladder/base", "sweep/base"}
+    assert folders == {".", *dict(OPTIONS), *BY_THEMSELVES, *inherited, "optim/schedule", "hydra/launcher", *by_world}
+    for folder in by_world:
+        assert sorted(f.stem for f in (CONF / folder).glob("*.yaml")) == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_has_a_model_and_sources_for_every_stage(world: str, stage: str) -> None:
+    config = composed("train", "run_dir=.", f"world={world}", f"stage={stage}")
+    assert not OmegaConf.missing_keys(config)
+    assert config.stage.name == stage
+    assert config.stage.sources
+    check_config(instantiate(config.model, random_init=True))
+
+
+def test_a_model_that_is_named_wins_over_the_world_s() -> None:
+    config = composed("train", "run_dir=.", "world=real", "model=qwen2_5_vl_7b_sana_1600m")
+    assert config.model.mllm == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert config.stage.image_size == 512
+
+
 def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
     config = composed("train", "run_dir=.", "debug=few_steps", "stage=finetune")
     assert (config.stage.name, config.stage.steps, config.stage.warmup_steps) == ("finetune", 4, 0)
@@ -67,58 +137,61 @@ def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
-    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
     script = re.search(rf"^# python experiments/(\S+)\.py experiment={name}\b", text, re.MULTILINE)
     assert script, "the first comment is the preset's command"
     root = script[1].removesuffix("/run").rsplit("/", 1)[-1]
     config = composed(root, *REQUIRED.get(root, []), f"experiment={name}")
     OmegaConf.to_container(config, resolve=True)
     if root == "demo":
-        config = composed("train", "run_dir=.", "model=shapes", *config.train_overrides)
-    instantiate(config.model, _target_="tbac.models.loading.check_config", random_init=True)
+        config = composed("train", "run_dir=.", "world=shapes", *config.train_overrides)
+    check_config(instantiate(config.model, random_init=True))
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "sweep").glob("*.yaml")))
 def test_every_sweep_composes_and_seeds_the_ladder_too(name: str) -> None:
     config = composed("train", "run_dir=.", f"sweep={name}", "seed=7")
     assert config.model.seed == 7
     assert instantiate(config.optim) is not None
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "benchmark").glob("*.yaml")))
 def test_every_benchmark_composes(name: str, in_world: Path) -> None:
     config = composed("evaluate", "checkpoint=x", f"benchmark={name}")
     if not OmegaConf.is_missing(config.benchmark, "file"):
         assert Path(config.benchmark.file).exists()
+        assert instantiate(config.benchmark).name == name
+    else:
+        inspect.signature(get_object(config.benchmark._target_)).bind(**{k: 0 for k in config.benchmark if k[0] != "_"})
     assert config.benchmark.name == name
     assert instantiate(config.judge) is not None
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "judge").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "judge").glob("*.yaml")))
 def test_every_judge_takes_its_options(name: str) -> None:
     """The options are those of the class; its weights, or its endpoint, aren't here."""
     judge = composed("evaluate", "checkpoint=x", "out=x", f"judge={name}").judge
     inspect.signature(get_object(judge._target_)).bind(**{k: v for k, v in judge.items() if k != "_target_"})
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "dataset").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "dataset").glob("*.yaml")))
 def test_every_dataset_takes_its_options(name: str) -> None:
     dataset = composed("convert", f"dataset={name}", "dataset.path=x", "out=x").dataset
     inspect.signature(get_object(dataset._target_)).bind(**{k: v for k, v in dataset.items() if k != "_target_"})
 
 
 def test_the_released_recipe_is_the_default_of_the_real_model() -> None:
-    config = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m")
+    config = composed("train", "run_dir=.", "world=real")
     stage = config.stage
     assert (stage.steps, stage.batch_size, stage.lr, stage.min_lr) == (150000, 16, 1e-4, 1e-5)
     assert (stage.warmup_steps, stage.weight_decay, stage.clip) == (5000, 0.05, 0.5)
     assert (config.model.num_queries, config.model.image_pixels) == (64, 200704)
-    dropout = composed("train", "run_dir=.", "model=qwen2_5_vl_3b_sana_1600m", "stage=ti2i_pretrain").stage.dropout
+    dropout = composed("train", "run_dir=.", "world=real", "stage=ti2i_pretrain").stage.dropout
     assert [dropout[f"{k}_drop_prob"] for k in ("caption", "image", "both")] == [0.1, 0.1, 0.1]
 
 
 def test_no_yaml_names_a_path_of_one_machine() -> None:
     machine_paths = [f"/{top}/" for top in ("home", "root", "mnt")]
-    for file in (ROOT / "conf").rglob("*.yaml"):
+    for file in CONF.rglob("*.yaml"):
         yaml.safe_load(file.read_text())
         assert not any(path in file.read_text() for path in machine_paths), file

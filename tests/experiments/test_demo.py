@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_applications import ran
+from tests.helpers.commands import ran
 
 WORLD = [
     "sizes.t2i=64", "sizes.edit=64", "sizes.curated=64", "sizes.val=8", "sizes.prompts_per_tag=1", "sizes.questions=8",
@@ -38,7 +38,7 @@ def test_everything_is_built_trained_and_scored(
     for file in ("contact_sheet.png", "dpg/report.html", "tiif/report.md", "model/model.safetensors"):
         assert Path("demo", file).is_file(), file
     config = json.loads(Path("demo/model/config.json").read_text())
-    assert config["denoiser"]["references"]
+    assert config["reference_latents"]
     assert config["spell_words"]
     assert config["ladder"]["prompt_context"]
     assert not Path("elsewhere").exists()

@@ -1,8 +1,6 @@
 """The steps of a benchmark: a tree on any number of processes, scored and reported, and gone on with."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
-from tests.endpoint import Server, completion, serving
-from tests.experiments.test_applications import FEW, ran
-from tests.experiments.test_errors import message
+from tests.helpers.commands import FEW, message, ran
+from tests.helpers.endpoint import Server, completion, serving
+from tests.helpers.processes import start_command
 
+pytestmark = pytest.mark.usefixtures("trained_run")
 COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
 
 
@@ -22,20 +20,15 @@ def tree(out: str) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in Path(out, "geneval").rglob("*") if p.is_file()}
 
 
-@pytest.fixture(autouse=True)
-def _trained(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run", "callbacks.samples.prompts=[]")
-
-
 def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=one")
     report = json.loads(Path("one/report.json").read_text())
     judge, *rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
-    assert judge == {"judge": "tbac.evaluation.detectors.TemplateDetector.from_world"}
+    assert judge == {"judge": "tbac.evaluation.detectors.template.TemplateDetector.from_world"}
     assert report["pictures"] == len(rows) == sum(name.endswith(".png") for name in tree("one"))
     assert not report["missing"]
     assert not report["comparable"]
-    assert "2 each; judge tbac.evaluation.detectors.TemplateDetector" in report["protocol"]
+    assert "2 each; judge tbac.evaluation.detectors.template.TemplateDetector" in report["protocol"]
     assert Image.open("one/worst.png").width > 100
     text = Path("one/report.md").read_text()
     assert "Not comparable with published numbers: 12 prompts instead of 553; 2 samples per prompt instead of 4" in text
@@ -79,7 +72,7 @@ def test_bad_steps_are_named(arguments: list[str], words: str, capfd: pytest.Cap
 def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=one", "steps=[generate]")
     before = tree("one")
-    ran("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.samples.prompts=[]")
+    ran("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.sample_grid.prompts=[]")
     text = message("evaluate", capfd, *COMMON, "checkpoint=other", "out=one")
     assert "was made otherwise (trained " in text
     assert tree("one") == before
@@ -111,14 +104,14 @@ def test_suites_with_questions_are_drawn_by_any_number_of_processes_and_scored(
     assert result("one")["missing"] == [first.removeprefix(f"{benchmark}/")]
 
 
+@pytest.mark.xdist_group("trainings")  # the evaluation is forked as they are
 def test_a_killed_run_goes_on_to_the_same_tree(capfd: pytest.CaptureFixture[str]) -> None:
     ran("evaluate", capfd, *COMMON, "out=whole", "steps=[generate]")
-    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), *COMMON, "out=cut", "steps=[generate]"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [*COMMON, "out=cut", "steps=[generate]"]
+    process = start_command("experiments.evaluate", arguments, Path("output.txt"), {})
     while process.poll() is None and len(list(Path("cut").rglob("*.png"))) < 3:
         time.sleep(0.01)
     process.kill()
-    process.wait()
     assert 3 <= len(tree("cut")) - len(list(Path("cut").rglob("metadata.jsonl"))) < len(tree("whole"))
     ran("evaluate", capfd, *COMMON, "out=cut", "steps=[generate]")
     assert tree("cut") == tree("whole")
@@ -193,7 +186,7 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
 def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
-    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.samples.prompts=[]", "logger=mlflow")
+    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.sample_grid.prompts=[]", "logger=mlflow")
     ran("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
     run_id = Path("logged/mlflow_run_id").read_text().strip()
     client = MlflowClient("sqlite:///mlflow.db")
@@ -213,8 +206,8 @@ def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest
         (["benchmark=folder", "benchmark.file=absent"], "benchmark.file=absent is neither a text file"),
         (["benchmark=imgedit"], "benchmark.file"),
         (["benchmark=dpg", "judge=endpoint", "steps=[score]"], "judge=endpoint needs OPENAI_BASE_URL"),
-        (["judge=local", "judge.mllm=absent", "steps=[score]"], "judge.mllm=absent: no such folder"),
-        (["benchmark.name=other"], "benchmark.name must be one of geneval, dpg, tiif"),
+        (["judge=qwen", "judge.mllm=absent", "steps=[score]"], "judge.mllm=absent: no such folder"),
+        (["benchmark=other"], "Could not find 'benchmark/other'"),
     ],
 )
 def test_bad_benchmarks_are_named(

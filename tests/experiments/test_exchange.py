@@ -1,6 +1,7 @@
 """Import and export as their users run them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
+from experiments.studies.faults.runs import same
 from tbac.models import UniImage
+from tbac.models.saved import read_checkpoint
 from tbac.sampling import UniImagePipeline
-from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import ROOT, noise_image, read_everything
-from tests.experiments.test_applications import FEW, ran, same
-from tests.experiments.test_errors import message, run_app
+from tests.helpers.commands import FEW, message, ran, run_app
+from tests.helpers.configs import ROOT
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import read_everything
 
 pytestmark = pytest.mark.usefixtures("in_world")
 RELEASED = ROOT / "tests" / "released"
@@ -30,7 +33,7 @@ def test_the_released_checkpoint_becomes_a_folder_that_draws_and_answers(capfd: 
     report = json.loads(Path("run/report.json").read_text())
     assert sorted(report["used"] + report["dropped"]) == sorted(load_file(RELEASED / "checkpoint/model.safetensors"))
     config = json.loads(Path("imported/config.json").read_text())
-    assert Path(config["mllm"]["source"]).is_absolute()  # found from everywhere
+    assert Path(config["mllm"]).is_absolute()  # found from everywhere
     assert (config["num_queries"], config["image_pixels"], config["taps"]["layers"]) == (16, 3136, [2, 3, 4, 5, 6, 7])
     pipe = UniImagePipeline.from_pretrained("imported")
     assert pipe("a dog", num_inference_steps=2).images[0].size == (192, 192)
@@ -48,8 +51,10 @@ def test_an_import_is_refused_before_it_overwrites(capfd: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("standalone", [False, True])
 def test_a_checkpoint_s_export_loads_bit_for_bit(
-    in_world: Path, capfd: pytest.CaptureFixture[str], standalone: bool
+    in_world: Path, capfd: pytest.CaptureFixture[str], standalone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world = shutil.copytree(in_world, Path("world").absolute())  # one that can be taken away
+    monkeypatch.setenv("TBAC_SHAPES", str(world))
     ran("train", capfd, *FEW, "hydra.run.dir=run")
     ran("export", capfd, "checkpoint=run", "out=out", f"standalone={standalone}")
     model = UniImage.from_pretrained("out")
@@ -59,26 +64,23 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
     assert same(first, again)
     assert Path("out/mllm/model.safetensors").is_file() == standalone
     if standalone:
-        original = in_world / "backbones" / "mllm" / "model.safetensors"
+        original = world / "backbones" / "mllm" / "model.safetensors"
         assert Path("out/mllm/model.safetensors").read_bytes() == original.read_bytes()
-        in_world.rename(in_world.with_name("away"))
-        try:
-            pipe = UniImagePipeline.from_pretrained("out")
-            assert pipe("a red circle", num_inference_steps=1).images[0].size == (24, 24)
-            assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
-        finally:
-            in_world.with_name("away").rename(in_world)
+        world.rename(world.with_name("away"))
+        pipe = UniImagePipeline.from_pretrained("out")
+        assert pipe("a red circle", num_inference_steps=1).images[0].size == (24, 24)
+        assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
     card = ModelCard.load("out/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("tbac", "any-to-any")
     assert "| stage | t2i_pretrain |" in card.text
     assert "| optimizer steps | 2 |" in card.text
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_training_starts_from_an_exported_folder(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=one")
-    ran("export", capfd, "checkpoint=one", "out=out")
+    ran("export", capfd, "checkpoint=run", "out=out")
     ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=out")
-    first, second = (read_checkpoint(f)["state_dict"] for f in ("one", "two"))
+    first, second = (read_checkpoint(f)["state_dict"] for f in ("run", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -102,8 +104,8 @@ def test_training_from_the_imported_release_needs_its_word_embeddings(capfd: pyt
     assert set(facts["frozen"]) == {"mllm", "autoencoder", "prompt_embeddings"}
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     asked: list[tuple] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: asked.append((name, options)))
     monkeypatch.setattr(
@@ -121,8 +123,8 @@ def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypat
     ]
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_a_hub_that_can_t_be_reached_leaves_the_export_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
     text = message("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
     assert "push_to_hub=owner/name failed (OfflineModeIsEnabled" in text
     assert UniImage.from_pretrained("out").ladder.queries.shape == (9, 96)

@@ -7,17 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.common import plain
+from experiments.budget import Setting, build, largest_batch, memory_of
 from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
-from experiments.plan import Setting, build, largest_batch, memory_of
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
-from tests.conftest import composed
-from tests.experiments.test_applications import ran
-from tests.experiments.test_bench import SMALL
-from tests.experiments.test_errors import message
+from tbac.app import plain
+from tests.helpers.commands import message, ran
+from tests.helpers.configs import composed
+from tests.helpers.small_bench import SMALL
 
-REAL = "model=qwen2_5_vl_3b_sana_1600m"
+REAL = "world=real"
 
 
 @pytest.fixture

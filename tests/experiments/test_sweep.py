@@ -8,11 +8,14 @@ import pytest
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments.sweep import plots
-from experiments.sweep.points import Point, swept
-from experiments.sweep.report import comparison, grouped, spread, suite_table, table
-from tests.conftest import ROOT
-from tests.experiments.test_errors import run_app
+from experiments.sweeps import plots
+from experiments.sweeps.points import Point, read_choices, read_points
+from experiments.sweeps.report import compare_ladder, describe_spread, group_points, tabulate, tabulate_suites
+from experiments.sweeps.score import open_data
+from tbac.app import plain
+from tbac.data.datamodule import ShardDataModule
+from tests.helpers.commands import run_app
+from tests.helpers.configs import ROOT, composed
 
 SWEEPS = sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml"))
 FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]
@@ -30,50 +33,72 @@ def point(taps: str, seed: int, overall: float, loss: float = 0.1, **choices: st
 def test_every_sweep_names_its_command_and_varies_something(name: str) -> None:
     first = (ROOT / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()[1]
     assert f"make sweep SWEEP={name} " in first
-    assert len(swept(name)) > 1
+    assert len(read_choices(name)) > 1
 
 
 def test_an_unknown_sweep_is_named() -> None:
     with pytest.raises(ValueError, match=r"name=nothing isn't a sweep; conf/sweep/ has .*taps_x_lr"):
-        swept("nothing")
+        read_choices("nothing")
 
 
 def test_points_that_differ_in_the_seed_are_one_row_and_the_best_comes_first() -> None:
     points = [point("final", 0, 0.2), point("last_n", 1, 0.6), point("last_n", 0, 0.4), point("final", 1, 0.2)]
-    groups = grouped(points)
+    groups = group_points(points)
     assert {name: [p.seed for p in found] for name, found in groups.items()} == {
         "taps=last_n": [0, 1],
         "taps=final": [0, 1],
     }
     assert list(groups) == ["taps=last_n", "taps=final"]
-    row = table(groups).splitlines()[2]
+    row = tabulate(groups).splitlines()[2]
     assert row == "| taps=last_n | 2 | 0.500 ± 0.141 | 0.1000 ± 0.0000 | 0.25 |"
 
 
 def test_the_ladder_is_compared_with_the_final_state_seed_by_seed() -> None:
     points = [point("final", s, 0.2, 0.2, lr="1") for s in (0, 1, 2)] + [point("last_n", 0, 0.5, 0.1, lr="1")]
     points += [point("last_n", 1, 0.1, 0.4, lr="1"), point("last_n", 2, 0.3, 0.1, lr="2")]
-    text = comparison(points)
+    text = compare_ladder(points)
     assert "0.1000 ± 0.2828; better in 1 of 2 pairs, on average better" in text
     assert "0.0500 ± 0.2121; better in 1 of 2 pairs, on average not better" in text
-    assert comparison([point("uniform", 0, 0.1)]) == ""
+    assert compare_ladder([point("uniform", 0, 0.1)]) == ""
 
 
 def test_further_suites_have_a_table_of_their_own() -> None:
     points = [point("final", s, 0.2) for s in (0, 1)]
-    assert suite_table(grouped(points)) == ""
+    assert tabulate_suites(group_points(points)) == ""
     for number, p in enumerate(points):
         p.scores["suites"] = {"edits: score": 0.5 + number / 10, "dpg: overall": 40.0 + 20 * number}
-    assert suite_table(grouped(points)).splitlines()[2] == "| taps=final | 0.550 ± 0.071 | 50.0 ± 14.1 |"
+    assert tabulate_suites(group_points(points)).splitlines()[2] == "| taps=final | 0.550 ± 0.071 | 50.0 ± 14.1 |"
 
 
 def test_a_single_seed_has_no_spread() -> None:
-    assert spread([0.5]) == "0.500"
+    assert describe_spread([0.5]) == "0.500"
 
 
 def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:
-    assert not plots.curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
+    assert not plots.draw_curves({"a": [{}]}, "val/loss", "loss", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_checkpoint_s_data_are_opened_by_our_own_class_whatever_it_names(in_world: Path) -> None:
+    config = plain(composed("train", "run_dir=.", "world=shapes"))
+    config["data"] |= {"_target_": "pathlib.Path.write_text", "_args_": ["trace", "executed"]}
+    config["data"]["dropout"] |= {"_target_": "os.system", "_args_": ["touch trace"]}
+    assert type(open_data(config)) is ShardDataModule
+    config["data"]["sources"] = [{"_target_": "os.system", "_args_": ["touch trace"]}]
+    with pytest.raises(ValueError, match=r"os\.system"):
+        open_data(config)
+    assert not Path("trace").exists()
+
+
+def test_what_a_run_folder_says_of_its_overrides_is_read_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- taps=${oc.env:SECRET}\n- seed=1\n")
+    (tmp_path / "run" / "report.json").write_text("{}")
+    (found,) = read_points(tmp_path, ["taps", "seed"])
+    assert found.choices == {"taps": "${oc.env:SECRET}", "seed": "1"}
 
 
 @pytest.mark.usefixtures("in_world")
@@ -88,7 +113,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
         "geneval.num_inference_steps=2",
         "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
     ]
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     out = tmp_path / "sweep"
     report = (out / "report.md").read_text()
@@ -111,7 +136,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     checkpoints = {f: f.stat().st_mtime_ns for f in out.glob("*/checkpoints/*.ckpt") if not f.is_symlink()}
     lost = next(out.glob("*taps=last_n*"))
     (lost / "report.json").unlink()  # as if this point had been killed before its end
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
     assert (lost / "report.json").is_file()
@@ -128,8 +153,8 @@ def test_a_sweep_on_a_fresh_clone_begins_with_the_world(
         built.append(cfg.out)
         raise ValueError("enough")
 
-    monkeypatch.setattr("experiments.sweep.run.build", build)
-    status, text = run_app("sweep.run", capfd, "name=layer_selection_mini", "out=sweep")
+    monkeypatch.setattr("data_prep.shapes.parts.build_world", build)
+    status, text = run_app("sweep", capfd, "name=layer_selection_mini", "out=sweep")
     assert status == 1
     assert "enough" in text
     assert built == ["absent"]
@@ -152,7 +177,7 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
         "suites=[edits,tiif]",
         "overrides=[" + ",".join(f"'{o}'" for o in overrides) + "]",
     ]
-    status, text = run_app("sweep.run", capfd, *arguments)
+    status, text = run_app("sweep", capfd, *arguments)
     assert status == 0, text
     report = (tmp_path / "sweep" / "report.md").read_text()
     assert "2 of 12 points are finished, 2 steps of t2i_pretrain and 2 steps of ti2i_pretrain each" in report
@@ -160,6 +185,6 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
     assert "| experiment=references | 0." in report
     found = json.loads((tmp_path / "sweep" / "report.json").read_text())
     assert all("edits: kept" in point["scores"]["suites"] for point in found)
-    status, text = run_app("sweep.run", capfd, *arguments, "suites=[faces]")
+    status, text = run_app("sweep", capfd, *arguments, "suites=[faces]")
     assert status == 1
-    assert "suites=['faces'] must be some of edits, dpg, tiif" in text
+    assert "suites=['faces'] must be some of answers, dpg, edits" in text

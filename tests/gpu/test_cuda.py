@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.common import plain
 from experiments.costs import Case, make_inputs
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
+from tbac.app import plain
 from tbac.models import UniImage
 from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
 from tbac.training.cuda_graphs import StepGraphs
 from tbac.types import Batch
-from tests.conftest import composed, prompt_cases, read_everything
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.configs import composed
+from tests.helpers.pictures import prompt_cases
+from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.worlds import read_everything
 
 pytestmark = pytest.mark.gpu
 
@@ -108,7 +110,7 @@ def test_recorded_predictions_give_the_same_bits(model: UniImage, guidance: Guid
         with torch.no_grad():
             condition = model.denoiser.project(model.encode_condition(model.prompt(rows).to("cuda")))
         expected = solve(model, condition, guidance, noise, 6)
-        assert torch.equal(solve(model, condition, guidance, noise, 6, graphs=graphs), expected)
+        assert torch.equal(solve(graphs, condition, guidance, noise, 6), expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,20 +1,23 @@
 """Queries and connectors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from tbac.models.config import LadderConfig
 from tbac.models.ladder import ConnectorMLP, Ladder
-from tbac.models.taps import TapRule
+from tbac.models.taps import TapRule, explicit, last_n, learned_mix, resolve_taps
 
 HIDDEN, CHANNELS, QUERIES = 16, 24, 5
 
 
 def ladder(rule: TapRule, **options: object) -> Ladder:
     torch.manual_seed(0)
-    return Ladder(rule.resolve(6, 4), QUERIES, HIDDEN, CHANNELS, **options)  # type: ignore[arg-type]
+    config = LadderConfig(**options)  # type: ignore[arg-type]
+    return Ladder(resolve_taps(rule, 6, 4), QUERIES, HIDDEN, CHANNELS, config)
 
 
 def states(built: Ladder) -> torch.Tensor:
@@ -32,7 +35,7 @@ def test_the_shared_mlp_is_the_released_one() -> None:
 
 
 def test_one_context_per_block_in_block_order() -> None:
-    built = ladder(TapRule("explicit", (5, 1, 3, 1)))
+    built = ladder(partial(explicit, layers=(5, 1, 3, 1)))
     taps = states(built)
     contexts = built(taps)
     assert contexts.shape == (4, 3, QUERIES, CHANNELS)
@@ -41,7 +44,7 @@ def test_one_context_per_block_in_block_order() -> None:
 
 
 def test_one_mlp_per_tap() -> None:
-    built = ladder(TapRule("last_n"), connector="per_tap_mlp")
+    built = ladder(last_n, connector="per_tap_mlp")
     taps = states(built)
     contexts = built(taps)
     assert len(built.connector) == 4  # type: ignore[arg-type]
@@ -51,7 +54,7 @@ def test_one_mlp_per_tap() -> None:
 
 
 def test_the_transformer_connector_looks_both_ways() -> None:
-    built = ladder(TapRule("last_n"), connector="transformer", num_heads=4)
+    built = ladder(last_n, connector="transformer", num_heads=4)
     taps = states(built).requires_grad_()
     built(taps)[0, 0, 0].sum().backward()
     reached = taps.grad[0, 0].abs().sum(-1)  # type: ignore[index]
@@ -61,7 +64,7 @@ def test_the_transformer_connector_looks_both_ways() -> None:
 
 
 def test_a_learned_mix_starts_as_the_mean_and_learns() -> None:
-    built = ladder(TapRule("learned_mix", (1, 4, 6)))
+    built = ladder(partial(learned_mix, layers=(1, 4, 6)))
     taps = states(built)
     contexts = built(taps)
     for block in range(4):
@@ -73,13 +76,14 @@ def test_a_learned_mix_starts_as_the_mean_and_learns() -> None:
 
 
 def test_a_mix_that_has_decided_equals_the_explicit_taps() -> None:
-    mixed, explicit = ladder(TapRule("learned_mix", (1, 4, 6))), ladder(TapRule("explicit", (6, 1, 4, 4)))
-    explicit.load_state_dict({k: v for k, v in mixed.state_dict().items() if k != "mix_logits"})
+    mixed = ladder(partial(learned_mix, layers=(1, 4, 6)))
+    listed = ladder(partial(explicit, layers=(6, 1, 4, 4)))
+    listed.load_state_dict({k: v for k, v in mixed.state_dict().items() if k != "mix_logits"})
     with torch.no_grad():
         for block, candidate in enumerate((2, 0, 1, 1)):
             mixed.mix_logits[block, candidate] = 100.0
     taps = torch.randn(3, 2, QUERIES, HIDDEN)
-    torch.testing.assert_close(mixed(taps), explicit(taps))
+    torch.testing.assert_close(mixed(taps), listed(taps))
 
 
 @pytest.mark.parametrize(
@@ -91,4 +95,4 @@ def test_a_mix_that_has_decided_equals_the_explicit_taps() -> None:
 )
 def test_bad_options_are_named(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ladder(TapRule("last_n"), **options)
+        ladder(last_n, **options)

@@ -9,7 +9,8 @@ from torch import Tensor
 from tbac.models import UniImage
 from tbac.models.mllm import pad_vision_mlps
 from tbac.types import Condition
-from tests.conftest import prompt_cases, small_model
+from tests.helpers.pictures import prompt_cases
+from tests.helpers.worlds import small_model
 
 
 def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
 
     The queries follow each prompt's real tokens, and the padding comes last.
     """
-    mllm = model.mllm.whole()
+    mllm = model.mllm.load_full_model()
     ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(queries)
     lengths = mask.sum(1)
     width = ids.shape[1] + count
@@ -88,7 +89,7 @@ def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str
 def test_exact_in_float64(model: UniImage, case: str) -> None:
     texts, images = prompt_cases()[case]
     inputs = model.prompt(texts, images)
-    model.mllm.whole()  # its last layers too
+    model.mllm.load_full_model()  # its last layers too
     mllm = model.mllm.double()
     inputs["pixel_values"] = inputs["pixel_values"].double() if "pixel_values" in inputs else None
     queries = model.ladder.queries.detach().double()
@@ -143,7 +144,7 @@ def test_windows_in_one_batch_give_the_library_s_features(model: UniImage, grids
     channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
     pixels = torch.randn(int(grid.prod(-1).sum()), channels, dtype=torch.float64)
     expected = visual(pixels, grid_thw=grid).pooler_output
-    torch.testing.assert_close(model.mllm.see(pixels, grid), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.mllm.encode_images(pixels, grid), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniImage) -> None:
@@ -222,7 +223,7 @@ def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
 
 def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
     texts, images = prompt_cases()["mixed"]
-    untouched = copy.deepcopy(model.mllm.whole())
+    untouched = copy.deepcopy(model.mllm.load_full_model())
     inputs = model.prompt(texts, images, system="You are a helpful assistant.", ending="", padding_side="left")
     kinds = (inputs["input_ids"] == untouched.config.image_token_id).int()
     expected = untouched.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=5, do_sample=False)

@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tbac.models import UniImage
-from tbac.models.prompt import PromptInputs, spelled
+from tbac.models.prompt import PromptInputs, spell_quoted_words
+from tbac.models.saved import FACTS, SavedModel, read_saved_model
 from tbac.sampling import UniImagePipeline
-from tbac.training.checkpoints import FACTS, describe_model, load_weights
-from tests.conftest import noise_image, small_model
+from tbac.training.checkpoints import describe_model, load_weights
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import small_model
 
 ALL = ("model.reference_latents=true", "model.spell_words=true", "ladder.prompt_context=true")
 TEXTS = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]
@@ -32,7 +34,8 @@ def loss_gradients(model: UniImage, inputs: PromptInputs) -> dict[str, Tensor]:
 
 
 def test_all_are_off_by_default(model: UniImage) -> None:
-    assert not any(model.options().values())
+    config = model.provenance.config
+    assert not any((config.reference_latents, config.spell_words, config.ladder.prompt_context))
     condition = model.encode_condition(model.prompt(TEXTS, [[noise_image(0)], None, None]))
     assert condition.mask is None
     assert condition.reference is None
@@ -104,7 +107,7 @@ def test_the_prompts_states_are_those_of_the_whole_sequence(reading: UniImage, i
     """Against the library's own forward pass of each prompt."""
     condition = reading.encode_condition(reading.prompt(TEXTS, images))
     queries = reading.ladder.queries.shape[0]
-    reading.mllm.whole()  # the library norms the last state of what it has
+    reading.mllm.load_full_model()  # the library norms the last state of what it has
     assert condition.mask is not None
     for row, text in enumerate(TEXTS):
         inputs = reading.prompt([text], None if images is None else [images[row]])
@@ -157,13 +160,13 @@ def test_the_prompt_as_context_needs_the_prompt_code(reading: UniImage, in_world
     ],
 )
 def test_words_are_spelled(text: str, expected: str) -> None:
-    assert spelled(text) == expected
+    assert spell_quoted_words(text) == expected
 
 
 def test_words_are_spelled_for_drawing_alone(in_world: Path) -> None:
     plain, spelling = small_model(in_world), small_model(in_world, "model.spell_words=true")
     text = 'the word "LT"'
-    assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spelled(text)])["input_ids"])
+    assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spell_quoted_words(text)])["input_ids"])
     asked = [m.prompt([text], padding_side="left")["input_ids"] for m in (plain, spelling)]
     assert torch.equal(*asked)
 
@@ -175,19 +178,27 @@ def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "export")
     assert "denoiser.reference_embed.weight" in load_file(tmp_path / "export" / "model.safetensors")
     again = UniImage.from_pretrained(tmp_path / "export")
-    assert all(again.options().values())
+    config = again.provenance.config
+    assert config.reference_latents
+    assert config.spell_words
+    assert config.ladder.prompt_context
     prompts = 'the word "LT"', [[noise_image(1)]]
     options = {"num_inference_steps": 2, "latents": torch.randn(1, 8, 6, 6), "output_type": "latent"}
     made = [UniImagePipeline(m)(prompts[0], image=prompts[1], **options).images for m in (model, again)]
     torch.testing.assert_close(*made)
 
 
+def saved_of(model: UniImage, origin: str) -> SavedModel:
+    """What a training checkpoint of `model` would hold of it."""
+    return read_saved_model({FACTS: describe_model(model), "state_dict": model.trained_state()}, origin)
+
+
 def test_a_model_without_is_tuned_with_them(model: UniImage, in_world: Path, caplog: pytest.LogCaptureFixture) -> None:
-    facts, state = describe_model(model), model.trained_state()
+    state = model.trained_state()
     tuned = small_model(in_world, *ALL)
-    load_weights({FACTS: facts, "state_dict": state}, tuned, "before.ckpt")
+    load_weights(saved_of(model, "before.ckpt"), tuned)
     assert "prompt_context False -> True" in caplog.text
     assert "without references: their embedding starts at zero" in caplog.text
     assert all(torch.equal(tuned.trained_state()[k], v) for k, v in state.items())
     with pytest.raises(ValueError, match=r"unexpected denoiser.reference_embed"):
-        load_weights({FACTS: describe_model(tuned), "state_dict": tuned.trained_state()}, model, "tuned.ckpt")
+        load_weights(saved_of(tuned, "tuned.ckpt"), model)

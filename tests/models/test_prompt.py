@@ -9,7 +9,8 @@ from transformers import Qwen2VLImageProcessorPil
 
 from tbac.models import UniImage
 from tbac.models.prompt import IMAGE_PAD, SYSTEM_PROMPT, PromptProcessor
-from tests.conftest import ROOT, noise_image, prompt_cases
+from tests.helpers.configs import ROOT
+from tests.helpers.pictures import noise_image, prompt_cases
 
 
 def decoded(model: UniImage, *args: object, **options: object) -> list[str]:

@@ -9,7 +9,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hydra.errors import InstantiationException
 
 from tbac.models import UniImage
-from tests.conftest import prompt_cases, small_model
+from tests.helpers.pictures import prompt_cases
+from tests.helpers.worlds import small_model
 
 KINDS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 

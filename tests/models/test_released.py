@@ -13,7 +13,9 @@ from tbac.flow import interpolate, timestep_of, velocity_loss
 from tbac.models import UniImage
 from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.released import TABLE, read_released
-from tests.conftest import ROOT
+from tests.helpers.configs import ROOT
+
+pytestmark = pytest.mark.xdist_group("released")  # the checkpoint is read once
 
 RELEASED = ROOT / "tests" / "released"
 MLLM, DENOISER = str(RELEASED / "base" / "Qwen2.5-VL-tiny"), str(RELEASED / "base" / "Sana-tiny")
@@ -104,7 +106,7 @@ def test_answers_use_the_base_model_s_own_table(released: UniImage) -> None:
 
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(MLLM)
     table = base.get_input_embeddings().weight
-    assert torch.equal(released.mllm.whole().get_input_embeddings().weight, table)
+    assert torch.equal(released.mllm.load_full_model().get_input_embeddings().weight, table)
     assert not torch.equal(released.mllm.prompt_table(), table)
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tests.conftest import composed, noise_image, read_everything, small_model
+from tests.helpers.configs import composed
+from tests.helpers.pictures import noise_image
+from tests.helpers.worlds import read_everything, small_model
 
 
 def same_tensors(first: UniImage, second: UniImage) -> bool:
@@ -101,16 +103,21 @@ def test_the_seed_decides_the_ladder(in_world: Path) -> None:
     assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
 
 
+def build(*overrides: str) -> UniImage:
+    """The model that train.py builds with these overrides."""
+    return UniImage.from_config(instantiate(composed("train", "run_dir=.", *overrides).model))
+
+
 def test_queries_start_from_their_phrases_or_from_noise(in_world: Path) -> None:
-    model = instantiate(composed("train", "run_dir=.").model)
+    model = build()
     embeddings, tokenizer = model.mllm.model.get_input_embeddings(), model.prompt.tokenizer
     for query, phrase in zip(model.ladder.queries, ("top left", "top center", "top right"), strict=False):
         ids = tokenizer(f" {phrase}")["input_ids"]
         torch.testing.assert_close(query, embeddings(torch.tensor(ids)).sum(0))
-    noise = instantiate(composed("train", "run_dir=.", "model.query_phrases=null").model).ladder.queries
+    noise = build("model.query_phrases=null").ladder.queries
     assert noise.std().item() == pytest.approx(0.02, rel=0.2)
     with pytest.raises((ValueError, InstantiationException), match="needs a word"):
-        instantiate(composed("train", "run_dir=.", "model.num_queries=1", "model.query_phrases=[' ']").model)
+        build("model.num_queries=1", "model.query_phrases=[' ']")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.guidance import Guidance
-from tests.conftest import noise_image
+from tests.helpers.pictures import noise_image
 
 
 def latents_of(pipeline: UniImagePipeline, prompt: Any, **options: Any) -> torch.Tensor:
@@ -28,7 +28,7 @@ def pipeline(model: UniImage) -> UniImagePipeline:
 @torch.no_grad()
 def plain_loop(model: UniImage, texts: list[str], images: Any, latents: torch.Tensor, steps: int, combine: Any) -> Any:
     """One branch at a time, with the scheduler of diffusers."""
-    scheduler = DPMSolverMultistepScheduler.from_config(model.provenance.scheduler)
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(steps)
     conditions = [model.encode_condition(model.prompt([t], [i])) for t, i in zip(texts, images, strict=True)]
     for timestep in scheduler.timesteps:
@@ -101,7 +101,7 @@ def test_outside_its_interval_there_is_no_guidance(model: UniImage, pipeline: Un
     whole = latents_of(pipeline, PROMPTS[0], latents=noise, num_inference_steps=6)
     equal = latents_of(pipeline, PROMPTS[0], latents=noise, num_inference_steps=6, guidance_interval=(0, 1))
     assert torch.equal(whole, equal)
-    scheduler = DPMSolverMultistepScheduler.from_config(model.provenance.scheduler)
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(6)
     uncond, full = (model.encode_condition(model.prompt([t])) for t in ("", PROMPTS[0]))
     latents = noise

@@ -14,11 +14,12 @@ import pytest
 
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import read_checkpoint
-from tests.conftest import ROOT
-from tests.training.test_parallel import assert_close
+from tbac.models.saved import read_checkpoint
+from tests.helpers.configs import ROOT
+from tests.helpers.training import assert_close
 
 pytestmark = [
+    pytest.mark.xdist_group("slurm"),
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing()) or os.getuid() != 0, reason=f"needs root and {', '.join(missing())}"),
@@ -27,7 +28,7 @@ STEPS = 12
 # a few batches of the smallest size; the time limit doesn't matter
 RUN = [
     "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps", f"stage.steps={STEPS}", "stage.val_every=6",
-    "callbacks=audit", "callbacks.samples.prompts=[]",
+    "callbacks=audit", "callbacks.sample_grid.prompts=[]",
 ]  # fmt: skip
 MACHINE = [o for o in OVERRIDES if not o.startswith("machine=")]
 
@@ -137,17 +138,37 @@ def test_a_job_near_its_time_limit_goes_back_into_the_queue(whole: Path, in_worl
 
 def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: Path) -> None:
     machine = ["machine=slurm_2x8", *MACHINE]
-    points = ["hydra/launcher=slurm", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "stage.steps=2"]
+    points = ["taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "stage.steps=2"]
     done = subprocess.run(
         [sys.executable, "experiments/train.py", "-m", *RUN, *machine, "logger=csv", *points],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = list(tmp_path.glob("*/checkpoints/ti2i_pretrain-step=2.ckpt"))
-    taps = {tuple(read_checkpoint(file)["tbac"]["taps"]["layers"]) for file in found}
+    taps = {tuple(read_checkpoint(file)["tbac"]["config"]["model"]["taps"]["layers"]) for file in found}
     assert taps == {(2, 3, 4, 5), (6,)}
     jobs = {re.sub(r"_\d+_(log|result).*", "", f.name) for f in tmp_path.glob(".submitit/*/*_result.pkl")}
     assert len(jobs) == 2
+
+
+def test_a_point_of_a_sweep_near_its_time_limit_goes_back_into_the_queue(
+    whole: Path, in_world: Path, tmp_path: Path
+) -> None:
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
+    folder = tmp_path / "point"
+    options = [*RUN, "machine=slurm_2x8", *MACHINE, "logger=csv", slow, f"hydra.sweep.dir={tmp_path}"]
+    sweep = subprocess.Popen(
+        [sys.executable, "experiments/train.py", "-m", *options, "hydra.sweep.subdir=point"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: lines(folder) >= 3)
+    job = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    until(lambda: state(job) == "PENDING")
+    release_hold(job)
+    text, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, text
+    assert same(last(folder)["state_dict"], last(whole)["state_dict"])
 
 
 def _keys(folder: Path, rank: int) -> list[list[str]]:

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tbac.models import UniImage
-from tbac.training.callbacks.averaging import WeightAverage
-from tbac.training.checkpoints import FACTS, load_weights, newest_checkpoint, read_checkpoint
-from tests.conftest import small_model
-from tests.training.test_module import data_of, module_of, trainer_of
+from tbac.models.saved import FACTS, read_checkpoint, read_saved_model
+from tbac.training.callbacks.ema import EMA
+from tbac.training.checkpoints import load_weights, newest_checkpoint
+from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.worlds import small_model
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_checkpoint_is_slim_and_names_the_frozen_parts(saved: Path, model: Uni
 
 def test_weights_come_back_bit_for_bit(saved: Path, model: UniImage, in_world: Path) -> None:
     other = small_model(in_world, "model.seed=9")
-    load_weights(read_checkpoint(saved), other, "x")
+    load_weights(read_saved_model(read_checkpoint(saved), "x"), other)
     state = model.trained_state()
     assert all(torch.equal(v, state[k]) for k, v in other.trained_state().items())
     assert newest_checkpoint(saved.parent.parent, "t2i_pretrain") == saved
@@ -53,7 +54,7 @@ def _break(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
     elif what == "misshapen":
         state["ladder.queries"] = state["ladder.queries"][:3]
     elif what == "taps":
-        checkpoint[FACTS]["taps"]["layers"] = [1, 2, 3, 4]
+        checkpoint[FACTS]["config"]["model"]["taps"]["layers"] = [1, 2, 3, 4]
     else:
         checkpoint[FACTS]["frozen"][what] = "0" * 64
     return checkpoint
@@ -73,7 +74,7 @@ def _break(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
 def test_a_mismatch_is_refused_by_name_and_changes_nothing(saved: Path, model: UniImage, what: str, words: str) -> None:
     before = {k: v.clone() for k, v in model.trained_state().items()}
     with pytest.raises(ValueError, match=words):
-        load_weights(_break(read_checkpoint(saved), what), model, "x.ckpt")
+        load_weights(read_saved_model(_break(read_checkpoint(saved), what), "x.ckpt"), model)
     assert all(torch.equal(v, before[k]) for k, v in model.trained_state().items())
 
 
@@ -101,7 +102,7 @@ def test_a_half_written_checkpoint_is_named(saved: Path) -> None:
 def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: Path) -> None:
     start = {k: v.clone() for k, v in model.trained_state().items()}
     module = module_of(model)
-    ema = WeightAverage(decay=0.5)
+    ema = EMA(decay=0.5)
     path = tmp_path / "checkpoints"
     trainer = trainer_of(2)
     trainer = type(trainer)(

@@ -4,61 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from tbac.models import UniImage
-from tbac.training.checkpoints import describe_model
-from tbac.training.module import LadderTuningModule, noise_of
-from tbac.training.optimizers import adamw, warmup_cosine
-from tbac.training.stages import FlowOptions, Stage
-from tests.conftest import composed, read_everything
-
-
-def stage_named(name: str = "t2i_pretrain", **options: Any) -> Stage:
-    defaults: dict[str, Any] = {
-        "optimizer": lambda groups: adamw(groups, lr=1e-2),
-        "scheduler": lambda optimizer, total_steps: warmup_cosine(optimizer, total_steps, 1, 1e-3),
-        "weight_decay": 0.05,
-        "steps": 4,
-    }
-    return Stage(name, **(defaults | options))
-
-
-def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
-    return LadderTuningModule(model, stage_named(**options), facts=describe_model(model))
-
-
-def trainer_of(steps: int, **options: Any) -> Any:
-    import lightning as L
-
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **(quiet | options))
-
-
-def data_of(model: UniImage, *overrides: str) -> Any:
-    data = instantiate(composed("train", "run_dir=.", "stage.batch_size=4", "stage.val_samples=8", *overrides).data)
-    data.bind(model.prompt)
-    return data
-
-
-def losses_of(model: UniImage, data: Any, steps: int = 6) -> list[float]:
-    """The loss of each step of a training on bound data."""
-    module, found = module_of(model, steps=steps), []
-    inner = module.training_step
-
-    def step(batch: Any, batch_idx: int) -> Any:
-        loss = inner(batch, batch_idx)
-        found.append(loss.item())
-        return loss
-
-    module.training_step = step  # type: ignore[method-assign]
-    trainer_of(steps).fit(module, datamodule=data)
-    return found
+from tbac.training.randomness import noise_of
+from tbac.training.stages import FlowOptions
+from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.worlds import read_everything
 
 
 def test_no_bit_of_the_frozen_parts_changes_and_all_others_train(model: UniImage) -> None:
@@ -138,7 +89,7 @@ def test_validation_repeats_exactly_and_whatever_the_batch_size(model: UniImage)
 
 
 def test_two_runs_of_one_seed_are_equal(in_world: Any) -> None:
-    from tests.conftest import small_model
+    from tests.helpers.worlds import small_model
 
     states = []
     for _ in range(2):

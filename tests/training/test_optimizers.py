@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from tbac.models import UniImage
 from tbac.training.optimizers import adamw, adamw8bit, parameter_groups, warmup_cosine
@@ -85,6 +86,22 @@ def test_warm_up_then_cosine_to_the_floor() -> None:
     assert rates[middle] == pytest.approx(1e-5 + 9e-5 * 0.5 * (1 + math.cos(math.pi * 0.5)))
     assert rates[100:] == pytest.approx([1e-5] * 30)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_the_schedule_is_that_of_transformers_from_the_peak_to_the_end() -> None:
+    factories = (warmup_cosine, get_cosine_with_min_lr_schedule_with_warmup)
+    names = ({"total_steps": 60, "warmup_steps": 7}, {"num_training_steps": 60, "num_warmup_steps": 7})
+    found = []
+    for factory, lengths in zip(factories, names, strict=True):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+        scheduler = factory(optimizer, **lengths, min_lr=2e-5)
+        rates = []
+        for _ in range(61):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        found.append(rates[7:])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,36 +3,49 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tbac.training.checkpoints import read_checkpoint
+from tbac.models.saved import read_checkpoint
 from tbac.training.strategies import make_strategy
-from tests.data.test_buckets import write
+from tests.helpers.processes import start_command, variables_of_ranks
+from tests.helpers.shards import write_mixed_sizes
+from tests.helpers.training import BASE, STEPS, TRAIN, assert_close
+
+pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
 
 SLOW = pytest.mark.slow
 GLOBAL_BATCH = 8
-STEPS = 6
-BASE = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
-    f"stage.steps={STEPS}", "stage.val_every=4", "stage.ema_decay=0.5", "callbacks=audit",
-    "machine.accelerator=cpu", "~callbacks.progress", "stage.dropout.caption_drop_prob=0.3",
-]  # fmt: skip
-PARTS = ("state_dict", "current_model_state")
 
 
-def train(world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1) -> None:
-    sizes = [
+def train(
+    world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1, launcher: str = "outside"
+) -> None:
+    """Train in some processes that share the global batch.
+
+    `launcher` says who starts them: "lightning", from the first one, or "outside", as torchrun and srun do.
+    """
+    arguments = [
+        *BASE,
         f"machine.devices={processes}",
         f"stage.batch_size={GLOBAL_BATCH // processes // accumulate}",
         f"stage.accumulate={accumulate}",
+        f"hydra.run.dir={folder}",
+        *overrides,
     ]
-    environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*BASE, *sizes, f"hydra.run.dir={folder}", *overrides], env=environment, check=True, timeout=300)
+    variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if launcher == "lightning":
+        subprocess.run([*TRAIN, *arguments], env=os.environ | variables, check=True, timeout=300)
+        return
+    ranks = variables_of_ranks(processes) if processes > 1 else [{}]
+    commands = [
+        start_command("experiments.train", arguments, folder / f"output_{number}.txt", variables | rank)
+        for number, rank in enumerate(ranks)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.text
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -56,20 +69,6 @@ def saved(folder: Path, step: int = STEPS) -> dict[str, Any]:
     return read_checkpoint(folder / "checkpoints" / f"ti2i_pretrain-step={step}.ckpt")
 
 
-def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for part in PARTS:
-        assert one[part].keys() == other[part].keys()
-        for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=1e-3, atol=2e-4)
-    assert one["tbac"]["optimized"] == other["tbac"]["optimized"]
-    states = [c["optimizer_states"][0]["state"] for c in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    for index, values in states[0].items():
-        assert values.keys() == states[1][index].keys()
-        assert values["step"] == states[1][index]["step"]
-        assert values["exp_avg"].shape == states[1][index]["exp_avg"].shape
-
-
 @pytest.fixture(scope="module")
 def alone(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with the same global batch."""
@@ -85,7 +84,8 @@ def alone(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_have_the_losses_of_one(
     strategy: str, accumulate: int, alone: Path, world_folder: Path, tmp_path: Path
 ) -> None:
-    train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate)
+    launcher = "lightning" if (strategy, accumulate) == ("ddp", 1) else "outside"
+    train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate, launcher=launcher)
     assert keys(tmp_path) == keys(alone)
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=2e-5)
     assert_close(saved(alone), saved(tmp_path))
@@ -108,7 +108,7 @@ def test_going_on_with_another_number_of_processes(
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=SLOW)])
 def test_batches_of_several_shapes_keep_no_process_waiting(strategy: str, world_folder: Path, tmp_path: Path) -> None:
     """Two processes have batches of different buckets in a step, one has the same ones after each other."""
-    write("raw", 26)
+    write_mixed_sizes("raw", 26)
     sources = f"[{{path: {Path('raw').absolute()}, split: train}}]"
     buckets = ["data.buckets=[[24,24],[16,32],[32,16]]", f"stage.sources={sources}", f"stage.val_sources={sources}"]
     more = ["stage.val_samples=26", "data.val_batch_size=4", *buckets]
@@ -141,11 +141,11 @@ def test_stages_that_train_different_parts_agree_too(world_folder: Path, tmp_pat
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_per_point(world_folder: Path, tmp_path: Path) -> None:
     pair = ["-m", "taps=last_n,final", f"hydra.sweep.dir={tmp_path}", "machine.strategy=ddp"]
-    command = [*BASE[:3], *pair[:1], *BASE[3:], *pair[1:], "machine.devices=2", "stage.steps=2"]
+    command = [*TRAIN, *pair[:1], *BASE, *pair[1:], "machine.devices=2", "stage.steps=2"]
     environment = os.environ | {"TBAC_SHAPES": str(world_folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
     points = {f.parents[1].name: read_checkpoint(f) for f in tmp_path.glob("*/checkpoints/*-step=2.ckpt")}
-    assert {tuple(c["tbac"]["taps"]["layers"]) for c in points.values()} == {(2, 3, 4, 5), (6,)}
+    assert {tuple(c["tbac"]["config"]["model"]["taps"]["layers"]) for c in points.values()} == {(2, 3, 4, 5), (6,)}
     for name in points:
         assert {f.name for f in (tmp_path / name / "sample_log").iterdir()} == {"rank_0.jsonl", "rank_1.jsonl"}
 

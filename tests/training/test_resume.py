@@ -1,9 +1,6 @@
 """Going on after a kill equals never having stopped, bit for bit; files of the final name are always whole."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,43 +8,34 @@ import pytest
 import torch
 
 from experiments.studies.faults.runs import same
-from tbac.training.checkpoints import newest_whole, read_checkpoint
-from tbac.training.writing import AtomicCheckpointIO
+from tbac.models.saved import read_checkpoint
+from tbac.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
+from tbac.training.checkpoints import newest_whole
+from tests.helpers.training import start_training
 
-RUN = [
-    sys.executable, "-m", "experiments.train", "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
-    "stage.steps=16", "stage.val_every=3", "stage.ema_decay=0.5",
-    "callbacks.samples.prompts=[]", "machine.num_workers=1",
-]  # fmt: skip
+pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
 
 
-def start(world: Path, folder: Path) -> subprocess.Popen:
-    environment = os.environ | {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*RUN, f"hydra.run.dir={folder}"], env=environment, start_new_session=True)
-
-
-def test_a_killed_run_goes_on_exactly(in_world: Path, tmp_path: Path) -> None:
-    assert start(in_world, tmp_path / "whole").wait() == 0
-    killed = start(in_world, tmp_path / "killed")
+def test_a_killed_run_goes_on_exactly(in_world: Path, whole_run: Path, tmp_path: Path) -> None:
+    killed = start_training(in_world, tmp_path / "killed")
     while not list((tmp_path / "killed" / "checkpoints").glob("*-step=[69].ckpt")):
         time.sleep(0.05)
         assert killed.poll() is None
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert newest_whole(tmp_path / "killed") is not None
-    assert start(in_world, tmp_path / "killed").wait() == 0
+    assert start_training(in_world, tmp_path / "killed").wait() == 0
     whole, again = (
-        read_checkpoint(tmp_path / f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in ("whole", "killed")
+        read_checkpoint(f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in (whole_run, tmp_path / "killed")
     )
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule"):
         assert same(whole[part], again[part]), part
-    guards = [next(v for k, v in c["callbacks"].items() if "GradNorm" in k) for c in (whole, again)]
+    guards = [next(v for k, v in c["callbacks"].items() if "Guard" in k) for c in (whole, again)]
     assert same(*guards)
 
 
 def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "checkpoints"
-    writer = AtomicCheckpointIO(background=False)
+    writer = AtomicCheckpointIO()
     for step in (1, 2, 3):
         writer.save_checkpoint({"tbac": {}, "state_dict": {"a": torch.ones(1000)}}, folder / f"s-step={step}.ckpt")
         os.utime(folder / f"s-step={step}.ckpt", (step, step))
@@ -62,9 +50,10 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pyte
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_loses_nothing_whole(tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, path = AtomicCheckpointIO(background), tmp_path / "a.ckpt"
+    writer, path = BackgroundCheckpointIO() if background else AtomicCheckpointIO(), tmp_path / "a.ckpt"
+    atomic = writer.writer if isinstance(writer, BackgroundCheckpointIO) else writer
     writer.save_checkpoint({"a": torch.ones(3)}, path)
-    writer.wait()
+    writer.teardown()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -72,18 +61,18 @@ def test_a_full_disk_loses_nothing_whole(tmp_path: Path, background: bool, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         writer.save_checkpoint({"a": torch.zeros(3)}, path)
-        writer.wait()
-    assert "No space left" in str(writer.failed)
+        writer.teardown()
+    assert "No space left" in str(atomic.failed)
     assert torch.equal(torch.load(path)["a"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.ckpt"]
     writer.save_checkpoint({"a": torch.zeros(3)}, path)
     writer.teardown()
-    assert writer.failed is None
+    assert atomic.failed is None
     assert torch.equal(torch.load(path)["a"], torch.zeros(3))
 
 
 def test_what_is_written_is_of_the_moment_of_the_call(tmp_path: Path) -> None:
-    writer, weights = AtomicCheckpointIO(), torch.ones(1_000_000)
+    writer, weights = BackgroundCheckpointIO(), torch.ones(1_000_000)
     writer.save_checkpoint({"a": weights}, tmp_path / "a.ckpt")
     weights.zero_()
     writer.teardown()

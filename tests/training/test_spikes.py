@@ -72,5 +72,5 @@ def test_the_state_goes_on(make) -> None:
     [({"warmup": 500}, "warmup"), ({"deviations": 0}, "deviations"), ({"min_ratio": 0.5}, "min_ratio")],
 )
 def test_impossible_settings_are_refused(options: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=f"guard.rule.{words}"):
+    with pytest.raises(ValueError, match=f"guard.{words}"):
         RobustRule(**options)

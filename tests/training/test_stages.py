@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from experiments.studies.faults.runs import same
+from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.stage_transition import StageTransition
-from tbac.training.checkpoints import read_checkpoint
 from tbac.training.stages import TRAINABLE, Stage
-from tests.experiments.test_applications import ran
-from tests.experiments.test_errors import run_app
-from tests.training.test_module import stage_named
+from tests.helpers.commands import ran, run_app
+from tests.helpers.training import stage_named
 
 pytestmark = pytest.mark.usefixtures("in_world")
 STAGES = ("t2i_pretrain", "ti2i_pretrain", "finetune")
-COMMON = ["model=shapes", "debug=few_steps", "stage.steps=3", "stage.ema_decay=0.5", "callbacks.samples.prompts=[]"]
+COMMON = ["world=shapes", "debug=few_steps", "stage.steps=3", "stage.ema_decay=0.5", "callbacks.sample_grid.prompts=[]"]
 OWN = {
     "t2i_pretrain": ["stage.trainable=[queries,connector]"],
     "ti2i_pretrain": ["stage.keep_optimizer=true", "stage.lr=1e-2", "stage.accumulate=2"],
@@ -36,7 +35,7 @@ def last(folder: str, stage: str) -> dict[str, Any]:
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     for part in PARTS:
         assert same(one[part], other[part]), part
-    guards = [next(v for k, v in c["callbacks"].items() if "GradNorm" in k) for c in (one, other)]
+    guards = [next(v for k, v in c["callbacks"].items() if "Guard" in k) for c in (one, other)]
     assert same(*guards)
 
 
@@ -127,7 +126,7 @@ def test_the_shorter_of_steps_and_samples_is_the_length_of_the_schedule() -> Non
 
 def test_every_parameter_belongs_to_one_trainable_part(model: Any) -> None:
     from tbac.training.stages import trainable_part
-    from tests.training.test_module import module_of
+    from tests.helpers.training import module_of
 
     parts = {trainable_part(name) for name, _ in module_of(model).named_parameters()}
     assert parts == set(TRAINABLE)

@@ -8,9 +8,9 @@ import mlflow
 import pytest
 
 from tbac.models import UniImage
-from tbac.training.callbacks.throughput import ThroughputMonitor
+from tbac.training.callbacks.throughput import Throughput
 from tbac.training.tracking import parent_run, tag_name
-from tests.training.test_module import data_of, module_of, trainer_of
+from tests.helpers.training import data_of, module_of, trainer_of
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
         f"{{path: {world}/data/{name}, split: train, weight: {w}}}" for name, w in (("t2i", 3), ("edit", 1))
     )
     data = data_of(model, "stage=ti2i_pretrain", f"stage.sources=[{sources}]")
-    trainer = trainer_of(8, callbacks=[ThroughputMonitor(every=4)])
+    trainer = trainer_of(8, callbacks=[Throughput(every=4)])
     trainer.fit(module_of(model, steps=8), datamodule=data)
     logged = {k.removeprefix("data/drawn/"): v.item() for k, v in trainer.logged_metrics.items() if "drawn" in k}
     assert logged == data.drawn

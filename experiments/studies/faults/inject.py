@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 
 from tbac.distributed import local_part, rank
+from tbac.training.callbacks import Callback
 
 
-class Fault(L.Callback):
+class Fault(Callback):
     """A fault on one process, or on all, at some batches.
 
     Args:
@@ -103,7 +103,7 @@ class LeftOut(Fault):
             pl_module.reject_step()
 
 
-class Spread(L.Callback):
+class Spread(Callback):
     """Asserts that all processes hold the same weights at the end."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -137,7 +137,7 @@ class Deleted(Fault):
                 file.rename(f"{file}.deleted")
 
 
-class Slow(L.Callback):
+class Slow(Callback):
     """Every batch takes so much longer.
 
     Args:

@@ -23,10 +23,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.common import CONF, user_errors
-from experiments.speed.measure import markdown
+from experiments.reports import markdown
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import Run, same_end
+from tbac.app import CONF, user_errors
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]
@@ -34,10 +34,10 @@ STAGE = "ti2i_pretrain"
 STEPS = 24
 BATCH = 4
 BASE = [
-    f"stage={STAGE}", "stage.previous=null", "model=shapes", "logger=csv", "callbacks=audit", "~callbacks.progress",
-    "callbacks.samples.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
+    f"stage={STAGE}", "stage.previous=null", "world=shapes", "logger=csv", "callbacks=audit", "~callbacks.progress",
+    "callbacks.sample_grid.prompts=[]", f"stage.batch_size={BATCH}", f"stage.steps={STEPS}", "stage.warmup_steps=2",
     "stage.val_every=6", "stage.val_samples=8", "stage.noise_samples_per_prompt=1", "machine.accelerator=cpu",
-    "callbacks.guard.rule.warmup=6", "callbacks.guard.rule.window=16", "callbacks.guard.then=skip",
+    "guard.warmup=6", "guard.window=16", "callbacks.guard.then=skip",
 ]  # fmt: skip
 PAIR = ["machine.devices=2", "machine.strategy=ddp", f"stage.batch_size={BATCH // 2}"]
 
@@ -326,7 +326,7 @@ def study(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
         yield name, row
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="faults")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/faults")
 @user_errors
 def main(cfg: DictConfig) -> None:
     unknown = set(cfg.rows) - set(ROWS)

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tbac.training.checkpoints import newest_whole
-
 PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule")
 
 
@@ -23,6 +19,8 @@ class Run:
 
     def end(self) -> dict[str, Any]:
         """What its newest whole checkpoint holds."""
+        from tbac.training.checkpoints import newest_whole  # lightning, which --help doesn't need
+
         found = newest_whole(self.folder)
         assert found is not None, f"{self.folder} has no checkpoint"
         return found[1]
@@ -62,6 +60,8 @@ class Run:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two states agree in every bit."""
+    import torch
+
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):

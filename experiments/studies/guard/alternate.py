@@ -3,34 +3,33 @@
 import time
 from typing import Any
 
-import lightning as L
-
-from tbac.training.callbacks.grad_norm import GradNormMonitor
+from tbac.training.callbacks.guard import Guard
 
 WARM_UP = 40  # steps that aren't counted
 
 
-class Alternate(L.Callback):
-    """Takes the guard away for every other batch, and times both kinds."""
+class AlternatingGuard(Guard):
+    """A guard that sleeps through every other batch; times both kinds."""
 
     times: tuple[list[float], list[float]] = ([], [])  # without and with the guard, seconds
-
-    def __init__(self) -> None:
-        self._guard: Any = None
-        self._started = 0.0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._guard = next(c for c in trainer.callbacks if isinstance(c, GradNormMonitor))
+    _awake = False
+    _started = 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        guarded = bool(batch_idx % 2)
-        trainer.callbacks = [c for c in trainer.callbacks if c is not self._guard]
-        if guarded:
-            trainer.callbacks.append(self._guard)
-            self._guard.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        pl_module.measure_taps = guarded
+        self._awake = pl_module.measure_taps = bool(batch_idx % 2)
         self._started = time.perf_counter()
+        if self._awake:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if self._awake:
+            super().on_before_backward(trainer, pl_module, loss)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._awake:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if batch_idx >= WARM_UP:
             self.times[batch_idx % 2].append(time.perf_counter() - self._started)

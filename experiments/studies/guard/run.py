@@ -17,10 +17,9 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.common import CONF, keep_freed_memory, user_errors
-from experiments.speed.measure import markdown
-from experiments.studies.guard.alternate import Alternate
-from experiments.train import stage_configs, train
+from experiments.reports import markdown
+from experiments.stage_configs import stage_configs
+from tbac.app import CONF, keep_freed_memory, user_errors
 
 log = logging.getLogger(__name__)
 STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
@@ -28,23 +27,33 @@ STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
 
 def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Median time of a step with and without the guard."""
+    from experiments.studies.guard.alternate import AlternatingGuard  # lightning, which --help doesn't need
+    from experiments.training_run import train
+
     chosen = [
-        "stage=t2i_pretrain", "model=shapes", "logger=csv", "callbacks.samples.prompts=[]", f"run_dir={folder}",
+        "stage=t2i_pretrain", "world=shapes", "logger=csv", "callbacks.sample_grid.prompts=[]", f"run_dir={folder}",
         f"stage.steps={cfg.steps}", "stage.val_every=100000", "stage.val_samples=8", "~callbacks.progress",
-        "+callbacks.alternate._target_=experiments.studies.guard.alternate.Alternate", *cfg.overrides,
+        "callbacks.guard._target_=experiments.studies.guard.alternate.AlternatingGuard", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    for times in Alternate.times:
+    for times in AlternatingGuard.times:
         times.clear()
     train([compose("train", chosen)], folder)
-    without, with_guard = map(median, Alternate.times)
-    return {"without": without, "with": with_guard, "ratio": with_guard / without, "steps": len(Alternate.times[0])}
+    without, with_guard = map(median, AlternatingGuard.times)
+    return {
+        "without": without,
+        "with": with_guard,
+        "ratio": with_guard / without,
+        "steps": len(AlternatingGuard.times[0]),
+    }
 
 
 def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """Steps taken and rejected by the three stages."""
+    from experiments.training_run import train
+
     chosen = [
-        f"stages={STAGES}", "model=shapes", "logger=csv", "callbacks=audit", "callbacks.samples.prompts=[]",
+        f"stages={STAGES}", "world=shapes", "logger=csv", "callbacks=audit", "callbacks.sample_grid.prompts=[]",
         f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)
@@ -54,7 +63,7 @@ def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     return {"taken": len(lines) - rejected, "rejected": rejected}
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="guard")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/guard")
 @user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()

@@ -4,84 +4,32 @@ python experiments/studies/quantization/run.py checkpoint=outputs/demo/model
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
 
-from experiments.common import CONF, open_model, user_errors
-from experiments.evaluate import evaluate
-from experiments.speed.measure import MIB, markdown
-from tbac.evaluation.benchmarks import read_geneval
-from tbac.models import UniImage
-
-log = logging.getLogger(__name__)
-OPTIONS: dict[str, tuple[str, str | None]] = {
-    "float32": ("float32", None),
-    "bfloat16": ("bfloat16", None),
-    "int8": ("float32", "int8"),
-    "nf4": ("float32", "nf4"),
-}
+from experiments.reports import markdown
+from tbac.app import CONF, user_errors
 
 
-@torch.no_grad()
-def taps_of(model: UniImage, prompts: list[str]) -> Tensor:
-    """(tap, prompt, query, hidden) in float32."""
-    inputs, plan = model.prompt(prompts), model.ladder.plan
-    prefix = model.mllm.prefix(inputs, plan.deepest)
-    return model.mllm.read_queries(model.ladder.queries, prefix, plan.layers).float()
-
-
-def layer_bytes(model: UniImage) -> int:
-    """Bytes of the MLLM's decoder layers, quantisation constants included."""
-    total = 0
-    for module in model.mllm.body.language_model.layers.modules():
-        total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        total += state.absmax.numel() * state.absmax.element_size() if state is not None else 0
-        scales = getattr(getattr(module, "weight", None), "SCB", None)
-        total += scales.numel() * scales.element_size() if scales is not None else 0
-    return total
-
-
-def study(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One row per option."""
-    prompts = [row["prompt"] for row in read_geneval(cfg.geneval.file)]
-    detector, rows, plain = instantiate(cfg.judge), [], None
-    for name, (dtype, quantization) in OPTIONS.items():
-        pipeline = open_model(cfg.checkpoint, cfg.device, dtype, quantization)
-        held = layer_bytes(pipeline.model)
-        taps = taps_of(pipeline.model, prompts)
-        plain = taps if plain is None else plain
-        scores = evaluate(pipeline, detector, cfg.geneval)
-        answers = evaluate(pipeline, detector, cfg.answers)
-        rows.append(
-            {
-                "MLLM layers": name,
-                "MiB": round(held / MIB, 2),
-                "cosine of taps": torch.nn.functional.cosine_similarity(taps, plain, dim=-1).mean().item(),
-                "GenEval rules": scores["overall"],
-                "answers": answers["accuracy"],
-            }
-        )
-        log.info("%s", rows[-1])
-    return rows
-
-
-@hydra.main(version_base="1.3", config_path=CONF, config_name="quantization")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="study/quantization")
 @user_errors
 def main(cfg: DictConfig) -> None:
-    rows = study(cfg)
+    from experiments.studies.quantization.measure import (
+        measure_all,  # torch and diffusers, only when the config is right
+    )
+
+    rows = measure_all(cfg)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     digits = {"MiB": 2, "cosine of taps": 4}
-    cells = [[f"{v:.{digits.get(k, 3)}f}" if isinstance(v, float) else v for k, v in row.items()] for row in rows]
-    table = markdown(list(rows[0]), cells)
+
+    def write_cell(column: str, value: Any) -> Any:
+        return f"{value:.{digits.get(column, 3)}f}" if isinstance(value, float) else value
+
+    table = markdown(list(rows[0]), [list(map(write_cell, row.keys(), row.values())) for row in rows])
     (out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     (out / "report.md").write_text(table + "\n")
     print(table)

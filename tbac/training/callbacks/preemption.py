@@ -6,33 +6,31 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import callbacks
 
 from tbac.distributed import max_over_ranks
-from tbac.training.callbacks.checkpointing import Checkpointing, validation_follows
+from tbac.training.callbacks.checkpoint import Checkpoint, validation_follows
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
 
 
-class Preemption(Checkpoint):
+class Preemption(callbacks.Checkpoint):
     """Writes a checkpoint after the step in hand and ends the run when a signal came to any of its processes.
 
     The same command goes on from there. A second signal of the same kind has its usual effect. Where a validation
-    follows the step, the run ends when it is over. Must come after `Checkpointing` in the list of callbacks.
+    follows the step, the run ends when it is over. Must come after `Checkpoint` in the list of callbacks.
 
     Args:
         stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
         requeue: names of signals that also put the SLURM job back into its queue, such as the one that
             `sbatch --signal` sends before the time limit. SIGTERM does so too when it comes because another job takes
             this one's place, but not when the job is cancelled.
-        hand_on: names of signals for which another handler may be there already, such as that of submitit, which puts
-            its jobs back into the queue itself; it is called once the checkpoint is written.
 
     Raises:
         ValueError: for a name that isn't a signal's.
@@ -42,26 +40,27 @@ class Preemption(Checkpoint):
         self,
         stop: Sequence[str] = ("SIGTERM", "SIGINT"),
         requeue: Sequence[str] = ("SIGUSR1",),
-        hand_on: Sequence[str] = ("SIGUSR2",),
     ) -> None:
-        for name in [*stop, *requeue, *hand_on]:
+        for name in [*stop, *requeue]:
             if name not in signal.Signals.__members__:
                 raise ValueError(f"callbacks.preemption: {name!r} isn't the name of a signal, such as SIGTERM")
         self.stop = [signal.Signals[name] for name in stop]
         self.requeue = [signal.Signals[name] for name in requeue]
-        self.hand_on = [signal.Signals[name] for name in hand_on]
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._received: signal.Signals | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_signals()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also in the validation before a stage's first step."""
+        self._take_signals()
+
+    def _take_signals(self) -> None:
         """Take the place of Lightning's handlers, which would save in the middle of a step."""
+        if self._received is not None:  # a second one has its usual effect
+            return
         if threading.current_thread() is threading.main_thread():  # no other one may
-            number: int
-            for number in self.hand_on:
-                handler = signal.getsignal(number)
-                if callable(handler) and handler != self._note:
-                    self._handlers[number] = handler
-            for number in [*self.stop, *self.requeue, *self._handlers]:
+            for number in [*self.stop, *self.requeue]:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -85,7 +84,7 @@ class Preemption(Checkpoint):
         if not received:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpointing):
+            if isinstance(callback, Checkpoint):
                 callback.save(trainer, pl_module)
                 callback.finish(trainer)
         if not trainer.is_global_zero:  # the first process's status is the run's; a launcher ends the run at another's
@@ -98,8 +97,6 @@ class Preemption(Checkpoint):
         )
         if received in self.requeue or (received == signal.SIGTERM and slurm_job_runs_on()):
             requeue_slurm_job()
-        if received in self._handlers:
-            self._handlers[received](received, None)
         raise SystemExit(128 + received if received in self.stop else 0)
 
 

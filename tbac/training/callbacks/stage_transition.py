@@ -1,30 +1,37 @@
-"""Stages in sequence within one process, each as a job of its own would run it."""
+"""Stages in sequence within one process, each as a job of its own would run it.
+
+A stage is a `fit` of its own: the model, the data and the processes stay; trainer, optimizer, schedule and callbacks
+are new ones. That is why a stage in a sequence equals a job of its own to the bit. The other way that was tried, an
+epoch of Lightning's for each stage within one fit, reached the same bits only by changing Lightning's private state:
+its optimizers, its wrapper of the model, its callbacks and its counters.
+"""
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy
 
 from tbac.data.datamodule import StagedDataModule
 from tbac.distributed import gather_objects
 from tbac.training.module import LadderTuningModule
-from tbac.training.optimizers import load_named_state, named_state
+from tbac.training.optimizers import named_state
 from tbac.training.stages import Stage
+from tbac.training.tracking import RunLogger
 from tbac.types import Batch
 
 log = logging.getLogger(__name__)
+MakeTrainer = Callable[[int, Sequence[L.Callback]], L.Trainer]
 
 
 class StageTransition(L.Callback):
-    """Decides when to validate and when a stage is over, and begins the next one.
+    """Decides when to validate and when a stage is over, and goes over to the next one.
 
-    A stage is one epoch of Lightning's. At its end its callbacks end as at the end of a job, which leaves the weight
-    average in the model; then data, loss, what trains, optimizer, schedule and callbacks are those of the next stage.
-    Decisions follow from numbers that all processes share: steps taken, samples drawn, the mean validation loss.
+    At the end of a stage its callbacks end as at the end of a job, which leaves the weight average in the model; then
+    data, loss, what trains, optimizer, schedule and callbacks are those of the next stage. Decisions follow from
+    numbers that all processes share: steps taken, samples drawn, the mean validation loss.
 
     Args:
         stages: in their order.
@@ -32,6 +39,7 @@ class StageTransition(L.Callback):
         history: reports of the stages before.
         optimizer_state: by parameter name, for a first stage that keeps the optimizer's state.
         origin: what this process starts or goes on from.
+        checkpoint: what the first stage goes on from, with its weights in the model already; None begins the stage.
 
     Raises:
         ValueError: in `setup`, when processes have found different checkpoints to begin with.
@@ -44,10 +52,11 @@ class StageTransition(L.Callback):
         history: Sequence[Mapping[str, Any]] = (),
         optimizer_state: Mapping[str, dict[str, Any]] | None = None,
         origin: str | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
-        self.origin = origin
         self.stages, self.current = list(stages), current
         self.history = [dict(report) for report in history]
+        self.origin, self.checkpoint = origin, checkpoint
         self._optimizer_state = optimizer_state
         self._forget()
 
@@ -66,24 +75,70 @@ class StageTransition(L.Callback):
         losses = {"val_loss_first": self.first, "val_loss_last": self.last}
         return [*self.history, {"name": self.stage.name, "steps": module.steps, **losses}]
 
+    def fit(self, make_trainer: MakeTrainer, module: LadderTuningModule, data: StagedDataModule) -> None:
+        """Run all stages that are left.
+
+        Args:
+            make_trainer: index of a stage, callbacks -> a new trainer for that stage.
+            module: is trained.
+            data: of all stages.
+        """
+        while True:
+            trainer = make_trainer(self.current, [*self.stage.callbacks, self])
+            # A stage that goes on has had its first validation.
+            if self.checkpoint is None:
+                losses = trainer.validate(module, datamodule=data, verbose=False)
+                self.first = losses[0].get("val/loss") if losses else None
+            trainer.fit(module, datamodule=data)
+            # Something else than the stage's own end, such as the trainer's `max_steps`, ends the run.
+            if not self._over(trainer, module) or self.current + 1 == len(self.stages):
+                return
+            # What the next stage takes over: the steps of the run so far, and this stage's report.
+            module.first_step += trainer.global_step
+            self.history = self.reports(module)
+            self._forget()
+            self.current += 1
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        """Let module and data enter the current stage, before its optimizer is made."""
         origins = gather_objects(self.origin)
         if len(set(origins)) > 1:
             found = ", ".join(f"rank {rank}: {origin}" for rank, origin in enumerate(origins))
             raise ValueError(f"processes would begin from different checkpoints ({found}); give resume= or init=")
-        self._prepare(trainer, pl_module)
-
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Everything of the current stage that is set before its optimizer is made."""
         assert isinstance(pl_module, LadderTuningModule)
         data = self._data(trainer)
         data.current = self.current
-        trainer.gradient_clip_val = self.stage.clip
-        trainer.accumulate_grad_batches = self.stage.accumulate
-        samples = data.active.batch_size * trainer.world_size * self.stage.accumulate
-        pl_module.enter(self.stage, self.stage.total_steps(samples))
+        samples_per_step = data.active.batch_size * trainer.world_size * self.stage.accumulate
+        pl_module.enter(self.stage, self.stage.total_steps(samples_per_step))
+        if self.checkpoint is not None:
+            self._go_on(trainer, pl_module, self.checkpoint)
+            self.checkpoint = None
+        elif self.stage.keep_optimizer:
+            pl_module.inherited_optimizer_state = self._optimizer_state
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.first_step = pl_module.first_step
+
+    def _go_on(self, trainer: L.Trainer, pl_module: LadderTuningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Take everything up where a checkpoint has left it.
+
+        Lightning's `ckpt_path` would also restore where its loops were: it then counts batches, and with them the
+        ones of an optimizer step, from before, although the number of processes may be another now.
+        """
+        pl_module.go_on(checkpoint)
+        self._data(trainer).load_state_dict(checkpoint[StagedDataModule.__qualname__])
+        # Gradient scaling of 16-bit training, where there is any.
+        precision = trainer.precision_plugin
+        precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            callback.on_load_checkpoint(trainer, pl_module, dict(checkpoint))
+        states = dict(checkpoint["callbacks"])
+        for callback in callbacks:
+            if callback.state_key in states:
+                callback.load_state_dict(deepcopy(states.pop(callback.state_key)))
+        if states:
+            log.warning("%s holds the state of callbacks that this run hasn't: %s", self.origin, ", ".join(states))
 
     @staticmethod
     def _data(trainer: L.Trainer) -> StagedDataModule:
@@ -96,28 +151,10 @@ class StageTransition(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
+        self._optimizer_state = None  # the optimizer has it
+        log.info("stage %s from step %d", self.stage.name, pl_module.steps)
         if self._over(trainer, pl_module):  # the checkpoint was the last one
             trainer.should_stop = True
-        elif self._optimizer_state and not pl_module.steps and self.stage.keep_optimizer:
-            load_named_state(trainer.optimizers[0], pl_module, self._optimizer_state)
-        self._optimizer_state = None
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate before the first step."""
-        assert isinstance(pl_module, LadderTuningModule)
-        log.info("stage %s from step %d", self.stage.name, pl_module.steps)
-        if self.first is None and not pl_module.steps:
-            self._validate(trainer)
-
-    @staticmethod
-    def _validate(trainer: L.Trainer) -> None:
-        """Run the validation loop now, as Lightning's training loop does between two batches."""
-        connector = trainer._logger_connector
-        kept = connector._first_loop_iter
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = kept
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -126,7 +163,7 @@ class StageTransition(L.Callback):
         due = pl_module.stepped and pl_module.steps % self.stage.val_every == 0
         trainer.val_check_batch = batch_idx + 1 if due else math.inf
         if pl_module.attempted and self._over(trainer, pl_module):
-            trainer.should_stop = True  # Lightning validates and ends the epoch
+            trainer.should_stop = True  # Lightning validates and ends the fit
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
@@ -134,9 +171,6 @@ class StageTransition(L.Callback):
         if trainer.state.fn != "fit" or loss is None:
             return
         self.last = float(loss)
-        if not pl_module.steps:
-            self.first = self.last
-            return
         if self.last < self.best - self.stage.min_delta:
             self.best, self.stale = self.last, 0
         else:
@@ -144,45 +178,11 @@ class StageTransition(L.Callback):
         if self._over(trainer, pl_module):
             trainer.should_stop = True
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the next stage, unless something else ends the run."""
-        assert isinstance(pl_module, LadderTuningModule)
-        if not self._over(trainer, pl_module) or self.current + 1 == len(self.stages):
-            return
-        self.history = self.reports(pl_module)
-        state = named_state(trainer.optimizers[0], pl_module)
-        self._end_callbacks(trainer, pl_module)
-        self._forget()
-        self.current += 1
-        self._prepare(trainer, pl_module)
-        if isinstance(trainer.strategy, DDPStrategy):  # what is synchronised is settled when the model is wrapped
-            trainer.strategy.model = pl_module
-            trainer.strategy.configure_ddp()
-        trainer.strategy.setup_optimizers(trainer)
-        if self.stage.keep_optimizer:
-            load_named_state(trainer.optimizers[0], pl_module, state)
-        self._begin_callbacks(trainer, pl_module)
-        trainer.should_stop = False
-
-    def _end_callbacks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        own = [c for c in trainer.callbacks if c in self.stage.callbacks]  # type: ignore[attr-defined]
-        for callback in own:
-            callback.on_train_end(trainer, pl_module)
-        for callback in own:
-            callback.on_fit_end(trainer, pl_module)
-            callback.teardown(trainer, pl_module, "fit")
-
-    def _begin_callbacks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before = self.stages[self.current - 1].callbacks
-        others = [c for c in trainer.callbacks if c not in before]  # type: ignore[attr-defined]
-        ordered = sorted([*self.stage.callbacks, *others], key=lambda c: isinstance(c, Checkpoint))
-        trainer.callbacks = ordered  # type: ignore[attr-defined]
-        for callback in self.stage.callbacks:
-            callback.setup(trainer, pl_module, "fit")
-        for callback in self.stage.callbacks:
-            callback.on_fit_start(trainer, pl_module)
-        for callback in self.stage.callbacks:
-            callback.on_train_start(trainer, pl_module)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the optimizer's state for a next stage that begins with it."""
+        following = self.stages[self.current + 1 : self.current + 2]
+        if following and following[0].keep_optimizer:
+            self._optimizer_state = named_state(trainer.optimizers[0], pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         names = ("first", "last", "best", "stale", "history")

@@ -8,7 +8,7 @@ import lightning as L
 from tbac.types import Batch
 
 
-class ThroughputMonitor(L.Callback):
+class Throughput(L.Callback):
     """Logs `train/samples_per_second` over all processes, and `data/drawn/<source>`, the samples taken of each source.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from torch import distributed
 
-from tbac.distributed import rank, world_size
+from tbac.distributed import gather_objects, rank, world_size
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Watchdog(L.Callback):
         self.stuck_seconds, self.gone_seconds, self.beat_seconds = 60 * stuck_minutes, gone_seconds, beat_seconds
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._store: distributed.TCPStore | None = None  # rank 0 serves it, to those that end later too
         self._progress = 0
         self._module: LadderTuningModule | None = None
         self._where = "start"
@@ -51,11 +52,10 @@ class Watchdog(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, LadderTuningModule)
         self._module = pl_module
-        if stage == "fit" and world_size() > 1 and self._thread is None:
-            default: Any = distributed.distributed_c10d._get_default_store()
-            store = distributed.PrefixStore("watchdog", default.clone())  # a connection of its own
+        if world_size() > 1 and self._thread is None:
+            self._store = open_store()
             self._done.clear()
-            self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(self._store,), name="watchdog", daemon=True)
             self._thread.start()
 
     def _moved(self, where: str) -> None:
@@ -161,6 +161,17 @@ class Watchdog(L.Callback):
     def _end(self, message: str) -> None:
         print(f"error: rank {rank()} stops the job: {message}. Start it again to go on.", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def open_store() -> distributed.TCPStore:
+    """A store of strings that all processes share and threads may use; all processes must call this."""
+    address, port = os.environ["MASTER_ADDR"], 0  # any port that is free
+    store = None
+    if rank() == 0:
+        store = distributed.TCPStore(address, port, is_master=True, wait_for_workers=False)
+        port = store.port
+    port = gather_objects(port)[0]
+    return store or distributed.TCPStore(address, port, is_master=False)
 
 
 def _lost_connection(exception: BaseException) -> bool:

@@ -1,0 +1,47 @@
+"""Pictures of one's own: a folder with captions beside them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.datasets.fields import build_text_to_image
+from data_prep.datasets.rows import cut_into_units
+from data_prep.shards.conversion import Record, Rejected
+from tbac.data.decoding import IMAGE_EXTENSIONS
+from tbac.data.shards import DataError
+
+
+class ImageFolder:
+    """A folder, at any depth, of images with a `.txt` of the same name beside each.
+
+    Args:
+        path: the folder.
+        name: of the dataset.
+
+    Raises:
+        DataError: when there is no image.
+    """
+
+    expected = None
+
+    def __init__(self, path: str, name: str = "folder") -> None:
+        self.root, self.name = Path(path).expanduser(), name
+        found = (p for p in self.root.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
+        self.files = sorted(p.relative_to(self.root).as_posix() for p in found)
+        if not self.files:
+            raise DataError(f"dataset.path={path} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+
+    def units(self) -> Sequence[str]:
+        """Slices of the sorted files."""
+        return cut_into_units(len(self.files))
+
+    def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
+        """Samples in the order of the paths."""
+        start, stop = map(int, unit.split(":"))
+        for name in self.files[start:stop]:
+            path = self.root / name
+            text = path.with_suffix(".txt")
+            if not text.is_file():
+                yield Rejected(name, "no caption")
+                continue
+            record = build_text_to_image(name.rsplit(".", 1)[0], "", path.read_bytes(), name)
+            yield Record(record.key, {**record.fields, "txt": text.read_bytes()})

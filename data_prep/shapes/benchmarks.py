@@ -1,0 +1,124 @@
+"""The shapes world's own prompts in the formats of two benchmarks: dense ones as DPG-Bench's, pairs as TIIF-Bench's.
+
+Their questions are those that `tbac.evaluation.judges.detector.DetectorJudge` answers, so that a closed world is scored
+by the code that scores the real benchmarks.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+from data_prep.shapes.language import long_caption, noun, plural, relation, short_caption, word_caption
+from data_prep.shapes.scene import (
+    BACKGROUNDS,
+    COLORS,
+    COMPOSED,
+    GLYPHS,
+    STACKED,
+    Item,
+    Scene,
+    crowded_scene,
+    word_scene,
+)
+
+Asked = tuple[str, str, tuple[int, ...]]  # category, question, numbers of the questions that it depends on
+DPG_COLUMNS = (
+    "item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple",
+    "question_natural_language",
+)  # fmt: skip
+PAIR_TYPES = ("shape+color", "2d_spatial_relation", "numeracy", "color+2d", "text")
+
+
+def dense_questions(scene: Scene) -> list[Asked]:
+    """Questions about every object, its colour, neighbours' relations, numbers, and the background; numbered from 1."""
+    asked: list[Asked] = []
+    entity: dict[Item, int] = {}
+    for item in scene.items:
+        asked.append(("entity - whole", f"is there a {item.shape} at the {item.place}?", ()))
+        entity[item] = len(asked)
+        asked.append(("attribute - color", f"is there a {noun(item)} at the {item.place}?", (entity[item],)))
+    for first, second in pairwise(scene.items):
+        if noun(first) != noun(second):
+            text = f"is a {noun(first)} {relation(first, second)[0]} a {noun(second)}?"
+            asked.append(("relation - spatial", text, (entity[first] + 1, entity[second] + 1)))
+    for shape, count in Counter(i.shape for i in scene.items).items():
+        parents = tuple(entity[i] for i in scene.items if i.shape == shape)
+        asked.append(("other - count", f"is the number of {plural(shape)} {count}?", parents))
+    asked.append(("global - background", f"is the background {scene.background}?", ()))
+    return asked
+
+
+def write_dense(rng: Random, count: int, folder: Path) -> None:
+    """`prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for held-out scenes of five and six objects."""
+    prompts = folder / "prompts"
+    prompts.mkdir(parents=True)
+    with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(DPG_COLUMNS)
+        for index, scene in enumerate(_held_out(count, iter(lambda: crowded_scene(rng), None))):
+            stem, text = f"dense_{index:03d}", long_caption(scene)
+            (prompts / f"{stem}.txt").write_text(f"{text}\n")
+            for number, (category, question, parents) in enumerate(dense_questions(scene), start=1):
+                dependency = ",".join(map(str, parents)) or "0"
+                kind = category.split(" - ")[0]
+                table.writerow([stem, text, "", number, dependency, kind, category, f"{category} (…)", question])
+
+
+def _held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
+    """The first scenes that are held out, each once."""
+    seen: set[Scene] = set()
+    for scene in scenes:
+        if scene.held_out and scene not in seen:
+            seen.add(scene)
+            yield scene
+        if len(seen) == count:
+            return
+
+
+def pair_scene(rng: Random, kind: str) -> Scene:
+    """A scene that a short caption of this type determines."""
+    if kind == "text":
+        return word_scene(rng)
+    background = rng.choice(list(BACKGROUNDS))
+    if kind == "numeracy":
+        shape, color, cells = rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), COMPOSED[rng.randint(2, 4)]
+        return Scene(background, tuple(Item(shape, color, *cell) for cell in cells))
+    cells = COMPOSED[2] if kind == "shape+color" or rng.random() < 0.5 else STACKED
+    shapes, colors = rng.sample(list(GLYPHS), 2), rng.sample(list(COLORS), 2)
+    return Scene(background, tuple(Item(s, c, *cell) for s, c, cell in zip(shapes, colors, cells, strict=True)))
+
+
+def pair(rng: Random, kind: str, scene: Scene) -> tuple[str, list[str]]:
+    """The short description of a scene, and the questions that both descriptions answer with yes."""
+    items = scene.items
+    if kind == "text":
+        color = items[0].color
+        return word_caption(scene), [f'does it say "{scene.letters}"?', f'does it say "{scene.letters}" in {color}?']
+    if kind == "numeracy":
+        text = f"is the number of {items[0].color} {plural(items[0].shape)} {len(items)}?"
+        return next(c for c in iter(lambda: short_caption(rng, scene), None) if items[0].color in c), [text]
+    nouns = [noun(item, kind != "2d_spatial_relation") for item in items]
+    there = [f"is there a {name}?" for name in nouns]
+    if kind == "shape+color":
+        return f"a {nouns[0]} and a {nouns[1]}", there
+    where = relation(*items)[0]
+    return f"a {nouns[0]} {where} a {nouns[1]}", [*there, f"is a {nouns[0]} {where} a {nouns[1]}?"]
+
+
+def write_pairs(rng: Random, count: int, folder: Path) -> None:
+    """`prompts/<type>.jsonl` and `questions/<type>.jsonl`, as TIIF-Bench has them: short and long of one scene."""
+    for part in ("prompts", "questions"):
+        (folder / part).mkdir(parents=True)
+    for kind in PAIR_TYPES:
+        prompts, questions = [], []
+        for scene in _held_out(count, iter(lambda kind=kind: pair_scene(rng, kind), None)):  # type: ignore[misc]
+            short, asked = pair(rng, kind, scene)
+            described = {"type": kind, "short_description": short, "long_description": long_caption(scene)}
+            prompts.append(described)
+            questions.append(described | {"yn_question_list": asked, "yn_answer_list": ["yes"] * len(asked)})
+        for part, rows in (("prompts", prompts), ("questions", questions)):
+            (folder / part / f"{kind}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

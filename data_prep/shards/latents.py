@@ -1,0 +1,214 @@
+"""Cached latents: what an autoencoder makes of target images, written into copies of the shards."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from data_prep.shards.resumable import Result, ResumableWork
+from data_prep.shards.writer import ShardWriter
+from tbac.data.buckets import Buckets, read_sizes
+from tbac.data.decoding import IMAGE_EXTENSIONS, CorruptSampleError, check_reducing_gap, decode_sample
+from tbac.data.shards import DataError, read_manifest
+from tbac.data.tars import NOWHERE, TarIndex, TarReader
+from tbac.data.transforms import crop_to
+from tbac.models.autoencoder import FrozenAutoencoder
+
+log = logging.getLogger(__name__)
+NAME = "latents"  # of this work, in manifests
+
+
+@dataclass(frozen=True)
+class CachingOptions:
+    """How latents are cached. Targets are cropped and resized as the training to come does it.
+
+    Args:
+        image_size: pixels a side, `stage.image_size` of that training.
+        buckets: its `data.buckets`.
+        reducing_gap: its `data.reducing_gap`.
+        dtype: that latents are stored in.
+        keep_images: False leaves the target images out.
+        batch_size: images encoded at a time.
+        device: where the autoencoder runs.
+
+    Raises:
+        ValueError: for numbers that can't be used.
+    """
+
+    image_size: int
+    buckets: Buckets | None = None
+    reducing_gap: float | None = 2.0
+    dtype: torch.dtype = torch.float32
+    keep_images: bool = True
+    batch_size: int = 16
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.batch_size < 1:
+            raise ValueError(f"image_size={self.image_size} and batch_size={self.batch_size} must be at least 1 each")
+        check_reducing_gap(self.reducing_gap, "reducing_gap")
+
+    def check_sides(self, compression: int) -> None:
+        """Raise ValueError for targets that an autoencoder of this compression can't encode."""
+        sizes = self.buckets.sizes if self.buckets else [(self.image_size, self.image_size)]
+        if any(height % compression or width % compression for height, width in sizes):
+            name = "buckets" if self.buckets else f"image_size={self.image_size}"
+            raise ValueError(f"{name}: sides must be a multiple of {compression}, which the autoencoder needs")
+
+    def to_recipe(self) -> dict[str, Any]:
+        """What decides the bytes of the copies, in built-in types."""
+        return {
+            "image_size": self.image_size,
+            "buckets": self.buckets.listed() if self.buckets else None,
+            "reducing_gap": self.reducing_gap,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "keep_images": self.keep_images,
+        }
+
+    def list_target_sizes(self, tar: Path, index: TarIndex) -> list[tuple[int, int]]:
+        """(height, width) that training crops the target of each sample to."""
+        if self.buckets is None:
+            return [(self.image_size, self.image_size)] * len(index.samples)
+        nearest = self.buckets.nearest(read_sizes(tar, use_latents=False, index=index))
+        return [self.buckets.sizes[bucket] for bucket in nearest]
+
+
+def cache_latents(
+    source: Path,
+    out: Path,
+    autoencoder: FrozenAutoencoder,
+    digest: str,
+    options: CachingOptions,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Copy shards with the latents of their targets; goes on tar by tar where it stopped.
+
+    Samples that can't be decoded are left out and counted.
+
+    Args:
+        source: folder of shards.
+        out: folder of the copies, with the same names.
+        autoencoder: encodes.
+        digest: sha256 of the autoencoder, for the manifest.
+        options: how.
+        share: rank of this process, and number of all processes that share the tars.
+
+    Raises:
+        DataError: when there is no tar, or the copies were made otherwise.
+    """
+    tars = {tar.name: tar for tar in sorted(source.glob("*.tar"))}
+    if not tars:
+        raise DataError(f"path={source} holds no *.tar")
+    manifest = read_manifest(source) or {"shards": {}}
+    # Shards are told apart by the digests of their manifest, or by their sizes where it has none.
+    known = {name: manifest["shards"].get(name, {}).get("sha256", tar.stat().st_size) for name, tar in tars.items()}
+    work = ResumableWork(out, NAME, {"source": known, "autoencoder_digest": digest, **options.to_recipe()})
+    if work.read_finished() is not None:
+        return
+    rank, world_size = share
+    own = dict(list(tars.items())[rank::world_size])
+    work.make_parts(own, partial(cache_tar, out, autoencoder, options))
+    results = work.read_results(tars)
+    if results is None:
+        return  # whichever process is the last one writes the manifest
+    facts = {
+        **manifest,
+        "autoencoder_digest": digest,
+        "image_size": options.image_size,
+        "buckets": options.buckets.listed() if options.buckets else None,
+        "left_out": sum(result["left_out"] for result in results),
+    }
+    work.finish({name: result["shard"] for name, result in zip(tars, results, strict=True)}, facts, {})
+    if facts["left_out"]:
+        log.warning("%d samples couldn't be decoded and were left out", facts["left_out"])
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A sample whose target waits to be encoded.
+
+    Attributes:
+        key: of the sample.
+        fields: of its copy, without the latents.
+        latent_field: where the latents go.
+        pixels: of the target (3, height, width), uint8.
+    """
+
+    key: str
+    fields: Mapping[str, bytes]
+    latent_field: str
+    pixels: Tensor
+
+
+def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions, name: str, tar: Path) -> Result:
+    """Copy one tar with the latents of its targets.
+
+    Args:
+        out: folder of the copy.
+        autoencoder: encodes.
+        options: how.
+        name: of the copy.
+        tar: the original.
+
+    Returns:
+        `shard`, its entry of the manifest, and `left_out`, how many samples couldn't be decoded.
+    """
+    writer, reader = ShardWriter(out / name), TarReader()
+    index = reader.index(tar)
+    sizes = options.list_target_sizes(tar, index)
+    left_out = 0
+    waiting: list[_Waiting] = []
+    for number, (key, members) in enumerate(index.samples):
+        try:
+            if NOWHERE in members.values():
+                raise CorruptSampleError("a field that it has twice")
+            waiting.append(_read_target(reader.read(tar, number), sizes[number], options))
+        except CorruptSampleError as error:
+            log.warning("left out %s of %s: %s", key, tar, str(error).splitlines()[0])
+            left_out += 1
+        if len(waiting) == options.batch_size:
+            _write_encoded(writer, waiting, autoencoder, options)
+            waiting.clear()
+    _write_encoded(writer, waiting, autoencoder, options)
+    reader.close()
+    return {"shard": writer.close(), "left_out": left_out}
+
+
+def _read_target(raw: Mapping[str, Any], size: tuple[int, int], options: CachingOptions) -> _Waiting:
+    sample = decode_sample(raw, False, size, options.reducing_gap)
+    assert sample.target is not None, "a sample decoded without latents has a target image"
+    fields = {
+        name: data
+        for name, data in raw.items()
+        if not name.startswith("__")
+        and not name.endswith("latent.safetensors")
+        and (options.keep_images or not _is_target_image(name))
+    }
+    latent_field = "target.latent.safetensors" if sample.sources else "latent.safetensors"
+    return _Waiting(sample.key, fields, latent_field, crop_to(sample.target, size).permute(2, 0, 1))
+
+
+@torch.no_grad()
+def _write_encoded(
+    writer: ShardWriter, waiting: list[_Waiting], autoencoder: FrozenAutoencoder, options: CachingOptions
+) -> None:
+    """Encode targets, those of one shape together, and write their samples in order."""
+    latents: dict[int, Tensor] = {}
+    for shape in {sample.pixels.shape for sample in waiting}:
+        alike = [i for i, sample in enumerate(waiting) if sample.pixels.shape == shape]
+        pixels = torch.stack([waiting[i].pixels for i in alike]).to(options.device)
+        encoded = autoencoder.encode(pixels).to("cpu", options.dtype)
+        latents |= dict(zip(alike, encoded, strict=True))
+    for i, sample in enumerate(waiting):
+        packed = save_safetensors({"latents": latents[i].contiguous().clone()})
+        writer.add(sample.key, {**sample.fields, sample.latent_field: packed})
+
+
+def _is_target_image(field: str) -> bool:
+    return field.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS and not field.startswith("source")

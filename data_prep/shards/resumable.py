@@ -1,0 +1,139 @@
+"""Shards that are made part by part: work that was killed at any moment goes on where it stopped.
+
+A hidden folder beside the shards holds how they are made (`recipe.json`), and for each part that is done a file with
+what came of it. A part that was finished is never done again; one that was cut off is done from its beginning. At the
+end the manifest is written and the hidden folder removed.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
+from tbac.files import write_whole
+
+log = logging.getLogger(__name__)
+Result = dict[str, Any]  # what came of a part; built-in types
+MakePart = Callable[[str, Any], Result]  # name of a part, what it is made from -> result
+_in_worker: dict[str, Any] = {}  # of a process that makes parts: the work, and what makes a part
+
+
+class ResumableWork:
+    """Work on a folder of shards.
+
+    Args:
+        out: folder of the shards.
+        name: of the work: the field of the manifest that keeps the recipe; with a dot before it, the hidden folder.
+        recipe: how the shards are made; built-in types.
+    """
+
+    def __init__(self, out: Path, name: str, recipe: Mapping[str, Any]) -> None:
+        self.out, self.name, self.recipe = out, name, dict(recipe)
+        self.folder = out / f".{name}"
+
+    def read_finished(self) -> dict[str, Any] | None:
+        """The manifest when all is done, or None.
+
+        Raises:
+            DataError: when the folder holds shards that were made otherwise.
+        """
+        manifest = None if self.folder.is_dir() else read_manifest(self.out)
+        if manifest is None:
+            return None
+        if manifest.get(self.name, {}).get("recipe") != self.recipe:
+            raise DataError(f"{self.out} holds shards that were made otherwise; give another folder with out=")
+        log.info("%s is there already", self.out)
+        return manifest
+
+    def make_parts(self, parts: Mapping[str, Any], make: MakePart, processes: int = 1) -> None:
+        """Make the parts that aren't done yet.
+
+        Args:
+            parts: name of a part -> what it is made from.
+            make: makes a part; with several processes it has to be one that can be pickled.
+            processes: parts made at a time.
+
+        Raises:
+            DataError: when the folder holds the beginning of other work, or other shards.
+        """
+        self._begin()
+        left = {name: item for name, item in parts.items() if not self._result_file(name).is_file()}
+        log.info("%s: %d of %d parts are left", self.name, len(left), len(parts))
+        with tqdm(total=len(parts), initial=len(parts) - len(left), unit="part", desc=self.name) as bar:
+            for _ in self._make_each(left, make, processes):
+                bar.update()
+
+    def _begin(self) -> None:
+        """Make the hidden folder, or check that it belongs to the same work."""
+        file = self.folder / "recipe.json"
+        if file.is_file():
+            if json.loads(file.read_text()) != self.recipe:
+                hint = f"give another folder with out=, or remove {self.folder}"
+                raise DataError(f"{self.out} holds the beginning of other work; {hint}")
+            return
+        if strange := sorted(tar.name for tar in self.out.glob("*.tar")):
+            raise DataError(
+                f"{self.out} holds other shards already, such as {strange[0]}; give another folder with out="
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(self.recipe).encode())
+
+    def _make_each(self, parts: Mapping[str, Any], make: MakePart, processes: int) -> Iterator[None]:
+        if processes < 2:
+            for name, item in parts.items():
+                yield self.make_part(name, item, make)
+            return
+        # Each process gets the work once, so what it opens or reads for one part is there for its next one.
+        start = partial(_start_worker, self, make)
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start) as pool:
+            waiting = [pool.submit(_make_in_worker, name, item) for name, item in parts.items()]
+            for done in as_completed(waiting):
+                yield done.result()
+
+    def make_part(self, name: str, item: Any, make: MakePart) -> None:
+        """Make one part, and note that it is done."""
+        result = make(name, item)
+        write_whole(self._result_file(name), json.dumps(result).encode())  # from now on the part is done
+
+    def _result_file(self, part: str) -> Path:
+        return self.folder / f"{part}.json"
+
+    def read_results(self, parts: Mapping[str, Any]) -> list[Result] | None:
+        """What came of all parts; None while another process is at some of them, or has just finished everything."""
+        try:
+            return [json.loads(self._result_file(name).read_text()) for name in parts]
+        except FileNotFoundError:
+            return None
+
+    def finish(self, shards: Mapping[str, Any], facts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write the manifest, and remove the hidden folder.
+
+        Args:
+            shards: name of a tar -> its entry.
+            facts: further fields of the manifest.
+            about: what else the field of this work holds, beside its recipe.
+        """
+        manifest = {
+            **facts,
+            "schema_version": SCHEMA_VERSION,
+            "shards": dict(shards),
+            self.name: {"recipe": self.recipe, **about},
+        }
+        write_whole(self.out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_worker(work: ResumableWork, make: MakePart) -> None:
+    _in_worker.update(work=work, make=make)
+
+
+def _make_in_worker(name: str, item: Any) -> None:
+    _in_worker["work"].make_part(name, item, _in_worker["make"])

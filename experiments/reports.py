@@ -1,0 +1,10 @@
+"""What reports are made of."""
+
+from typing import Any
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table; numbers to the right."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, align, *rows)]
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""What a demo shows in a world that is there: three stages of training, scores after each, pictures and answers."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+
+from data_prep.shapes.pretrain_autoencoder import pixels_of
+from experiments.scores.sheets import score_with_sheet
+from experiments.scores.steps import score_checkpoint
+from experiments.training_run import train
+from tbac.app import open_model, output_dir
+from tbac.evaluation.benchmarks.answers import Answers
+from tbac.evaluation.benchmarks.base import open_picture
+from tbac.evaluation.benchmarks.edits import KIND, Edits, scan_from_json
+from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.models import UniImage
+from tbac.sampling import UniImagePipeline
+from tbac.sampling.grid import picture_grid
+from tbac.sampling.pipeline import to_pil
+from tbac.training.tracking import ParentRun, tag_name
+
+log = logging.getLogger(__name__)
+PER_TAG = 6  # pictures of each tag on the contact sheet
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What the demo scores the model by, and the detector that judges."""
+
+    geneval: GenEval
+    edits: Edits
+    answers: Answers
+    detector: Any
+
+
+def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
+    """Train, score, draw and answer in the world that is there; returns the report."""
+    out = Path(cfg.out)
+    benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
+    untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], output_dir()).model))
+    pipeline = UniImagePipeline(untrained)
+    # What holds before training: how well the detector reads, and what the MLLM answers.
+    reading = measure_reading(benchmarks.detector, benchmarks.answers, pipeline)
+    before = benchmarks.answers.score(pipeline.model)
+    geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}
+    # All stages in one process, as `make stages` runs them; each leaves a checkpoint, which is scored afterwards.
+    stages = train_stages(cfg, run)
+    for stage in stages:
+        pipeline = open_model(stage.pop("checkpoint"), "cpu", "float32")
+        geneval[stage["name"]] = score_geneval(pipeline, benchmarks, stage["name"], run)
+    # The finished model: edits, answers (which must be the same as before), pictures, further benchmarks.
+    edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, output_dir())
+    after = benchmarks.answers.score(pipeline.model)
+    pipeline.model.save_pretrained(out / "model")
+    draw_contact_sheet(pipeline, benchmarks, after.answers, cfg.seed, out / "contact_sheet.png")
+    suites = score_suites(cfg, out / "model")
+    run.log_metrics({tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()})
+    return {
+        "suites": suites,
+        "stages": stages,
+        "geneval": geneval,
+        "edit": edits["score"],
+        "edit_happened": edits["happened"],
+        "edit_kept": edits["kept"],
+        "edit_by_kind": {key.removeprefix(KIND): value for key, value in edits.items() if key.startswith(KIND)},
+        "answer_accuracy": after.accuracy,
+        "answer_accuracy_before": before.accuracy,
+        "answers_identical": after.answers == before.answers,
+        "detector_accuracy": reading["ground_truth"],
+        "detector_accuracy_reconstructed": reading["reconstructed"],
+        "contact_sheet": str(out / "contact_sheet.png"),
+    }
+
+
+def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
+    """Train all stages, as a child of `run`; returns the report of each, with its last checkpoint."""
+    folder = output_dir() / "stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", "logger.run_name=stages"]
+    report = train([compose_training(cfg, stage, folder, *tracked) for stage in cfg.stages], folder)
+    return report.get("stages", [report])
+
+
+def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str, run: ParentRun) -> dict[str, float]:
+    """GenEval's rules on the model as it is now."""
+    folder = output_dir() / name
+    scores = score_with_sheet(pipeline, benchmarks.geneval, benchmarks.detector, folder)
+    run.log_file(folder / "geneval.png")
+    run.log_metrics({f"geneval/{name}/{tag}": value for tag, value in scores.items()})
+    log.info("%s: GenEval rules %s", name, " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+    return scores
+
+
+def score_suites(cfg: DictConfig, model: Path) -> dict[str, float]:
+    """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
+    scores: dict[str, float] = {}
+    for name in cfg.suites:
+        found = score_checkpoint(name, model, Path(cfg.out) / name, cfg.tracking_uri)
+        scores |= {f"{found.title}: {key}": found.scores[key] for key in cfg.suites[name] if key in found.scores}
+    return scores
+
+
+def compose_training(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
+    """The config of `experiments/train.py` for one stage on the shapes world."""
+    chosen = [f"stage={stage}", "world=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
+    return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
+
+
+def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline) -> dict[str, float]:
+    """Share of held-out scenes of which the detector reads every object and the background right.
+
+    Returns:
+        `ground_truth`: of the pictures themselves; `reconstructed`: of what the autoencoder makes of them.
+    """
+    pictures = [open_picture(answers.folder / row["image"]) for row in answers.questions]
+    truths = [name_objects(scan_from_json(row["scene"])) for row in answers.questions]
+    autoencoder = pipeline.model.autoencoder
+    made = to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
+    shares = {}
+    for name, images in (("ground_truth", pictures), ("reconstructed", made)):
+        right = [name_objects(detector(image)) == truth for image, truth in zip(images, truths, strict=True)]
+        shares[name] = sum(right) / len(right)
+    return shares
+
+
+def name_objects(scan: Any) -> tuple:
+    """What a scan says, with places rounded to 4 pixels."""
+    objects = sorted((d.name, d.color, round(d.center[0] / 4), round(d.center[1] / 4)) for d in scan.detections)
+    return scan.background, objects
+
+
+def draw_contact_sheet(
+    pipeline: UniImagePipeline, benchmarks: Benchmarks, answers: Sequence[str], seed: int, path: Path
+) -> None:
+    """Pictures of every tag with their prompts, edits beside their sources, and answered questions."""
+    geneval, edits = benchmarks.geneval, benchmarks.edits
+    # Some prompts of each tag.
+    by_tag: dict[str, list[str]] = {}
+    for row in geneval.prompts:
+        by_tag.setdefault(row["tag"], []).append(row["prompt"])
+    prompts = [prompt for rows in by_tag.values() for prompt in rows[:PER_TAG]]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    drawn = pipeline(prompts, generator=generators, **geneval.sampling_options()).images
+    # Some edits, each beside its source.
+    rows = edits.edits[:PER_TAG]
+    sources = [open_picture(edits.folder / row["image"]) for row in rows]
+    instructions = [row["instruction"] for row in rows]
+    options = edits.sampling_options() | {"num_inference_steps": geneval.num_inference_steps}
+    edited = pipeline(instructions, image=sources, generator=generators[: len(rows)], **options).images
+    # Some questions with what the model answered.
+    questions = benchmarks.answers.questions[: 2 * PER_TAG]
+    asked = [open_picture(benchmarks.answers.folder / row["image"]) for row in questions]
+    said = [f"{row['question']} {answer}" for row, answer in zip(questions, answers, strict=False)]
+    pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
+    titles = [text for instruction in instructions for text in ("source", instruction)]
+    sections = [
+        picture_grid(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=12)
+        for images, captions in ((drawn, prompts), (pairs, titles), (asked, said))
+    ]
+    sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")
+    top = 0
+    for section in sections:
+        sheet.paste(section, (0, top))
+        top += section.height
+    sheet.save(path)

@@ -1,0 +1,179 @@
+"""The steps of a benchmark on a checkpoint: draw the tree of pictures, judge it, report."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from tqdm import tqdm
+
+from experiments.scores.report import Findings, write_report
+from tbac.app import open_model, opening_options, plain
+from tbac.evaluation.benchmarks.answers import Answers
+from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, find_in_tree, open_picture
+from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
+from tbac.evaluation.judges.detector import answer_by_detection
+from tbac.evaluation.picture_tree import Tree, generate, list_pending
+from tbac.files import write_whole
+from tbac.models.weights import digest_of
+from tbac.training.tracking import parent_run, tag_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointScores:
+    """A benchmark's title, and its scores of a checkpoint by name."""
+
+    title: str
+    scores: Mapping[str, float]
+
+
+def run_benchmark(cfg: DictConfig) -> CheckpointScores:
+    """Do what a config of `evaluate.py` asks for; without the step `report` there are no scores to return.
+
+    Raises:
+        ValueError: for options or files of the benchmark that can't be used, before a model is loaded.
+    """
+    benchmark = instantiate(cfg.benchmark)
+    out = Path(cfg.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(benchmark, Answers):
+        return CheckpointScores(benchmark.name, score_answers(cfg, benchmark, out))
+    if not isinstance(benchmark, PictureBenchmark):
+        raise ValueError(f"benchmark._target_={cfg.benchmark._target_} isn't derived from PictureBenchmark")
+    return CheckpointScores(benchmark.title, run_steps(cfg, benchmark, out))
+
+
+def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) -> CheckpointScores:
+    """All steps of a benchmark with the options of its YAML, on the CPU."""
+    chosen = [f"benchmark={name}", f"checkpoint='{checkpoint}'", f"out='{out.absolute()}'", "overwrite=true"]
+    fixed = [f"tracking_uri='{tracking_uri}'", "device=cpu", "rank=0", "world_size=1"]
+    return run_benchmark(compose("evaluate", [*chosen, *fixed]))
+
+
+def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str, float]:
+    """Ask the questions; there are no steps."""
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
+    scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
+    (out / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
+    log_scores(cfg, scores, [out / "report.json"])
+    log.info("%s: %s", benchmark.name, json.dumps(scores))
+    return scores
+
+
+def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mapping[str, float]:
+    """The steps that are asked for, in their order; returns the scores if one of them is `report`."""
+    name = benchmark.name
+    root, results = out / name, out / f"{name}.results.jsonl"
+    # The judge is made first, so that a wrong one is named before anything is drawn.
+    judge = None
+    if "score" in cfg.steps and benchmark.needs != "nothing":
+        judge = make_judge(cfg, benchmark, out)
+    if "generate" in cfg.steps:
+        draw_tree(cfg, benchmark, root)
+    if "score" in cfg.steps:
+        judged = benchmark.judge_pictures(find_in_tree(root), judge)
+        rows = list(tqdm(judged, total=len(benchmark.list_targets()), unit="picture", desc="judging"))
+        lines = [json.dumps({"judge": name_judge(cfg, judge)}), *(json.dumps(asdict(row)) for row in rows)]
+        write_whole(results, ("\n".join(lines) + "\n").encode())
+    return report_scores(cfg, benchmark, out, results) if "report" in cfg.steps else {}
+
+
+def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
+    """The judge of this benchmark; what is slow keeps what it found in `<benchmark>.judged.jsonl`."""
+    judge = instantiate(cfg.judge)
+    if benchmark.needs == "questions":
+        judge = answer_by_detection(judge)
+    benchmark.check_judge(judge)
+    cache = Cache(out / f"{benchmark.name}.judged.jsonl")
+    if benchmark.needs == "questions":
+        return CachedJudge(judge, cache) if judge.slow else judge
+    return CachedDetector(judge, cache) if hasattr(judge, "identity") else judge
+
+
+def name_judge(cfg: DictConfig, judge: Any) -> str:
+    """Who judged."""
+    return getattr(judge, "identity", cfg.judge._target_) if judge is not None else "nobody"
+
+
+def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
+    """Make this process's share of the tree."""
+    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
+    options = benchmark.sampling_options()
+    targets = benchmark.list_targets()
+    tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
+    work = list_pending(tree, targets, cfg.rank, cfg.world_size)
+    benchmark.write_beside(root)
+
+    def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:
+        return pipeline(
+            prompt,
+            image=[open_picture(path) for path in images] or None,
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **options,
+        ).images
+
+    total = sum(len(item.missing) for item in work)
+    log.info("%d pictures to make in %s", total, root)
+    for _ in tqdm(generate(tree, work, draw, benchmark.seed), total=total, unit="picture"):
+        pass
+
+
+def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
+    """All that the tree's pictures depend on besides their prompts; others aren't mixed with them."""
+    drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
+    settings = benchmark.sampling_options() | {
+        "seed": benchmark.seed,
+        "trained": digest_of(sorted(model.trained_state().items())),
+        "frozen": model.provenance.digests,
+        "dtype": cfg.dtype,
+        "quantization": cfg.quantization,
+        "drawn_together": max(drawn_together.values()),
+    }
+    beyond = model.provenance.config.beyond_release()
+    return settings | ({"options": beyond} if beyond else {})
+
+
+def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, results: Path) -> Mapping[str, float]:
+    """Write the report of what was judged, and log its scores; returns them."""
+    if not results.is_file():
+        raise ValueError(f"{results} doesn't exist; steps=[score] writes it")
+    named, *lines = (json.loads(line) for line in results.read_text().splitlines())
+    rows = [Row(**line) for line in lines]
+    summary = benchmark.summarize(rows, named["judge"])
+    findings = Findings(benchmark.name, benchmark.title, summary, rows, str(cfg.checkpoint), named["judge"])
+    report = write_report(findings, out / benchmark.name, out)
+    log_scores(cfg, summary.scores, [out / f"report.{kind}" for kind in ("json", "md", "html")])
+    log.info(
+        "%s: %s %.3f; %d missing, %d failed; see %s",
+        benchmark.name,
+        *next(iter(summary.scores.items())),
+        len(report["missing"]),
+        len(report["failed"]),
+        out / "report.md",
+    )
+    return summary.scores
+
+
+def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Path]) -> None:
+    """Add the scores and the report to the run that made the checkpoint, or to a run of their own."""
+    name = cfg.benchmark.name
+    folder = Path(cfg.checkpoint).expanduser().absolute()
+    noted = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
+    run_id_file = next((str(file) for file in noted if file.is_file()), None)
+    with parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
+        if run_id_file is None:
+            run.log_config(plain(cfg))
+        run.log_metrics({f"{name}/{tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()})
+        for file in files:
+            run.log_file(file)

@@ -1,0 +1,45 @@
+"""The configs of the stages of one run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose
+from omegaconf import DictConfig
+
+from tbac.app import plain
+
+PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
+
+
+def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
+    """The config of each stage of this run, composed as for a job of its own.
+
+    Raises:
+        ValueError: when stages disagree in what belongs to the whole run.
+    """
+    if not cfg.stages:
+        return [cfg]
+    kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
+    configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
+    shared = [{k: v for k, v in plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
+    for name, other in zip(cfg.stages, shared, strict=True):
+        differing = [k for k in other if other[k] != shared[0][k]]
+        if differing:
+            raise ValueError(
+                f"stage_overrides.{name} changes {', '.join(differing)}, which all stages of a run share; a stage may "
+                f"have its own {', '.join(PER_STAGE)}"
+            )
+    return configs
+
+
+def finished(stages: Sequence[DictConfig], folder: Path) -> bool:
+    """Whether a run has nothing left to do in its folder."""
+    file = folder / "report.json"
+    if not (stages[0].resume == "auto" and file.is_file()):
+        return False
+    report = json.loads(file.read_text())
+    last, steps = report.get("stages", [report])[-1], stages[-1].stage.steps
+    if last["name"] != stages[-1].stage.name or steps is None or last["steps"] < steps:
+        return False
+    return (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file()

@@ -1,0 +1,67 @@
+"""The MLLM with fewer bits: its bytes, its taps, a score, and its answers."""
+
+import logging
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from experiments.speed.measure import MIB
+from tbac.app import open_model, opening_options
+from tbac.evaluation.benchmarks.in_memory import score_in_memory
+from tbac.models import UniImage
+
+log = logging.getLogger(__name__)
+OPTIONS: dict[str, tuple[str, str | None]] = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "int8": ("float32", "int8"),
+    "nf4": ("float32", "nf4"),
+}
+
+
+@torch.no_grad()
+def taps_of(model: UniImage, prompts: list[str]) -> Tensor:
+    """(tap, prompt, query, hidden) in float32."""
+    inputs, plan = model.prompt(prompts), model.ladder.plan
+    prefix = model.mllm.prefix(inputs, plan.deepest)
+    return model.mllm.read_queries(model.ladder.queries, prefix, plan.layers).float()
+
+
+def layer_bytes(model: UniImage) -> int:
+    """Bytes of the MLLM's decoder layers, quantisation constants included."""
+    total = 0
+    for module in model.mllm.body.language_model.layers.modules():
+        total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        total += state.absmax.numel() * state.absmax.element_size() if state is not None else 0
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        total += scales.numel() * scales.element_size() if scales is not None else 0
+    return total
+
+
+def measure_all(cfg: DictConfig) -> list[dict[str, Any]]:
+    """One row per option."""
+    geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
+    prompts = [row["prompt"] for row in geneval.prompts]
+    detector, rows, plain = instantiate(cfg.judge), [], None
+    for name, (dtype, quantization) in OPTIONS.items():
+        opening = opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
+        pipeline = open_model(cfg.checkpoint, **opening)
+        held = layer_bytes(pipeline.model)
+        taps = taps_of(pipeline.model, prompts)
+        plain = taps if plain is None else plain
+        scores = score_in_memory(pipeline, geneval, detector).summary.scores
+        rows.append(
+            {
+                "MLLM layers": name,
+                "MiB": round(held / MIB, 2),
+                "cosine of taps": torch.nn.functional.cosine_similarity(taps, plain, dim=-1).mean().item(),
+                "GenEval rules": scores["overall"],
+                "answers": answers.score(pipeline.model).accuracy,
+            }
+        )
+        log.info("%s", rows[-1])
+    return rows

@@ -1,0 +1,86 @@
+"""A committed multirun, scored, with its report: python experiments/sweep.py name=taps_x_lr"""
+
+import json
+import logging
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.sweeps.points import read_choices, read_points
+from tbac.app import CONF, plain, user_errors
+
+log = logging.getLogger(__name__)
+TRAIN = Path(__file__).parent / "train.py"
+
+
+def build_world_if_missing(cfg: DictConfig) -> None:
+    """Build the shapes world where the sweep trains on it and it isn't there, so that a fresh clone can begin here."""
+    world = compose("shapes")
+    mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
+    if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
+        log.info("%s trains on the shapes world, which is built first", cfg.name)
+        from data_prep.shapes.parts import build_world
+
+        build_world(world)
+
+
+def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
+    """Train every point that isn't finished."""
+    command = [
+        sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
+        f"parent_run_id={parent_run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", *cfg.overrides,
+    ]  # fmt: skip
+    if subprocess.run(command).returncode:
+        raise ValueError(f"a point of {cfg.name} failed, see above; the same command goes on from there")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    # What is asked for must exist, before anything is built or trained.
+    choices = read_choices(cfg.name)
+    known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
+    unknown = sorted(set(cfg.suites) - set(known))
+    if unknown:
+        raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
+    # Torch, diffusers and matplotlib are imported only when the config is right.
+    from experiments.sweeps.report import write_report
+    from experiments.sweeps.score import score_point
+    from tbac.training.tracking import metric_history, parent_run
+
+    build_world_if_missing(cfg)
+    out = Path(cfg.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    expected = prod(map(len, choices.values()))
+    with parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
+        run.log_config(plain(cfg))
+        train_points(cfg, out, run.run_id)
+        points = read_points(out, list(choices))
+        if len(points) < expected:
+            log.warning("%d of %d points are finished", len(points), expected)
+        # Scores of every point that is finished, and what it logged while it trained.
+        detector = instantiate(cfg.judge)
+        histories: dict[Path, dict[str, Any]] = {}
+        for number, point in enumerate(points, start=1):
+            point.scores = score_point(point, cfg, detector)
+            histories[point.folder] = metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
+            log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
+        # The report, beside the points and in the parent run.
+        report = write_report(cfg.name, points, histories, out, expected)
+        summary = [{"choices": p.choices, "report": p.report, "scores": p.scores} for p in points]
+        (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        for file in [report, out / "report.json", *sorted(out.glob("*.png"))]:
+            run.log_file(file)
+    print(f"\n{report.read_text()}\nThe report is {report}.")
+
+
+if __name__ == "__main__":
+    main()

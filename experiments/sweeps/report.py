@@ -1,0 +1,190 @@
+"""What a sweep found, as Markdown with plots beside it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from experiments.reports import markdown
+from experiments.sweeps import plots
+from experiments.sweeps.points import SEED, Point
+from experiments.sweeps.score import open_grid
+from tbac.sampling.grid import picture_grid
+
+LADDER, BASELINE = "last_n", "final"
+
+
+def group_points(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points that differ in the seed alone, together; the best group first."""
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda p: p.seed):
+        groups.setdefault(point.group, []).append(point)
+    return dict(sorted(groups.items(), key=lambda item: -_overall(item[1])))
+
+
+def _overall(points: Sequence[Point]) -> float:
+    return mean(p.scores["geneval"]["overall"] for p in points)
+
+
+def describe_spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def tabulate(groups: Mapping[str, Sequence[Point]]) -> str:
+    """GenEval's scores and the validation loss, a row per group."""
+    tags = [tag for tag in next(iter(groups.values()))[0].scores["geneval"] if tag != "overall"]
+    rows = []
+    for name, points in groups.items():
+        scores = [point.scores["geneval"] for point in points]
+        overall = describe_spread([by_tag["overall"] for by_tag in scores])
+        loss = describe_spread([point.scores["loss"] for point in points], 4)
+        row = [name, len(points), overall, loss]
+        for tag in tags:
+            row.append(f"{mean(by_tag[tag] for by_tag in scores):.2f}")
+        rows.append(row)
+    return markdown(["point", "seeds", "overall", "validation loss", *tags], rows)
+
+
+def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
+    """What further suites say, a row per group; nothing where there are none."""
+    names = list(next(iter(groups.values()))[0].scores.get("suites", {}))
+    if not names:
+        return ""
+    rows = []
+    for group, points in groups.items():
+        row = [group]
+        for name in names:
+            values = [point.scores["suites"][name] for point in points if name in point.scores["suites"]]
+            digits = 3 if name.startswith("edits") else 1  # others are in percent
+            row.append(describe_spread(values, digits) if values else "")
+        rows.append(row)
+    return markdown(["point", *names], rows)
+
+
+def compare_ladder(points: Sequence[Point]) -> str:
+    """Whether the ladder beats the final state, seed by seed, at equal other choices."""
+    # A pair is two points that differ in their taps alone.
+    by_choice: dict[tuple, dict[str, Point]] = {}
+    for point in points:
+        others = tuple(sorted((key, value) for key, value in point.choices.items() if key != "taps"))
+        by_choice.setdefault(others, {})[point.choices.get("taps", "")] = point
+    pairs = [(found[LADDER], found[BASELINE]) for found in by_choice.values() if {LADDER, BASELINE} <= found.keys()]
+    if not pairs:
+        return ""
+    scores = [ladder.scores["geneval"]["overall"] - final.scores["geneval"]["overall"] for ladder, final in pairs]
+    losses = [ladder.scores["loss"] - final.scores["loss"] for ladder, final in pairs]
+    # A score is better when it is higher, a loss when it is lower.
+    lines = []
+    for label, gains, sign in (("GenEval rules, overall", scores, 1), ("validation loss", losses, -1)):
+        wins = sum(sign * gain > 0 for gain in gains)
+        verdict = "better" if sign * mean(gains) > 0 else "not better"
+        lines.append(
+            f"- {label}: `{LADDER}` minus `{BASELINE}` at equal seed and other choices is "
+            f"{describe_spread(gains, 4)}; better in {wins} of {len(gains)} pairs, on average {verdict}."
+        )
+    return "\n".join(lines)
+
+
+def write_report(
+    name: str, points: Sequence[Point], histories: Mapping[Path, Mapping[str, Any]], out: Path, expected: int
+) -> Path:
+    """Write `report.md` and its plots; returns its path.
+
+    Args:
+        name: of the sweep.
+        points: scored.
+        histories: folder of a point -> its metrics over time.
+        out: where the report goes.
+        expected: number of points that the sweep has.
+    """
+    groups = group_points(points)
+    pictures = draw_plots(groups, points, histories, out)
+    # Every run's length and the best point's choices, as one would repeat it.
+    best = next(iter(groups.values()))[0]
+    steps = [f"{stage['steps']} steps of {stage['name']}" for stage in best.stages]
+    chosen = " ".join(f"{key}={value}" for key, value in best.choices.items() if key != SEED)
+    sections = [
+        f"# Sweep {name}",
+        f"{len(points)} of {expected} points are finished, {' and '.join(steps)} each. "
+        f"`make sweep SWEEP={name}` printed this; ± is the standard deviation over seeds.",
+        tabulate(groups),
+        tabulate_suites(groups),
+        compare_ladder(points),
+        f"The best point on average: `python experiments/train.py sweep={name} hydra.mode=RUN {chosen}`.",
+        *(f"## {title}\n\n![{title}]({file})" for title, file in pictures),
+    ]
+    path = out / "report.md"
+    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def draw_plots(
+    groups: Mapping[str, Sequence[Point]],
+    points: Sequence[Point],
+    histories: Mapping[Path, Mapping[str, Any]],
+    out: Path,
+) -> list[tuple[str, str]]:
+    """Draw what there is to draw into `out`; returns title and file name of each plot."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for group, members in groups.items():
+        runs[group] = [histories[point.folder] for point in members]
+    # Scores.
+    plots.draw_scores_by_group(groups, out / "scores.png")
+    plots.draw_scores_by_tag(groups, out / "tags.png")
+    pictures = [("Score by point", "scores.png"), ("Score by tag", "tags.png")]
+    # What was logged during training.
+    if plots.draw_curves(runs, "val/loss", "validation loss", out / "loss.png"):
+        pictures.append(("Validation loss; the band is the range over seeds", "loss.png"))
+    mixed = [point for point in points if point.scores["mix"]]
+    if mixed:
+        plots.draw_learned_mix(mixed, out / "mix.png")
+        pictures.append(("The learned mix", "mix.png"))
+    norms = {group: measure_tap_norms(members) for group, members in runs.items()}
+    norms = {group: by_tap for group, by_tap in norms.items() if by_tap}
+    if norms:
+        plots.draw_bars_by_tap(norms, "gradient norm of its contexts", out / "tap_norms.png")
+        pictures.append(("Gradient norm per tap, mean over training", "tap_norms.png"))
+    # What each tap is worth, and pictures of the same prompts.
+    added = {group: measure_added_losses(members) for group, members in groups.items()}
+    plots.draw_bars_by_tap(added, "added validation loss", out / "ablation.png")
+    pictures.append(("Loss when the contexts of one tap are zero", "ablation.png"))
+    draw_grid(groups, out / "grid.png")
+    pictures.append(("The same prompts from the same noise; the lowest seed of each point", "grid.png"))
+    return pictures
+
+
+def measure_tap_norms(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Tap -> its mean gradient norm in each run."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for metric in sorted(run):
+            name = metric.removeprefix("guard/norm/")
+            if name.startswith("tap_") or name.endswith("_context"):
+                short = name.removeprefix("tap_").removesuffix("_context").replace("block_", "b")
+                found.setdefault(short, []).append(mean(value for _, value in run[metric]))
+    return found
+
+
+def measure_added_losses(points: Sequence[Point]) -> dict[str, list[float]]:
+    """Tap -> what leaving it out adds to the validation loss, in each run."""
+    prefix = "b" if points[0].scores["mix"] else ""
+    added: dict[str, list[float]] = {}
+    for name in points[0].scores["without"]:
+        added[f"{prefix}{name}"] = [point.scores["without"][name] - point.scores["loss"] for point in points]
+    return added
+
+
+def draw_grid(groups: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Draw a row of pictures for each group, the prompts above the first."""
+    images, captions = [], []
+    for name, points in groups.items():
+        row = open_grid(points[0])
+        images += row
+        captions += [name.replace("=", " = "), *[""] * (len(row) - 1)]  # so that long names break there
+    prompts = list(next(iter(groups.values()))[0].scores["prompts"].values())
+    for column, prompt in enumerate(prompts):
+        captions[column] = f"{captions[column]} “{prompt}”".strip()
+    picture_grid(images, columns=len(prompts), scale=4, captions=captions, wrap=16).save(path)

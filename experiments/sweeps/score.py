@@ -1,0 +1,144 @@
+"""Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+
+from experiments.scores.steps import score_checkpoint
+from experiments.sweeps.points import Point
+from tbac.app import open_model
+from tbac.data.datamodule import ShardDataModule
+from tbac.data.transforms import ConditionDropout
+from tbac.evaluation.benchmarks.in_memory import score_in_memory
+from tbac.files import write_whole
+from tbac.flow import interpolate, velocity_loss
+from tbac.models import UniImage
+from tbac.models.config import check_plain
+from tbac.models.saved import FACTS, read_checkpoint
+from tbac.training.module import latents_of
+from tbac.training.randomness import noise_of
+
+FILE = "scores.json"
+SUITE_SCORES = {
+    "edits": ("score", "happened", "kept"),
+    "dpg": ("overall",),
+    "tiif": ("overall, short", "overall, long", "text, short", "text, long"),
+}
+
+
+def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
+    """Score a point, or read what was scored before.
+
+    Returns:
+        `geneval` (overall and tags), `loss` of the validation set, `without` (MLLM layer -> loss when the contexts
+        that it feeds are zero), `mix` (block by layer) where the mix of taps is learned, and `suites` (name -> value)
+        where there are any.
+    """
+    # What was scored before is kept, unless other suites were asked for then.
+    file = point.folder / FILE
+    if file.is_file():
+        known = json.loads(file.read_text())
+        if known.get("asked", []) == list(cfg.suites):
+            return known
+    # GenEval's rules, and a few of its pictures for the report.
+    pipeline = open_model(str(point.checkpoint), "auto", "float32")
+    scored = score_in_memory(pipeline, instantiate(cfg.geneval), detector)
+    chosen = choose_of_each_tag([row.group for row in scored.rows], cfg.prompts_per_tag)
+    pictures = point.folder / "grid"
+    pictures.mkdir(exist_ok=True)
+    for i in chosen:
+        scored.pictures[i].save(pictures / f"{i:05d}.png")
+    # What each tap is worth, and what further benchmarks say.
+    model, plan = pipeline.model, pipeline.model.ladder.plan
+    scores = {
+        "geneval": dict(scored.summary.scores),
+        "prompts": {f"{i:05d}": scored.rows[i].prompt for i in chosen},
+        **measure_losses(model, point.checkpoint),
+        "layers": list(plan.layers),
+        "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
+        "asked": list(cfg.suites),
+        "suites": score_suites(point, cfg, pipeline, detector),
+    }
+    write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
+    return scores
+
+
+def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
+    """What the further suites say, each by its own name."""
+    found: dict[str, float] = {}
+    for name in cfg.suites:
+        if name == "edits":
+            scores = score_in_memory(pipeline, instantiate(cfg.edits), detector).summary.scores
+        else:
+            scores = score_checkpoint(name, point.checkpoint, point.folder / name, cfg.tracking_uri).scores
+        # Of a benchmark that isn't listed above, the score that it names first.
+        wanted = SUITE_SCORES.get(name) or [next(iter(scores))]
+        found |= {f"{name}: {key}": scores[key] for key in wanted if key in scores}
+    return found
+
+
+def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:
+    """Numbers of the first rows of each tag."""
+    numbers: dict[str, list[int]] = {}
+    for number, tag in enumerate(tags):
+        numbers.setdefault(tag, []).append(number)
+    return [number for of_tag in numbers.values() for number in of_tag[:count]]
+
+
+def open_data(config: Mapping[str, Any]) -> ShardDataModule:
+    """The data that a checkpoint was trained on.
+
+    What a checkpoint says is data: its options are handed to our own class, whatever class it names.
+    """
+    options = drop_class(config["data"])
+    options["dropout"] = ConditionDropout(**drop_class(options["dropout"]))
+    check_plain(options["sources"], "data.sources")
+    return ShardDataModule(**options)
+
+
+def drop_class(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a part without the keys that only Hydra reads."""
+    return {name: value for name, value in options.items() if not name.startswith("_")}
+
+
+@torch.no_grad()
+def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
+    """Validation loss, as training computes it, and without each tap."""
+    data = open_data(read_checkpoint(checkpoint)[FACTS]["config"])
+    data.bind(model.prompt)
+    # Without a tap means that the blocks which it feeds read zeros; where taps are mixed, each block has its own mix.
+    plan = model.ladder.plan
+    blocks: dict[int, list[int]] = {}
+    for block in range(plan.num_blocks):
+        blocks.setdefault(block if plan.mixed else plan.layers[plan.assignment[block]], []).append(block)
+    # Sums over all samples, of the whole model and without each tap, with the same noise.
+    names = ["whole", *map(str, sorted(blocks))]
+    sums = dict.fromkeys(names, 0.0)
+    count = 0
+    for batch in data.val_dataloader():
+        batch = batch.to(model.device)
+        latents = latents_of(model, batch)
+        noise, sigma = noise_of(batch.keys, latents)
+        path = interpolate(latents, noise, sigma)
+        condition = model.encode_condition(batch.prompt)
+        for name in sums:
+            states = condition.states.clone()
+            if name != "whole":
+                states[blocks[int(name)]] = 0
+            predicted = model.predict_velocity(path.noisy, sigma, replace(condition, states=states))
+            sums[name] += velocity_loss(predicted, path.velocity).item() * len(batch)
+        count += len(batch)
+    means = {name: total / count for name, total in sums.items()}
+    return {"loss": means.pop("whole"), "without": means}
+
+
+def open_grid(point: Point) -> list[Image.Image]:
+    """Its pictures of the fixed prompts."""
+    return [Image.open(file).convert("RGB") for file in sorted((point.folder / "grid").glob("*.png"))]

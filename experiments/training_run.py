@@ -1,0 +1,224 @@
+"""A run of one or several stages: from their configs to what `report.json` holds."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.stage_configs import PER_STAGE
+from tbac.app import plain
+from tbac.data.datamodule import StagedDataModule
+from tbac.models import UniImage
+from tbac.models.architecture import check_config
+from tbac.models.config import ModelConfig
+from tbac.models.export import read_export
+from tbac.models.saved import FACTS, SavedModel, read_checkpoint, read_saved_model
+from tbac.training.callbacks.stage_transition import StageTransition
+from tbac.training.checkpoints import (
+    describe_model,
+    load_weights,
+    newest_checkpoint,
+    newest_whole,
+    optimizer_state_of,
+)
+from tbac.training.module import LadderTuningModule
+from tbac.training.randomness import seed_everything
+from tbac.training.stages import Stage
+from tbac.training.strategies import process_rank
+from tbac.training.tracking import RunLogger, log_nowhere, log_run, run_facts
+
+if TYPE_CHECKING:
+    import lightning as L
+
+log = logging.getLogger(__name__)
+RUNS = "outputs/train"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        stage: index of the first stage that is run.
+        saved: the model whose weights it starts with; None starts with new ones.
+        resumed: the checkpoint that the first stage goes on from, exactly; None begins the stage.
+        optimizer_state: by parameter name, for a first stage that keeps the optimizer's state.
+        history: reports of the stages before.
+        first_step: optimizer steps of the run before, when it begins with another stage than its first.
+    """
+
+    stage: int = 0
+    saved: SavedModel | None = None
+    resumed: Mapping[str, Any] | None = None
+    optimizer_state: Mapping[str, dict[str, Any]] | None = None
+    history: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    first_step: int = 0
+
+
+def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
+    """Run the stages that the configs describe, one after the other; returns what `report.json` holds."""
+    cfg = configs[0]
+    seed_everything(cfg.seed)
+    # Everything that can be wrong without a model is looked at before one is read.
+    stages = [build_stage(c) for c in configs]
+    model_config: ModelConfig = instantiate(cfg.model)
+    start = find_start(cfg, stages, model_config, folder)
+    check_config(model_config)
+    data = StagedDataModule([instantiate(c.data) for c in configs], start.stage)
+    try_schedules(configs, stages, data)
+
+    # The model, with the weights that the run starts with.
+    model = UniImage.from_config(model_config)
+    if start.saved is not None:
+        load_weights(start.saved, model)
+        log.info("going on from %s" if start.resumed else "starting from the weights of %s", start.saved.origin)
+    facts = describe_model(model)
+    for source in data.stages:
+        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple)
+    module = LadderTuningModule(model, stages[start.stage], cfg.seed, facts)
+    module.first_step = start.first_step
+
+    # One logger for all stages; one process alone opens its store.
+    logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not process_rank() else None
+    if logger:
+        digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
+        log_run([logger.logger], config_of_run(stages), run_facts() | digests)
+
+    def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
+        trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
+        if cfg.logger and not logger:
+            log_nowhere(trainer)
+        return trainer
+
+    origin = start.saved.origin if start.saved else None
+    transition = StageTransition(stages, start.stage, start.history, start.optimizer_state, origin, start.resumed)
+    transition.fit(make_trainer, module, data)
+    if logger:
+        logger.close()
+    return write_report(transition.reports(module), folder)
+
+
+def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Name the last checkpoint of each stage, and write `report.json`."""
+    for done in reports:
+        done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
+    report = reports[0] if len(reports) == 1 else {"stages": reports}
+    if not process_rank():
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def build_stage(cfg: DictConfig) -> Stage:
+    """The stage that a config describes."""
+    names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
+    return Stage(
+        optimizer=instantiate(cfg.optim),
+        scheduler=instantiate(cfg.schedule),
+        flow=instantiate(cfg.flow),
+        trainable=list(cfg.stage.trainable),
+        keep_optimizer=cfg.stage.keep_optimizer,
+        callbacks=[instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else [],
+        config=plain(cfg),
+        **{name: cfg.stage[name] for name in names},
+    )
+
+
+def config_of_run(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The config of the first stage, and of several ones what each has of its own."""
+    config = dict(stages[0].config)
+    if len(stages) > 1:
+        config["stages"] = {stage.name: {key: stage.config[key] for key in PER_STAGE} for stage in stages}
+    return config
+
+
+def try_schedules(configs: Sequence[DictConfig], stages: Sequence[Stage], data: StagedDataModule) -> None:
+    """Make each stage's schedule for an optimizer of nothing, so that one that doesn't fit is named now."""
+    for cfg, stage, source in zip(configs, stages, data.stages, strict=True):
+        total_steps = stage.total_steps(source.batch_size * stage.accumulate)
+        stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=total_steps)
+
+
+def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConfig, folder: Path) -> Start:
+    """Where a run begins: in the middle of a stage, with the next one, or with the first.
+
+    Raises:
+        ValueError: for a checkpoint that can't be read, is of another stage, or lacks what a stage begins with.
+    """
+    connector = model_config.ladder.own_connector
+    resume = find_resume(cfg, folder)
+    if resume is None:
+        return find_first_start(find_init(cfg), stages[0], connector)
+    path, checkpoint = resume
+    index = _stage_index(stages, checkpoint, path)
+    saved = read_saved_model(checkpoint, path, connector)
+    progress = checkpoint["callbacks"][StageTransition.__qualname__]
+    steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
+    if not stages[index].over(steps, position, progress["stale"]) or index + 1 == len(stages):
+        return Start(index, saved, resumed=checkpoint, history=progress["history"])
+    # This checkpoint is its stage's last: the next stage begins with its weights.
+    losses = {"val_loss_first": progress["first"], "val_loss_last": progress["last"]}
+    history = [*progress["history"], {"name": stages[index].name, "steps": steps, **losses}]
+    state = optimizer_state_of(checkpoint)
+    return Start(index + 1, saved, None, state, history, first_step=checkpoint["global_step"])
+
+
+def find_first_start(init: str | None, stage: Stage, connector: Any) -> Start:
+    """A start of the first stage with the weights of a checkpoint, run folder or exported folder, or with new ones."""
+    if init is None:
+        return Start()
+    folder = Path(init).expanduser()
+    if not (folder / "config.json").is_file():
+        checkpoint = read_checkpoint(init)
+        saved = read_saved_model(checkpoint, init, connector)
+        return Start(saved=saved, optimizer_state=optimizer_state_of(checkpoint))
+    if stage.keep_optimizer:
+        raise ValueError(f"stage.keep_optimizer=true takes the optimizer's state from init={init}, which has none")
+    return Start(saved=read_export(folder, connector))
+
+
+def find_init(cfg: DictConfig) -> str | None:
+    """Checkpoint that this stage starts from, or None for the first stage.
+
+    Raises:
+        ValueError: when a previous stage is needed and has left no checkpoint.
+    """
+    if cfg.init or not cfg.stage.previous:
+        return cfg.init
+    found = newest_checkpoint(RUNS, cfg.stage.previous)
+    if found is None:
+        raise ValueError(
+            f"stage {cfg.stage.name} starts from a checkpoint of {cfg.stage.previous}, and there is none under "
+            f"{RUNS}/; run that stage first (make stage1, make stage2), or give init=PATH"
+        )
+    return str(found)
+
+
+def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Checkpoint that this run goes on from, or None for a fresh start.
+
+    Raises:
+        ValueError: when one was named and can't be read.
+    """
+    if not cfg.resume:
+        return None
+    named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
+    found = newest_whole(named) if named.is_dir() else (named, read_checkpoint(named))
+    if found is None and cfg.resume != "auto":
+        raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
+    return found and (str(found[0]), found[1])
+
+
+def _stage_index(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:
+    names = [s.name for s in stages]
+    if checkpoint[FACTS]["stage"] not in names:
+        raise ValueError(
+            f"{path} is a checkpoint of stage {checkpoint[FACTS]['stage']}, and this run has {', '.join(names)}; "
+            "to start from its weights give it as init="
+        )
+    return names.index(checkpoint[FACTS]["stage"])

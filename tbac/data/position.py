@@ -1,0 +1,104 @@
+"""How far training has come in a mixture, kept in checkpoints; says what a change since then does to the order."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbac.data.shards import Source
+
+log = logging.getLogger(__name__)
+BUCKETS = "data.buckets"
+DECIDE_THE_ORDER = ("data.seed", "data.shuffle_buffer")
+
+
+class MixturePosition:
+    """The place in the sequence of draws after the last batch that training took.
+
+    Args:
+        sources: of the mixture.
+        samples: of each source, in all its shards.
+
+    Attributes:
+        state: where `TrainingOrder` goes on, from `BatchPlan.after`; None at the beginning.
+    """
+
+    def __init__(self, sources: Sequence[Source], samples: Sequence[int]) -> None:
+        self.sources, self.samples = list(sources), list(samples)
+        self.state: Mapping[str, Any] | None = None
+
+    @property
+    def taken(self) -> int:
+        """Samples that training has taken, of all processes together."""
+        return self.state["position"] if self.state else 0
+
+    @property
+    def drawn(self) -> list[int]:
+        """Samples that training has taken of each source, of all processes together."""
+        return list(self.state["drawn"]) if self.state else [0] * len(self.sources)
+
+    def to_state_dict(self, circumstances: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps.
+
+        Args:
+            circumstances: option -> value, of all that decides the sequence of samples or how it is shared out.
+        """
+        sources = [
+            {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn}
+            for source, samples, drawn in zip(self.sources, self.samples, self.drawn, strict=True)
+        ]
+        waiting = [list(draw) for draw in (self.state or {}).get("waiting", ())]
+        return {
+            "position": self.taken, "sources": sources, "waiting": waiting, "circumstances": dict(circumstances),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any], circumstances: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept; warns of what has changed since, and what it means for the order.
+
+        Args:
+            state: from `to_state_dict`.
+            circumstances: as they are now.
+        """
+        drawn, places = self._match_sources(state["sources"])
+        position = {"position": state["position"], "drawn": drawn}
+        # Draws wait only where there are buckets; those of sources that are gone are gone with them.
+        waiting = [(p, places[s], n) for p, s, n in state.get("waiting", ()) if s in places]
+        if circumstances[BUCKETS]:
+            position["waiting"] = waiting
+        self.state = position
+        # Whoever goes on learns whether samples of this pass may repeat.
+        before = state["circumstances"]
+        changed = [name for name in circumstances if name in before and before[name] != circumstances[name]]
+        if not changed:
+            return
+        passed_over = bool(waiting) and not circumstances[BUCKETS]
+        reordered = passed_over or any(before.get(name) != circumstances[name] for name in DECIDE_THE_ORDER)
+        log.warning(
+            "going on at sample %d with %s; %s",
+            state["position"],
+            ", ".join(f"{name} {before[name]} -> {circumstances[name]}" for name in changed),
+            "the order is another one, and samples of this pass may repeat"
+            if reordered
+            else "no sample of this pass is repeated or lost",
+        )
+
+    def _match_sources(self, kept: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, int]]:
+        """How many samples of each source were taken, and for each index of a kept source its index now."""
+        drawn = [0] * len(self.sources)
+        places: dict[int, int] = {}
+        numbers = {(entry["path"], entry["split"]): number for number, entry in enumerate(kept)}
+        for index, source in enumerate(self.sources):
+            number = numbers.pop((source.path, source.split), None)
+            if number is None:
+                log.warning("%s wasn't part of the mixture before: it is read from its beginning", source.path)
+                continue
+            drawn[index], places[number] = kept[number]["drawn"], index
+            if kept[number]["samples"] != self.samples[index]:
+                log.warning(
+                    "%s has %d samples, it had %d: its order is another one, and samples of this pass may repeat",
+                    source.path,
+                    self.samples[index],
+                    kept[number]["samples"],
+                )
+        for path, _ in numbers:
+            log.warning("%s was part of the mixture before and isn't any more", path)
+        return drawn, places

@@ -1,0 +1,61 @@
+"""Questions about pictures, answered by the untouched MLLM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tbac.evaluation.benchmarks.base import open_picture, read_rows
+from tbac.evaluation.rules import is_same_answer
+
+MAX_NEW_TOKENS = 8  # of an answer
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """What a model answered.
+
+    Attributes:
+        accuracy: share of right answers.
+        answers: in the order of the questions.
+    """
+
+    accuracy: float
+    answers: Sequence[str]
+
+
+@dataclass(kw_only=True, eq=False)
+class Answers:
+    """Questions about pictures with one right answer each; nothing is drawn.
+
+    Attributes:
+        name: of its scores.
+        file: JSON lines; see `read_questions`.
+        batch_size: questions that are asked together.
+
+    Raises:
+        BenchmarkFileError: for a file of the wrong form.
+    """
+
+    name: str
+    file: str
+    batch_size: int = 50
+
+    def __post_init__(self) -> None:
+        self.questions = read_questions(self.file)
+        self.folder = Path(self.file).expanduser().parent
+
+    def score(self, model: Any) -> AnswerScores:
+        """Ask a `UniImage` every question."""
+        answers: list[str] = []
+        for start in range(0, len(self.questions), self.batch_size):
+            rows = self.questions[start : start + self.batch_size]
+            pictures = [[open_picture(self.folder / row["image"])] for row in rows]
+            answers += model.answer([row["question"] for row in rows], pictures, max_new_tokens=MAX_NEW_TOKENS)
+        right = [is_same_answer(said, row["answer"]) for said, row in zip(answers, self.questions, strict=True)]
+        return AnswerScores(sum(right) / len(right), answers)
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """Rows with `image` (file beside the list), `question` and `answer`."""
+    return read_rows(path, {"image": str, "question": str, "answer": str})

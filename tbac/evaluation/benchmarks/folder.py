@@ -1,0 +1,71 @@
+"""One's own prompts: pictures without a score."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, PictureVerdict, Row, Summary
+from tbac.evaluation.picture_tree import Target
+
+
+@dataclass(kw_only=True, eq=False)
+class Folder(PictureBenchmark):
+    """One's own prompts: pictures and a sheet of them, without a score.
+
+    Attributes:
+        file: a folder of text files, or a text file of prompts.
+        samples: pictures of each prompt.
+    """
+
+    needs: ClassVar[Needs] = "nothing"
+
+    file: str
+    samples: int = 1
+    title: str = "Prompts"
+
+    def read_files(self) -> None:
+        """Read the prompts."""
+        self.prompts = read_prompt_folder(self.file)
+
+    def list_targets(self) -> list[Target]:
+        """`<name>.png`, or `<name>_<k>.png` with several samples."""
+        return list_folder_targets(self.prompts, self.samples)
+
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """It is there; nothing else is asked."""
+        return PictureVerdict(None)
+
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        """How many pictures are there."""
+        there = sum(row.state == "scored" for row in rows)
+        return Summary({"pictures": float(there)}, f"{len(self.prompts)} prompts of {self.file}", ["no score"])
+
+
+def read_prompt_folder(path: str | Path) -> dict[str, str]:
+    """Name -> prompt: the lines of a text file, by their numbers, or the text files of a folder, by their stems.
+
+    Raises:
+        ValueError: when there is nothing, or no text in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
+    elif path.is_file():
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = {f"{i:05d}": line for i, line in enumerate(lines)}
+    else:
+        raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")
+    if empty := [name for name, text in prompts.items() if not text]:
+        raise ValueError(f"benchmark.file={path}: {empty[0]}.txt is empty; it must hold a prompt")
+    if not prompts:
+        raise ValueError(f"benchmark.file={path} holds no prompt")
+    return prompts
+
+
+def list_folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
+    """`<name>.png`, or `<name>_<k>.png` with several samples."""
+    names = [(name, f"{name}_{k}.png" if samples > 1 else f"{name}.png", k) for name in prompts for k in range(samples)]
+    return [Target(path, name, prompts[name], (k,)) for name, path, k in names]

@@ -1,0 +1,115 @@
+"""GenEval: 553 prompts with the objects that must be seen; four samples each."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from tbac.evaluation.benchmarks.base import (
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
+    Row,
+    Summary,
+    list_count_difference,
+    list_judge_difference,
+    read_rows,
+)
+from tbac.evaluation.picture_tree import Target, records_of
+from tbac.evaluation.rules import EVERY, RELATIONS, aggregate_by_tag, judge_geneval
+from tbac.files import write_whole
+
+
+@dataclass(kw_only=True, eq=False)
+class GenEval(PictureBenchmark):
+    """GenEval's rules over a file in the format of its `evaluation_metadata.jsonl`.
+
+    Attributes:
+        file: the prompts.
+        samples: pictures of each prompt; published numbers are of 4.
+    """
+
+    needs: ClassVar[Needs] = "detector"
+
+    file: str
+    samples: int = 1
+    title: str = "GenEval"
+
+    def read_files(self) -> None:
+        """Read the prompts."""
+        self.prompts = read_geneval(self.file)
+
+    def list_targets(self) -> list[Target]:
+        """`{i:05d}/samples/{k:05d}.png`."""
+        return list_geneval_targets(self.prompts, self.samples)
+
+    def write_beside(self, root: Path) -> None:
+        """`{i:05d}/metadata.jsonl`."""
+        write_geneval_metadata(self.prompts, root)
+
+    def group_of(self, target: Target) -> str:
+        """The tag of its prompt."""
+        return self.prompts[int(target.item)]["tag"]
+
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """GenEval's rules on what the detector finds, with the colours that this prompt asks for."""
+        row = self.prompts[int(target.item)]
+        colored = {wanted["class"] for wanted in row["include"] if "color" in wanted}
+        scan = judge(picture, colored)
+        correct = judge_geneval(scan.detections, row, getattr(judge, "thresholds", EVERY))
+        return PictureVerdict(float(correct.correct), correct.reason)
+
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        """Share of right pictures per tag, and their mean; a missing picture is wrong."""
+        scores = aggregate_by_tag([(row.group, bool(row.score)) for row in rows])
+        differences = list_count_difference(len(self.prompts), 553, "prompts")
+        differences += list_count_difference(self.samples, 4, "samples per prompt")
+        differences += list_judge_difference(judge_name, "mask2former", "Mask2Former and CLIP")
+        protocol = f"GenEval's rules; {len(self.prompts)} prompts of {self.file}, {self.samples} each"
+        return Summary(scores, protocol, differences)
+
+
+def read_geneval(path: str | Path) -> list[dict]:
+    """Rows of GenEval's `evaluation_metadata.jsonl`: `tag`, `prompt`, `include`, optional `exclude`."""
+    return read_rows(path, {"tag": str, "prompt": str, "include": list}, describe_problem)
+
+
+def describe_problem(row: dict) -> str:
+    """What is wrong with a row of GenEval's file, or ""."""
+    for part in ("include", "exclude"):
+        entries = row.get(part, [])
+        if not isinstance(entries, list):
+            return f"{part!r} must be a list, got {entries!r}"
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
+                return f"{part}[{index}] needs a 'class', got {entry!r}"
+            if not isinstance(entry.get("count"), int) or entry["count"] < 1:
+                return f"{part}[{index}] needs a positive whole 'count', got {entry.get('count')!r}"
+            # A position points back at an entry whose objects are known by then.
+            if "position" in entry:
+                position = entry["position"]
+                if not (isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS):
+                    return f"{part}[{index}].position must be [one of {', '.join(RELATIONS)}, index], got {position!r}"
+                if not (isinstance(position[1], int) and 0 <= position[1] < index):
+                    return f"{part}[{index}].position must point at an earlier entry, got {position[1]!r}"
+    return "" if row.get("include") else "'include' must hold at least one object"
+
+
+def list_geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:
+    """`{i:05d}/samples/{k:05d}.png`, as GenEval's `evaluate_images.py` reads them."""
+    return [
+        Target(f"{i:05d}/samples/{k:05d}.png", f"{i:05d}", row["prompt"], (k,))
+        for i, row in enumerate(rows)
+        for k in range(samples)
+    ]
+
+
+def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
+    """`{i:05d}/metadata.jsonl` with each prompt's row."""
+    for i, row in enumerate(rows):
+        folder = root / f"{i:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode(), records_of(root))

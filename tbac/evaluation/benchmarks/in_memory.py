@@ -1,0 +1,65 @@
+"""A benchmark on a model that is loaded, without a tree of pictures: what a demo and a sweep score with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, Summary, open_picture
+from tbac.evaluation.picture_tree import Target, derive_seed, join_grid
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A benchmark's pictures and scores.
+
+    Attributes:
+        pictures: in the order of the benchmark's targets.
+        rows: what the judge found out about each.
+        summary: what follows from all of them.
+    """
+
+    pictures: Sequence[Image.Image]
+    rows: Sequence[Row]
+    summary: Summary
+
+
+def score_in_memory(pipeline: Any, benchmark: PictureBenchmark, judge: Any) -> Scored:
+    """Draw every picture of a benchmark and judge it.
+
+    Args:
+        pipeline: a `UniImagePipeline`.
+        benchmark: says what is drawn and how, and what is right.
+        judge: of the kind that the benchmark needs.
+    """
+    benchmark.check_judge(judge)
+    targets = benchmark.list_targets()
+    pictures = draw_in_memory(pipeline, benchmark, targets)
+    drawn = {target.path: picture for target, picture in zip(targets, pictures, strict=True)}
+    rows = list(benchmark.judge_pictures(lambda target: drawn[target.path], judge))
+    return Scored(pictures, rows, benchmark.summarize(rows, getattr(judge, "identity", type(judge).__name__)))
+
+
+def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence[Target]) -> list[Image.Image]:
+    """The pictures of targets, in batches of the benchmark's `batch_size`.
+
+    A sample's noise is that of the same sample in a tree; only what else is in its batch differs.
+    """
+    samples = [(target, sample) for target in targets for sample in target.samples]
+    drawn: list[Image.Image] = []
+    for start in range(0, len(samples), benchmark.batch_size):
+        batch = samples[start : start + benchmark.batch_size]
+        seeds = [derive_seed(benchmark.seed, target.prompt, sample) for target, sample in batch]
+        inputs = [list(map(open_picture, target.images)) for target, _ in batch]
+        drawn += pipeline(
+            [target.prompt for target, _ in batch],
+            image=inputs if any(inputs) else None,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **benchmark.sampling_options(),
+        ).images
+    # A target of several samples shows them as one grid.
+    remaining = iter(drawn)
+    return [join_grid(list(islice(remaining, len(target.samples)))) for target in targets]

@@ -1,0 +1,186 @@
+"""WISE: prompts that need world knowledge, a judge's three ratings, and WiScore."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from tbac.evaluation.benchmarks.base import (
+    BenchmarkFileError,
+    Needs,
+    PictureBenchmark,
+    PictureVerdict,
+    Row,
+    Summary,
+    list_count_difference,
+    list_judge_difference,
+)
+from tbac.evaluation.judges.base import JudgeError
+from tbac.evaluation.picture_tree import Target
+
+NUM_PROMPTS = 1000
+WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1}
+SHARES = {"culture": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1}
+INSTRUCTION = """Rate a generated picture against its prompt. Prompt: {prompt}
+What the prompt asks for, explained: {explanation}
+Give three whole numbers from 0 (not at all) to 2 (fully), each in a line of its own and nothing else:
+Consistency: does the picture show what is explained?
+Realism: is it true to life in light, shapes and materials?
+Aesthetic Quality: is it pleasing as a picture?"""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A prompt of WISE: its number, text, what it means, and its category, a key of `SHARES`."""
+
+    number: int
+    prompt: str
+    explanation: str
+    category: str
+
+
+def find_category(name: str, subcategory: str) -> str:
+    """Key of `SHARES` for a row's category and subcategory."""
+    for word in (subcategory, name):
+        for known in SHARES:
+            if known in word.lower() or (known == "culture" and "cultural" in word.lower()):
+                return known
+    return ""
+
+
+def read_wise(path: str | Path) -> list[Knowledge]:
+    """Rows of WISE's JSON files, in the order of their numbers.
+
+    Args:
+        path: a file, or the folder of its three files.
+
+    Raises:
+        BenchmarkFileError: naming file, row and field.
+    """
+    path = Path(path).expanduser()
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise BenchmarkFileError(f"WISE's prompts {path} don't exist; give a JSON file or the folder of its three")
+    rows = []
+    for file in files:
+        for index, row in enumerate(read_list(file)):
+            rows.append(read_prompt(row, f"{file}: prompt {index}"))
+    numbers = [row.number for row in rows]
+    if len(set(numbers)) != len(numbers):
+        raise BenchmarkFileError(f"{path}: the number {max(numbers, key=numbers.count)} stands twice as prompt_id")
+    return sorted(rows, key=lambda row: row.number)
+
+
+def read_list(file: Path) -> list:
+    """The list that a JSON file holds."""
+    try:
+        found = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
+    if not isinstance(found, list):
+        raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(found).__name__}")
+    return found
+
+
+def read_prompt(row: Any, origin: str) -> Knowledge:
+    """A row of WISE's files; `origin` says where it stands, for messages."""
+    needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
+    for name, kind in needed.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise BenchmarkFileError(f"{origin} needs {name!r} as {kind.__name__}")
+    category = find_category(row["Category"], str(row.get("Subcategory", "")))
+    if not category:
+        raise BenchmarkFileError(f"{origin} has the category {row['Category']!r}; known are {', '.join(SHARES)}")
+    return Knowledge(row["prompt_id"], row["Prompt"], row["Explanation"], category)
+
+
+def list_wise_targets(rows: list[Knowledge]) -> list[Target]:
+    """`<prompt_id>.png`."""
+    return [Target(f"{row.number}.png", str(row.number), row.prompt) for row in rows]
+
+
+def read_ratings(reply: str) -> dict[str, int] | None:
+    """The three ratings of a reply, each 0, 1 or 2; None unless all are there."""
+    found = {}
+    for name in WEIGHTS:
+        match = re.search(rf"{name}\W*[:=]\W*([012])\b", reply, re.IGNORECASE)
+        if match is None:
+            return None
+        found[name] = int(match[1])
+    return found
+
+
+def compute_wiscore(rated: Mapping[str, int]) -> float:
+    """WiScore of one picture, in [0, 1]."""
+    return sum(weight * rated[name] for name, weight in WEIGHTS.items()) / 2
+
+
+def aggregate_wise(scores: Mapping[int, float], rows: list[Knowledge]) -> dict[str, float]:
+    """Mean per category, and `overall`, weighted as WISE's prompts are: only where every category is there.
+
+    Raises:
+        ValueError: without any score.
+    """
+    by_category: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.number in scores:
+            by_category[row.category].append(scores[row.number])
+    if not by_category:
+        raise ValueError("no picture of WISE has ratings")
+    means = {name: mean(by_category[name]) for name in SHARES if name in by_category}
+    overall = {"overall": sum(SHARES[n] * v for n, v in means.items())} if len(means) == len(SHARES) else {}
+    return overall | means
+
+
+@dataclass(kw_only=True, eq=False)
+class WISE(PictureBenchmark):
+    """1,000 prompts that need knowledge of the world, rated by a judge from 0 to 2 in three respects.
+
+    Attributes:
+        file: the folder of its three JSON files, or one such file.
+    """
+
+    needs: ClassVar[Needs] = "questions"
+
+    file: str
+    title: str = "WISE"
+
+    def read_files(self) -> None:
+        """Read the prompts; each picture is named by a number."""
+        self.prompts = read_wise(self.file)
+        self.prompt_of = {str(prompt.number): prompt for prompt in self.prompts}
+
+    def list_targets(self) -> list[Target]:
+        """`<prompt_id>.png`."""
+        return list_wise_targets(self.prompts)
+
+    def group_of(self, target: Target) -> str:
+        """The category of its prompt."""
+        return self.prompt_of[target.item].category
+
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """The judge is told what the prompt means."""
+        prompt = self.prompt_of[target.item]
+        text = INSTRUCTION.format(prompt=prompt.prompt, explanation=prompt.explanation)
+        reply = judge.ask(text, [picture])
+        rated = read_ratings(reply)
+        if rated is None:
+            raise JudgeError(f"no three ratings in: {reply}")
+        said = ", ".join(f"{name} {value}" for name, value in rated.items())
+        return PictureVerdict(compute_wiscore(rated), said, {"ratings": rated})
+
+    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
+        """WiScore by category and overall; a missing picture has 0, one without ratings isn't counted."""
+        numbers = {target.path: int(target.item) for target in self.list_targets()}
+        counted = {numbers[row.picture]: row.score or 0.0 for row in rows if row.state != "failed"}
+        differences = list_count_difference(len(self.prompts), NUM_PROMPTS, "prompts")
+        differences.append("the judge is instructed in our own words")
+        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
+        scores = aggregate_wise(counted, self.prompts)
+        return Summary(scores, f"{len(self.prompts)} prompts of {self.file}", differences)

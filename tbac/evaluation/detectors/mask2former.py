@@ -1,0 +1,148 @@
+"""GenEval's detector for real pictures: Mask2Former finds objects, CLIP names their colours.
+
+Masks are made at the picture's full resolution by the steps of the original (mmdetection's Mask2Former head), since the
+library's own post-processing works on small masks and drops boxes.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
+)
+
+from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.evaluation.rules import GENEVAL_THRESHOLDS
+from tbac.models.sources import local_folder
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
+MAX_DETECTIONS = 100  # of all classes, before any threshold
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+BEHIND = "#999"  # what stands in for the background of an object whose colour is asked for
+GENEVAL_NAMES = {  # COCO's name -> GenEval's, where they differ
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+}
+
+
+def resize_masks(logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Mask logits (query, h, w) of a padded input, at the resolution (height, width) of the picture.
+
+    Args:
+        logits: at the model's resolution.
+        padded: height and width of the model's input.
+        resized: of the part of it that holds the picture.
+        size: of the picture.
+    """
+    whole = interpolate(logits[None], padded, mode="bilinear", align_corners=False)
+    inside = whole[..., : resized[0], : resized[1]]
+    return interpolate(inside, size, mode="bilinear", align_corners=False)[0]
+
+
+def find_instances(classes: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Detection], Tensor]:
+    """Detections without colours, the best first, and their masks (detection, height, width).
+
+    A detection is a query and a class; its score is the class's probability times the mean of the mask's probabilities
+    within the mask. Those with an empty mask are left out.
+
+    Args:
+        classes: logits (query, class + 1), the last one for no object.
+        masks: logits (query, height, width), at the resolution of the picture.
+        names: of the classes.
+    """
+    probabilities = classes.softmax(-1)[:, :-1]
+    best = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
+    queries = best.indices // probabilities.shape[1]
+    labels = (best.indices % probabilities.shape[1]).tolist()
+    inside = masks > 0
+    certainty = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    scores = best.values * certainty[queries]
+    found, kept = [], []
+    for index in scores.argsort(descending=True).tolist():
+        mask = inside[queries[index]]
+        if not mask.any():
+            continue
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
+        found.append(Detection(names[labels[index]], "", box, scores[index].item()))
+        kept.append(mask)
+    return found, torch.stack(kept) if kept else inside[:0]
+
+
+class Mask2FormerDetector:
+    """Objects by Mask2Former with COCO's classes, colours by CLIP on the masked crop.
+
+    Args:
+        segmenter: folder or hub id of a Mask2Former for instance segmentation.
+        clip: folder or hub id of a CLIP.
+        device: where they run; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: when there are no such weights.
+    """
+
+    thresholds = GENEVAL_THRESHOLDS
+
+    def __init__(self, segmenter: str, clip: str, device: str = "auto") -> None:
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        folder: Path = local_folder("judge.segmenter", segmenter, MODEL_FILES)
+        self.processor = Mask2FormerImageProcessorPil.from_pretrained(folder)
+        self.segmenter = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(self.device).eval()
+        labels = self.segmenter.config.id2label
+        self.names = [GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
+        folder = local_folder("judge.clip", clip, MODEL_FILES)
+        self.clip_processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.clip = CLIPModel.from_pretrained(folder).to(self.device).eval()
+        self.identity = f"Mask2Former {segmenter} and CLIP {clip}"
+        self._classifiers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
+        """Read one picture; only objects whose name is in `colored` get a colour. The background has no name."""
+        image = image.convert("RGB")
+        inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
+        made = self.segmenter(**inputs)
+        padded = tuple(inputs["pixel_values"].shape[-2:])
+        seen = inputs["pixel_mask"][0]
+        resized = int(seen[:, 0].sum()), int(seen[0].sum())
+        masks = resize_masks(made.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
+        found, kept = find_instances(made.class_queries_logits[0].float(), masks, self.names)
+        detections = tuple(
+            Detection(d.name, self.color(image, d, mask), d.box, d.score)
+            if d.name in colored and d.score > self.thresholds.score
+            else d
+            for d, mask in zip(found, kept, strict=True)
+        )
+        return Scan("", detections)
+
+    def color(self, image: Image.Image, detection: Detection, mask: Tensor) -> str:
+        """The colour of an object, by CLIP on its box with everything outside of its mask in gray."""
+        cut = Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255)
+        alone = Image.composite(image, Image.new("RGB", image.size, BEHIND), cut).crop(detection.box)
+        pixels = self.clip_processor(images=[alone], return_tensors="pt")["pixel_values"].to(self.device)
+        features = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+        return COLORS[int((normalize(features) @ self._classifier(detection.name)).argmax())]
+
+    def _classifier(self, name: str) -> Tensor:
+        """(feature, colour): the mean of the templates' text features for each colour."""
+        if name not in self._classifiers:
+            columns = []
+            for color in COLORS:
+                texts = [template.format(color=color, name=name) for template in TEMPLATES]
+                tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+                features = self.clip.text_projection(self.clip.text_model(**tokens).pooler_output)
+                columns.append(normalize(normalize(features).mean(0), dim=0))
+            self._classifiers[name] = torch.stack(columns, dim=1)
+        return self._classifiers[name]

@@ -1,0 +1,388 @@
+"""The options of a model, once.
+
+A YAML of conf/model/, a training checkpoint and an exported folder's `config.json` hold the same keys: the fields of
+`ModelConfig`. A YAML is the user's own, so Hydra may instantiate the tap rule and the connector that it names. What a
+checkpoint or an export holds is data: plain values with the taps already resolved, read by `ModelConfig.from_dict`,
+which imports nothing and calls nothing that the file names.
+
+This module imports neither torch nor a model library, so that a config is checked before these are loaded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from tbac.models.taps import TapPlan, TapRule, last_n
+
+CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4", "int8")
+SCHEDULERS = (  # of diffusers: those that can follow a flow
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)
+SYSTEM_PROMPT = (
+    "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
+)
+BEHAVIOUR = ("image_pixels", "max_text_tokens", "system_prompt", "reference_latents", "spell_words")
+Connector = Callable[..., Any]  # (num_taps, hidden_size, channels) -> nn.Module, see `tbac.models.ladder`
+
+
+def _is_whole(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _check_whole(name: str, value: Any, minimum: int) -> None:
+    if not _is_whole(value, minimum):
+        raise ValueError(f"{name} must be at least {minimum}, a whole number; got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a text, got {value!r}")
+
+
+def check_precision(prefix: str, dtype: Any, quantization: Any) -> None:
+    """Raise ValueError for a type or a quantisation that there isn't; `prefix` is that of the options' names."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPE_NAMES)}; got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"{prefix}quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
+
+
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a scheduler config that names a class outside the fixed list."""
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise ValueError(
+            f"the scheduler config names the class {name!r}; it must be one of diffusers' {', '.join(SCHEDULERS)}"
+        )
+
+
+def check_plain(values: Any, place: str) -> None:
+    """Raise ValueError where a config that comes out of a file names something to be imported or called.
+
+    Args:
+        values: of the config, at any depth.
+        place: their dotted name, for the message.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if key == "_target_":
+                raise ValueError(
+                    f"{place} names _target_={value!r}; a config in a file is data, and nothing that it names is "
+                    "imported or called"
+                )
+            check_plain(value, f"{place}.{key}")
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            check_plain(value, f"{place}[{index}]")
+
+
+def check_keys(values: Any, accepted: Sequence[str], place: str) -> None:
+    """Raise ValueError unless `values` is a mapping with none but the accepted keys."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place} must be a mapping, got {values!r}")
+    unknown = sorted(str(key) for key in values if key not in accepted)
+    if unknown:
+        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(accepted)}")
+
+
+def connector_name(connector: str | Connector) -> str:
+    """What a connector is called in a file: one of `CONNECTORS`, or the dotted name of the user's own."""
+    if isinstance(connector, str):
+        return connector
+    made_by = getattr(connector, "func", connector)  # of a functools.partial
+    return f"{made_by.__module__}.{made_by.__qualname__}"
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """Options of the ladder, apart from what follows from the model's sizes.
+
+    Attributes:
+        connector: `shared_mlp` (released), `per_tap_mlp`, `transformer` (shared by the taps), or your own: a callable
+            that takes `num_taps`, `hidden_size` and `channels` and returns a module, see `tbac.models.ladder`.
+        num_layers: encoder layers of the `transformer` connector.
+        num_heads: its attention heads; must divide the MLLM's hidden size.
+        query_std: standard deviation of the queries at the start.
+        prompt_context: the prompt's own tapped states follow the queries in every context, through the same connectors.
+            Needs a connector that reads each token apart from the others.
+
+    Raises:
+        ValueError: naming the option, its value and what is accepted.
+    """
+
+    connector: str | Connector = "shared_mlp"
+    num_layers: int = 2
+    num_heads: int = 8
+    query_std: float = 0.02
+    prompt_context: bool = False
+
+    def __post_init__(self) -> None:
+        if self.connector not in CONNECTORS and (isinstance(self.connector, str) or not callable(self.connector)):
+            raise ValueError(
+                f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {self.connector!r} (a connector of "
+                "your own is given by _target_, with _partial_: true)"
+            )
+        whole = _is_whole(self.num_layers, 1)
+        number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
+        if not whole or not number or self.query_std < 0:
+            raise ValueError(
+                "ladder.num_layers must be at least 1 and ladder.query_std at least 0, got "
+                f"{self.num_layers}, {self.query_std}"
+            )
+        _check_whole("ladder.num_heads", self.num_heads, 1)
+        _check_flag("ladder.prompt_context", self.prompt_context)
+        if self.connector == "transformer":
+            self.check_prompt_context(per_token=False)
+
+    @property
+    def own_connector(self) -> Connector | None:
+        """The user's own connector, or None where it is one of `CONNECTORS`."""
+        return None if isinstance(self.connector, str) else self.connector
+
+    def check_prompt_context(self, per_token: bool) -> None:
+        """Raise ValueError where the prompt's tokens would join the queries in a connector that mixes tokens."""
+        if self.prompt_context and not per_token:
+            raise ValueError(
+                "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own "
+                "with per_token = True"
+            )
+
+    def check_width(self, hidden_size: int) -> None:
+        """Raise ValueError when an MLLM of this hidden size can't be read."""
+        if self.connector == "transformer" and hidden_size % self.num_heads:
+            raise ValueError(f"ladder.num_heads={self.num_heads} must divide the MLLM's hidden size {hidden_size}")
+
+    @classmethod
+    def from_dict(cls, values: Any, connector: Connector | None = None) -> "LadderConfig":
+        """From plain values.
+
+        Args:
+            values: of a YAML, a checkpoint or an export.
+            connector: the user's own, where the values name one.
+
+        Raises:
+            ValueError: for anything that doesn't fit, and for a connector of the user's own that wasn't given.
+        """
+        check_keys(values, [f.name for f in fields(cls)], "ladder")
+        name = values.get("connector", "shared_mlp")
+        if isinstance(name, str) and "." in name:
+            if connector is None:
+                raise ValueError(
+                    f"ladder.connector is {name}, which isn't one of tbac's ({', '.join(CONNECTORS)}), and nothing "
+                    "that a file names is imported; give it yourself, as connector= in Python, or on the command line "
+                    f"as 'connector={{_target_: {name}, _partial_: true}}'"
+                )
+            values = {**values, "connector": connector}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "connector": connector_name(self.connector)}
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """Configs of the parts, where they aren't read from `mllm` and `denoiser`.
+
+    A YAML needs all four for `random_init`. A checkpoint and an export hold those of the part that they have weights
+    of, and of the scheduler.
+
+    Attributes:
+        mllm: of `Qwen2_5_VLConfig`.
+        transformer: constructor arguments of `SanaTransformer2DModel`.
+        autoencoder: constructor arguments of `AutoencoderDC`.
+        scheduler: of the sampling scheduler, with its `_class_name`, one of `SCHEDULERS`.
+
+    Raises:
+        ValueError: for what isn't a mapping, and for another scheduler.
+    """
+
+    mllm: Mapping[str, Any] | None = None
+    transformer: Mapping[str, Any] | None = None
+    autoencoder: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"model.architecture.{part.name} must be a mapping, got {value!r}")
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "ArchitectureConfig":
+        """From plain values; unknown keys are errors."""
+        check_keys(values, [f.name for f in fields(cls)], "model.architecture")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without the parts that aren't given."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: dict(value) for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is made of, and how.
+
+    Attributes:
+        mllm: hub id or folder of a Qwen2.5-VL with tokenizer and image processor.
+        denoiser: hub id or folder with SANA's `transformer/`, `vae/` and `scheduler/`.
+        image_pixels: area in pixels that each input image is resized to.
+        taps: rule that chooses the tapped layers, or the plan that a rule gave.
+        ladder: connector and queries.
+        num_queries: number of learnable queries.
+        query_phrases: words that the queries start from, one phrase each (prompt tuning's initialisation from text,
+            Lester et al. 2021, arXiv 2104.08691); None starts from noise, as released. Ignored with `random_init`.
+        max_text_tokens: longer prompt texts are cut to this many tokens.
+        system_prompt: system message of generation prompts; None = the release's.
+        dtype: type of the frozen parts' weights: float32, bfloat16, float16; trained parts stay in float32.
+        quantization: of the MLLM's decoder layers by bitsandbytes: `nf4`, `int8`, or None.
+        prompt_embeddings: exported folder whose table of word embeddings prompts are read with; None = the MLLM's own.
+        reference_latents: the denoiser also reads the latents of each prompt's first input image.
+        spell_words: after words in double quotes the prompt has their letters one by one.
+        denoiser_checkpointing: run the denoiser's blocks again in the backward pass instead of keeping activations.
+        query_checkpointing: the same for the MLLM's layers in the query pass.
+        compile: compile the denoiser's blocks and, unless it is quantised, the query pass with `torch.compile`.
+        random_init: make weights from `architecture` instead of reading any.
+        seed: of the ladder's first weights, and of all weights with `random_init`.
+        architecture: configs of the parts; needed with `random_init`.
+
+    Raises:
+        ValueError: naming the option, its value and what is accepted.
+    """
+
+    mllm: str
+    denoiser: str
+    image_pixels: int
+    taps: TapRule | TapPlan = last_n
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    num_queries: int = 64
+    query_phrases: Sequence[str] | None = None
+    max_text_tokens: int = 256
+    system_prompt: str | None = None
+    dtype: str = "float32"
+    quantization: str | None = None
+    prompt_embeddings: str | None = None
+    reference_latents: bool = False
+    spell_words: bool = False
+    denoiser_checkpointing: bool = False
+    query_checkpointing: bool = False
+    compile: bool = False
+    random_init: bool = False
+    seed: int = 42
+    architecture: ArchitectureConfig | None = None
+
+    def __post_init__(self) -> None:
+        # Hydra gives nested groups as plain mappings.
+        if not isinstance(self.ladder, LadderConfig):
+            check_keys(self.ladder, [f.name for f in fields(LadderConfig)], "ladder")
+            object.__setattr__(self, "ladder", LadderConfig(**self.ladder))
+        if self.architecture is not None and not isinstance(self.architecture, ArchitectureConfig):
+            object.__setattr__(self, "architecture", ArchitectureConfig.from_dict(self.architecture))
+        if self.system_prompt is None:
+            object.__setattr__(self, "system_prompt", SYSTEM_PROMPT)
+        for name in ("mllm", "denoiser", "system_prompt"):
+            _check_text(f"model.{name}", getattr(self, name))
+        for name in ("image_pixels", "num_queries", "max_text_tokens"):
+            _check_whole(f"model.{name}", getattr(self, name), 1)
+        _check_whole("model.seed", self.seed, 0)
+        flags = ("reference_latents", "spell_words", "denoiser_checkpointing", "query_checkpointing", "compile")
+        for name in (*flags, "random_init"):
+            _check_flag(f"model.{name}", getattr(self, name))
+        check_precision("model.", self.dtype, self.quantization)
+        if self.prompt_embeddings is not None:
+            _check_text("model.prompt_embeddings", self.prompt_embeddings)
+        if not isinstance(self.taps, TapPlan) and not callable(self.taps):
+            raise ValueError(f"model.taps must be a tap rule, such as those of conf/taps/; got {self.taps!r}")
+        self._check_query_phrases()
+
+    def _check_query_phrases(self) -> None:
+        if self.query_phrases is None:
+            return
+        if isinstance(self.query_phrases, str) or not isinstance(self.query_phrases, Sequence):
+            raise ValueError(f"model.query_phrases must be a list of texts or null, got {self.query_phrases!r}")
+        if len(self.query_phrases) != self.num_queries:
+            raise ValueError(
+                f"model.query_phrases has {len(self.query_phrases)} phrases for model.num_queries={self.num_queries}; "
+                "give one phrase per query, or model.query_phrases=null"
+            )
+        for phrase in self.query_phrases:
+            if not isinstance(phrase, str) or not phrase.strip():
+                raise ValueError(f"every phrase of model.query_phrases needs a word, got {phrase!r}")
+
+    @classmethod
+    def from_dict(cls, values: Any, origin: str, connector: Connector | None = None) -> "ModelConfig":
+        """From the plain values of a checkpoint or an export.
+
+        Args:
+            values: what `to_dict` gave.
+            origin: the file that they come from, for messages.
+            connector: the user's own, where the values name one.
+
+        Raises:
+            ValueError: for anything else, naming the file.
+        """
+        try:
+            check_plain(values, "model")
+            check_keys(values, [f.name for f in fields(cls)], "model")
+            missing = [name for name in ("mllm", "denoiser", "image_pixels", "taps", "ladder") if name not in values]
+            if missing:
+                raise ValueError(f"model lacks the key {missing[0]!r}")
+            read = {
+                "taps": TapPlan.from_dict(values["taps"]),
+                "ladder": LadderConfig.from_dict(values["ladder"], connector),
+            }
+            return cls(**{**values, **read})
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+
+    def describe_taps(self) -> dict[str, Any]:
+        """The resolved taps as plain values."""
+        assert isinstance(self.taps, TapPlan), "the taps aren't resolved"
+        return self.taps.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint or an export; the taps must be resolved."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {
+            "taps": self.describe_taps(),
+            "ladder": self.ladder.to_dict(),
+            "query_phrases": None if self.query_phrases is None else list(self.query_phrases),
+            "architecture": None if self.architecture is None else self.architecture.to_dict(),
+        }
+
+    def without_training_options(self) -> "ModelConfig":
+        """The same model, to be opened for use: nothing runs twice to save memory, and nothing is compiled."""
+        return replace(self, denoiser_checkpointing=False, query_checkpointing=False, compile=False, random_init=False)
+
+    def beyond_release(self) -> dict[str, bool]:
+        """The options by which this model does more than the released one, all of them true."""
+        return {name: value for name, value in self._behaviour().items() if value is True}
+
+    def changes_since(self, other: "ModelConfig") -> list[str]:
+        """What this model does otherwise than one with the config `other`, as `option before -> now`.
+
+        Where the frozen parts lie, how they are kept in memory and how training began are no such options.
+        """
+        own, before = self._behaviour(), other._behaviour()
+        return [f"{name} {before[name]} -> {value}" for name, value in own.items() if value != before[name]]
+
+    def _behaviour(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in BEHAVIOUR}
+        ladder = self.ladder.to_dict()
+        return values | {f"ladder.{name}": ladder[name] for name in ("connector", "prompt_context")}

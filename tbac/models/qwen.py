@@ -1,0 +1,118 @@
+"""Reading a Qwen2.5-VL: up to the deepest tap, or whole, in a chosen type or quantisation."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+
+from tbac.models.config import DTYPE_NAMES, check_precision
+from tbac.models.mllm import FrozenMLLM, check_mllm
+from tbac.models.sources import MLLM_FILES, local_folder, read_config
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+
+def load_mllm(
+    folder: Path,
+    config: Qwen2_5_VLConfig,
+    depth: int,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    prompt_embeddings: Tensor | None = None,
+) -> FrozenMLLM:
+    """Read an MLLM's word embeddings, vision tower and first `depth` layers; the rest is read when it has to answer.
+
+    Args:
+        folder: with config and weights.
+        config: of the whole model; it stays as it is.
+        depth: the deepest tap.
+        dtype: of the weights.
+        quantization: `nf4` or `int8`, of the decoder layers.
+        prompt_embeddings: the table that prompts are read with instead of the model's own.
+
+    Raises:
+        ValueError: when tensors are missing or have another shape, by name.
+    """
+    text = config.text_config
+    options = _mllm_options(dtype, quantization)
+
+    def read_full_model() -> Qwen2_5_VLForConditionalGeneration:
+        with _no_report():
+            return _keep_layout(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options))
+
+    truncated = copy.deepcopy(config)
+    truncated.text_config.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        truncated.text_config.layer_types = text.layer_types[:depth]
+    with _no_report():
+        model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
+    if wrong := sorted(loaded["missing_keys"]) + sorted(str(k[0]) for k in loaded["mismatched_keys"]):
+        raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
+    table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
+    return FrozenMLLM(_keep_layout(model), read_full_model, text.num_hidden_layers, table)
+
+
+def open_mllm(option: str, source: str, dtype: str, quantization: str | None = None) -> tuple[Path, FrozenMLLM]:
+    """A whole MLLM that only answers, and its folder.
+
+    Args:
+        option: what the user calls it, for messages.
+        source: folder or hub id.
+        dtype: of its weights.
+        quantization: of its decoder layers: `nf4`, `int8`, or None.
+
+    Raises:
+        ValueError: for anything that doesn't fit or isn't there.
+    """
+    check_precision("", dtype, quantization)
+    check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
+    folder = local_folder(option, source, MLLM_FILES)
+    with _no_report():
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
+    return folder, FrozenMLLM(_keep_layout(model))
+
+
+def _keep_layout(model: Any) -> Any:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a pass without gradient.
+
+    The packed layout has no backward pass, so the query pass would undo it in every step, and it doesn't take widths
+    that aren't multiples of its block size.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep the library from reporting tensors that aren't needed here; what is missing is raised by name."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _mllm_options(dtype: torch.dtype, quantization: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+    elif quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"]
+        )
+    return options

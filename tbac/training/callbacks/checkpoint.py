@@ -1,0 +1,149 @@
+"""Checkpoints: when they are written, and which are kept."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import callbacks
+
+from tbac.training.checkpoint_io import BackgroundCheckpointIO
+from tbac.training.module import LadderTuningModule
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r".+-step=(?P<step>\d+)\.ckpt")
+
+
+class Checkpoint(callbacks.Checkpoint):
+    """Writes `<stage>-step=<n>.ckpt` and keeps the newest, the best, and every so many steps one.
+
+    `last.ckpt` and `best.ckpt` are links. Where a validation is due after the same step, the checkpoint is written
+    when it is over. Needs `BackgroundCheckpointIO` as the trainer's plugin: a file of the final name is always whole,
+    and an older one is removed only once a newer is on disk.
+
+    Args:
+        folder: where they go.
+        every: optimizer steps between checkpoints.
+        keep: number of newest ones that are kept.
+        keep_every: those whose step is a multiple of it are kept for good; null keeps none for that.
+        monitor: metric by which the best is kept, the smallest; null keeps none for that.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        keep: int = 2,
+        keep_every: int | None = None,
+        monitor: str | None = "val/loss",
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"callbacks.checkpoint.{name} must be at least 1, got {value}")
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.keep_every, self.monitor = keep_every, monitor
+        self.best: dict[str, Any] | None = None
+        self._saved: tuple[str, int] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        writer = trainer.strategy.checkpoint_io
+        if stage == "fit" and isinstance(writer, BackgroundCheckpointIO):
+            writer.writer.written = self._tidy
+            if trainer.is_global_zero:
+                for left in self.folder.glob("*.ckpt.tmp*"):  # of a process that was killed while it wrote
+                    left.unlink()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if pl_module.steps:  # what a run goes on from is written already
+            self._saved = (self.name(pl_module), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write one when it is due, unless a validation comes first: then `on_validation_end` does."""
+        assert isinstance(pl_module, LadderTuningModule)
+        if not (trainer.should_stop or (pl_module.stepped and pl_module.steps % self.every == 0)):
+            return
+        if not validation_follows(trainer, batch_idx):
+            self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.steps:
+            return
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        better = False
+        if value is not None and (self.best is None or float(value) < self.best["value"]):
+            better, self.best = True, {"value": float(value), "name": self.name(pl_module)}
+        if better or trainer.should_stop or pl_module.steps % self.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what is in hand; here a full disk is an error, before it is only a warning."""
+        assert isinstance(pl_module, LadderTuningModule)
+        self.save(trainer, pl_module)
+        self.finish(trainer)
+
+    @staticmethod
+    def finish(trainer: L.Trainer) -> None:
+        """Wait until the last one is on disk.
+
+        Raises:
+            ValueError: when it couldn't be written.
+        """
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, BackgroundCheckpointIO):
+            writer.wait()
+            if failed := writer.writer.failed:
+                raise ValueError(f"the last checkpoint couldn't be written: {failed}; older ones are untouched")
+
+    @staticmethod
+    def name(pl_module: LadderTuningModule) -> str:
+        """File name of the checkpoint of this step."""
+        return f"{pl_module.stage.name}-step={pl_module.steps}.ckpt"
+
+    def save(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        """Write a checkpoint of this moment, unless that was done already."""
+        moment = (self.name(pl_module), trainer.global_step)
+        if moment != self._saved:
+            trainer.save_checkpoint(self.folder / moment[0], weights_only=False)
+            self._saved = moment
+
+    def _tidy(self, path: Path) -> None:
+        """Link the newest and the best; remove what no rule keeps."""
+        _link(path, "last.ckpt")
+        best = self.best["name"] if self.best else None
+        if best and (self.folder / best).exists():
+            _link(self.folder / best, "best.ckpt")
+        stage = path.name.rpartition("-step=")[0]
+        named = [(NAME.fullmatch(p.name), p) for p in self.folder.glob(f"{stage}-step=*.ckpt")]
+        steps = {int(match["step"]): p for match, p in named if match}
+        for step in sorted(steps, reverse=True)[self.keep :]:
+            old = steps[step]
+            if old.name != best and old != path and not (self.keep_every and step % self.keep_every == 0):
+                old.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates when this batch is over."""
+    return bool(sum(trainer.num_val_batches)) and (trainer.should_stop or trainer.val_check_batch == batch_idx + 1)
+
+
+def _link(target: Path, name: str) -> None:
+    """Point the link `name` beside `target` at it, in one move."""
+    new = target.with_name(f".{name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.name)
+    os.replace(new, target.with_name(name))

@@ -1,0 +1,94 @@
+"""An exponential moving average of the trained weights.
+
+The arithmetic is torch's. The callback is written here because Lightning's (`WeightAveraging`) copies the whole module,
+and by its own account does not work where it is sharded; this one keeps the average of the shards that a process holds.
+"""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from tbac.distributed import local_part, sharded_like, whole_of_part
+from tbac.training.module import LadderTuningModule
+
+CURRENT = "current_model_state"
+
+
+class EMA(L.Callback):
+    """Keeps the average; validation and checkpoints' `state_dict` use it, `current_model_state` is what trains.
+
+    The first step's weights are taken as they are. A rejected step leaves the average untouched.
+
+    Args:
+        decay: share of the old average that a step keeps.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"stage.ema_decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.average: list[Tensor] = []
+        self.updates = 0
+        self._current: dict[str, Tensor] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The loaded weights are the average; what trains comes from the checkpoint beside them."""
+        self.average = [local_part(p.detach()).clone() for p in pl_module.parameters()]
+        if self._current is not None:
+            for name, parameter in pl_module.named_parameters():
+                local_part(parameter.data).copy_(local_part(sharded_like(parameter, self._current[name])))
+            self._current = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        if not pl_module.stepped:
+            return
+        current = [local_part(p.detach()) for p in pl_module.parameters()]
+        update = get_ema_multi_avg_fn(self.decay if self.updates else 0.0)
+        update(self.average, current, self.updates)
+        self.updates += 1
+
+    def swap(self, pl_module: L.LightningModule) -> None:
+        """Exchange average and current weights."""
+        for average, parameter in zip(self.average, pl_module.parameters(), strict=True):
+            held = local_part(parameter.data)
+            kept = held.clone()
+            held.copy_(average)
+            average.copy_(kept)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.average:
+            self.swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.average:
+            self.swap(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the model."""
+        if self.average:
+            self.swap(pl_module)
+            self.average = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.average:
+            return
+        checkpoint[CURRENT] = checkpoint["state_dict"]
+        averaged = {
+            name: whole_of_part(parameter.detach(), average)
+            for (name, parameter), average in zip(pl_module.named_parameters(), self.average, strict=True)
+        }
+        checkpoint["state_dict"] = checkpoint[CURRENT] | averaged
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._current = checkpoint.get(CURRENT)

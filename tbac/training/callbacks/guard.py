@@ -1,0 +1,222 @@
+"""The guard: each optimizer step's gradient norm and loss are judged before the step is taken."""
+
+import logging
+from collections import deque
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tbac.distributed import gather_objects, local_part, mean_over_ranks
+from tbac.training.callbacks.ema import EMA
+from tbac.training.gradients import GradientNorms
+from tbac.training.module import LadderTuningModule
+from tbac.training.spikes import SpikeRule
+from tbac.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class DivergedError(ValueError):
+    """Training was stopped because too many steps were rejected."""
+
+
+class Guard(L.Callback):
+    """Rejects steps that a rule calls spikes; every process comes to the same decision.
+
+    The norm is that of the gradients as the optimizer would see them: after accumulation and averaging over processes,
+    before clipping. The loss is the mean over micro-batches and processes. A rejected step changes nothing but the
+    position in the data: weights, moments, step counts, schedule and weight average stay as they are.
+
+    Args:
+        rule: tells spikes from ordinary steps.
+        patience: rejected steps in a row after which `then` is done.
+        then: `skip` goes on rejecting; `lower_lr` multiplies the learning rate by `lr_factor`; `rewind` goes back to
+            the weights and optimizer of the newest checkpoint and on with the data after the spike. Rewinding holds a
+            copy of both in CPU memory: 12 bytes per trained parameter, and 4 for their average.
+        lr_factor: see `then`.
+        max_rejects: rejected steps among the last `over` after which training stops.
+        over: see `max_rejects`.
+        log_every: optimizer steps between logs of the norms of all components.
+
+    Raises:
+        ValueError: for values outside of their range.
+    """
+
+    def __init__(
+        self,
+        rule: SpikeRule,
+        patience: int = 5,
+        then: Literal["skip", "lower_lr", "rewind"] = "rewind",
+        lr_factor: float = 0.5,
+        max_rejects: int = 50,
+        over: int = 1000,
+        log_every: int = 25,
+    ) -> None:
+        needed = ("judge", "reset", "state_dict", "load_state_dict")
+        if missing := [name for name in needed if not callable(getattr(rule, name, None))]:
+            raise ValueError(f"guard: {type(rule).__name__} isn't a spike rule, it has no {', '.join(missing)}")
+        if then not in ("skip", "lower_lr", "rewind"):
+            raise ValueError(f"callbacks.guard.then must be skip, lower_lr or rewind, got {then!r}")
+        for name, value in (("patience", patience), ("max_rejects", max_rejects), ("log_every", log_every)):
+            if value < 1:
+                raise ValueError(f"callbacks.guard.{name} must be at least 1, got {value}")
+        if not 0 < lr_factor < 1:
+            raise ValueError(f"callbacks.guard.lr_factor must be between 0 and 1, got {lr_factor}")
+        self.rule, self.patience, self.then, self.lr_factor = rule, patience, then, lr_factor
+        self.max_rejects, self.log_every = max_rejects, log_every
+        self.recent: deque[bool] = deque(maxlen=over)
+        self.in_a_row = 0
+        self._keys: list[str] = []
+        self._losses: list[Tensor] = []
+        self._snapshot: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        pl_module.measure_taps = True
+        self._take_snapshot(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._keys.extend(batch.keys)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, LadderTuningModule)
+        norms = pl_module.measure_gradients()
+        # Lightning divides the loss by the number of micro-batches, so their sum is the mean.
+        both = torch.stack([norms.total, torch.stack(self._losses).sum().double()])
+        norm, loss = mean_over_ranks(both).tolist()
+        verdict = self.rule.judge(norm, loss)
+        self.recent.append(verdict.reason is not None)
+        metrics = {"guard/norm": norm, "guard/threshold": min(verdict.threshold, 1e30), "guard/loss": loss}
+        if verdict.reason is not None:
+            self._reject(trainer, pl_module, verdict.reason, metrics | self._components(pl_module, norms))
+        else:
+            self.in_a_row = 0
+            if (pl_module.steps + 1) % self.log_every == 0:
+                self._log(trainer, metrics | self._components(pl_module, norms))
+        self._keys, self._losses = [], []
+
+    @staticmethod
+    def _components(pl_module: LadderTuningModule, norms: GradientNorms) -> dict[str, float]:
+        """Norms of the parameters of each component, and of the contexts of each tap."""
+        every = norms.by_component() | pl_module.tap_norms()
+        return {f"guard/norm/{name}": norm for name, norm in every.items()}
+
+    def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _reject(
+        self, trainer: L.Trainer, pl_module: LadderTuningModule, reason: str, metrics: dict[str, float]
+    ) -> None:
+        self.in_a_row += 1
+        keys = gather_objects(self._keys)
+        pl_module.reject_step()
+        self._log(trainer, metrics | {"guard/rejected": 1.0})
+        if trainer.is_global_zero:
+            log.warning(
+                "rejected the step after %d of stage %s: %s; norm %.4g, threshold %.4g, loss %.4g; by component: %s; "
+                "samples: %s",
+                pl_module.steps,
+                pl_module.stage.name,
+                reason,
+                metrics["guard/norm"],
+                metrics["guard/threshold"],
+                metrics["guard/loss"],
+                ", ".join(f"{k.rsplit('/')[-1]} {v:.3g}" for k, v in metrics.items() if k.startswith("guard/norm/")),
+                "; ".join(f"rank {rank}: {' '.join(own)}" for rank, own in enumerate(keys)),
+            )
+        if sum(self.recent) >= self.max_rejects:
+            raise DivergedError(
+                f"{sum(self.recent)} of the last {len(self.recent)} steps were rejected, the limit is "
+                f"callbacks.guard.max_rejects={self.max_rejects}; the last one because the {reason}. The checkpoints "
+                "hold no rejected step; lower stage.lr, or look at the samples that the log names"
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.in_a_row < self.patience or self.then == "skip":
+            return
+        self.in_a_row = 0
+        if self.then == "rewind":
+            assert isinstance(pl_module, LadderTuningModule)
+            here = pl_module.steps
+            self._rewind(trainer, pl_module)
+            log.warning(
+                "%d rejected steps in a row: back from step %d to step %d", self.patience, here, pl_module.steps
+            )
+            return
+        for group in trainer.optimizers[0].param_groups:
+            for name in ("lr", "initial_lr"):
+                group[name] *= self.lr_factor
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [lr * self.lr_factor for lr in config.scheduler.base_lrs]
+        log.warning("%d rejected steps in a row: learning rate times %g", self.patience, self.lr_factor)
+
+    def _averages(self, trainer: L.Trainer) -> list[EMA]:
+        return [c for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
+
+    def _take_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.then != "rewind":
+            return
+        assert isinstance(pl_module, LadderTuningModule)
+        state = trainer.optimizers[0].state
+        self._snapshot = {
+            "weights": [_copy(p.data) for p in pl_module.parameters()],
+            "optimizer": [{k: _copy(v) for k, v in state.get(p, {}).items()} for p in pl_module.parameters()],
+            "schedulers": [dict(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
+            "rates": [g["lr"] for g in trainer.optimizers[0].param_groups],
+            "averages": [(c.updates, [_copy(a) for a in c.average]) for c in self._averages(trainer)],
+            "rule": self.rule.state_dict(),
+            "steps": pl_module.steps,
+        }
+
+    def _rewind(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        assert self._snapshot is not None
+        kept, state = self._snapshot, trainer.optimizers[0].state
+        for parameter, weights, moments in zip(pl_module.parameters(), kept["weights"], kept["optimizer"], strict=True):
+            local_part(parameter.data).copy_(weights)
+            if not moments:
+                state.pop(parameter, None)
+            for name, value in moments.items():
+                if isinstance(value, Tensor):
+                    local_part(state[parameter][name]).copy_(value)
+                else:
+                    state[parameter][name] = value
+        for config, scheduler in zip(trainer.lr_scheduler_configs, kept["schedulers"], strict=True):
+            config.scheduler.load_state_dict(dict(scheduler))
+        for group, rate in zip(trainer.optimizers[0].param_groups, kept["rates"], strict=True):
+            group["lr"] = rate
+        for callback, (updates, values) in zip(self._averages(trainer), kept["averages"], strict=True):
+            callback.updates = updates
+            for average, value in zip(callback.average, values, strict=True):
+                average.copy_(value)
+        self.rule.load_state_dict(kept["rule"])
+        pl_module.steps = kept["steps"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember this state: one that goes on from this checkpoint rewinds to the same."""
+        if trainer.training or trainer.validating:
+            self._take_snapshot(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rule": self.rule.state_dict(), "recent": list(self.recent), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict["rule"])
+        self.recent.clear()
+        self.recent.extend(state_dict["recent"])
+        self.in_a_row = state_dict["in_a_row"]
+
+
+def _copy(value: Any) -> Any:
+    return local_part(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value

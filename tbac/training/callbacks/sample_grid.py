@@ -1,0 +1,63 @@
+"""Pictures of fixed prompts from fixed noise, at every validation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from tbac.distributed import gathered
+from tbac.sampling.grid import picture_grid
+from tbac.sampling.pipeline import UniImagePipeline
+from tbac.training.module import LadderTuningModule
+from tbac.training.tracking import log_picture
+
+
+class SampleGrid(L.Callback):
+    """Writes `samples/step_<n>.png` and logs it as an artifact.
+
+    Args:
+        prompts: what to draw.
+        folder: where the pictures go.
+        guidance_scale: text guidance.
+        num_inference_steps: solver steps.
+        seed: of the noise.
+        scale: enlargement of each picture, for small ones.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        folder: str,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 30,
+        seed: int = 42,
+        scale: int = 1,
+    ) -> None:
+        self.prompts, self.folder = list(prompts), Path(folder)
+        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+        self.seed, self.scale = seed, scale
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self.prompts:
+            return
+        assert isinstance(pl_module, LadderTuningModule)
+        with gathered(pl_module):
+            self._draw(trainer, pl_module)
+
+    @rank_zero_only
+    def _draw(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        model = pl_module.model
+        training = model.training
+        images = UniImagePipeline(model)(
+            self.prompts,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.num_inference_steps,
+            generator=torch.Generator().manual_seed(self.seed),
+        ).images
+        model.train(training)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{pl_module.run_step:07d}.png"
+        picture_grid(images, columns=4, scale=self.scale).save(path)
+        log_picture(trainer.loggers, path)

@@ -1,0 +1,71 @@
+"""Random numbers of training: noise as a function of names alone, and the state of the global generators."""
+
+import hashlib
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from tbac.distributed import rank, world_size
+from tbac.flow import sample_sigma
+from tbac.training.stages import FlowOptions
+
+ONE_NOISE = FlowOptions()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, and those of the loader's processes."""
+    L.seed_everything(seed, verbose=False)
+
+
+def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
+    """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
+
+    Args:
+        names: one per sample.
+        latents: (batch, channel, height, width): whose shape, type and device the noise has.
+        flow: how sigmas are drawn, and how many of both per sample.
+
+    Returns:
+        Noise (batch * k, channel, height, width) and sigmas (batch * k,), those of a sample next to each other.
+    """
+    noise, sigma = [], []
+    for name in names:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn((flow.noise_samples_per_prompt, *latents.shape[1:]), generator=generator))
+        sigma.append(sample_sigma(flow.noise_samples_per_prompt, generator, scheme=flow.scheme, shift=flow.shift))
+    drawn = torch.cat(noise), torch.cat(sigma)
+    if latents.is_cuda:  # a copy from pageable memory would wait for the device
+        drawn = drawn[0].pin_memory(), drawn[1].pin_memory()
+    return drawn[0].to(latents, non_blocking=True), drawn[1].to(latents.device, non_blocking=True)
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global generators of this process. Training draws from none of them; users' code may."""
+    version, numbers, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    words = numpy_state["state"]["key"].tolist()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": {**numpy_state, "state": {"key": words, "pos": int(numpy_state["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(states: list[dict[str, Any]]) -> None:
+    """Set the global generators as they were; with another number of processes they stay as the seed left them."""
+    if len(states) != world_size():
+        return
+    state = states[rank()]
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    words = np.asarray(state["numpy"]["state"]["key"], np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": words}})
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

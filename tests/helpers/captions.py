@@ -1,0 +1,22 @@
+"""What a caption says, read by a grammar that is not the one that wrote it."""
+
+import re
+from collections import Counter
+
+from data_prep.shapes.language import NUMBERS, OPENINGS, plural
+from data_prep.shapes.scene import COLORS, GLYPHS
+
+
+def said_objects(text: str) -> Counter:
+    """Objects that a caption names: (colour or None, shape) -> count, read with a grammar of its own."""
+    for opening in sorted(OPENINGS, key=len, reverse=True):
+        if opening and text.startswith(opening):
+            text = text.removeprefix(opening)
+    found: Counter = Counter()
+    names = {plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
+    pattern = (
+        rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
+    )
+    for count, color, shape in re.findall(pattern, text):
+        found[color or None, names[shape]] += 1 if count == "a" else NUMBERS.index(count)
+    return found

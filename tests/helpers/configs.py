@@ -1,0 +1,23 @@
+"""Configs of the repository."""
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def _compose(name: str, overrides: tuple[str, ...]) -> Any:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def composed(name: str, *overrides: str) -> Any:
+    """A config of the repository; composed once in a session, and each test has a copy of its own."""
+    return copy.deepcopy(_compose(name, overrides))

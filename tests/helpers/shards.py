@@ -1,0 +1,55 @@
+"""Shards that are written, read and damaged."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards.writer import write_shards
+from tbac.data.order import Draw
+from tbac.data.reader import ShardReader
+from tbac.data.shards import Source, SourceShards
+from tbac.types import Sample
+from tests.helpers.pictures import noise_image
+
+
+def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
+    """A reader whose batches are lists of samples."""
+    found = [SourceShards(source, check_manifest) for source in sources]
+    usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
+    return ShardReader([f.tars for f in found], [f.samples for f in found], **(usual | options))
+
+
+def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:
+    """All samples in the order of the shards, some passes of them."""
+    places = [
+        (k, p, i, n)
+        for p in range(passes)
+        for k, sizes in enumerate(reader.sizes)
+        for i, size in enumerate(sizes)
+        for n in range(size)
+    ]
+    return [reader.sample(Draw(position, *place)) for position, place in enumerate(places)]
+
+
+def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
+    """Rewrite a tar with the contents of some members replaced, or left out (None)."""
+    with tarfile.open(tar) as old:
+        members = [(m.name, old.extractfile(m).read()) for m in old]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as new:
+        for name, data in members:
+            content = broken.get(name, data)
+            if content is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+
+
+def write_mixed_sizes(folder: str, count: int = 24) -> None:
+    """Text-to-image shards `train` of pictures of five sizes."""
+    sides = [(24, 24), (40, 20), (20, 40), (64, 30), (90, 100)]
+    samples = [
+        (f"s{i:03d}", {"png": noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})
+        for i in range(count)
+    ]
+    write_shards(Path(folder), "train", samples, 10)

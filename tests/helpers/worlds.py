@@ -1,0 +1,81 @@
+"""A small shapes world and the small model in it."""
+
+import copy
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from hydra.utils import instantiate
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from data_prep.shapes.parts import make_tokenizer
+from data_prep.shapes.pretrain_autoencoder import pixels_of
+from data_prep.shapes.pretrain_mllm import make_config
+from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
+from tbac.app import plain
+from tbac.models import UniImage
+from tbac.models.autoencoder import FrozenAutoencoder
+from tbac.models.weights import autoencoder_digest
+from tests.helpers.configs import composed
+
+SIZES = Sizes(
+    t2i=96,
+    edit=48,
+    curated=48,
+    val=16,
+    samples_per_shard=24,
+    prompts_per_tag=2,
+    questions=12,
+    edits=6,
+    dense=2,
+    pairs_per_type=1,
+)
+
+
+def build_small_world(folder: Path) -> None:
+    """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
+    parts = plain(composed("train", "run_dir=.").model)["architecture"]
+    torch.manual_seed(1)
+    mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
+    (folder / "tokenizer").mkdir()
+    make_tokenizer(folder / "tokenizer", 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "tokenizer")
+    model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(parts["mllm"], tokenizer))
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(mllm)
+    autoencoder = AutoencoderDC(**parts["autoencoder"])
+    autoencoder.save_pretrained(denoiser / "vae")
+    SanaTransformer2DModel(**parts["transformer"]).save_pretrained(denoiser / "transformer")
+    scheduler = {k: v for k, v in parts["scheduler"].items() if k != "_class_name"}
+    DPMSolverMultistepScheduler(**scheduler).save_pretrained(denoiser / "scheduler")
+    world = World.draw(0, SIZES)
+    write_benchmarks(world, folder / "benchmarks")
+    frozen = FrozenAutoencoder(autoencoder)
+    write_training_sets(
+        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), autoencoder_digest(denoiser)
+    )
+
+
+@cache
+def _load_model(world: Path, overrides: tuple[str, ...]) -> UniImage:
+    return UniImage.from_config(instantiate(composed("train", "run_dir=.", *overrides).model))
+
+
+def small_model(world: Path, *overrides: str) -> UniImage:
+    """The shapes model on untrained backbones, with ladder weights far from zero so that they matter."""
+    os.environ["TBAC_SHAPES"] = str(world)
+    model = copy.deepcopy(_load_model(world, overrides))
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.ladder.queries, std=0.5)
+    return model
+
+
+def read_everything(model: UniImage) -> UniImage:
+    """The model with those parts read too that otherwise wait until they are used."""
+    model.mllm.load_full_model()
+    for part in ("encoder", "decoder"):
+        model.autoencoder.load_part(part)
+    return model

@@ -57,9 +57,10 @@ def list_private_names(tree: ast.Module, own: set[str]) -> Iterator[str]:
                 if first is not None and parts[0] not in CODE:
                     yield ".".join(parts[: first + 1])
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
-            name = node.args[1]
-            if isinstance(name, ast.Constant) and is_private(name.value) and name.value not in own:
-                yield f"{ast.unparse(node.args[0])}.{name.value}"
+            attribute = node.args[1]
+            text = attribute.value if isinstance(attribute, ast.Constant) else None
+            if isinstance(text, str) and is_private(text) and text not in own:
+                yield f"{ast.unparse(node.args[0])}.{text}"
 
 
 def list_static(root: Path) -> set[tuple[str, str]]:

@@ -23,7 +23,7 @@ def test_everything_is_built_trained_and_scored(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     stages = ",".join(f"{stage}:{json.dumps(STAGE)}" for stage in ("t2i_pretrain", "ti2i_pretrain", "finetune"))
     options = [
-        "experiment=shapes_full", "out=demo", "world=demo/world", f"world_overrides={json.dumps(WORLD)}",
+        "experiment=shapes_full", "out=demo", "world_folder=demo/world", f"world_overrides={json.dumps(WORLD)}",
         f"stage_overrides={{{stages}}}",
         "geneval.num_inference_steps=2", "edits.num_inference_steps=2",
     ]  # fmt: skip

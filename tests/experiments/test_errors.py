@@ -39,7 +39,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["taps=explicit", "taps.layers=[1,2,3,99]"], ["99", "out of range", "0 (embeddings) to 6"]),
         (["taps=explicit", "taps.layers=[1,2,3]"], ["3 taps", "4 denoiser blocks"]),
         (["taps=explicit", "taps.layers=[1,2]", "taps.assignment=[0,1,5,0]"], ["[0, 1, 5, 0]", "between 0 and 1"]),
-        (["taps=deepest"], ["taps", "'deepest'", "last_n"]),
+        (["taps=deepest"], ["'taps/deepest'", "Available options", "last_n"]),
         (["stage.leraning_rate=1"], ["leraning_rate"]),
         (["no_such_key=1"], ["no_such_key"]),
         (["stage=pretrain"], ["stage/pretrain", "t2i_pretrain"]),

@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist 
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu shards-verify lint ui
+.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ bench: $(READY) ## speed and memory against the release's way, on the CPU, as ra
 
 bench-gpu: $(READY) ## the same at real sizes with random weights on a GPU, with the largest batches that fit
 	$(BIN)/python experiments/bench.py experiment=bench_gpu $(ARGS)
+
+bench-gpu-pack: $(READY) ## what bench-gpu needs where there is no network: build/bench-gpu/, at most 60 MiB
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/bench-gpu/wheels -r experiments/speed/offline.txt
+	for version in 3.11 3.12; do $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $$version \
+	  --dest build/bench-gpu/wheels $$(grep '^pillow' experiments/speed/offline.txt); done
+	cp experiments/speed/run_offline.sh build/bench-gpu/run.sh
 
 shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
 	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)

@@ -89,7 +89,7 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
         found = report["training"]["cases"][case]
         assert found["ratio"] == pytest.approx(found["median_s"][BASELINE] / found["median_s"][OURS], rel=0.2)
         assert set(found["memory"]) == {"release", "ours", "ours, checkpointed"}
-    assert report["sampling"]["cases"]["4 x 4"]["difference"]["release"] < 1e-3
+    assert report["sampling"]["cases"]["text, 1, 4 x 4"]["difference"]["release"] < 1e-3
     for case in ("text", "image + text"):
         found = report["cached"]["cases"][case]
         assert found["losses"][IMAGES] == pytest.approx(found["losses"][LATENTS], rel=1e-5)
@@ -116,8 +116,7 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["parts=[training,speed]"], "parts may hold training, sampling, cached, loader, batches, step; got 'speed'"),
-        (["parts=[batches]"], "parts=[batches] caps the memory of a GPU"),
+        (["parts=[training,speed]"], "loader, batches, kernels, step; got 'speed'"),
         (["precision=fp8"], "precision must be 32-true or bf16-mixed for these parts, got 'fp8'"),
         (["tokens={text: [16], image: []}"], "every entry of tokens must exceed shared_tokens=32"),
         (["repeats=0"], "repeats must be at least 1, got 0"),

@@ -25,7 +25,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer (15 min on 2 cores)
+demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer
 	$(BIN)/python experiments/demo.py $(ARGS)
 
 test: $(READY) ## the test suite, on all cores up to eight
@@ -56,7 +56,7 @@ stages: $(READY) ## all three stages in one process
 sweep: $(READY) ## a committed multirun of conf/sweep/, then its report; SWEEP=taps_x_lr; goes on where it stopped
 	$(BIN)/python experiments/sweep.py name=$(SWEEP) $(ARGS)
 
-bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios (18 min on 2 cores)
+bench: $(READY) ## speed and memory against the release's way, on the CPU, as ratios
 	$(BIN)/python experiments/bench.py $(ARGS)
 
 bench-gpu: $(READY) ## the same at real sizes with random weights on a GPU, with the largest batches that fit

@@ -5,11 +5,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, pick_device, plain, user_errors
+from tbac.app import CONF, pick_device, report_user_errors, to_plain
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="cache_latents")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     # What can be refused without a model's libraries is refused before they are imported.
     source, out = Path(cfg.path).expanduser(), Path(cfg.out).expanduser().absolute()
@@ -26,8 +26,8 @@ def main(cfg: DictConfig) -> None:
     from tbac.data.buckets import parse_buckets
     from tbac.models.autoencoder import FrozenAutoencoder
     from tbac.models.qwen import DTYPES
-    from tbac.models.sources import DENOISER_FILES, local_folder, read_config
-    from tbac.models.weights import autoencoder_digest
+    from tbac.models.sources import DENOISER_FILES, locate_folder, read_config
+    from tbac.models.weights import compute_autoencoder_digest
 
     for name in ("dtype", "encode_dtype"):
         if cfg[name] not in DTYPES:
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
         device = torch.device("cuda", cfg.rank % torch.cuda.device_count())
     options = CachingOptions(
         cfg.image_size,
-        parse_buckets(plain(cfg)["buckets"], cfg.image_size),
+        parse_buckets(to_plain(cfg)["buckets"], cfg.image_size),
         cfg.reducing_gap,
         DTYPES[cfg.dtype],
         cfg.keep_images,
@@ -47,10 +47,10 @@ def main(cfg: DictConfig) -> None:
     )
     # The config of the autoencoder says what sides it needs; its weights are read when they are used.
     read_config("denoiser", cfg.denoiser, "vae/config.json")
-    folder = local_folder("denoiser", cfg.denoiser, DENOISER_FILES)
+    folder = locate_folder("denoiser", cfg.denoiser, DENOISER_FILES)
     autoencoder = FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype])
     options.check_sides(autoencoder.compression)
-    cache_latents(source, out, autoencoder, autoencoder_digest(folder), options, (cfg.rank, cfg.world_size))
+    cache_latents(source, out, autoencoder, compute_autoencoder_digest(folder), options, (cfg.rank, cfg.world_size))
 
 
 if __name__ == "__main__":

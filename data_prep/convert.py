@@ -7,13 +7,13 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tbac.app import CONF, user_errors
+from tbac.app import CONF, report_user_errors
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="convert")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     if "dataset" not in cfg:
         known = sorted(file.stem for file in (Path(CONF) / "dataset").glob("*.yaml"))

@@ -10,13 +10,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, output_dir, user_errors
+from tbac.app import CONF, get_run_folder, report_user_errors
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="verify")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     folder = Path(cfg.path).expanduser()
     if not folder.is_dir():
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     if not cfg.samples:
         return
     facts = verify(folder, cfg.tokenizer, cfg.processes)
-    out = output_dir()
+    out = get_run_folder()
     text = write_report(facts, folder, "tokens" if cfg.tokenizer else "words", out)
     print(f"\n{text}\nThe report is {out / 'report.md'}.")
     if facts.faults:

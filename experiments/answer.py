@@ -7,14 +7,14 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.generate import read_image
-from tbac.app import CONF, open_model, opening_options, user_errors
+from tbac.app import CONF, open_model, read_opening_options, report_user_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="answer")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     image = read_image(cfg.image) if cfg.image else None
-    print(open_model(cfg.checkpoint, **opening_options(cfg)).answer(cfg.question, image, cfg.max_new_tokens))
+    print(open_model(cfg.checkpoint, **read_opening_options(cfg)).answer(cfg.question, image, cfg.max_new_tokens))
 
 
 if __name__ == "__main__":

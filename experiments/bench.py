@@ -11,17 +11,17 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, keep_freed_memory, plain, user_errors
+from tbac.app import CONF, keep_freed_memory, report_user_errors, to_plain
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     from experiments.speed.parts import bench, check  # torch and diffusers, only when the config is right
     from experiments.speed.training import utilisation
 
     keep_freed_memory()
-    options = plain(cfg)
+    options = to_plain(cfg)
     check(options)
     out = Path(cfg.out)
     report = bench(options, out)

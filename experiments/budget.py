@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments.costs import Activations, Case, activations_of, autoencoder_flops, flops_of
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.models import UniImage
 
 GIB = 1024**3
@@ -118,7 +118,7 @@ def largest_batch(limit: float, fixed: float, each: float) -> int:
 
 def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     """Everything about one stage; `cfg` is `conf/plan.yaml` with that stage."""
-    options = plain(cfg)
+    options = to_plain(cfg)
     check(options)
     model_config, dtype, stage = options["model"], options["model"]["dtype"], options["stage"]
     machine, overhead = options["machine"], options["overhead_gib"] * GIB
@@ -213,7 +213,7 @@ def count_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[st
         model_config: `model` of `conf/plan.yaml`.
         stages: `conf/plan.yaml` with each stage.
     """
-    model = build(plain(model_config))
+    model = build(to_plain(model_config))
     parts = count_parts(model)
     trained = parts["queries"] + parts["connector"] + parts["denoiser"]
     total = count(model)
@@ -223,6 +223,6 @@ def count_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[st
         "total": total,
         "trained": trained,
         "frozen": total - trained,
-        "taps": taps.layer_of_block() if not taps.mixed else list(taps.layers),
+        "taps": taps.list_block_layers() if not taps.mixed else list(taps.layers),
         "stages": [stage_report(stage, model) for stage in stages],
     }

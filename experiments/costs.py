@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from tbac.flow import interpolate, velocity_loss
+from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.types import Condition
@@ -89,7 +89,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
         with torch.no_grad():
             count("vision", lambda: model.mllm.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]))
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
-    prefix = count("prefix", lambda: model.mllm.prefix(inputs, plan.deepest, model.ladder.prompt_layers))
+    prefix = count("prefix", lambda: model.mllm.read_prefix(inputs, plan.deepest, model.ladder.prompt_layers))
     taps = count("queries", lambda: model.mllm.read_queries(model.ladder.queries, prefix, plan.layers))
     both = taps.detach() if prefix.states is None else torch.cat([taps.detach(), prefix.states], dim=2)
     tapped = both.requires_grad_()
@@ -104,7 +104,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
             counted["reference"] = autoencoder_flops(model_config, latent_side * model.autoencoder.compression)
     condition = Condition(read, None, reference)
     predicted = count("denoiser", lambda: model.predict_velocity(path.noisy, path.sigma, condition))
-    count("denoiser", lambda: velocity_loss(predicted, path.velocity).backward())
+    count("denoiser", lambda: compute_velocity_loss(predicted, path.velocity).backward())
     count("ladder", lambda: states.backward(read.grad))
     assert tapped.grad is not None
     of_queries = tapped.grad[:, :, : taps.shape[2]]
@@ -228,12 +228,12 @@ def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[s
     )
     precision = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     with precision, saved_tensors_hooks(keep, lambda tensor: tensor):
-        prefix = model.mllm.prefix(inputs, model.ladder.plan.deepest)
+        prefix = model.mllm.read_prefix(inputs, model.ladder.plan.deepest)
         counted.update(t.untyped_storage() for t in (*prefix.keys, *prefix.values))
         taps = model.mllm.read_queries(model.ladder.queries, prefix, model.ladder.plan.layers)
         condition = Condition(model.ladder(taps))
         part = "denoiser"
         latents = torch.zeros(case.batch, model.latent_channels, latent_side, latent_side)
         predicted = model.predict_velocity(latents, torch.zeros(case.batch), condition)
-        velocity_loss(predicted, latents)
+        compute_velocity_loss(predicted, latents)
     return totals

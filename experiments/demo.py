@@ -15,7 +15,7 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from tbac.app import CONF, plain, user_errors
+from tbac.app import CONF, report_user_errors, to_plain
 
 
 def table(report: dict[str, Any]) -> str:
@@ -46,20 +46,20 @@ def table(report: dict[str, Any]) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="demo")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     # Torch and the libraries of models are imported only when the config is right.
     from data_prep.shapes.parts import build_world
     from experiments.scores.showcase import show
-    from tbac.training.tracking import parent_run
+    from tbac.training.tracking import open_parent_run
 
     started = time.monotonic()
     out = Path(cfg.out)
     os.environ["TBAC_SHAPES"] = cfg.world_folder  # where all configs look for the world
     build_world(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
-    with parent_run(cfg.tracking_uri, "tbac", "demo") as run:
-        run.log_config(plain(cfg))
+    with open_parent_run(cfg.tracking_uri, "tbac", "demo") as run:
+        run.log_config(to_plain(cfg))
         report = show(cfg, run)
         report["seconds_world"] = round(built - started, 1)
         report["seconds"] = round(time.monotonic() - started, 1)

@@ -9,7 +9,7 @@ logs the scores to the checkpoint's MLflow run. `answers` draws nothing and has 
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, user_errors
+from tbac.app import CONF, report_user_errors
 
 STEPS = ("generate", "score", "report")
 
@@ -26,7 +26,7 @@ def check(cfg: DictConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     check(cfg)
     from experiments.scores.steps import run_benchmark  # torch and diffusers, only when the config is right

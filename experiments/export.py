@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, open_model, opening_options, user_errors
+from tbac.app import CONF, open_model, read_opening_options, report_user_errors
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="export")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     check_options(cfg)
-    model = open_model(cfg.checkpoint, **opening_options(cfg)).model
+    model = open_model(cfg.checkpoint, **read_opening_options(cfg)).model
     out = Path(cfg.out)
     model.save_pretrained(out, standalone=cfg.standalone, notes=facts_of(cfg.checkpoint))
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)

@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tbac.app import CONF, open_model, opening_options, user_errors
+from tbac.app import CONF, open_model, read_opening_options, report_user_errors
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def read_image(path: str) -> Image.Image:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     prompts = [str(p) for p in cfg.prompts] + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
     if not prompts:
@@ -74,7 +74,7 @@ def main(cfg: DictConfig) -> None:
     import torch  # takes seconds, so only when the options are right
 
     sources = images * len(prompts) if len(images) == 1 else images
-    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
+    pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     if cfg.compile:
         pipeline.model.denoiser.compile_blocks()
     out = Path(cfg.out)

@@ -10,13 +10,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, output_dir, user_errors
+from tbac.app import CONF, get_run_folder, report_user_errors
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="import_official")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and any(out.iterdir()):
@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     model, accounting = read_released(cfg.checkpoint, cfg.mllm, cfg.denoiser, cfg.image_pixels)
     model.save_pretrained(out, standalone=cfg.standalone)
     report = {"used": accounting.used, "dropped": accounting.dropped, "unused_rows": accounting.unused_rows}
-    (output_dir() / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (get_run_folder() / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     log.info(
         "%d tensors used, %d equal to the base models' and dropped, %d rows of the embedding table unused: %s",
         len(accounting.used),

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.reports import markdown
-from tbac.app import CONF, output_dir, user_errors
+from tbac.app import CONF, get_run_folder, report_user_errors
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="plan")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     others = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("stage=")]
     stages = [compose("plan", [*others, f"stage={name}"]) for name in cfg.stages]
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
         f"\nSpeed at {cfg.utilisation:.0%} of {cfg.peak_tflops} TFLOP/s; prompts of {cfg.text_tokens} tokens, input "
         f"images of {cfg.image_tokens}; {cfg.overhead_gib} GiB for the CUDA context and libraries."
     )
-    (output_dir() / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (get_run_folder() / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose
 from omegaconf import DictConfig
 
-from tbac.app import plain
+from tbac.app import to_plain
 
 PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
 
@@ -22,7 +22,7 @@ def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]
         return [cfg]
     kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
     configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
-    shared = [{k: v for k, v in plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
+    shared = [{k: v for k, v in to_plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
     for name, other in zip(cfg.stages, shared, strict=True):
         differing = [k for k in other if other[k] != shared[0][k]]
         if differing:

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.sweeps.points import read_choices, read_points
-from tbac.app import CONF, plain, user_errors
+from tbac.app import CONF, report_user_errors, to_plain
 
 log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
@@ -43,7 +43,7 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     # What is asked for must exist, before anything is built or trained.
     choices = read_choices(cfg.name)
@@ -54,14 +54,14 @@ def main(cfg: DictConfig) -> None:
     # Torch, diffusers and matplotlib are imported only when the config is right.
     from experiments.sweeps.report import write_report
     from experiments.sweeps.score import score_point
-    from tbac.training.tracking import metric_history, parent_run
+    from tbac.training.tracking import open_parent_run, read_metric_history
 
     build_world_if_missing(cfg)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = prod(map(len, choices.values()))
-    with parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
-        run.log_config(plain(cfg))
+    with open_parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
+        run.log_config(to_plain(cfg))
         train_points(cfg, out, run.run_id)
         points = read_points(out, list(choices))
         if len(points) < expected:
@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
         histories: dict[Path, dict[str, Any]] = {}
         for number, point in enumerate(points, start=1):
             point.scores = score_point(point, cfg, detector)
-            histories[point.folder] = metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
+            histories[point.folder] = read_metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
             log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
         # The report, beside the points and in the parent run.
         report = write_report(cfg.name, points, histories, out, expected)

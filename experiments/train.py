@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from experiments.stage_configs import finished, stage_configs
-from tbac.app import CONF, keep_freed_memory, output_dir, plain, user_errors
+from tbac.app import CONF, get_run_folder, keep_freed_memory, report_user_errors, to_plain
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     from experiments.training_run import find_init
     from tbac.models.saved import read_checkpoint
 
-    folder = output_dir().absolute()
+    folder = get_run_folder().absolute()
     init = find_init(configs[0])  # settled now, so that all processes start from the same
     if init and Path(init).is_file():
         read_checkpoint(init)
     arguments = [o for o in overrides if o.split("=")[0] != "init"]
     arguments += [f"init='{Path(init).absolute()}'"] if init else []
-    launcher = {**plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
+    launcher = {**to_plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
     job = submit(launcher, folder, arguments)
     print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
 
@@ -65,7 +65,7 @@ def point_alone() -> Iterator[None]:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     overrides = HydraConfig.get().overrides.task
@@ -73,17 +73,17 @@ def main(cfg: DictConfig) -> None:
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         submit_job(configs, overrides)
         return
-    if finished(configs, output_dir()):
+    if finished(configs, get_run_folder()):
         log.info("finished before; give stage.steps=… for more steps")
         return
     # What trains takes seconds to import: only once the configs are known to fit together.
     from experiments.training_run import train
-    from tbac.training.strategies import process_rank
+    from tbac.training.strategies import read_process_rank
 
-    if process_rank():  # the others say only what is wrong
+    if read_process_rank():  # the others say only what is wrong
         logging.getLogger().setLevel(logging.WARNING)
     with point_alone():
-        report = train(configs, output_dir())
+        report = train(configs, get_run_folder())
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
 

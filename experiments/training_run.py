@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.stage_configs import PER_STAGE
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.models import UniImage
 from tbac.models.architecture import check_config
@@ -22,16 +22,16 @@ from tbac.models.saved import FACTS, SavedModel, read_checkpoint, read_saved_mod
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
     describe_model,
+    find_newest_checkpoint,
+    find_newest_readable,
     load_weights,
-    newest_checkpoint,
-    newest_whole,
-    optimizer_state_of,
+    read_optimizer_state,
 )
 from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
 from tbac.training.stages import Stage
-from tbac.training.strategies import process_rank
-from tbac.training.tracking import RunLogger, log_nowhere, log_run, run_facts
+from tbac.training.strategies import read_process_rank
+from tbac.training.tracking import RunLogger, collect_run_facts, log_nowhere, log_run
 
 if TYPE_CHECKING:
     import lightning as L
@@ -85,10 +85,10 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     module.first_step = start.first_step
 
     # One logger for all stages; one process alone opens its store.
-    logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not process_rank() else None
+    logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
-        log_run([logger.logger], config_of_run(stages), run_facts() | digests)
+        log_run([logger.logger], config_of_run(stages), collect_run_facts() | digests)
 
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
         trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
@@ -101,7 +101,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     transition.fit(make_trainer, module, data)
     if logger:
         logger.close()
-    return write_report(transition.reports(module), folder)
+    return write_report(transition.list_reports(module), folder)
 
 
 def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     for done in reports:
         done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
     report = reports[0] if len(reports) == 1 else {"stages": reports}
-    if not process_rank():
+    if not read_process_rank():
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -124,7 +124,7 @@ def build_stage(cfg: DictConfig) -> Stage:
         trainable=list(cfg.stage.trainable),
         keep_optimizer=cfg.stage.keep_optimizer,
         callbacks=[instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else [],
-        config=plain(cfg),
+        config=to_plain(cfg),
         **{name: cfg.stage[name] for name in names},
     )
 
@@ -140,7 +140,7 @@ def config_of_run(stages: Sequence[Stage]) -> dict[str, Any]:
 def try_schedules(configs: Sequence[DictConfig], stages: Sequence[Stage], data: StagedDataModule) -> None:
     """Make each stage's schedule for an optimizer of nothing, so that one that doesn't fit is named now."""
     for cfg, stage, source in zip(configs, stages, data.stages, strict=True):
-        total_steps = stage.total_steps(source.batch_size * stage.accumulate)
+        total_steps = stage.count_steps(source.batch_size * stage.accumulate)
         stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=total_steps)
 
 
@@ -159,12 +159,12 @@ def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConf
     saved = read_saved_model(checkpoint, path, connector)
     progress = checkpoint["callbacks"][StageTransition.__qualname__]
     steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
-    if not stages[index].over(steps, position, progress["stale"]) or index + 1 == len(stages):
+    if not stages[index].is_over(steps, position, progress["stale"]) or index + 1 == len(stages):
         return Start(index, saved, resumed=checkpoint, history=progress["history"])
     # This checkpoint is its stage's last: the next stage begins with its weights.
     losses = {"val_loss_first": progress["first"], "val_loss_last": progress["last"]}
     history = [*progress["history"], {"name": stages[index].name, "steps": steps, **losses}]
-    state = optimizer_state_of(checkpoint)
+    state = read_optimizer_state(checkpoint)
     return Start(index + 1, saved, None, state, history, first_step=checkpoint["global_step"])
 
 
@@ -176,7 +176,7 @@ def find_first_start(init: str | None, stage: Stage, connector: Any) -> Start:
     if not (folder / "config.json").is_file():
         checkpoint = read_checkpoint(init)
         saved = read_saved_model(checkpoint, init, connector)
-        return Start(saved=saved, optimizer_state=optimizer_state_of(checkpoint))
+        return Start(saved=saved, optimizer_state=read_optimizer_state(checkpoint))
     if stage.keep_optimizer:
         raise ValueError(f"stage.keep_optimizer=true takes the optimizer's state from init={init}, which has none")
     return Start(saved=read_export(folder, connector))
@@ -190,7 +190,7 @@ def find_init(cfg: DictConfig) -> str | None:
     """
     if cfg.init or not cfg.stage.previous:
         return cfg.init
-    found = newest_checkpoint(RUNS, cfg.stage.previous)
+    found = find_newest_checkpoint(RUNS, cfg.stage.previous)
     if found is None:
         raise ValueError(
             f"stage {cfg.stage.name} starts from a checkpoint of {cfg.stage.previous}, and there is none under "
@@ -208,7 +208,7 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
     if not cfg.resume:
         return None
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
-    found = newest_whole(named) if named.is_dir() else (named, read_checkpoint(named))
+    found = find_newest_readable(named) if named.is_dir() else (named, read_checkpoint(named))
     if found is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
     return found and (str(found[0]), found[1])

@@ -37,7 +37,7 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: applica
 USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
 
 
-def point_name(overrides: str, limit: int = 120) -> str:
+def name_point(overrides: str, limit: int = 120) -> str:
     """Name of the folder of a point of a sweep.
 
     Args:
@@ -51,7 +51,7 @@ def point_name(overrides: str, limit: int = 120) -> str:
     return name if len(name) <= limit else f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def shell_words(*texts: str | None) -> list[str]:
+def split_words(*texts: str | None) -> list[str]:
     """The words that a shell would see in these texts, one after the other; None has none."""
     words = []
     for text in texts:
@@ -59,11 +59,11 @@ def shell_words(*texts: str | None) -> list[str]:
     return words
 
 
-OmegaConf.register_new_resolver("point_name", point_name, replace=True)
-OmegaConf.register_new_resolver("shell_words", shell_words, replace=True)
+OmegaConf.register_new_resolver("point_name", name_point, replace=True)
+OmegaConf.register_new_resolver("shell_words", split_words, replace=True)
 
 
-def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def report_user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """End in one message and exit status 1 for a user's mistake; TBAC_TRACEBACK=1 shows where it was noticed."""
 
     @wraps(main)
@@ -72,7 +72,7 @@ def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
         try:
             return main(cfg)
         except USER_ERRORS as error:
-            cause = innermost(error)
+            cause = find_cause(error)
             if os.environ.get("TBAC_TRACEBACK") or not isinstance(cause, USER_ERRORS):
                 raise
             print(f"error: {str(cause).strip()}", file=sys.stderr)
@@ -81,7 +81,7 @@ def user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
     return guarded
 
 
-def innermost(error: BaseException) -> BaseException:
+def find_cause(error: BaseException) -> BaseException:
     """The error that a configuration library wrapped."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
@@ -113,12 +113,12 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def output_dir() -> Path:
+def get_run_folder() -> Path:
     """The run folder that Hydra made."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """The config as built-in types, interpolations resolved or as they are written."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
@@ -134,7 +134,7 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def opening_options(cfg: DictConfig) -> dict[str, Any]:
+def read_opening_options(cfg: DictConfig) -> dict[str, Any]:
     """Where a command finds a model's parts and how it holds them: the options of conf/opening/, for `open_model`."""
     connector = instantiate(cfg.connector) if cfg.connector else None
     names = [name for name in ("device", "dtype", "quantization", "mllm", "denoiser") if name in cfg]

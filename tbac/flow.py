@@ -67,7 +67,7 @@ def sample_sigma(
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def timestep_of(sigma: Tensor) -> Tensor:
+def compute_timestep(sigma: Tensor) -> Tensor:
     """The denoiser's timestep, `1000 * sigma`, in float32; what rounding alone keeps from a whole number becomes one.
 
     A sigma of the training grid is a whole number over 1000, and in float32 ten of the thousand don't come back whole.
@@ -90,12 +90,12 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyLatents:
     return NoisyLatents(noisy, noise - latents, sigma)
 
 
-def latents_from_velocity(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+def compute_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """The latents at the end of the straight path through `noisy` along `velocity`; shapes as in `NoisyLatents`."""
     return noisy - sigma.to(noisy.dtype).view(-1, 1, 1, 1) * velocity
 
 
-def velocity_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
+def compute_velocity_loss(prediction: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error per sample in float32, optionally weighted by `weight` (batch,), averaged over the batch."""
     per_sample = (prediction.float() - velocity.float()).square().mean(dim=(1, 2, 3))
     return (per_sample if weight is None else per_sample * weight).mean()

@@ -4,11 +4,11 @@ import pytest
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from tbac.app import point_name, user_errors
+from tbac.app import name_point, report_user_errors
 
 
 def failing(cause: Exception) -> None:
-    @user_errors
+    @report_user_errors
     def main(cfg: DictConfig) -> None:
         raise InstantiationException("Error in call to target") from cause
 
@@ -29,12 +29,12 @@ def test_a_wrapped_error_of_ours_is_not_shown_as_the_user_s() -> None:
 
 def test_the_folder_of_a_point_names_its_overrides_and_not_those_of_the_machine() -> None:
     overrides = "+callbacks.x={a:1,b:2},logger=csv,machine.devices=2,machine=cuda,stage.lr=0.001,taps=last_n"
-    assert point_name(overrides) == "stage.lr=0.001,taps=last_n"
-    assert point_name("machine=cuda") == "default"
-    assert point_name("taps.layers=[1,2,3]") == "taps.layers=[1,2,3]"
+    assert name_point(overrides) == "stage.lr=0.001,taps=last_n"
+    assert name_point("machine=cuda") == "default"
+    assert name_point("taps.layers=[1,2,3]") == "taps.layers=[1,2,3]"
 
 
 def test_long_names_stay_short_and_distinct() -> None:
-    names = {point_name(f"init=/a/{'b' * 300},stage.lr={lr}") for lr in (1, 2)}
+    names = {name_point(f"init=/a/{'b' * 300},stage.lr={lr}") for lr in (1, 2)}
     assert len(names) == 2
     assert all(len(name) <= 120 and "/" not in name for name in names)

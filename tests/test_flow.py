@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tbac.flow import NUM_TIMESTEPS, interpolate, sample_sigma, velocity_loss
+from tbac.flow import NUM_TIMESTEPS, compute_velocity_loss, interpolate, sample_sigma
 
 
 def test_the_path_runs_from_latents_to_noise_along_the_velocity() -> None:
@@ -45,8 +45,8 @@ def test_the_generator_decides() -> None:
 
 def test_the_loss_is_the_mean_squared_error_in_float32() -> None:
     a, b = torch.randn(2, 3, 4, 5, 5)
-    torch.testing.assert_close(velocity_loss(a, b), ((a - b) ** 2).mean())
-    assert velocity_loss(a.bfloat16(), b).dtype == torch.float32
+    torch.testing.assert_close(compute_velocity_loss(a, b), ((a - b) ** 2).mean())
+    assert compute_velocity_loss(a.bfloat16(), b).dtype == torch.float32
 
 
 def test_unknown_schemes_are_named() -> None:

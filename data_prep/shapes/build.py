@@ -6,13 +6,13 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, user_errors
+from tbac.app import CONF, report_user_errors
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="shapes")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     from data_prep.shapes.parts import build_world  # torch and diffusers, only when the config is right
 

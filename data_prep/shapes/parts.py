@@ -31,10 +31,10 @@ from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.prompt import ANSWER_SYSTEM, SYSTEM_PROMPT
-from tbac.models.weights import autoencoder_digest
+from tbac.models.weights import compute_autoencoder_digest
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
     def encode(images: list[Image.Image]) -> Any:
         return frozen.encode(pixels_of(images))
 
-    write_training_sets(world, folder, encode, autoencoder_digest(denoiser_folder))
+    write_training_sets(world, folder, encode, compute_autoencoder_digest(denoiser_folder))
 
 
 def _pictures_branch(out: Path, parts: dict, world: World, recipes: dict) -> None:
@@ -145,8 +145,8 @@ def build_world(cfg: DictConfig) -> Path:
     """
     out = Path(cfg.out)
     sizes, mixture = instantiate(cfg.sizes), instantiate(cfg.scenes)
-    parts = plain(cfg.model.architecture)
-    recipes = {"autoencoder": plain(cfg.autoencoder), "denoiser": plain(cfg.denoiser)}
+    parts = to_plain(cfg.model.architecture)
+    recipes = {"autoencoder": to_plain(cfg.autoencoder), "denoiser": to_plain(cfg.denoiser)}
     # Benchmarks and tokenizer take seconds, and what comes after needs them.
     world = World.draw(cfg.seed, sizes, mixture)
     made_from = [asdict(sizes), asdict(mixture), cfg.seed, source_digest()]

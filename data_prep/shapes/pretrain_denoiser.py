@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, GLYPHS, Item, Scene
-from tbac.flow import NUM_TIMESTEPS, interpolate, sample_sigma, velocity_loss
+from tbac.flow import NUM_TIMESTEPS, compute_velocity_loss, interpolate, sample_sigma
 
 
 def lone_scenes(rng: Random, count: int) -> list[Scene]:
@@ -51,7 +51,7 @@ def pretrain_denoiser(
         batch = latents[torch.randint(len(latents), (batch_size,))]
         path = interpolate(batch, torch.randn_like(batch), sample_sigma(batch_size))
         predicted = model(path.noisy, context, NUM_TIMESTEPS * path.sigma, return_dict=False)[0]
-        loss = velocity_loss(predicted, path.velocity)
+        loss = compute_velocity_loss(predicted, path.velocity)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,7 +13,7 @@ from typing import Any
 from experiments.reports import markdown
 from tbac.evaluation.benchmarks.base import Row, Summary, open_picture
 from tbac.evaluation.benchmarks.published import PUBLISHED
-from tbac.sampling.grid import picture_grid
+from tbac.sampling.grid import join_pictures
 
 SHOWN = 40  # pictures on a sheet, but at most half of all
 WIDTH = 96  # least pixels of a picture on a sheet
@@ -115,7 +115,7 @@ def draw_sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
     for i, row in enumerate(rows):
         if row.reason and row.score != 1:
             captions[i] += f": {shorten(row.reason, REASON, placeholder=' …')}"
-    picture_grid(images, columns=10, scale=max(1, WIDTH // images[0].width), captions=captions, wrap=15).save(file)
+    join_pictures(images, columns=10, scale=max(1, WIDTH // images[0].width), captions=captions, wrap=15).save(file)
 
 
 def sort_by_prompt(rows: Sequence[Row]) -> list[Row]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
-from tbac.sampling.grid import picture_grid
+from tbac.sampling.grid import join_pictures
 
 
 def score_with_sheet(pipeline: Any, benchmark: PictureBenchmark, judge: Any, folder: Path) -> dict[str, float]:
@@ -13,6 +13,6 @@ def score_with_sheet(pipeline: Any, benchmark: PictureBenchmark, judge: Any, fol
     scored = score_in_memory(pipeline, benchmark, judge)
     folder.mkdir(parents=True, exist_ok=True)
     captions = [row.prompt for row in scored.rows]
-    sheet = picture_grid(scored.pictures, columns=16, scale=2, captions=captions, wrap=11)
+    sheet = join_pictures(scored.pictures, columns=16, scale=2, captions=captions, wrap=11)
     sheet.save(folder / f"{benchmark.name}.png")
     return dict(scored.summary.scores)

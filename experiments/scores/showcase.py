@@ -16,16 +16,16 @@ from data_prep.shapes.pretrain_autoencoder import pixels_of
 from experiments.scores.sheets import score_with_sheet
 from experiments.scores.steps import score_checkpoint
 from experiments.training_run import train
-from tbac.app import open_model, output_dir
+from tbac.app import get_run_folder, open_model
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import open_picture
 from tbac.evaluation.benchmarks.edits import KIND, Edits, scan_from_json
 from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tbac.sampling.grid import picture_grid
-from tbac.sampling.pipeline import to_pil
-from tbac.training.tracking import ParentRun, tag_name
+from tbac.sampling.grid import join_pictures
+from tbac.sampling.pipeline import convert_to_pil
+from tbac.training.tracking import ParentRun, make_tag_name
 
 log = logging.getLogger(__name__)
 PER_TAG = 6  # pictures of each tag on the contact sheet
@@ -45,7 +45,7 @@ def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     """Train, score, draw and answer in the world that is there; returns the report."""
     out = Path(cfg.out)
     benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
-    untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], output_dir()).model))
+    untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], get_run_folder()).model))
     pipeline = UniImagePipeline(untrained)
     # What holds before training: how well the detector reads, and what the MLLM answers.
     reading = measure_reading(benchmarks.detector, benchmarks.answers, pipeline)
@@ -57,12 +57,14 @@ def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
         pipeline = open_model(stage.pop("checkpoint"), "cpu", "float32")
         geneval[stage["name"]] = score_geneval(pipeline, benchmarks, stage["name"], run)
     # The finished model: edits, answers (which must be the same as before), pictures, further benchmarks.
-    edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, output_dir())
+    edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, get_run_folder())
     after = benchmarks.answers.score(pipeline.model)
     pipeline.model.save_pretrained(out / "model")
     draw_contact_sheet(pipeline, benchmarks, after.answers, cfg.seed, out / "contact_sheet.png")
     suites = score_suites(cfg, out / "model")
-    run.log_metrics({tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()})
+    run.log_metrics(
+        {make_tag_name(name.replace(": ", "/").replace(", ", "_")): value for name, value in suites.items()}
+    )
     return {
         "suites": suites,
         "stages": stages,
@@ -82,7 +84,7 @@ def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
 
 def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
     """Train all stages, as a child of `run`; returns the report of each, with its last checkpoint."""
-    folder = output_dir() / "stages"
+    folder = get_run_folder() / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", "logger.run_name=stages"]
     report = train([compose_training(cfg, stage, folder, *tracked) for stage in cfg.stages], folder)
@@ -91,7 +93,7 @@ def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
 
 def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str, run: ParentRun) -> dict[str, float]:
     """GenEval's rules on the model as it is now."""
-    folder = output_dir() / name
+    folder = get_run_folder() / name
     scores = score_with_sheet(pipeline, benchmarks.geneval, benchmarks.detector, folder)
     run.log_file(folder / "geneval.png")
     run.log_metrics({f"geneval/{name}/{tag}": value for tag, value in scores.items()})
@@ -123,7 +125,7 @@ def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline)
     pictures = [open_picture(answers.folder / row["image"]) for row in answers.questions]
     truths = [name_objects(scan_from_json(row["scene"])) for row in answers.questions]
     autoencoder = pipeline.model.autoencoder
-    made = to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
+    made = convert_to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
     shares = {}
     for name, images in (("ground_truth", pictures), ("reconstructed", made)):
         right = [name_objects(detector(image)) == truth for image, truth in zip(images, truths, strict=True)]
@@ -162,7 +164,7 @@ def draw_contact_sheet(
     pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
     titles = [text for instruction in instructions for text in ("source", instruction)]
     sections = [
-        picture_grid(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=12)
+        join_pictures(images, columns=2 * PER_TAG, scale=3, captions=captions, wrap=12)
         for images, captions in ((drawn, prompts), (pairs, titles), (asked, said))
     ]
     sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")

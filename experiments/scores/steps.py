@@ -16,15 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.scores.report import Findings, write_report
-from tbac.app import open_model, opening_options, plain
+from tbac.app import open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, find_in_tree, open_picture
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Tree, generate, list_pending
 from tbac.files import write_whole
-from tbac.models.weights import digest_of
-from tbac.training.tracking import parent_run, tag_name
+from tbac.models.weights import compute_digest
+from tbac.training.tracking import make_tag_name, open_parent_run
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) 
 
 def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str, float]:
     """Ask the questions; there are no steps."""
-    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
+    pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
     (out / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
     log_scores(cfg, scores, [out / "report.json"])
@@ -107,7 +107,7 @@ def name_judge(cfg: DictConfig, judge: Any) -> str:
 
 def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
     """Make this process's share of the tree."""
-    pipeline = open_model(cfg.checkpoint, **opening_options(cfg))
+    pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     options = benchmark.sampling_options()
     targets = benchmark.list_targets()
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
@@ -134,13 +134,13 @@ def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) 
     drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
     settings = benchmark.sampling_options() | {
         "seed": benchmark.seed,
-        "trained": digest_of(sorted(model.trained_state().items())),
+        "trained": compute_digest(sorted(model.get_trained_state().items())),
         "frozen": model.provenance.digests,
         "dtype": cfg.dtype,
         "quantization": cfg.quantization,
         "drawn_together": max(drawn_together.values()),
     }
-    beyond = model.provenance.config.beyond_release()
+    beyond = model.provenance.config.list_additions()
     return settings | ({"options": beyond} if beyond else {})
 
 
@@ -171,9 +171,9 @@ def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Pat
     folder = Path(cfg.checkpoint).expanduser().absolute()
     noted = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
     run_id_file = next((str(file) for file in noted if file.is_file()), None)
-    with parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
+    with open_parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
         if run_id_file is None:
-            run.log_config(plain(cfg))
-        run.log_metrics({f"{name}/{tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()})
+            run.log_config(to_plain(cfg))
+        run.log_metrics({f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()})
         for file in files:
             run.log_file(file)

@@ -11,7 +11,7 @@ from experiments.reports import markdown
 from experiments.speed.measure import Memory, in_child, interleaved, summary
 from experiments.speed.training import OURS, Side, autocast, make_model, targets
 from tbac.models import UniImage
-from tbac.training.module import latents_of
+from tbac.training.module import get_latents
 from tbac.types import Batch
 
 IMAGES, LATENTS = "images", "cached latents"
@@ -74,7 +74,7 @@ class CachedStep:
 
     def _latents(self, batch: Batch) -> Tensor:
         with autocast(self.cfg, self.model.device):
-            return latents_of(self.model, batch)
+            return get_latents(self.model, batch)
 
 
 def memory_alone(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, float]:

@@ -14,7 +14,7 @@ from experiments.reports import markdown
 from experiments.speed.measure import status
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.training.module import LadderTuningModule
-from tbac.training.optimizers import parameter_groups
+from tbac.training.optimizers import make_parameter_groups
 from tbac.training.stages import Stage
 from tbac.types import Batch
 
@@ -32,11 +32,11 @@ def bench_step(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     case = training_cases(cfg)[0]
     inputs = make_inputs(model, case, cfg["shared_tokens"])
     latents, noise, sigma = targets(model, case.batch, cfg["latent_side"])
-    optimizer = optimizer_of(parameter_groups([model.ladder, model.denoiser], 0.05))
+    optimizer = optimizer_of(make_parameter_groups([model.ladder, model.denoiser], 0.05))
     before = model.denoiser.transformer.proj_out.weight.detach().clone()
     Path("/proc/self/clear_refs").write_text("5")
     started = time.perf_counter()
-    loss = module.loss(Batch(inputs, [""] * case.batch), noise, sigma, latents)
+    loss = module.compute_loss(Batch(inputs, [""] * case.batch), noise, sigma, latents)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(module.parameters(), 0.5)
     optimizer.step()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tbac.flow import timestep_of
+from tbac.flow import compute_timestep
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import make_scheduler
@@ -116,7 +116,7 @@ class ReleaseWay(nn.Module):
         """Flow-matching loss."""
         level = sigma.view(-1, 1, 1, 1)
         noisy = (1 - level) * latents + level * noise
-        predicted = self.predict_velocity(noisy, timestep_of(sigma), self.encode_condition(inputs))
+        predicted = self.predict_velocity(noisy, compute_timestep(sigma), self.encode_condition(inputs))
         return (predicted.float() - (noise - latents).float()).square().mean()
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.training.cuda_graphs import StepGraphs
 from tbac.training.module import LadderTuningModule
-from tbac.training.optimizers import adamw, parameter_groups
+from tbac.training.optimizers import adamw, make_parameter_groups
 from tbac.training.stages import Stage
 from tbac.types import Batch
 
@@ -113,7 +113,7 @@ class Side:
         else:
             self.module = LadderTuningModule(model, Stage("bench", adamw, adamw, steps=1, weight_decay=0.05))
             self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-            groups = parameter_groups([model.ladder, model.denoiser], 0.05)
+            groups = make_parameter_groups([model.ladder, model.denoiser], 0.05)
         self.optimizer = optimizer or adamw(groups, lr=1e-6)
         self.compiled: LayerFunctions | None = None
         if name in (GRAPHED, COMPILED_GRAPHED) and self.device.type == "cuda":
@@ -128,7 +128,7 @@ class Side:
         with autocast(self.cfg, self.device):
             if self.release is not None:
                 return self.release.loss(dict(inputs), latents, noise, sigma)
-            return self.module.loss(Batch(inputs, [""] * len(latents)), noise, sigma, latents)
+            return self.module.compute_loss(Batch(inputs, [""] * len(latents)), noise, sigma, latents)
 
     def step(self, *arguments: Any) -> None:
         """Forward, backward, clipping, optimizer; `arguments` as of `loss`."""

@@ -9,7 +9,7 @@ from experiments.reports import markdown
 from experiments.sweeps import plots
 from experiments.sweeps.points import SEED, Point
 from experiments.sweeps.score import open_grid
-from tbac.sampling.grid import picture_grid
+from tbac.sampling.grid import join_pictures
 
 LADDER, BASELINE = "last_n", "final"
 
@@ -187,4 +187,4 @@ def draw_grid(groups: Mapping[str, Sequence[Point]], path: Path) -> None:
     prompts = list(next(iter(groups.values()))[0].scores["prompts"].values())
     for column, prompt in enumerate(prompts):
         captions[column] = f"{captions[column]} “{prompt}”".strip()
-    picture_grid(images, columns=len(prompts), scale=4, captions=captions, wrap=16).save(path)
+    join_pictures(images, columns=len(prompts), scale=4, captions=captions, wrap=16).save(path)

@@ -18,12 +18,12 @@ from tbac.data.datamodule import ShardDataModule
 from tbac.data.transforms import ConditionDropout
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.files import write_whole
-from tbac.flow import interpolate, velocity_loss
+from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.config import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
-from tbac.training.module import latents_of
-from tbac.training.randomness import noise_of
+from tbac.training.module import get_latents
+from tbac.training.randomness import draw_noise
 
 FILE = "scores.json"
 SUITE_SCORES = {
@@ -62,7 +62,7 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         "prompts": {f"{i:05d}": scored.rows[i].prompt for i in chosen},
         **measure_losses(model, point.checkpoint),
         "layers": list(plan.layers),
-        "mix": model.ladder.mix_weights().tolist() if plan.mixed else None,
+        "mix": model.ladder.compute_mix_weights().tolist() if plan.mixed else None,
         "asked": list(cfg.suites),
         "suites": score_suites(point, cfg, pipeline, detector),
     }
@@ -124,8 +124,8 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     count = 0
     for batch in data.val_dataloader():
         batch = batch.to(model.device)
-        latents = latents_of(model, batch)
-        noise, sigma = noise_of(batch.keys, latents)
+        latents = get_latents(model, batch)
+        noise, sigma = draw_noise(batch.keys, latents)
         path = interpolate(latents, noise, sigma)
         condition = model.encode_condition(batch.prompt)
         for name in sums:
@@ -133,7 +133,7 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
             if name != "whole":
                 states[blocks[int(name)]] = 0
             predicted = model.predict_velocity(path.noisy, sigma, replace(condition, states=states))
-            sums[name] += velocity_loss(predicted, path.velocity).item() * len(batch)
+            sums[name] += compute_velocity_loss(predicted, path.velocity).item() * len(batch)
         count += len(batch)
     means = {name: total / count for name, total in sums.items()}
     return {"loss": means.pop("whole"), "without": means}

@@ -39,7 +39,7 @@ class FrozenAutoencoder(nn.Module):
         with init_empty_weights(include_buffers=False):
             model = AutoencoderDC.from_config(AutoencoderDC.load_config(folder))
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if wrong := sorted(set(own.items()) ^ set(files.shapes().items())):
+        if wrong := sorted(set(own.items()) ^ set(files.read_shapes().items())):
             raise ValueError(f"{folder}: the autoencoder's weights don't fit its config, such as {wrong[0][0]}")
 
         def read(part: str) -> dict[str, Tensor]:

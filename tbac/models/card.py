@@ -22,7 +22,7 @@ def is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "~"))
 
 
-def model_card(config: dict[str, Any], sources: list[str], standalone: bool, notes: Mapping[str, Any]) -> str:
+def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool, notes: Mapping[str, Any]) -> str:
     """`README.md` of an export.
 
     Args:

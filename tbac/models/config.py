@@ -97,7 +97,7 @@ def check_keys(values: Any, accepted: Sequence[str], place: str) -> None:
         raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(accepted)}")
 
 
-def connector_name(connector: str | Connector) -> str:
+def name_connector(connector: str | Connector) -> str:
     """What a connector is called in a file: one of `CONNECTORS`, or the dotted name of the user's own."""
     if isinstance(connector, str):
         return connector
@@ -190,7 +190,7 @@ class LadderConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "connector": connector_name(self.connector)}
+        return {**values, "connector": name_connector(self.connector)}
 
 
 @dataclass(frozen=True)
@@ -370,11 +370,11 @@ class ModelConfig:
         """The same model, to be opened for use: nothing runs twice to save memory, and nothing is compiled."""
         return replace(self, denoiser_checkpointing=False, query_checkpointing=False, compile=False, random_init=False)
 
-    def beyond_release(self) -> dict[str, bool]:
+    def list_additions(self) -> dict[str, bool]:
         """The options by which this model does more than the released one, all of them true."""
         return {name: value for name, value in self._behaviour().items() if value is True}
 
-    def changes_since(self, other: "ModelConfig") -> list[str]:
+    def list_changes_since(self, other: "ModelConfig") -> list[str]:
         """What this model does otherwise than one with the config `other`, as `option before -> now`.
 
         Where the frozen parts lie, how they are kept in memory and how training began are no such options.

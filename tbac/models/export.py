@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tbac import __version__
-from tbac.models.card import is_hub_id, model_card
+from tbac.models.card import is_hub_id, make_model_card
 from tbac.models.config import Connector, ModelConfig
 from tbac.models.saved import PROMPT_EMBEDDINGS, SavedModel
-from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, local_folder
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, locate_folder
 
 FORMAT = "tbac-uniimage-2"
 OLD_FORMAT = "tbac-uniimage-1"
@@ -28,7 +28,7 @@ def find_export(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir() or not is_hub_id(str(source)):
         return folder
-    return local_folder("model", str(source), FILES)
+    return locate_folder("model", str(source), FILES)
 
 
 def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
@@ -108,8 +108,8 @@ def write_export(
     # Folders are to be found from everywhere.
     mllm, denoiser = make_absolute(config.mllm), make_absolute(config.denoiser)
     if standalone:
-        copy_files(local_folder("mllm", config.mllm, MLLM_FILES), folder / MLLM, MLLM_FILES)
-        copy_files(local_folder("denoiser", config.denoiser, DENOISER_FILES), folder / DENOISER, AUTOENCODER_FILES)
+        copy_files(locate_folder("mllm", config.mllm, MLLM_FILES), folder / MLLM, MLLM_FILES)
+        copy_files(locate_folder("denoiser", config.denoiser, DENOISER_FILES), folder / DENOISER, AUTOENCODER_FILES)
         mllm, denoiser = MLLM, DENOISER
     # The table of word embeddings is in the export itself.
     written = replace(config, mllm=mllm, denoiser=denoiser, prompt_embeddings=None)
@@ -122,7 +122,7 @@ def write_export(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    card = model_card(values, [config.mllm, config.denoiser], standalone, notes or {})
+    card = make_model_card(values, [config.mllm, config.denoiser], standalone, notes or {})
     (folder / "README.md").write_text(card)
 
 

@@ -127,7 +127,7 @@ class Ladder(nn.Module):
         if plan.mixed:
             self.mix_logits = nn.Parameter(torch.zeros(plan.num_blocks, len(plan.layers)))
 
-    def mix_weights(self) -> Tensor:
+    def compute_mix_weights(self) -> Tensor:
         """(block, candidate), rows sum to 1: the share of each candidate layer in each block's tap."""
         return self.mix_logits.softmax(dim=-1)
 
@@ -152,4 +152,4 @@ class Ladder(nn.Module):
 
     def _mix(self, states: Tensor) -> Tensor:
         """(tap, batch, query, width) -> (block, batch, query, width)."""
-        return torch.einsum("kt,tbqw->kbqw", self.mix_weights().to(states.dtype), states)
+        return torch.einsum("kt,tbqw->kbqw", self.compute_mix_weights().to(states.dtype), states)

@@ -23,7 +23,7 @@ from tbac.models.mllm import FrozenMLLM
 from tbac.models.prompt import PromptProcessor
 from tbac.models.qwen import DTYPES, load_mllm
 from tbac.models.saved import SavedModel, check_frozen, compute_digests, read_prompt_embeddings
-from tbac.models.sources import DENOISER_FILES, MLLM_FILES, local_folder
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, locate_folder
 from tbac.models.taps import TapPlan
 
 
@@ -84,19 +84,19 @@ def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
         with init_empty_weights(include_buffers=False) if saved else nullcontext():
             from_base = saved is None and not config.random_init
             transformer = (
-                load_transformer(local_folder("model.denoiser", config.denoiser, DENOISER_FILES))
+                load_transformer(locate_folder("model.denoiser", config.denoiser, DENOISER_FILES))
                 if from_base
                 else SanaTransformer2DModel(**parts.transformer)
             )
             denoiser = LadderDenoiser(transformer, config.reference_latents)
     if from_base and config.query_phrases is not None:
         assert frozen.prompt is not None
-        start_queries(ladder, config.query_phrases, frozen.prompt, frozen.mllm.prompt_table())
-    provenance = Provenance(describe(config, parts, plan, transformer), frozen.digests)
+        start_queries(ladder, config.query_phrases, frozen.prompt, frozen.mllm.get_prompt_table())
+    provenance = Provenance(resolve_config(config, parts, plan, transformer), frozen.digests)
     return Parts(frozen.mllm, ladder, denoiser, frozen.autoencoder, frozen.prompt, provenance)
 
 
-def describe(
+def resolve_config(
     config: ModelConfig, parts: Architecture, plan: TapPlan, transformer: SanaTransformer2DModel
 ) -> ModelConfig:
     """The config as a file keeps it: the taps resolved, and what can't be read from the frozen parts alone."""
@@ -113,8 +113,8 @@ def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: 
         ValueError: when they can't be read, or aren't those that a saved model was trained on.
     """
     prefix = "" if saved else "model."
-    mllm_folder = local_folder(f"{prefix}mllm", config.mllm, MLLM_FILES)
-    denoiser_folder = local_folder(f"{prefix}denoiser", config.denoiser, DENOISER_FILES)
+    mllm_folder = locate_folder(f"{prefix}mllm", config.mllm, MLLM_FILES)
+    denoiser_folder = locate_folder(f"{prefix}denoiser", config.denoiser, DENOISER_FILES)
     table = saved.prompt_embeddings if saved else None
     if table is None:
         table = read_prompt_embeddings(config.prompt_embeddings)
@@ -124,7 +124,7 @@ def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: 
         check_frozen(saved.frozen_digests, digests, saved.origin)
     dtype = DTYPES[config.dtype]
     autoencoder = FrozenAutoencoder.from_folder(denoiser_folder / "vae", dtype)
-    prompt = load_prompt_processor(mllm_folder, config, reference_size(parts, autoencoder))
+    prompt = load_prompt_processor(mllm_folder, config, compute_reference_size(parts, autoencoder))
     mllm = load_mllm(mllm_folder, parts.mllm, plan.deepest, dtype, config.quantization, table)
     return FrozenParts(mllm, autoencoder, prompt, digests)
 
@@ -141,7 +141,7 @@ def load_prompt_processor(folder: Path, config: ModelConfig, picture_size: tuple
     )
 
 
-def reference_size(parts: Architecture, autoencoder: FrozenAutoencoder) -> tuple[int, int]:
+def compute_reference_size(parts: Architecture, autoencoder: FrozenAutoencoder) -> tuple[int, int]:
     """Height and width in pixels of the pictures that a denoiser makes by default."""
     side = parts.transformer["sample_size"] * autoencoder.compression
     return side, side
@@ -161,5 +161,5 @@ def build_random_frozen(config: ModelConfig, parts: Architecture) -> FrozenParts
 
 def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
     """Set each query to the sum of its phrase's word embeddings, as the words read within a sentence."""
-    sums = [table[prompt.text_ids(f" {phrase}")].float().sum(0) for phrase in phrases]
+    sums = [table[prompt.tokenize_text(f" {phrase}")].float().sum(0) for phrase in phrases]
     ladder.queries.data.copy_(torch.stack(sums))

@@ -179,13 +179,13 @@ class FrozenMLLM(nn.Module):
             self.model = self._read_full_model().to(device).eval().requires_grad_(False)
         return self.model
 
-    def prompt_table(self) -> Tensor:
+    def get_prompt_table(self) -> Tensor:
         """The word embeddings (token, hidden) that prompts are read with."""
         return self.body.get_input_embeddings().weight if self.prompt_embeddings is None else self.prompt_embeddings
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Token embeddings with image features put in their places: (batch, token, hidden)."""
-        embeddings = nn.functional.embedding(inputs["input_ids"], self.prompt_table())
+        embeddings = nn.functional.embedding(inputs["input_ids"], self.get_prompt_table())
         if inputs.get("pixel_values") is not None:
             places = inputs["input_ids"] == self.model.config.image_token_id
             features = self.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
@@ -225,7 +225,7 @@ class FrozenMLLM(nn.Module):
             hidden = self._run_vision_layer(block, hidden, (cos, sin), segments)
         return visual.merger(hidden)[order.argsort()]
 
-    def positions(self, inputs: dict[str, Tensor]) -> Tensor:
+    def compute_positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """Rotary positions (3, batch, token) for time, height and width: given, or found from the images' grids."""
         if inputs.get("position_ids") is not None:
             return inputs["position_ids"]
@@ -236,7 +236,7 @@ class FrozenMLLM(nn.Module):
         return self.body.get_rope_index(ids, kinds, inputs["image_grid_thw"], attention_mask=mask)[0]
 
     @torch.no_grad()
-    def prefix(self, inputs: dict[str, Tensor], depth: int, layers: Sequence[int] = ()) -> Prefix:
+    def read_prefix(self, inputs: dict[str, Tensor], depth: int, layers: Sequence[int] = ()) -> Prefix:
         """Run the prompt through the first `depth` layers without gradient.
 
         Args:
@@ -250,7 +250,7 @@ class FrozenMLLM(nn.Module):
         shared_ids = tuple(inputs["shared_ids"].tolist()) if "shared_ids" in inputs else ()
         mask = inputs["attention_mask"].bool()
         shared = self.read_shared(shared_ids, depth)
-        return self.read_prompt(self.embed(inputs), self.positions(inputs), mask, shared, depth, layers)
+        return self.read_prompt(self.embed(inputs), self.compute_positions(inputs), mask, shared, depth, layers)
 
     @torch.no_grad()
     def read_prompt(
@@ -314,7 +314,7 @@ class FrozenMLLM(nn.Module):
         """
         if not ids:
             return []
-        table = self.prompt_table()
+        table = self.get_prompt_table()
         kind = table.device.type
         mixed = None
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -340,7 +340,7 @@ class FrozenMLLM(nn.Module):
 
         Args:
             queries: (query, hidden), the same for every prompt.
-            prefix: of `prefix()` with a depth of at least the deepest tap.
+            prefix: of `read_prefix()` with a depth of at least the deepest tap.
             layers: ascending tap indices: 0 = the queries themselves, k = after layer k, the last after the final norm.
 
         Returns:

@@ -83,7 +83,7 @@ class PromptProcessor:
         """Read tokenizer and image processor from a folder or hub id."""
         return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
 
-    def vision(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def process_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pixel_values` and `image_grid_thw` of images of any size and mode.
 
         Raises:
@@ -100,34 +100,36 @@ class PromptProcessor:
         size = {"shortest_edge": self.image_pixels, "longest_edge": self.image_pixels}
         return dict(self.image_processor(images=[i.convert("RGB") for i in images], size=size, return_tensors="pt"))
 
-    def text_ids(self, text: str, before: str = "", after: str = "") -> list[int]:
+    def tokenize_text(self, text: str, before: str = "", after: str = "") -> list[int]:
         """Token ids of plain text, cut to `max_text_tokens`; special-token look-alikes stay text.
 
         As released, a long text is cut by tokens, turned into text again, and read within the plain markup around it.
         """
         if not (text.isascii() and len(text) <= self.max_text_tokens):  # else it can't have more tokens than letters
-            ids = self._plain_ids(text)
+            ids = self._tokenize_plain(text)
             if len(ids) > self.max_text_tokens:
                 text = self.tokenizer.decode(ids[: self.max_text_tokens], clean_up_tokenization_spaces=False)
-        return self._plain_ids(before + text + after)
+        return self._tokenize_plain(before + text + after)
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def _tokenize_plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _markup_ids(self, text: str) -> list[int]:
+    def _tokenize_markup(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _sequence(self, text: str, image_tokens: Sequence[int], system: str, ending: str) -> list[int]:
+    def _build_sequence(self, text: str, image_tokens: Sequence[int], system: str, ending: str) -> list[int]:
         """One conversation by the tokenizer's own chat template, with the text spliced in as plain tokens."""
         key = (tuple(image_tokens), system, ending)
         if key not in self._frames:
             if len(self._frames) > 4096:  # edits have as many as there are sizes of input images
                 self._frames.clear()
-            self._frames[key] = self._frame(*key)
+            self._frames[key] = self._build_frame(*key)
         head, near, far, tail = self._frames[key]
-        return head + self.text_ids(text, near, far) + tail
+        return head + self.tokenize_text(text, near, far) + tail
 
-    def _frame(self, image_tokens: Sequence[int], system: str, ending: str) -> tuple[list[int], str, str, list[int]]:
+    def _build_frame(
+        self, image_tokens: Sequence[int], system: str, ending: str
+    ) -> tuple[list[int], str, str, list[int]]:
         """What is around the text: ids, markup that is read together with the text on either side, ids."""
         marker = "\x00"
         content: list[dict[str, str]] = [{"type": "image"} for _ in image_tokens]
@@ -142,7 +144,7 @@ class PromptProcessor:
         before, after = (rendered + ending).split(marker)
         # Markup next to the text ("user\n") is read together with it, since a token may span both.
         head, near, far, tail = *self._split(before, last=True), *self._split(after, last=False)
-        return self._markup_ids(head), near, far, self._markup_ids(tail)
+        return self._tokenize_markup(head), near, far, self._tokenize_markup(tail)
 
     def _split(self, markup: str, last: bool) -> tuple[str, str]:
         """Markup before and after the end of its last special token, or the start of its first."""
@@ -180,21 +182,21 @@ class PromptProcessor:
         conditioning = padding_side == "right"
         if self.spell_words and conditioning:
             texts = [spell_quoted_words(text) for text in texts]
-        vision = self.vision([image for group in images for image in group or ()])
+        vision = self.process_images([image for group in images for image in group or ()])
         grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         sequences, start = [], 0
         for text, group in zip(texts, images, strict=True):
             end = start + len(group or ())
             sequences.append(
-                self._sequence(text, counts[start:end], self.system_prompt if system is None else system, ending)
+                self._build_sequence(text, counts[start:end], self.system_prompt if system is None else system, ending)
             )
             start = end
         ids, mask = self._pad(sequences, padding_side)
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
         if conditioning:
-            data["position_ids"] = self._positions(sequences, ids.shape[1], grids.tolist())
-            shared = self.shared_ids(self.system_prompt if system is None else system)
+            data["position_ids"] = self._compute_positions(sequences, ids.shape[1], grids.tolist())
+            shared = self.find_shared_ids(self.system_prompt if system is None else system)
             data["shared_ids"] = torch.tensor(shared, dtype=torch.long)
             if self.reference_size and any(images):
                 data |= make_references(
@@ -202,11 +204,11 @@ class PromptProcessor:
                 )
         return PromptInputs(data)
 
-    def shared_ids(self, system: str) -> tuple[int, ...]:
+    def find_shared_ids(self, system: str) -> tuple[int, ...]:
         """Tokens that every prompt begins with: the system message and the opening of the user's."""
         if system in self._shared:
             return self._shared[system]
-        text, picture = (self._sequence("", tokens, system, "") for tokens in ((), (1,)))
+        text, picture = (self._build_sequence("", tokens, system, "") for tokens in ((), (1,)))
         different = (i for i, (a, b) in enumerate(zip(text, picture, strict=False)) if a != b)
         # What follows the last special token may be read together with a text, so it isn't shared.
         shared = text[: next(different)]
@@ -214,7 +216,7 @@ class PromptProcessor:
         self._shared[system] = tuple(shared[: max(i for i, token in enumerate(shared) if token in special) + 1])
         return self._shared[system]
 
-    def _positions(self, sequences: list[list[int]], width: int, grids: list[list[int]]) -> Tensor:
+    def _compute_positions(self, sequences: list[list[int]], width: int, grids: list[list[int]]) -> Tensor:
         """Rotary positions (3, batch, token) for time, height and width (Qwen2.5-VL's M-RoPE); 0 on padding.
 
         Text counts up on all three axes; an image's merged patches count along their own; what follows an image begins

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCond
 
 from tbac.models.config import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
-from tbac.models.sources import MLLM_FILES, local_folder, read_config
+from tbac.models.sources import MLLM_FILES, locate_folder, read_config
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -72,7 +72,7 @@ def open_mllm(option: str, source: str, dtype: str, quantization: str | None = N
     """
     check_precision("", dtype, quantization)
     check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
-    folder = local_folder(option, source, MLLM_FILES)
+    folder = locate_folder(option, source, MLLM_FILES)
     with _no_report():
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
     return folder, FrozenMLLM(_keep_layout(model))

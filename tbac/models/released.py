@@ -19,9 +19,9 @@ from tbac.models.architecture import check_config
 from tbac.models.config import ModelConfig
 from tbac.models.ladder import Ladder
 from tbac.models.saved import SavedModel
-from tbac.models.sources import DENOISER_FILES, MLLM_FILES, local_folder
+from tbac.models.sources import DENOISER_FILES, MLLM_FILES, locate_folder
 from tbac.models.uniimage import UniImage
-from tbac.models.weights import WeightFiles, mllm_name
+from tbac.models.weights import WeightFiles, strip_mllm_prefix
 
 MODEL_TYPE = "tbacuniimage"
 TABLE = "model.mllm_backbone.model.embed_tokens.weight"
@@ -78,28 +78,28 @@ def read_released(
     parts, plan = check_config(config, opened=True)
     num_queries = config.num_queries
     files = WeightFiles(folder)
-    mllm_folder = local_folder("mllm", mllm, MLLM_FILES)
-    denoiser_folder = local_folder("denoiser", denoiser, DENOISER_FILES)
+    mllm_folder = locate_folder("mllm", mllm, MLLM_FILES)
+    denoiser_folder = locate_folder("denoiser", denoiser, DENOISER_FILES)
 
     # What the checkpoint must hold, by the base models: every tensor of its own and every frozen one.
     with init_empty_weights(include_buffers=False):
         transformer = SanaTransformer2DModel(**parts.transformer)
         ladder = Ladder(plan, num_queries, parts.hidden_size, parts.caption_channels, config.ladder)
     base_mllm, base_vae = WeightFiles(mllm_folder), WeightFiles(denoiser_folder / "vae")
-    base_shapes = base_mllm.shapes()
-    vocabulary = next((s[0] for n, s in base_shapes.items() if mllm_name(n) == "embed_tokens.weight"), 0)
+    base_shapes = base_mllm.read_shapes()
+    vocabulary = next((s[0] for n, s in base_shapes.items() if strip_mllm_prefix(n) == "embed_tokens.weight"), 0)
     expected = {
         **{CONNECTOR + k: tuple(v.shape) for k, v in ladder.connector.state_dict().items()},
         **{TRANSFORMER + k: tuple(v.shape) for k, v in transformer.state_dict().items()},
-        **{AUTOENCODER + k: v for k, v in base_vae.shapes().items()},
-        **{released_mllm_name(k): v for k, v in base_shapes.items() if mllm_name(k) != "lm_head.weight"},
+        **{AUTOENCODER + k: v for k, v in base_vae.read_shapes().items()},
+        **{make_released_name(k): v for k, v in base_shapes.items() if strip_mllm_prefix(k) != "lm_head.weight"},
     }
     expected.pop(TABLE, None)
-    rows = check_names(folder, files.shapes(), expected, vocabulary + num_queries, parts.hidden_size)
+    rows = check_names(folder, files.read_shapes(), expected, vocabulary + num_queries, parts.hidden_size)
 
     # The frozen tensors are those of the base models, and are left there.
     dropped = [
-        *check_frozen_tensors(folder, files, base_mllm, {released_mllm_name(n): n for n in base_shapes}, mllm),
+        *check_frozen_tensors(folder, files, base_mllm, {make_released_name(n): n for n in base_shapes}, mllm),
         *check_frozen_tensors(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
     ]
     # What has trained is taken; the queries are the rows of the embedding table behind the vocabulary.
@@ -136,9 +136,9 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def released_mllm_name(name: str) -> str:
+def make_released_name(name: str) -> str:
     """The release's name (the layout of transformers 4.51) of an MLLM tensor of any version."""
-    name = mllm_name(name)
+    name = strip_mllm_prefix(name)
     return MLLM + (name if name.startswith("visual.") else f"model.{name}")
 
 
@@ -176,7 +176,7 @@ def check_frozen_tensors(
     for name, base_name in sorted(base_name_of.items()):
         if name == TABLE or name not in files.file_of:
             continue
-        ours, theirs = files.tensor(name), base.tensor(base_name)
+        ours, theirs = files.read_tensor(name), base.read_tensor(base_name)
         same = torch.equal(ours, theirs.to(ours.dtype)) or torch.equal(ours.to(theirs.dtype), theirs)
         (equal if same else different).append(name)
     if different:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tbac.models.config import Connector, ModelConfig
-from tbac.models.weights import WeightFiles, autoencoder_digest, digest_of, mllm_digest
+from tbac.models.weights import WeightFiles, compute_autoencoder_digest, compute_digest, compute_mllm_digest
 
 FACTS = "tbac"
 PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
@@ -138,12 +138,12 @@ def read_prompt_embeddings(folder: str | None) -> Tensor | None:
     files = WeightFiles(file.parent) if file.is_file() else None
     if files is None or PROMPT_EMBEDDINGS not in files.file_of:
         raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
-    return files.tensor(PROMPT_EMBEDDINGS)
+    return files.read_tensor(PROMPT_EMBEDDINGS)
 
 
 def compute_digests(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:
     """What the frozen parts are known by."""
-    digests = {"mllm": mllm_digest(mllm, depth), "autoencoder": autoencoder_digest(denoiser)}
+    digests = {"mllm": compute_mllm_digest(mllm, depth), "autoencoder": compute_autoencoder_digest(denoiser)}
     if prompt_embeddings is not None:
-        digests["prompt_embeddings"] = digest_of([(PROMPT_EMBEDDINGS, prompt_embeddings)])
+        digests["prompt_embeddings"] = compute_digest([(PROMPT_EMBEDDINGS, prompt_embeddings)])
     return digests

@@ -46,7 +46,7 @@ def read_config(option: str, source: str, path: str, local_only: bool = False) -
         raise ValueError(f"{option}={source}: {path} isn't JSON ({error})") from None
 
 
-def local_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
+def locate_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
     """The folder of a local path or of a hub repository, downloaded where it isn't cached.
 
     Args:

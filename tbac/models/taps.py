@@ -88,7 +88,7 @@ class TapPlan:
     def deepest(self) -> int:
         return self.layers[-1]
 
-    def layer_of_block(self) -> list[int]:
+    def list_block_layers(self) -> list[int]:
         """The tap of each block, in block order (not for mixed taps)."""
         return [self.layers[i] for i in self.assignment]
 

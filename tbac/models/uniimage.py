@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbac.flow import timestep_of
+from tbac.flow import compute_timestep
 from tbac.models.architecture import check_channels
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.config import Connector, ModelConfig
@@ -100,12 +100,12 @@ class UniImage(nn.Module):
         """
         plan = self.ladder.plan
         if not self.ladder.prompt_layers:
-            prefix = self.mllm.prefix(inputs, plan.deepest)
+            prefix = self.mllm.read_prefix(inputs, plan.deepest)
             states, mask = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
         elif "shared_ids" not in inputs:
             raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
         else:
-            prefix = self.mllm.prefix(inputs, plan.deepest, self.ladder.prompt_layers)
+            prefix = self.mllm.read_prefix(inputs, plan.deepest, self.ladder.prompt_layers)
             assert prefix.states is not None
             assert prefix.states_mask is not None
             states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
@@ -132,7 +132,7 @@ class UniImage(nn.Module):
             branches: how many conditions read the same latents: then `condition` has rows (branch * batch), sigma is
                 one for all, and what is returned has rows (branch * batch).
         """
-        return self.denoiser(noisy_latents, timestep_of(sigma), condition, branches)
+        return self.denoiser(noisy_latents, compute_timestep(sigma), condition, branches)
 
     def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers of the untouched MLLM, one per question; `images` as in `prompt`."""
@@ -140,7 +140,7 @@ class UniImage(nn.Module):
         tokens = self.mllm.generate(dict(inputs), max_new_tokens)
         return [t.strip() for t in self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def get_trained_state(self) -> dict[str, Tensor]:
         """Every tensor that training may change: queries, connectors, denoiser."""
         return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in TRAINED}
 
@@ -159,12 +159,12 @@ class UniImage(nn.Module):
             self.mllm.compile_layers(**{"dynamic": True, **options})
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
-        """Load `trained_state()` of another model; with `assign` the tensors themselves are taken.
+        """Load `get_trained_state()` of another model; with `assign` the tensors themselves are taken.
 
         Raises:
             ValueError: naming every tensor that is missing, unexpected or of another shape.
         """
-        own = self.trained_state()
+        own = self.get_trained_state()
         problems = [f"missing {k}" for k in own if k not in state]
         problems += [f"unexpected {k}" for k in state if k not in own]
         problems += [
@@ -190,7 +190,7 @@ class UniImage(nn.Module):
         saved = SavedModel(
             self.provenance.config,
             self.provenance.digests,
-            self.trained_state(),
+            self.get_trained_state(),
             str(folder),
             self.mllm.prompt_embeddings,
         )

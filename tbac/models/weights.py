@@ -17,16 +17,16 @@ from torch import Tensor
 STEMS = ("model", "diffusion_pytorch_model")
 
 
-def mllm_name(name: str) -> str:
+def strip_mllm_prefix(name: str) -> str:
     """A tensor's name without the prefixes that library versions put before it: `layers.0…`, `visual…`."""
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
-def mllm_tensors(depth: int) -> Callable[[str], bool]:
+def select_mllm_tensors(depth: int) -> Callable[[str], bool]:
     """Whether conditioning reads a tensor: word embeddings, vision tower, the first `depth` layers."""
 
     def wanted(name: str) -> bool:
-        name = mllm_name(name)
+        name = strip_mllm_prefix(name)
         layer = re.match(r"layers\.(\d+)\.", name)
         return int(layer[1]) < depth if layer else name.startswith(("embed_tokens.", "visual."))
 
@@ -55,43 +55,43 @@ class WeightFiles:
             else:
                 continue
             for file in files:
-                with _opened(file) as opened:
+                with _open(file) as opened:
                     self.file_of.update(dict.fromkeys(opened.keys(), file))
             return
         raise ValueError(
             f"{folder} has no weights: neither {' nor '.join(f'{s}.safetensors' for s in STEMS)}, whole or sharded"
         )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
         found: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self.file_of.values())):
-            with _opened(file) as opened:
+            with _open(file) as opened:
                 found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
         return found
 
-    def tensor(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """One tensor, as stored; only its own file is opened."""
-        with _opened(self.file_of[name]) as opened:
+        with _open(self.file_of[name]) as opened:
             return opened.get_tensor(name)
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """The tensors whose names are wanted, as stored."""
         found: dict[str, Tensor] = {}
         for file in sorted(set(self.file_of.values())):
-            with _opened(file) as opened:
+            with _open(file) as opened:
                 found.update({name: opened.get_tensor(name) for name in opened.keys() if wanted(name)})  # noqa: SIM118
         return found
 
-    def digest(
+    def compute_digest(
         self, wanted: Callable[[str], bool] = lambda name: True, rename: Callable[[str], str] = lambda name: name
     ) -> str:
         """sha256 over names, types, shapes and bytes of the wanted tensors, in the order of their (new) names."""
         names = sorted((n for n in self.file_of if wanted(n)), key=rename)
-        return digest_of((rename(name), self.tensor(name)) for name in names)
+        return compute_digest((rename(name), self.read_tensor(name)) for name in names)
 
 
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+def compute_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, types, shapes and bytes of tensors, in the order given."""
     total = hashlib.sha256()
     for name, tensor in named:
@@ -100,17 +100,17 @@ def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
     return total.hexdigest()
 
 
-def autoencoder_digest(denoiser: Path) -> str:
+def compute_autoencoder_digest(denoiser: Path) -> str:
     """Digest of the autoencoder in a denoiser folder's `vae/`: what manifests name it by."""
-    return WeightFiles(denoiser / "vae").digest()
+    return WeightFiles(denoiser / "vae").compute_digest()
 
 
-def mllm_digest(mllm: Path, depth: int) -> str:
+def compute_mllm_digest(mllm: Path, depth: int) -> str:
     """Digest of what conditioning reads of an MLLM, up to layer `depth`."""
-    return WeightFiles(mllm).digest(mllm_tensors(depth), mllm_name)
+    return WeightFiles(mllm).compute_digest(select_mllm_tensors(depth), strip_mllm_prefix)
 
 
-def _opened(file: Path) -> safe_open:
+def _open(file: Path) -> safe_open:
     try:
         return safe_open(str(file), "pt")
     except (SafetensorError, OSError) as error:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 LINE_HEIGHT = 13
 
 
-def picture_grid(
+def join_pictures(
     images: Sequence[Image.Image],
     columns: int,
     scale: int = 1,

@@ -166,7 +166,7 @@ class UniImagePipeline:
         if output_type == "latent":
             return UniImageOutput(solved)
         pixels = (self.model.autoencoder.decode(solved) + 1) / 2
-        return UniImageOutput(pixels if output_type == "pt" else to_pil(pixels))
+        return UniImageOutput(pixels if output_type == "pt" else convert_to_pil(pixels))
 
     def answer(self, question: str, image: Images | None = None, max_new_tokens: int = 64) -> str:
         """Answer a question, about an image or several if given, with the untouched MLLM."""
@@ -206,7 +206,7 @@ def group_images(image: Any, prompts: int) -> list[list[Image.Image] | None]:
     return [[e] if isinstance(e, Image.Image) else (list(e) if e else None) for e in entries]
 
 
-def to_pil(pixels: Tensor) -> list[Image.Image]:
+def convert_to_pil(pixels: Tensor) -> list[Image.Image]:
     """(image, 3, height, width) in [0, 1] -> PIL images."""
     arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]

@@ -12,7 +12,7 @@ REFERENCE = "denoiser.reference_embed."
 log = logging.getLogger(__name__)
 
 
-def newest_whole(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+def find_newest_readable(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint of a run folder that was written last and can be read, with what it holds.
 
     Newer ones that can't be read are named in the log and passed over.
@@ -26,13 +26,13 @@ def newest_whole(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def newest_checkpoint(root: str | Path, stage: str) -> Path | None:
+def find_newest_checkpoint(root: str | Path, stage: str) -> Path | None:
     """The checkpoint of `stage` that was written last, anywhere under `root`."""
     found = [p for p in Path(root).glob(f"**/checkpoints/{stage}-step=*.ckpt") if p.is_file()]
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
 
 
-def optimizer_state_of(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_optimizer_state(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The optimizer's state of each parameter, by name."""
     state = checkpoint["optimizer_states"][0]["state"]
     return {name: state[i] for i, name in enumerate(checkpoint[FACTS]["optimized"]) if i in state}
@@ -58,12 +58,12 @@ def load_weights(saved: SavedModel, model: UniImage) -> None:
         raise ValueError(
             f"{saved.origin} was trained with taps {saved.config.describe_taps()}, this model has {own.describe_taps()}"
         )
-    if changed := own.changes_since(saved.config):
+    if changed := own.list_changes_since(saved.config):
         log.warning("%s was trained with other options: %s", saved.origin, ", ".join(changed))
     state = dict(saved.state)
     if model.denoiser.reference_embed is not None and not any(name.startswith(REFERENCE) for name in state):
         log.warning("%s was trained without references: their embedding starts at zero", saved.origin)
-        state |= {name: tensor for name, tensor in model.trained_state().items() if name.startswith(REFERENCE)}
+        state |= {name: tensor for name, tensor in model.get_trained_state().items() if name.startswith(REFERENCE)}
     model.load_trained_state(state, saved.origin)
 
 

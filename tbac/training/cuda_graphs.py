@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from tbac.flow import timestep_of
+from tbac.flow import compute_timestep
 from tbac.models import UniImage
 from tbac.models.mllm import pad_right
 from tbac.types import Condition
@@ -84,7 +84,7 @@ class StepGraphs:
         mllm = self._model.mllm
         with torch.no_grad():
             inputs = pad_right(inputs)
-            embeddings, positions = mllm.embed(inputs), mllm.positions(inputs)
+            embeddings, positions = mllm.embed(inputs), mllm.compute_positions(inputs)
         mask = inputs["attention_mask"].bool()
         missing = -mask.shape[1] % LENGTH_STEP
         embeddings = pad(embeddings, (0, 0, 0, missing))
@@ -99,7 +99,7 @@ class StepGraphs:
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """As `UniImage.predict_velocity`."""
-        arguments = noisy, timestep_of(sigma), condition.states
+        arguments = noisy, compute_timestep(sigma), condition.states
         key = ("denoiser", *(t.shape for t in arguments), condition.states.dtype)
         if key not in self._recorded:
             sample = condition.states.detach().clone().requires_grad_()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tbac.distributed import is_sharded, local_part
+from tbac.distributed import get_local_part, is_sharded
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GradientNorms:
         return dict(zip(self.components, self.each.tolist(), strict=True))
 
 
-def component_of(name: str) -> str:
+def find_component(name: str) -> str:
     """The component that a parameter belongs to: `queries`, `connector`, `mix`, `block_<i>`, or `denoiser`."""
     if name.endswith("ladder.queries"):
         return "queries"
@@ -49,7 +49,7 @@ def component_of(name: str) -> str:
     return f"block_{int(found[1]):02d}" if found else "denoiser"
 
 
-def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> GradientNorms:
+def measure_gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> GradientNorms:
     """Measure gradients, once for the guard, the logs and clipping.
 
     The result is the same on every process: gradients are already averaged, and those of sharded parameters are
@@ -60,9 +60,9 @@ def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Grad
     sharded: dict[str, list[DTensor]] = defaultdict(list)
     for name, parameter in named_parameters:
         if isinstance(parameter.grad, DTensor):
-            sharded[component_of(name)].append(parameter.grad)
+            sharded[find_component(name)].append(parameter.grad)
         elif parameter.grad is not None:
-            whole[component_of(name)].append(parameter.grad)
+            whole[find_component(name)].append(parameter.grad)
     squares = [get_total_norm(own).double().square() for own in whole.values()]
     # Squares of shards are summed over the processes that hold them.
     if sharded:
@@ -90,4 +90,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: T
     for parameter in held:
         if is_sharded(parameter):
             assert parameter.grad is not None
-            local_part(parameter.grad).mul_(factor)
+            get_local_part(parameter.grad).mul_(factor)

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from tbac.distributed import gather_objects, shard, sum_over_ranks, world_size
-from tbac.flow import interpolate, velocity_loss
+from tbac.distributed import gather_objects, get_world_size, shard, sum_over_ranks
+from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.saved import FACTS
 from tbac.training.cuda_graphs import StepGraphs
-from tbac.training.gradients import GradientNorms, clip_gradients, gradient_norms
-from tbac.training.optimizers import load_named_state, load_state, optimized_names, parameter_groups
-from tbac.training.randomness import noise_of, random_state, set_random_state
+from tbac.training.gradients import GradientNorms, clip_gradients, measure_gradient_norms
+from tbac.training.optimizers import list_optimized_names, load_named_state, load_state, make_parameter_groups
+from tbac.training.randomness import draw_noise, read_random_state, set_random_state
 from tbac.training.stages import Stage
 from tbac.types import Batch
 
@@ -59,14 +59,14 @@ class LadderTuningModule(L.LightningModule):
         """
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
-        self.measure_taps = False  # whether `tap_norms` will be asked for
+        self.measure_taps = False  # whether `compute_tap_norms` will be asked for
         self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
         self._going_on: Mapping[str, Any] | None = None
         stage.apply_trainable(self.named_parameters())
         if self.graphs is not None:
             self.graphs.forget()
 
-    def go_on(self, checkpoint: Mapping[str, Any]) -> None:
+    def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Take up the stage, the optimizer, the schedule and the random numbers where a checkpoint has left them.
 
         Its weights are in the model already, by `tbac.training.checkpoints.load_weights`.
@@ -114,11 +114,11 @@ class LadderTuningModule(L.LightningModule):
             "stage": self.stage.name,
             "config": {**self.stage.config, **self.facts.get("config", {})},  # the model's as it was resolved
             "steps": self.steps,
-            "optimized": optimized_names(self.trainer.optimizers[0], self),
-            "random": gather_objects(random_state()),
+            "optimized": list_optimized_names(self.trainer.optimizers[0], self),
+            "random": gather_objects(read_random_state()),
         }
 
-    def loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
+    def compute_loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
         """Flow-matching loss of a batch.
 
         Args:
@@ -136,21 +136,21 @@ class LadderTuningModule(L.LightningModule):
             rows = torch.arange(len(batch), device=self.device)
             condition = condition[rows.repeat_interleave(len(latents) // len(batch))]
         prediction = runner.predict_velocity(path.noisy, sigma, condition)
-        return velocity_loss(prediction, path.velocity)
+        return compute_velocity_loss(prediction, path.velocity)
 
     def _measure_contexts(self, gradient: Tensor) -> None:
         """Add up the squares of the gradient of each block's context, over the batches of a step."""
         squares = gradient.detach().double().square().sum((1, 2, 3))
         self._context_squares = squares if self._context_squares is None else self._context_squares + squares
 
-    def tap_norms(self) -> dict[str, float]:
+    def compute_tap_norms(self) -> dict[str, float]:
         """Gradient norm of the contexts that each tap feeds, by tap; all processes must ask.
 
         With mixed taps there is one for each block, since each block reads a mix of its own.
         """
         if self._context_squares is None:
             return {}
-        squares = sum_over_ranks(self._context_squares) / world_size() ** 2  # gradients are means over processes
+        squares = sum_over_ranks(self._context_squares) / get_world_size() ** 2  # gradients are means over processes
         plan = self.model.ladder.plan
         names = [f"block_{i:02d}_context" for i in range(plan.num_blocks)]
         if not plan.mixed:
@@ -166,25 +166,25 @@ class LadderTuningModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
         self.begun += 1
-        latents = latents_of(self.model, batch)
+        latents = get_latents(self.model, batch)
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
-        noise, sigma = noise_of(names, latents, self.stage.flow)
+        noise, sigma = draw_noise(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
-        loss = self.loss(batch, noise, sigma, latents)
+        loss = self.compute_loss(batch, noise, sigma, latents)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same noise and sigmas in every validation: each sample's follow from its key."""
-        latents = latents_of(self.model, batch)
-        noise, sigma = noise_of(batch.keys, latents)
-        loss = self.loss(batch, noise, sigma, latents)
+        latents = get_latents(self.model, batch)
+        noise, sigma = draw_noise(batch.keys, latents)
+        loss = self.compute_loss(batch, noise, sigma, latents)
         self.log("val/loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def measure_gradients(self) -> GradientNorms:
         """Norms of the gradients of the step that is about to be taken, measured once for all who ask."""
         if self.norms is None:
-            self.norms = gradient_norms(self.named_parameters())
+            self.norms = measure_gradient_norms(self.named_parameters())
         return self.norms
 
     def reject_step(self) -> None:
@@ -216,7 +216,7 @@ class LadderTuningModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.stage.optimizer(parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
+        optimizer = self.stage.optimizer(make_parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
         if self._going_on is not None:
             load_state(optimizer, self._going_on["optimizer_states"][0])
@@ -226,7 +226,7 @@ class LadderTuningModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def latents_of(model: UniImage, batch: Batch) -> Tensor:
+def get_latents(model: UniImage, batch: Batch) -> Tensor:
     """Cached latents, or the target images encoded now: (batch, channel, height, width)."""
     if batch.latents is not None:
         return batch.latents

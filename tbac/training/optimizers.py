@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tbac.distributed import sharded_like
+from tbac.distributed import shard_like
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+def make_parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
     """Two groups for each module: matrices with weight decay; norms, biases, queries and other tables without.
 
     Modules don't share a group, because one may be sharded over processes and another not.
@@ -37,20 +37,20 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     return [group for group in groups if group["params"]]
 
 
-def optimized_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+def list_optimized_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
     """Names of the parameters that an optimizer moves, in its order."""
     names = {id(p): name for name, p in module.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
+def collect_named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
     """The optimizer's state of each parameter, by name."""
     return {name: optimizer.state[p] for name, p in module.named_parameters() if p in optimizer.state}
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, dict[str, Any]]) -> None:
     """Give a new optimizer the state of another one, where both move a parameter; its own options stay."""
-    found = {i: state[name] for i, name in enumerate(optimized_names(optimizer, module)) if name in state}
+    found = {i: state[name] for i, name in enumerate(list_optimized_names(optimizer, module)) if name in state}
     load_state(optimizer, {"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -58,7 +58,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
     """Load what another optimizer's `state_dict` gave, whole on every process or sharded as the parameters are here."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     placed = {
-        index: {name: sharded_like(parameters[index], value) for name, value in values.items()}
+        index: {name: shard_like(parameters[index], value) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": placed})
@@ -97,10 +97,10 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ste
         raise ValueError(f"stage.warmup_steps={warmup_steps} must be between 0 and stage.steps={total_steps}")
     if not 0 <= min_lr <= peak:
         raise ValueError(f"stage.min_lr={min_lr} must be between 0 and stage.lr={peak}")
-    return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, total_steps, warmup_steps, min_lr / peak))
+    return LambdaLR(optimizer, lambda step: compute_warmup_cosine(step, total_steps, warmup_steps, min_lr / peak))
 
 
-def warmup_cosine_factor(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
+def compute_warmup_cosine(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
     """Share of the peak rate at `step`, counted from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps

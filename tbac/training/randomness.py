@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbac.distributed import rank, world_size
+from tbac.distributed import get_rank, get_world_size
 from tbac.flow import sample_sigma
 from tbac.training.stages import FlowOptions
 
@@ -21,7 +21,7 @@ def seed_everything(seed: int) -> None:
     L.seed_everything(seed, verbose=False)
 
 
-def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
+def draw_noise(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
     """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
 
     Args:
@@ -44,7 +44,7 @@ def noise_of(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -
     return drawn[0].to(latents, non_blocking=True), drawn[1].to(latents.device, non_blocking=True)
 
 
-def random_state() -> dict[str, Any]:
+def read_random_state() -> dict[str, Any]:
     """State of the global generators of this process. Training draws from none of them; users' code may."""
     version, numbers, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
@@ -59,9 +59,9 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(states: list[dict[str, Any]]) -> None:
     """Set the global generators as they were; with another number of processes they stay as the seed left them."""
-    if len(states) != world_size():
+    if len(states) != get_world_size():
         return
-    state = states[rank()]
+    state = states[get_rank()]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     words = np.asarray(state["numpy"]["state"]["key"], np.uint32)

@@ -33,7 +33,7 @@ class SpikeRule(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def not_finite(norm: float, loss: float) -> str | None:
+def describe_not_finite(norm: float, loss: float) -> str | None:
     """Names the value that isn't finite."""
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
@@ -69,7 +69,7 @@ class RobustRule:
     def judge(self, norm: float, loss: float) -> Verdict:
         """Judge a step; the statistics take it in when it passes."""
         threshold, loss_threshold = self._threshold(self.norms), self._threshold(self.losses)
-        reason = not_finite(norm, loss)
+        reason = describe_not_finite(norm, loss)
         if reason is None and norm > threshold:
             reason = f"gradient norm {norm:.4g} is above {threshold:.4g}"
         if reason is None and loss > loss_threshold:
@@ -132,7 +132,7 @@ class RunningMeanRule:
 
     def judge(self, norm: float, loss: float) -> Verdict:
         """Judge a step; the means take it in when it passes."""
-        threshold, reason = self.max_norm, not_finite(norm, loss)
+        threshold, reason = self.max_norm, describe_not_finite(norm, loss)
         if self.mean_norm is not None and self.mean_loss is not None:
             threshold = min(threshold, max(self.norm_ratio * self.mean_norm, self.min_norm))
             if reason is None and loss > self.loss_ratio * self.mean_loss:

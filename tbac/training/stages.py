@@ -95,12 +95,12 @@ class Stage:
         if not self.trainable or not set(self.trainable) <= set(TRAINABLE):
             raise ValueError(f"stage.trainable must be some of {list(TRAINABLE)}, got {list(self.trainable)}")
 
-    def total_steps(self, samples_per_step: int) -> int:
+    def count_steps(self, samples_per_step: int) -> int:
         """Optimizer steps of the whole stage: the length of its schedule."""
         by_samples = math.inf if self.samples is None else math.ceil(self.samples / samples_per_step)
         return int(min(math.inf if self.steps is None else self.steps, by_samples))
 
-    def over(self, steps: int, samples: int, stale: int) -> bool:
+    def is_over(self, steps: int, samples: int, stale: int) -> bool:
         """Whether nothing is left to do.
 
         Args:
@@ -114,10 +114,10 @@ class Stage:
     def apply_trainable(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Freeze what this stage doesn't train."""
         for name, parameter in named_parameters:
-            parameter.requires_grad_(trainable_part(name) in self.trainable)
+            parameter.requires_grad_(find_trainable_part(name) in self.trainable)
 
 
-def trainable_part(name: str) -> str:
+def find_trainable_part(name: str) -> str:
     """Which of `TRAINABLE` a parameter of the training module belongs to."""
     if name.endswith("ladder.queries"):
         return "queries"

@@ -9,12 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
-from tbac.distributed import is_sharded, whole
+from tbac.distributed import gather_tensor, is_sharded
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 
 
-def process_rank() -> int:
+def read_process_rank() -> int:
     """Number of this process by what its launcher has set; 0 where nothing has."""
     return getattr(rank_zero_only, "rank", 0)
 
@@ -82,8 +82,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: whole(value) for name, value in self.lightning_module.state_dict().items()}
+        return {name: gather_tensor(value) for name, value in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = getattr(optimizer, "optimizer", optimizer).state_dict()
-        return state | {"state": {i: {k: whole(v) for k, v in s.items()} for i, s in state["state"].items()}}
+        return state | {"state": {i: {k: gather_tensor(v) for k, v in s.items()} for i, s in state["state"].items()}}

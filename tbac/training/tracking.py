@@ -92,7 +92,7 @@ def _existing(tracking_uri: str, run_id: str) -> str | None:
         return None
 
 
-def git_revision() -> str:
+def read_git_revision() -> str:
     """Commit of the working tree, with `-dirty` for uncommitted changes; "unknown" outside a repository."""
     try:
         run = subprocess.run(
@@ -103,16 +103,16 @@ def git_revision() -> str:
     return run.stdout.strip()
 
 
-def run_facts() -> dict[str, str]:
+def collect_run_facts() -> dict[str, str]:
     """Git revision and package versions."""
-    facts = {"git_revision": git_revision()}
+    facts = {"git_revision": read_git_revision()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             facts[f"version/{package}"] = version(package)
     return facts
 
 
-def tag_name(path: str) -> str:
+def make_tag_name(path: str) -> str:
     """A path as MLflow takes it for the name of a tag: relative, without dots for folders or unusual characters."""
     return re.sub(r"[^\w\-. /:]", "_", "/".join(p for p in PurePath(path).parts if p.strip("./")))
 
@@ -183,7 +183,7 @@ def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping
                 logger.log_hyperparams(dict(config))
             logger.experiment.log_dict(run_id, dict(config), "config.yaml")
             for name, value in facts.items():
-                logger.experiment.set_tag(run_id, tag_name(name), value)
+                logger.experiment.set_tag(run_id, make_tag_name(name), value)
             if file := getattr(logger, "run_id_file", None):
                 Path(file).write_text(f"{run_id}\n")
 
@@ -196,7 +196,7 @@ def log_picture(loggers: Iterable[Logger], path: Path) -> None:
             inner.experiment.log_artifact(inner.run_id, str(path), "samples")
 
 
-def metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+def read_metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """Every metric of a run: name -> (step, value) in the order of steps."""
     from mlflow import MlflowClient
 
@@ -216,7 +216,7 @@ class ParentRun:
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Write the full config and the facts of the run."""
-        log_run([self._logger], config, run_facts())
+        log_run([self._logger], config, collect_run_facts())
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         self._logger.log_metrics(dict(metrics))
@@ -229,7 +229,7 @@ class ParentRun:
 
 
 @contextlib.contextmanager
-def parent_run(
+def open_parent_run(
     tracking_uri: str, experiment_name: str, run_name: str, run_id_file: str | None = None
 ) -> Iterator[ParentRun]:
     """A `ParentRun` that is closed as finished, or as failed when the block raises.

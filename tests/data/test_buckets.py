@@ -24,7 +24,7 @@ from tbac.data.shards import DataError
 from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.weights import autoencoder_digest
+from tbac.models.weights import compute_autoencoder_digest
 from tests.helpers.commands import run_app
 from tests.helpers.configs import composed
 from tests.helpers.pictures import noise_image, saved, turned
@@ -275,7 +275,7 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
     denoiser = in_world / "backbones" / "denoiser"
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
-    digest = autoencoder_digest(denoiser)
+    digest = compute_autoencoder_digest(denoiser)
     options = CachingOptions(24, buckets, keep_images=keep_images, batch_size=4)
     cache_latents(Path("raw"), Path("cached"), autoencoder, digest, options)
     on_images = losses(small_model(in_world), data_of("raw", GIVEN))
@@ -354,7 +354,9 @@ def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
     denoiser = world / "backbones" / "denoiser"
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     buckets = Buckets(tuple((h, w) for h, w in BUCKETS))
-    cache_latents(Path("raw"), Path("cached"), autoencoder, autoencoder_digest(denoiser), CachingOptions(24, buckets))
+    cache_latents(
+        Path("raw"), Path("cached"), autoencoder, compute_autoencoder_digest(denoiser), CachingOptions(24, buckets)
+    )
     tar = Path("cached/train-000000.tar")
     offset, size = TarReader().index(tar).samples[3][1]["txt"]
     with tar.open("r+b") as file:

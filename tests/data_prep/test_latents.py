@@ -17,7 +17,7 @@ from tbac.data.shards import DataError
 from tbac.data.tars import TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.weights import autoencoder_digest
+from tbac.models.weights import compute_autoencoder_digest
 from tests.helpers.commands import run_app
 from tests.helpers.configs import composed
 from tests.helpers.pictures import noise_image
@@ -51,7 +51,7 @@ def cache(denoiser: Path, out: str = "cached", **options: Any) -> None:
     autoencoder = FrozenAutoencoder.from_folder(denoiser / "vae")
     share = options.pop("share", (0, 1))
     how = CachingOptions(**{"image_size": 24} | options)
-    cache_latents(Path("raw"), Path(out), autoencoder, autoencoder_digest(denoiser), how, share)
+    cache_latents(Path("raw"), Path(out), autoencoder, compute_autoencoder_digest(denoiser), how, share)
 
 
 def content(folder: str) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def test_what_cant_be_decoded_is_left_out_and_counted(denoiser: Path) -> None:
     made = json.loads(Path("cached/manifest.json").read_text())
     assert made["left_out"] == 1
     assert [shard["samples"] for shard in made["shards"].values()] == [3, 2, 2]
-    assert made["autoencoder_digest"] == autoencoder_digest(denoiser)
+    assert made["autoencoder_digest"] == compute_autoencoder_digest(denoiser)
 
 
 def test_latents_of_another_size_or_autoencoder_are_refused(denoiser: Path) -> None:

@@ -16,7 +16,7 @@ from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, m
 from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
@@ -28,7 +28,7 @@ from tests.helpers.small_bench import SMALL
 
 @pytest.fixture
 def config() -> dict:
-    return plain(composed("bench", *SMALL))
+    return to_plain(composed("bench", *SMALL))
 
 
 @pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
@@ -163,7 +163,7 @@ def test_memory_of_loading_is_flat_over_many_samples() -> None:
 
 @pytest.mark.slow
 def test_loading_costs_little_more_than_decoding() -> None:
-    found = measure({"loader": plain(composed("bench").loader)})
+    found = measure({"loader": to_plain(composed("bench").loader)})
     rates = found["samples_per_s"]
     assert rates[OURS] > 1.3 * rates[PILLOW]
     assert rates[REDUCED] > 0.7 * rates[PLAIN]

@@ -58,7 +58,7 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
     ran("train", capfd, *FEW, "hydra.run.dir=run")
     ran("export", capfd, "checkpoint=run", "out=out", f"standalone={standalone}")
     model = UniImage.from_pretrained("out")
-    assert same(model.trained_state(), read_checkpoint("run")["state_dict"])
+    assert same(model.get_trained_state(), read_checkpoint("run")["state_dict"])
     model.save_pretrained("again", standalone=standalone)
     again, first = (read_everything(m).state_dict() for m in (UniImage.from_pretrained("again"), model))
     assert same(first, again)

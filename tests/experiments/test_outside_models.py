@@ -75,7 +75,7 @@ def test_a_rule_s_plan_is_all_that_a_checkpoint_keeps_of_it(capfd: pytest.Captur
     forget_module()
     ran("generate", capfd, "checkpoint=run", "prompts=[a red circle]", "num_inference_steps=1", "out=made")
     assert Path("made/00000.png").is_file()
-    assert UniImage.from_checkpoint("run").ladder.plan.layer_of_block() == [1, 1, 3, 3]
+    assert UniImage.from_checkpoint("run").ladder.plan.list_block_layers() == [1, 1, 3, 3]
 
 
 def test_a_rule_s_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,7 @@ def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pyte
         return sys.modules["outside_models"].Bottleneck(num_taps, hidden_size, channels, 8)
 
     model = UniImage.from_pretrained("out", connector=build)
-    state = model.trained_state()
+    state = model.get_trained_state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint["state_dict"].items())
     # Training goes on from it by the user's own config.
     ran("train", capfd, *OWN, *BOTTLENECK, "stage.steps=3", "hydra.run.dir=next", "resume=run")

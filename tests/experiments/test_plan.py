@@ -11,7 +11,7 @@ from experiments.budget import Setting, build, largest_batch, memory_of
 from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
-from tbac.app import plain
+from tbac.app import to_plain
 from tests.helpers.commands import message, ran
 from tests.helpers.configs import composed
 from tests.helpers.small_bench import SMALL
@@ -21,7 +21,7 @@ REAL = "world=real"
 
 @pytest.fixture
 def config() -> dict:
-    return plain(composed("bench", *SMALL))["model"]
+    return to_plain(composed("bench", *SMALL))["model"]
 
 
 def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +38,7 @@ def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str
     for name, millions in published.items():
         assert report["parameters"][name] / 1e6 == pytest.approx(millions, rel=5e-3)
     assert report["taps"] == list(range(16, 36))
-    assert autoencoder_flops(plain(composed("plan", REAL).model), 512) / 1e12 == pytest.approx(1.3, rel=0.05)
+    assert autoencoder_flops(to_plain(composed("plan", REAL).model), 512) / 1e12 == pytest.approx(1.3, rel=0.05)
     text_stage, edit_stage, _ = report["stages"]
     assert text_stage["flops"] / 1e12 == pytest.approx(3.8, rel=0.05)
     assert edit_stage["flops"] / 1e12 == pytest.approx(6.6, rel=0.05)
@@ -132,7 +132,7 @@ def test_what_fits_is_what_remains() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("text", 256, 4), Case("image + text", 256, 4, 13)])
 def test_planned_memory_is_near_the_measured(case: Case) -> None:
-    config = plain(composed("bench"))
+    config = to_plain(composed("bench"))
     model = build(config["model"])
     kept = activations_of(config["model"], case, 16, mixed=False)
     setting = Setting("adamw", None, False, False, "auto", 1, False, True)

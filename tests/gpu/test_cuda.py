@@ -8,7 +8,7 @@ import torch
 
 from experiments.costs import Case, make_inputs
 from experiments.speed.training import BASELINE, OURS, Side, check_equal, make_model, targets
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance
@@ -38,7 +38,7 @@ def loss_and_gradients(model: UniImage, case: str, device: str) -> tuple[float, 
     model.to(device)
     latents, noise, sigma = targets(model, len(texts), 6)
     inputs = model.prompt(texts, images).to(device)
-    loss = module.loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
+    loss = module.compute_loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
     loss.backward()
     return loss.item(), {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
 
@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_and_leaves_frozen_parts_alone(model: UniImage,
 
 @pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
 def test_the_release_s_way_computes_the_same(case: Case) -> None:
-    config = plain(composed("bench", "experiment=bench_gpu_small", "device=cuda"))
+    config = to_plain(composed("bench", "experiment=bench_gpu_small", "device=cuda"))
     model = make_model(config["model"], "cuda")
     torch.nn.init.normal_(model.ladder.queries, std=0.5)
     arguments = (make_inputs(model, case, 4), *targets(model, case.batch, 4))
@@ -131,7 +131,7 @@ def test_recorded_steps_compute_the_same(model: UniImage, dtype: torch.dtype | N
                 inputs = model.prompt(texts, images).to("cuda")
                 latents, noise, sigma = targets(model, len(texts), 6, seed=round_)
                 with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
-                    loss = module.loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
+                    loss = module.compute_loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
                 loss.backward()
                 gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
                 results.append((loss.item(), gradients.clone(), module.ladder.queries.grad.clone()))

@@ -14,10 +14,10 @@ from data_prep.shapes.parts import make_tokenizer
 from data_prep.shapes.pretrain_autoencoder import pixels_of
 from data_prep.shapes.pretrain_mllm import make_config
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
-from tbac.app import plain
+from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
-from tbac.models.weights import autoencoder_digest
+from tbac.models.weights import compute_autoencoder_digest
 from tests.helpers.configs import composed
 
 SIZES = Sizes(
@@ -36,7 +36,7 @@ SIZES = Sizes(
 
 def build_small_world(folder: Path) -> None:
     """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
-    parts = plain(composed("train", "run_dir=.").model)["architecture"]
+    parts = to_plain(composed("train", "run_dir=.").model)["architecture"]
     torch.manual_seed(1)
     mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
     (folder / "tokenizer").mkdir()
@@ -55,7 +55,7 @@ def build_small_world(folder: Path) -> None:
     write_benchmarks(world, folder / "benchmarks")
     frozen = FrozenAutoencoder(autoencoder)
     write_training_sets(
-        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), autoencoder_digest(denoiser)
+        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), compute_autoencoder_digest(denoiser)
     )
 
 

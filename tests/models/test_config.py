@@ -135,9 +135,9 @@ def test_an_unknown_argument_of_a_part_is_named(in_world: Path) -> None:
 
 def test_what_a_model_does_otherwise_is_listed() -> None:
     changed = replace(CONFIG, mllm="elsewhere", dtype="bfloat16", ladder=LadderConfig(prompt_context=True))
-    assert changed.changes_since(CONFIG) == ["ladder.prompt_context False -> True"]
-    assert changed.beyond_release() == {"ladder.prompt_context": True}
-    assert CONFIG.beyond_release() == {}
+    assert changed.list_changes_since(CONFIG) == ["ladder.prompt_context False -> True"]
+    assert changed.list_additions() == {"ladder.prompt_context": True}
+    assert CONFIG.list_additions() == {}
 
 
 def as_before_version_2(config: ModelConfig) -> dict[str, Any]:

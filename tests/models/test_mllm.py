@@ -69,7 +69,7 @@ def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str
         if plain:
             taps = plain_taps(model, inputs, model.ladder.queries)[list(model.ladder.plan.layers)]
         else:
-            prefix = model.mllm.prefix(inputs, model.ladder.plan.deepest)
+            prefix = model.mllm.read_prefix(inputs, model.ladder.plan.deepest)
             taps = model.mllm.read_queries(model.ladder.queries, prefix, model.ladder.plan.layers)
         loss = loss_of(taps)
         loss.backward()
@@ -94,7 +94,7 @@ def test_exact_in_float64(model: UniImage, case: str) -> None:
     inputs["pixel_values"] = inputs["pixel_values"].double() if "pixel_values" in inputs else None
     queries = model.ladder.queries.detach().double()
     layers = list(range(mllm.num_layers + 1))
-    ours = mllm.read_queries(queries, mllm.prefix(inputs, mllm.num_layers), layers)
+    ours = mllm.read_queries(queries, mllm.read_prefix(inputs, mllm.num_layers), layers)
     # Rotary tables stay in float32 in the library, hence not 1e-15.
     torch.testing.assert_close(ours, plain_taps(model, inputs, queries), rtol=1e-6, atol=1e-7)
 
@@ -216,7 +216,7 @@ def test_queries_are_a_parameter_of_their_own(model: UniImage) -> None:
 
 
 def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
-    prefix = model.mllm.prefix(model.prompt(["a red circle"]), model.ladder.plan.deepest)
+    prefix = model.mllm.read_prefix(model.prompt(["a red circle"]), model.ladder.plan.deepest)
     first, second = (model.mllm.read_queries(model.ladder.queries, prefix, (2, 5)) for _ in range(2))
     assert torch.equal(first, second)
 

@@ -190,15 +190,15 @@ def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
 
 def saved_of(model: UniImage, origin: str) -> SavedModel:
     """What a training checkpoint of `model` would hold of it."""
-    return read_saved_model({FACTS: describe_model(model), "state_dict": model.trained_state()}, origin)
+    return read_saved_model({FACTS: describe_model(model), "state_dict": model.get_trained_state()}, origin)
 
 
 def test_a_model_without_is_tuned_with_them(model: UniImage, in_world: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = model.trained_state()
+    state = model.get_trained_state()
     tuned = small_model(in_world, *ALL)
     load_weights(saved_of(model, "before.ckpt"), tuned)
     assert "prompt_context False -> True" in caplog.text
     assert "without references: their embedding starts at zero" in caplog.text
-    assert all(torch.equal(tuned.trained_state()[k], v) for k, v in state.items())
+    assert all(torch.equal(tuned.get_trained_state()[k], v) for k, v in state.items())
     with pytest.raises(ValueError, match=r"unexpected denoiser.reference_embed"):
         load_weights(saved_of(tuned, "tuned.ckpt"), model)

@@ -54,7 +54,7 @@ def test_look_alikes_of_special_tokens_stay_text(model: UniImage, look_alike: st
 
 
 def test_long_texts_are_cut(model: UniImage) -> None:
-    ids = model.prompt.text_ids("red circle " * 400)
+    ids = model.prompt.tokenize_text("red circle " * 400)
     assert len(ids) == 256
     assert ids == model.prompt.tokenizer("red circle " * 400)["input_ids"][:256]
 

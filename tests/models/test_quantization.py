@@ -27,7 +27,7 @@ def test_only_the_decoder_layers_are_quantised(in_world: Path, kind: str) -> Non
 
 def taps_and_gradient(model: UniImage, case: str) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, plan = model.prompt(*prompt_cases()[case]), model.ladder.plan
-    taps = model.mllm.read_queries(model.ladder.queries, model.mllm.prefix(inputs, plan.deepest), plan.layers)
+    taps = model.mllm.read_queries(model.ladder.queries, model.mllm.read_prefix(inputs, plan.deepest), plan.layers)
     taps.square().mean().backward()
     return taps.detach(), model.ladder.queries.grad
 
@@ -61,7 +61,7 @@ def test_a_quantised_model_answers_and_saves_what_it_trains(in_world: Path, tmp_
     assert isinstance(answers[0], str)
     model.save_pretrained(tmp_path / "slim", standalone=True)
     whole, again = (UniImage.from_pretrained(tmp_path / "slim", quantization=q) for q in (None, kind))
-    assert all(torch.equal(v, model.trained_state()[k]) for k, v in whole.trained_state().items())
+    assert all(torch.equal(v, model.get_trained_state()[k]) for k, v in whole.get_trained_state().items())
     inputs = model.prompt(["a red circle"])
     assert torch.equal(again.encode_condition(inputs).states, model.encode_condition(inputs).states)
 

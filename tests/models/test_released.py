@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tbac.flow import interpolate, timestep_of, velocity_loss
+from tbac.flow import compute_timestep, compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.prompt import SYSTEM_PROMPT
 from tbac.models.released import TABLE, read_released
@@ -65,24 +65,26 @@ def test_taps_context_prediction_and_loss_are_the_released_ones(
 ) -> None:
     inputs = released.prompt(prompts)
     plan = released.ladder.plan
-    taps = released.mllm.read_queries(released.ladder.queries, released.mllm.prefix(inputs, plan.deepest), plan.layers)
+    taps = released.mllm.read_queries(
+        released.ladder.queries, released.mllm.read_prefix(inputs, plan.deepest), plan.layers
+    )
     assert plan.layers == (2, 3, 4, 5, 6, 7)
     assert distance(taps, case["query_hidden_states"]) < RELATIVE
     condition = released.encode_condition(inputs)
     assert distance(condition.states, case["prompt_embeds"]) < RELATIVE
     path = interpolate(case["target_latents"], case["noise"], case["sigmas"])
     assert distance(path.noisy, case["noisy_latents"]) < 1e-6
-    assert torch.equal(timestep_of(case["sigmas"]), case["timesteps"])
+    assert torch.equal(compute_timestep(case["sigmas"]), case["timesteps"])
     predicted = released.predict_velocity(case["noisy_latents"], case["sigmas"], condition)
     assert distance(predicted, case["model_pred"]) < RELATIVE
-    assert velocity_loss(predicted, path.velocity).item() == pytest.approx(case["loss"].item(), rel=RELATIVE)
+    assert compute_velocity_loss(predicted, path.velocity).item() == pytest.approx(case["loss"].item(), rel=RELATIVE)
 
 
 def test_gradients_are_the_released_ones(released: UniImage, case: dict[str, Tensor], prompts: list[str]) -> None:
     released.zero_grad()
     path = interpolate(case["target_latents"], case["noise"], case["sigmas"])
     condition = released.encode_condition(released.prompt(prompts))
-    velocity_loss(released.predict_velocity(path.noisy, path.sigma, condition), path.velocity).backward()
+    compute_velocity_loss(released.predict_velocity(path.noisy, path.sigma, condition), path.velocity).backward()
     ours = {
         "grad.query_rows": released.ladder.queries.grad,
         **{f"grad.model.connector.{k}": p.grad for k, p in released.ladder.connector.named_parameters()},
@@ -107,7 +109,7 @@ def test_answers_use_the_base_model_s_own_table(released: UniImage) -> None:
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(MLLM)
     table = base.get_input_embeddings().weight
     assert torch.equal(released.mllm.load_full_model().get_input_embeddings().weight, table)
-    assert not torch.equal(released.mllm.prompt_table(), table)
+    assert not torch.equal(released.mllm.get_prompt_table(), table)
 
 
 def test_every_tensor_is_accounted_for() -> None:

@@ -37,7 +37,7 @@ def test_every_block_gets_a_tap_in_range(rule: TapRule, num_layers: int, num_blo
     assert plan.num_blocks == num_blocks
     assert list(plan.layers) == sorted(set(plan.layers))
     assert all(0 <= tap <= num_layers for tap in plan.layers)
-    assert plan.mixed or (len(plan.assignment) == num_blocks and set(plan.layer_of_block()) == set(plan.layers))
+    assert plan.mixed or (len(plan.assignment) == num_blocks and set(plan.list_block_layers()) == set(plan.layers))
 
 
 @pytest.mark.parametrize(
@@ -53,23 +53,23 @@ def test_every_block_gets_a_tap_in_range(rule: TapRule, num_layers: int, num_blo
     ],
 )
 def test_rules_on_six_layers_and_four_blocks(rule: TapRule, expected: list[int]) -> None:
-    assert resolve_taps(rule, 6, 4).layer_of_block() == expected
+    assert resolve_taps(rule, 6, 4).list_block_layers() == expected
 
 
 def test_uniform_is_increasing_and_reaches_both_ends() -> None:
-    layers = resolve_taps(uniform, 36, 20).layer_of_block()
+    layers = resolve_taps(uniform, 36, 20).list_block_layers()
     assert layers[0] == 1
     assert layers[-1] == 35
     assert layers == sorted(set(layers))
 
 
 def test_explicit_taps_keep_the_block_order() -> None:
-    assert resolve_taps(partial(explicit, layers=(5, 1, 3, 1)), 6, 4).layer_of_block() == [5, 1, 3, 1]
+    assert resolve_taps(partial(explicit, layers=(5, 1, 3, 1)), 6, 4).list_block_layers() == [5, 1, 3, 1]
 
 
 def test_fewer_taps_with_a_stated_assignment() -> None:
     plan = resolve_taps(partial(explicit, layers=(2, 5), assignment=(0, 0, 1, 1)), 6, 4)
-    assert plan.layer_of_block() == [2, 2, 5, 5]
+    assert plan.list_block_layers() == [2, 2, 5, 5]
     assert plan.layers == (2, 5)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tbac.models import UniImage
 from tbac.models.saved import FACTS, read_checkpoint, read_saved_model
 from tbac.training.callbacks.ema import EMA
-from tbac.training.checkpoints import load_weights, newest_checkpoint
+from tbac.training.checkpoints import find_newest_checkpoint, load_weights
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import small_model
 
@@ -31,17 +31,17 @@ def test_a_checkpoint_is_slim_and_names_the_frozen_parts(saved: Path, model: Uni
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"ladder", "denoiser"}
     assert checkpoint[FACTS]["frozen"] == model.provenance.digests
     assert checkpoint[FACTS]["stage"] == "t2i_pretrain"
-    trained = sum(p.numel() for p in model.trained_state().values())
+    trained = sum(p.numel() for p in model.get_trained_state().values())
     assert saved.stat().st_size < 3 * 4 * trained * 1.2  # weights and two moments
 
 
 def test_weights_come_back_bit_for_bit(saved: Path, model: UniImage, in_world: Path) -> None:
     other = small_model(in_world, "model.seed=9")
     load_weights(read_saved_model(read_checkpoint(saved), "x"), other)
-    state = model.trained_state()
-    assert all(torch.equal(v, state[k]) for k, v in other.trained_state().items())
-    assert newest_checkpoint(saved.parent.parent, "t2i_pretrain") == saved
-    assert newest_checkpoint(saved.parent.parent, "finetune") is None
+    state = model.get_trained_state()
+    assert all(torch.equal(v, state[k]) for k, v in other.get_trained_state().items())
+    assert find_newest_checkpoint(saved.parent.parent, "t2i_pretrain") == saved
+    assert find_newest_checkpoint(saved.parent.parent, "finetune") is None
 
 
 def _break(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def _break(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
     ],
 )
 def test_a_mismatch_is_refused_by_name_and_changes_nothing(saved: Path, model: UniImage, what: str, words: str) -> None:
-    before = {k: v.clone() for k, v in model.trained_state().items()}
+    before = {k: v.clone() for k, v in model.get_trained_state().items()}
     with pytest.raises(ValueError, match=words):
         load_weights(read_saved_model(_break(read_checkpoint(saved), what), "x.ckpt"), model)
-    assert all(torch.equal(v, before[k]) for k, v in model.trained_state().items())
+    assert all(torch.equal(v, before[k]) for k, v in model.get_trained_state().items())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"PK\x03\x04 broken"])
@@ -100,7 +100,7 @@ def test_a_half_written_checkpoint_is_named(saved: Path) -> None:
 
 
 def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: Path) -> None:
-    start = {k: v.clone() for k, v in model.trained_state().items()}
+    start = {k: v.clone() for k, v in model.get_trained_state().items()}
     module = module_of(model)
     ema = EMA(decay=0.5)
     path = tmp_path / "checkpoints"
@@ -113,7 +113,7 @@ def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: P
 
     class Watch(__import__("lightning").Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            weights.append({k: v.clone() for k, v in model.trained_state().items()})
+            weights.append({k: v.clone() for k, v in model.get_trained_state().items()})
 
     trainer.callbacks.append(Watch())
     trainer.fit(module, datamodule=data_of(model))
@@ -122,7 +122,7 @@ def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: P
     assert not torch.equal(saved[name], weights[-1][name])
     low, high = (f(start[name], weights[0][name], weights[1][name]) for f in (_lowest, _highest))
     assert bool(((saved[name] >= low - 1e-6) & (saved[name] <= high + 1e-6)).all())
-    torch.testing.assert_close(model.trained_state()[name], saved[name])  # after training the model is the average
+    torch.testing.assert_close(model.get_trained_state()[name], saved[name])  # after training the model is the average
 
 
 def _lowest(*tensors: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tbac.models import UniImage
-from tbac.training.randomness import noise_of
+from tbac.training.randomness import draw_noise
 from tbac.training.stages import FlowOptions
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import read_everything
@@ -42,7 +42,7 @@ def test_the_step_is_its_equation(model: UniImage) -> None:
     noisy = (1 - scale) * batch.latents + scale * noise
     predicted = model.denoiser(noisy, 1000 * sigma, model.encode_condition(batch.prompt))
     expected = (predicted - (noise - batch.latents)).square().mean()
-    torch.testing.assert_close(module.loss(batch, noise, sigma, batch.latents), expected)
+    torch.testing.assert_close(module.compute_loss(batch, noise, sigma, batch.latents), expected)
 
 
 def test_several_noises_per_prompt_are_the_mean_of_single_ones(model: UniImage) -> None:
@@ -51,11 +51,13 @@ def test_several_noises_per_prompt_are_the_mean_of_single_ones(model: UniImage) 
     count, size = 3, len(batch)
     latents = batch.latents.repeat_interleave(count, dim=0)
     noise, sigma = torch.randn_like(latents), torch.rand(size * count)
-    together = module.loss(batch, noise, sigma, latents)
+    together = module.compute_loss(batch, noise, sigma, latents)
     together.backward()
     gradient = model.ladder.queries.grad.clone()
     model.zero_grad()
-    alone = sum(module.loss(batch, noise[i::count], sigma[i::count], batch.latents) / count for i in range(count))
+    alone = sum(
+        module.compute_loss(batch, noise[i::count], sigma[i::count], batch.latents) / count for i in range(count)
+    )
     alone.backward()
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(gradient, model.ladder.queries.grad, rtol=1e-4, atol=1e-7)
@@ -66,14 +68,14 @@ def test_one_noise_per_prompt_is_the_plain_step(model: UniImage) -> None:
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     batch = next(iter(data_of(model).train_dataloader()))
     stepped = module.training_step(batch, 0)
-    noise, sigma = noise_of([f"42/t2i_pretrain/{i}" for i in range(4)], batch.latents)
-    assert torch.equal(stepped, module.loss(batch, noise, sigma, batch.latents))
+    noise, sigma = draw_noise([f"42/t2i_pretrain/{i}" for i in range(4)], batch.latents)
+    assert torch.equal(stepped, module.compute_loss(batch, noise, sigma, batch.latents))
 
 
 def test_validation_noise_follows_from_the_keys_alone() -> None:
     latents = torch.zeros(3, 2, 4, 4)
-    noise, sigma = noise_of(["a", "b", "c"], latents)
-    again, sigma_again = noise_of(["c", "a"], latents[:2])
+    noise, sigma = draw_noise(["a", "b", "c"], latents)
+    again, sigma_again = draw_noise(["c", "a"], latents[:2])
     assert torch.equal(noise[[2, 0]], again)
     assert torch.equal(sigma[[2, 0]], sigma_again)
     assert not torch.equal(noise[0], noise[1])
@@ -95,7 +97,7 @@ def test_two_runs_of_one_seed_are_equal(in_world: Any) -> None:
     for _ in range(2):
         model = small_model(in_world)
         trainer_of(3).fit(module_of(model), datamodule=data_of(model))
-        states.append(model.trained_state())
+        states.append(model.get_trained_state())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 

@@ -8,11 +8,11 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from tbac.models import UniImage
-from tbac.training.optimizers import adamw, adamw8bit, parameter_groups, warmup_cosine
+from tbac.training.optimizers import adamw, adamw8bit, make_parameter_groups, warmup_cosine
 
 
 def test_norms_biases_and_queries_don_t_decay(model: UniImage) -> None:
-    groups = parameter_groups([model.ladder, model.denoiser], 0.05)
+    groups = make_parameter_groups([model.ladder, model.denoiser], 0.05)
     assert [g["weight_decay"] for g in groups] == [0.05, 0, 0.05, 0]
     no_decay = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
     assert id(model.ladder.queries) in no_decay
@@ -26,7 +26,7 @@ def test_norms_biases_and_queries_don_t_decay(model: UniImage) -> None:
 
 def test_modules_share_no_group_and_none_is_empty(model: UniImage) -> None:
     model.denoiser.requires_grad_(False)
-    groups = parameter_groups([model.ladder, model.denoiser], 0.05)
+    groups = make_parameter_groups([model.ladder, model.denoiser], 0.05)
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.ladder.parameters()}
     assert all(g["params"] for g in groups)
 
@@ -34,7 +34,7 @@ def test_modules_share_no_group_and_none_is_empty(model: UniImage) -> None:
 def test_decay_shrinks_matrices_alone() -> None:
     layer = torch.nn.Linear(4, 4)
     before = {k: v.detach().clone() for k, v in layer.named_parameters()}
-    optimizer = adamw(parameter_groups([layer], 0.5), lr=0.1)
+    optimizer = adamw(make_parameter_groups([layer], 0.5), lr=0.1)
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -47,7 +47,7 @@ def test_fused_adamw_equals_the_plain_one() -> None:
     for fused in (True, False):
         torch.manual_seed(0)
         layer = torch.nn.Linear(16, 16)
-        optimizer = adamw(parameter_groups([layer], 0.05), lr=1e-2, fused=fused)
+        optimizer = adamw(make_parameter_groups([layer], 0.05), lr=1e-2, fused=fused)
         for step in range(20):
             optimizer.zero_grad()
             layer(torch.full((2, 16), float(step))).square().mean().backward()
@@ -60,7 +60,7 @@ def test_adamw8bit_trains() -> None:
     torch.manual_seed(0)
     layer, inputs = torch.nn.Linear(64, 64), torch.randn(32, 64)
     targets = inputs @ torch.randn(64, 64)
-    optimizer = adamw8bit(parameter_groups([layer], 0.0), lr=3e-2)
+    optimizer = adamw8bit(make_parameter_groups([layer], 0.0), lr=3e-2)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()

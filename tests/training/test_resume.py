@@ -10,7 +10,7 @@ import torch
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
 from tbac.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
-from tbac.training.checkpoints import newest_whole
+from tbac.training.checkpoints import find_newest_readable
 from tests.helpers.training import start_training
 
 pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
@@ -22,7 +22,7 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, whole_run: Path, tmp_path:
         time.sleep(0.05)
         assert killed.poll() is None
     killed.kill()
-    assert newest_whole(tmp_path / "killed") is not None
+    assert find_newest_readable(tmp_path / "killed") is not None
     assert start_training(in_world, tmp_path / "killed").wait() == 0
     whole, again = (
         read_checkpoint(f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in (whole_run, tmp_path / "killed")
@@ -42,7 +42,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pyte
     newest = folder / "s-step=3.ckpt"
     newest.write_bytes(newest.read_bytes()[:2000])
     os.utime(newest, (3, 3))
-    found = newest_whole(tmp_path)
+    found = find_newest_readable(tmp_path)
     assert found is not None
     assert found[0] == folder / "s-step=2.ckpt"
     assert "s-step=3.ckpt" in caplog.text

@@ -118,17 +118,17 @@ def test_a_checkpoint_of_another_stage_isnt_gone_on_from(capfd: pytest.CaptureFi
 
 
 def test_the_shorter_of_steps_and_samples_is_the_length_of_the_schedule() -> None:
-    assert stage_named(steps=10, samples=64).total_steps(16) == 4
-    assert stage_named(steps=3, samples=64).total_steps(16) == 3
-    assert stage_named(steps=None, samples=65).total_steps(16) == 5
-    assert stage_named(steps=10).total_steps(16) == 10
+    assert stage_named(steps=10, samples=64).count_steps(16) == 4
+    assert stage_named(steps=3, samples=64).count_steps(16) == 3
+    assert stage_named(steps=None, samples=65).count_steps(16) == 5
+    assert stage_named(steps=10).count_steps(16) == 10
 
 
 def test_every_parameter_belongs_to_one_trainable_part(model: Any) -> None:
-    from tbac.training.stages import trainable_part
+    from tbac.training.stages import find_trainable_part
     from tests.helpers.training import module_of
 
-    parts = {trainable_part(name) for name, _ in module_of(model).named_parameters()}
+    parts = {find_trainable_part(name) for name, _ in module_of(model).named_parameters()}
     assert parts == set(TRAINABLE)
     assert isinstance(module_of(model).stage, Stage)
 

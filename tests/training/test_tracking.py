@@ -9,7 +9,7 @@ import pytest
 
 from tbac.models import UniImage
 from tbac.training.callbacks.throughput import Throughput
-from tbac.training.tracking import parent_run, tag_name
+from tbac.training.tracking import make_tag_name, open_parent_run
 from tests.helpers.training import data_of, module_of, trainer_of
 
 
@@ -24,13 +24,13 @@ from tests.helpers.training import data_of, module_of, trainer_of
     ],
 )
 def test_paths_become_names_that_mlflow_takes(path: str, name: str) -> None:
-    assert tag_name(path) == name
+    assert make_tag_name(path) == name
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_parent_run_ends_as_its_block_does(fails: bool, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/x.db"
-    with contextlib.suppress(RuntimeError), parent_run(store, "tbac", "demo") as parent:
+    with contextlib.suppress(RuntimeError), open_parent_run(store, "tbac", "demo") as parent:
         parent.log_metrics({"a": 1.0})
         if fails:
             raise RuntimeError("half-way")

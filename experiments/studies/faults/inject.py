@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from tbac.distributed import local_part, rank
+from tbac.distributed import get_local_part, get_rank
 from tbac.training.callbacks import Callback
 
 
@@ -27,7 +27,7 @@ class Fault(Callback):
         self.batches, self.on_rank, self.once = set(batches), on_rank, once
 
     def due(self, batch_idx: int) -> bool:
-        if batch_idx not in self.batches or self.on_rank not in (None, rank()):
+        if batch_idx not in self.batches or self.on_rank not in (None, get_rank()):
             return False
         if self.once is None:
             return True
@@ -107,7 +107,7 @@ class Spread(Callback):
     """Asserts that all processes hold the same weights at the end."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        total = torch.stack([local_part(p.detach()).double().sum() for p in pl_module.parameters()]).sum()
+        total = torch.stack([get_local_part(p.detach()).double().sum() for p in pl_module.parameters()]).sum()
         sums = trainer.strategy.all_gather(total)
         assert bool((sums == sums.flatten()[0]).all()), sums
 

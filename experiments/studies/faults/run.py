@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from experiments.reports import markdown
 from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
 from experiments.studies.faults.runs import Run, same_end
-from tbac.app import CONF, user_errors
+from tbac.app import CONF, report_user_errors
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]
@@ -327,7 +327,7 @@ def study(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="study/faults")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     unknown = set(cfg.rows) - set(ROWS)
     if unknown:

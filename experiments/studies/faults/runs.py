@@ -19,9 +19,9 @@ class Run:
 
     def end(self) -> dict[str, Any]:
         """What its newest whole checkpoint holds."""
-        from tbac.training.checkpoints import newest_whole  # lightning, which --help doesn't need
+        from tbac.training.checkpoints import find_newest_readable  # lightning, which --help doesn't need
 
-        found = newest_whole(self.folder)
+        found = find_newest_readable(self.folder)
         assert found is not None, f"{self.folder} has no checkpoint"
         return found[1]
 

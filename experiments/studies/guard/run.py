@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from experiments.reports import markdown
 from experiments.stage_configs import stage_configs
-from tbac.app import CONF, keep_freed_memory, user_errors
+from tbac.app import CONF, keep_freed_memory, report_user_errors
 
 log = logging.getLogger(__name__)
 STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
@@ -64,7 +64,7 @@ def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="study/guard")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     out = Path(cfg.out).absolute()

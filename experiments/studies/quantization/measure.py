@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments.speed.measure import MIB
-from tbac.app import open_model, opening_options
+from tbac.app import open_model, read_opening_options
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.models import UniImage
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[str, str | None]] = {
 def taps_of(model: UniImage, prompts: list[str]) -> Tensor:
     """(tap, prompt, query, hidden) in float32."""
     inputs, plan = model.prompt(prompts), model.ladder.plan
-    prefix = model.mllm.prefix(inputs, plan.deepest)
+    prefix = model.mllm.read_prefix(inputs, plan.deepest)
     return model.mllm.read_queries(model.ladder.queries, prefix, plan.layers).float()
 
 
@@ -48,7 +48,7 @@ def measure_all(cfg: DictConfig) -> list[dict[str, Any]]:
     prompts = [row["prompt"] for row in geneval.prompts]
     detector, rows, plain = instantiate(cfg.judge), [], None
     for name, (dtype, quantization) in OPTIONS.items():
-        opening = opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
+        opening = read_opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
         pipeline = open_model(cfg.checkpoint, **opening)
         held = layer_bytes(pipeline.model)
         taps = taps_of(pipeline.model, prompts)

@@ -11,11 +11,11 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.reports import markdown
-from tbac.app import CONF, user_errors
+from tbac.app import CONF, report_user_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="study/quantization")
-@user_errors
+@report_user_errors
 def main(cfg: DictConfig) -> None:
     from experiments.studies.quantization.measure import (
         measure_all,  # torch and diffusers, only when the config is right

@@ -22,7 +22,7 @@ from transformers import (
 
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
-from tbac.models.sources import local_folder
+from tbac.models.sources import locate_folder
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
 MAX_DETECTIONS = 100  # of all classes, before any threshold
@@ -96,12 +96,12 @@ class Mask2FormerDetector:
 
     def __init__(self, segmenter: str, clip: str, device: str = "auto") -> None:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        folder: Path = local_folder("judge.segmenter", segmenter, MODEL_FILES)
+        folder: Path = locate_folder("judge.segmenter", segmenter, MODEL_FILES)
         self.processor = Mask2FormerImageProcessorPil.from_pretrained(folder)
         self.segmenter = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(self.device).eval()
         labels = self.segmenter.config.id2label
         self.names = [GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
-        folder = local_folder("judge.clip", clip, MODEL_FILES)
+        folder = locate_folder("judge.clip", clip, MODEL_FILES)
         self.clip_processor = CLIPImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.clip = CLIPModel.from_pretrained(folder).to(self.device).eval()

@@ -10,7 +10,7 @@ import lightning as L
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tbac.distributed import local_part, sharded_like, whole_of_part
+from tbac.distributed import gather_parts, get_local_part, shard_like
 from tbac.training.module import LadderTuningModule
 
 CURRENT = "current_model_state"
@@ -35,10 +35,10 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The loaded weights are the average; what trains comes from the checkpoint beside them."""
-        self.average = [local_part(p.detach()).clone() for p in pl_module.parameters()]
+        self.average = [get_local_part(p.detach()).clone() for p in pl_module.parameters()]
         if self._current is not None:
             for name, parameter in pl_module.named_parameters():
-                local_part(parameter.data).copy_(local_part(sharded_like(parameter, self._current[name])))
+                get_local_part(parameter.data).copy_(get_local_part(shard_like(parameter, self._current[name])))
             self._current = None
 
     def on_train_batch_end(
@@ -47,7 +47,7 @@ class EMA(L.Callback):
         assert isinstance(pl_module, LadderTuningModule)
         if not pl_module.stepped:
             return
-        current = [local_part(p.detach()) for p in pl_module.parameters()]
+        current = [get_local_part(p.detach()) for p in pl_module.parameters()]
         update = get_ema_multi_avg_fn(self.decay if self.updates else 0.0)
         update(self.average, current, self.updates)
         self.updates += 1
@@ -55,7 +55,7 @@ class EMA(L.Callback):
     def swap(self, pl_module: L.LightningModule) -> None:
         """Exchange average and current weights."""
         for average, parameter in zip(self.average, pl_module.parameters(), strict=True):
-            held = local_part(parameter.data)
+            held = get_local_part(parameter.data)
             kept = held.clone()
             held.copy_(average)
             average.copy_(kept)
@@ -85,7 +85,7 @@ class EMA(L.Callback):
             return
         checkpoint[CURRENT] = checkpoint["state_dict"]
         averaged = {
-            name: whole_of_part(parameter.detach(), average)
+            name: gather_parts(parameter.detach(), average)
             for (name, parameter), average in zip(pl_module.named_parameters(), self.average, strict=True)
         }
         checkpoint["state_dict"] = checkpoint[CURRENT] | averaged

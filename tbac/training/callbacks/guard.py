@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tbac.distributed import gather_objects, local_part, mean_over_ranks
+from tbac.distributed import average_over_ranks, gather_objects, get_local_part
 from tbac.training.callbacks.ema import EMA
 from tbac.training.gradients import GradientNorms
 from tbac.training.module import LadderTuningModule
@@ -92,7 +92,7 @@ class Guard(L.Callback):
         norms = pl_module.measure_gradients()
         # Lightning divides the loss by the number of micro-batches, so their sum is the mean.
         both = torch.stack([norms.total, torch.stack(self._losses).sum().double()])
-        norm, loss = mean_over_ranks(both).tolist()
+        norm, loss = average_over_ranks(both).tolist()
         verdict = self.rule.judge(norm, loss)
         self.recent.append(verdict.reason is not None)
         metrics = {"guard/norm": norm, "guard/threshold": min(verdict.threshold, 1e30), "guard/loss": loss}
@@ -107,7 +107,7 @@ class Guard(L.Callback):
     @staticmethod
     def _components(pl_module: LadderTuningModule, norms: GradientNorms) -> dict[str, float]:
         """Norms of the parameters of each component, and of the contexts of each tap."""
-        every = norms.by_component() | pl_module.tap_norms()
+        every = norms.by_component() | pl_module.compute_tap_norms()
         return {f"guard/norm/{name}": norm for name, norm in every.items()}
 
     def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
@@ -184,12 +184,12 @@ class Guard(L.Callback):
         assert self._snapshot is not None
         kept, state = self._snapshot, trainer.optimizers[0].state
         for parameter, weights, moments in zip(pl_module.parameters(), kept["weights"], kept["optimizer"], strict=True):
-            local_part(parameter.data).copy_(weights)
+            get_local_part(parameter.data).copy_(weights)
             if not moments:
                 state.pop(parameter, None)
             for name, value in moments.items():
                 if isinstance(value, Tensor):
-                    local_part(state[parameter][name]).copy_(value)
+                    get_local_part(state[parameter][name]).copy_(value)
                 else:
                     state[parameter][name] = value
         for config, scheduler in zip(trainer.lr_scheduler_configs, kept["schedulers"], strict=True):
@@ -219,4 +219,4 @@ class Guard(L.Callback):
 
 
 def _copy(value: Any) -> Any:
-    return local_part(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return get_local_part(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value

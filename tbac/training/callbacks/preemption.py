@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks
 
-from tbac.distributed import max_over_ranks
+from tbac.distributed import find_max_over_ranks
 from tbac.training.callbacks.checkpoint import Checkpoint, validation_follows
 from tbac.training.module import LadderTuningModule
 
@@ -80,7 +80,7 @@ class Preemption(callbacks.Checkpoint):
             self._stop_if_told(trainer, pl_module)
 
     def _stop_if_told(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
-        received = max_over_ranks(self._received or 0, trainer.strategy.root_device)
+        received = find_max_over_ranks(self._received or 0, trainer.strategy.root_device)
         if not received:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class Preemption(callbacks.Checkpoint):
         raise SystemExit(128 + received if received in self.stop else 0)
 
 
-def slurm_job() -> str | None:
+def read_slurm_job() -> str | None:
     """Number of the SLURM job that this process belongs to."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -112,7 +112,7 @@ def slurm_job_runs_on() -> bool:
 
     A job that was cancelled gets the same signal, and is no longer running for SLURM.
     """
-    job = slurm_job()
+    job = read_slurm_job()
     if job is None or shutil.which("scontrol") is None:
         return False
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
@@ -121,7 +121,7 @@ def slurm_job_runs_on() -> bool:
 
 def requeue_slurm_job() -> None:
     """Put this job back into its queue; it then starts anew under the same number."""
-    job = slurm_job()
+    job = read_slurm_job()
     if job is None or shutil.which("scontrol") is None:
         log.warning("this isn't a SLURM job, so it can't be put back into a queue")
         return

@@ -7,8 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from tbac.distributed import gathered
-from tbac.sampling.grid import picture_grid
+from tbac.distributed import hold_gathered
+from tbac.sampling.grid import join_pictures
 from tbac.sampling.pipeline import UniImagePipeline
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_picture
@@ -43,7 +43,7 @@ class SampleGrid(L.Callback):
         if trainer.sanity_checking or not self.prompts:
             return
         assert isinstance(pl_module, LadderTuningModule)
-        with gathered(pl_module):
+        with hold_gathered(pl_module):
             self._draw(trainer, pl_module)
 
     @rank_zero_only
@@ -59,5 +59,5 @@ class SampleGrid(L.Callback):
         model.train(training)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{pl_module.run_step:07d}.png"
-        picture_grid(images, columns=4, scale=self.scale).save(path)
+        join_pictures(images, columns=4, scale=self.scale).save(path)
         log_picture(trainer.loggers, path)

@@ -17,7 +17,7 @@ import lightning as L
 from tbac.data.datamodule import StagedDataModule
 from tbac.distributed import gather_objects
 from tbac.training.module import LadderTuningModule
-from tbac.training.optimizers import named_state
+from tbac.training.optimizers import collect_named_state
 from tbac.training.stages import Stage
 from tbac.training.tracking import RunLogger
 from tbac.types import Batch
@@ -70,7 +70,7 @@ class StageTransition(L.Callback):
     def stage(self) -> Stage:
         return self.stages[self.current]
 
-    def reports(self, module: LadderTuningModule) -> list[dict[str, Any]]:
+    def list_reports(self, module: LadderTuningModule) -> list[dict[str, Any]]:
         """Name, steps, and first and last validation loss of each stage so far."""
         losses = {"val_loss_first": self.first, "val_loss_last": self.last}
         return [*self.history, {"name": self.stage.name, "steps": module.steps, **losses}]
@@ -95,7 +95,7 @@ class StageTransition(L.Callback):
                 return
             # What the next stage takes over: the steps of the run so far, and this stage's report.
             module.first_step += trainer.global_step
-            self.history = self.reports(module)
+            self.history = self.list_reports(module)
             self._forget()
             self.current += 1
 
@@ -109,7 +109,7 @@ class StageTransition(L.Callback):
         data = self._data(trainer)
         data.current = self.current
         samples_per_step = data.active.batch_size * trainer.world_size * self.stage.accumulate
-        pl_module.enter(self.stage, self.stage.total_steps(samples_per_step))
+        pl_module.enter(self.stage, self.stage.count_steps(samples_per_step))
         if self.checkpoint is not None:
             self._go_on(trainer, pl_module, self.checkpoint)
             self.checkpoint = None
@@ -125,7 +125,7 @@ class StageTransition(L.Callback):
         Lightning's `ckpt_path` would also restore where its loops were: it then counts batches, and with them the
         ones of an optimizer step, from before, although the number of processes may be another now.
         """
-        pl_module.go_on(checkpoint)
+        pl_module.resume(checkpoint)
         self._data(trainer).load_state_dict(checkpoint[StagedDataModule.__qualname__])
         # Gradient scaling of 16-bit training, where there is any.
         precision = trainer.precision_plugin
@@ -147,7 +147,7 @@ class StageTransition(L.Callback):
         return data
 
     def _over(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> bool:
-        return self.stage.over(pl_module.steps, self._data(trainer).active.position, self.stale)
+        return self.stage.is_over(pl_module.steps, self._data(trainer).active.position, self.stale)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
@@ -182,7 +182,7 @@ class StageTransition(L.Callback):
         """Keep the optimizer's state for a next stage that begins with it."""
         following = self.stages[self.current + 1 : self.current + 2]
         if following and following[0].keep_optimizer:
-            self._optimizer_state = named_state(trainer.optimizers[0], pl_module)
+            self._optimizer_state = collect_named_state(trainer.optimizers[0], pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         names = ("first", "last", "best", "stale", "history")

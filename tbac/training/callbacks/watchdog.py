@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from torch import distributed
 
-from tbac.distributed import gather_objects, rank, world_size
+from tbac.distributed import gather_objects, get_rank, get_world_size
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Watchdog(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, LadderTuningModule)
         self._module = pl_module
-        if world_size() > 1 and self._thread is None:
+        if get_world_size() > 1 and self._thread is None:
             self._store = open_store()
             self._done.clear()
             self._thread = threading.Thread(target=self._watch, args=(self._store,), name="watchdog", daemon=True)
@@ -105,7 +105,7 @@ class Watchdog(L.Callback):
             self._thread = None
 
     def _watch(self, store: Any) -> None:
-        ranks = range(world_size())
+        ranks = range(get_world_size())
         names = [str(r) for r in ranks]
         beats, seen = 0, [(-1, -1)] * len(ranks)  # (beat, progress) of each process
         alive = [time.monotonic()] * len(ranks)
@@ -116,7 +116,7 @@ class Watchdog(L.Callback):
             own = self._state(beats)
             now = time.monotonic()
             try:
-                store.set(names[rank()], json.dumps(own))
+                store.set(names[get_rank()], json.dumps(own))
                 if store.check(names):
                     states = [json.loads(text) for text in store.multi_get(names)]
             except RuntimeError:
@@ -131,7 +131,7 @@ class Watchdog(L.Callback):
             if self._ended is None:
                 self._judge(states, [now - t for t in alive], [now - t for t in moved])
         with contextlib.suppress(RuntimeError):
-            store.set(names[rank()], json.dumps(self._state(beats + 1) | {"done": True}))
+            store.set(names[get_rank()], json.dumps(self._state(beats + 1) | {"done": True}))
 
     def _state(self, beat: int) -> dict[str, Any]:
         """What the others are told."""
@@ -146,20 +146,22 @@ class Watchdog(L.Callback):
     def _judge(self, states: list[dict[str, Any]], silent: list[float], still: list[float]) -> None:
         """End this process when another one ended, is gone, or is stuck."""
         for r, state in enumerate(states):
-            if state["ended"] and r != rank():
+            if state["ended"] and r != get_rank():
                 self._end(f"rank {r} ended at {state['where']}: {state['ended']}")
         for r, seconds in enumerate(silent):
-            if states and seconds > self.gone_seconds and r != rank() and not states[r]["done"]:
+            if states and seconds > self.gone_seconds and r != get_rank() and not states[r]["done"]:
                 self._end(f"rank {r} gave no sign of life for {seconds:.0f} s; it was at {states[r]['where']}")
         if states and min(still) > self.stuck_seconds and not any(s["done"] for s in states):
             behind = min(s["progress"] for s in states)
             stuck = [f"rank {r} at {s['where']}" for r, s in enumerate(states) if s["progress"] == behind]
-            if states[rank()]["progress"] == behind:
+            if states[get_rank()]["progress"] == behind:
                 faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
             self._end(f"no progress for {min(still):.0f} s; furthest behind: {', '.join(stuck)}")
 
     def _end(self, message: str) -> None:
-        print(f"error: rank {rank()} stops the job: {message}. Start it again to go on.", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {get_rank()} stops the job: {message}. Start it again to go on.", file=sys.stderr, flush=True
+        )
         os._exit(1)
 
 
@@ -167,7 +169,7 @@ def open_store() -> distributed.TCPStore:
     """A store of strings that all processes share and threads may use; all processes must call this."""
     address, port = os.environ["MASTER_ADDR"], 0  # any port that is free
     store = None
-    if rank() == 0:
+    if get_rank() == 0:
         store = distributed.TCPStore(address, port, is_master=True, wait_for_workers=False)
         port = store.port
     port = gather_objects(port)[0]

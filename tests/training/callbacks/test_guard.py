@@ -15,7 +15,7 @@ from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.ema import EMA
 from tbac.training.callbacks.guard import DivergedError, Guard
 from tbac.training.callbacks.stage_transition import StageTransition
-from tbac.training.gradients import component_of
+from tbac.training.gradients import find_component
 from tbac.training.spikes import RobustRule
 from tests.helpers.training import data_of, module_of, trainer_of
 from tests.helpers.worlds import small_model
@@ -84,7 +84,7 @@ def assert_same(one: dict, other: dict) -> None:
 
 @pytest.fixture
 def start(model: UniImage) -> dict:
-    return {k: v.clone() for k, v in model.trained_state().items()}
+    return {k: v.clone() for k, v in model.get_trained_state().items()}
 
 
 @pytest.mark.parametrize(("spoil", "at"), [(nan, 0), (nan, 6), (huge, 6)])
@@ -171,16 +171,16 @@ def test_the_norm_of_a_tap_is_that_of_the_contexts_it_feeds(in_world: Path, taps
 
     model.encode_condition = kept  # type: ignore[method-assign]
     for _ in range(2):  # two batches of one step
-        module.loss(batch, noise, sigma, batch.latents).backward()
+        module.compute_loss(batch, noise, sigma, batch.latents).backward()
     squares = sum(s.grad.double().square().sum((1, 2, 3)) for s in states)
     expected = {"last_n": squares.sqrt(), "final": squares.sum().sqrt()[None], "learned_mix": squares.sqrt()}[taps]
-    torch.testing.assert_close(torch.tensor(list(module.tap_norms().values())).double(), expected)
+    torch.testing.assert_close(torch.tensor(list(module.compute_tap_norms().values())).double(), expected)
 
 
 def test_components_have_names() -> None:
-    assert component_of("ladder.queries") == "queries"
-    assert component_of("denoiser.transformer.transformer_blocks.11.attn1.to_q.weight") == "block_11"
-    assert component_of("ladder.mix_logits") == "mix"
+    assert find_component("ladder.queries") == "queries"
+    assert find_component("denoiser.transformer.transformer_blocks.11.attn1.to_q.weight") == "block_11"
+    assert find_component("ladder.mix_logits") == "mix"
 
 
 def test_after_going_on_a_rewind_leads_to_the_checkpoint(model: UniImage, tmp_path: Path) -> None:

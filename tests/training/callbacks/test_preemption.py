@@ -7,7 +7,7 @@ import pytest
 
 from experiments.studies.faults.runs import same
 from tbac.models.saved import read_checkpoint
-from tbac.training.callbacks.preemption import Preemption, slurm_job, slurm_job_runs_on
+from tbac.training.callbacks.preemption import Preemption, read_slurm_job, slurm_job_runs_on
 from tests.helpers.training import start_training
 
 pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
@@ -39,8 +39,8 @@ def test_unknown_signals_are_named() -> None:
 def test_outside_of_slurm_there_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert slurm_job() is None
+    assert read_slurm_job() is None
     assert not slurm_job_runs_on()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert slurm_job() == "7_3"
+    assert read_slurm_job() == "7_3"

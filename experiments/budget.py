@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.costs import Activations, Case, activations_of, autoencoder_flops, flops_of
+from experiments.costs import Activations, Case, count_autoencoder_flops, count_sample_flops, measure_activations
 from tbac.app import to_plain
 from tbac.models import UniImage
 
@@ -53,11 +53,11 @@ class Setting:
         return ", ".join([w for w in words if w] + ([] if self.ema else ["no average"]))
 
 
-def count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def build(model_config: dict[str, Any]) -> UniImage:
+def build_on_meta(model_config: dict[str, Any]) -> UniImage:
     """The model on the meta device."""
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True))
@@ -68,19 +68,19 @@ def count_parts(model: UniImage) -> dict[str, int]:
     """Parameters of every part; tied tables are counted once."""
     mllm = model.mllm.body
     layers = mllm.language_model
-    embeddings = count(layers.embed_tokens)
+    embeddings = count_parameters(layers.embed_tokens)
     return {
-        "mllm_layers": count(layers) - embeddings,
+        "mllm_layers": count_parameters(layers) - embeddings,
         "mllm_embeddings": embeddings,
-        "mllm_vision": count(mllm.visual),
+        "mllm_vision": count_parameters(mllm.visual),
         "queries": model.ladder.queries.numel(),
-        "connector": count(model.ladder) - model.ladder.queries.numel(),
-        "denoiser": count(model.denoiser),
-        "autoencoder": count(model.autoencoder),
+        "connector": count_parameters(model.ladder) - model.ladder.queries.numel(),
+        "denoiser": count_parameters(model.denoiser),
+        "autoencoder": count_parameters(model.autoencoder),
     }
 
 
-def memory_of(model: UniImage, dtype: str, setting: Setting, kept: Activations, batch: int) -> dict[str, float]:
+def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activations, batch: int) -> dict[str, float]:
     """Peak bytes on each device, by kind.
 
     Weights are what training reads: the MLLM up to the deepest tap, the autoencoder's decoder for sample pictures, its
@@ -89,13 +89,15 @@ def memory_of(model: UniImage, dtype: str, setting: Setting, kept: Activations, 
     """
     mllm, size = model.mllm.body, BYTES[dtype]
     deep = mllm.language_model.layers[: model.ladder.plan.deepest]
-    linear = sum(count(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
-    rest = sum(count(layer) for layer in deep) - linear
+    linear = sum(count_parameters(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
+    rest = sum(count_parameters(layer) for layer in deep) - linear
     frozen = linear * BYTES[setting.quantization or dtype] + rest * size
-    frozen += (count(mllm.language_model.embed_tokens) + count(mllm.visual)) * size
+    frozen += (count_parameters(mllm.language_model.embed_tokens) + count_parameters(mllm.visual)) * size
     autoencoder = model.autoencoder.model
-    frozen += (count(autoencoder.decoder) + (0 if setting.cached else count(autoencoder.encoder))) * size
-    trained = count(model.ladder) + count(model.denoiser)
+    frozen += (
+        count_parameters(autoencoder.decoder) + (0 if setting.cached else count_parameters(autoencoder.encoder))
+    ) * size
+    trained = count_parameters(model.ladder) + count_parameters(model.denoiser)
     share = setting.devices if setting.strategy in SHARDED else 1
     copies = kept.fixed / share + (2 * kept.fixed / model.denoiser.num_blocks if share > 1 else 0)
     buckets = 4.0 * trained if setting.strategy.startswith("ddp") and setting.devices > 1 else 0.0
@@ -111,19 +113,19 @@ def memory_of(model: UniImage, dtype: str, setting: Setting, kept: Activations, 
     }
 
 
-def largest_batch(limit: float, fixed: float, each: float) -> int:
+def compute_largest_batch(limit: float, fixed: float, each: float) -> int:
     """Samples that fit into `limit` bytes beside what is there whatever the batch."""
     return max(0, int((limit - fixed) // each))
 
 
-def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
+def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     """Everything about one stage; `cfg` is `conf/plan.yaml` with that stage."""
     options = to_plain(cfg)
-    check(options)
+    check_options(options)
     model_config, dtype, stage = options["model"], options["model"]["dtype"], options["stage"]
     machine, overhead = options["machine"], options["overhead_gib"] * GIB
     setting = Setting(
-        optimizer=optimizer_name(options),
+        optimizer=read_optimizer_name(options),
         quantization=model_config["quantization"],
         checkpointing=bool(model_config["denoiser_checkpointing"] and model_config["query_checkpointing"]),
         ema=bool(stage["ema_decay"]),
@@ -141,15 +143,15 @@ def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     flops: dict[str, float] = {}
     for case, weight in ((text, 1 - share), (edit, share)):
         if weight:
-            for part, value in flops_of(model_config, case, side).items():
+            for part, value in count_sample_flops(model_config, case, side).items():
                 flops[part] = flops.get(part, 0.0) + weight * value * (k if part == "denoiser" else 1)
-    flops["autoencoder"] = 0.0 if setting.cached else autoencoder_flops(model_config, stage["image_size"])
+    flops["autoencoder"] = 0.0 if setting.cached else count_autoencoder_flops(model_config, stage["image_size"])
     total = sum(flops.values())
     rate = options["utilisation"] * options["peak_tflops"] * 1e12 / total
     samples = stage["steps"] * stage["batch_size"] * setting.devices
-    kept = activations_of(model_config, edit if share else text, side, setting.mixed)
+    kept = measure_activations(model_config, edit if share else text, side, setting.mixed)
     kept = replace(kept, denoiser=k * kept.denoiser, block_inputs=k * kept.block_inputs)
-    memory = memory_of(model, dtype, setting, kept, stage["batch_size"])
+    memory = estimate_memory(model, dtype, setting, kept, stage["batch_size"])
     hours = samples / (rate * setting.devices) / 3600
     choices = [
         setting,
@@ -168,8 +170,8 @@ def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     ]
     fits = {}
     for choice in dict.fromkeys(choices):
-        one, two = (sum(memory_of(model, dtype, choice, kept, b).values()) + overhead for b in (0, 1))
-        fits[choice.label] = {str(gb): largest_batch(gb * 1e9, one, two - one) for gb in options["memory_gb"]}
+        one, two = (sum(estimate_memory(model, dtype, choice, kept, b).values()) + overhead for b in (0, 1))
+        fits[choice.label] = {str(gb): compute_largest_batch(gb * 1e9, one, two - one) for gb in options["memory_gb"]}
     return {
         "stage": stage["name"],
         "setting": {**asdict(setting), "batch": stage["batch_size"], "image_size": stage["image_size"]},
@@ -186,14 +188,14 @@ def stage_report(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     }
 
 
-def optimizer_name(options: dict[str, Any]) -> str:
+def read_optimizer_name(options: dict[str, Any]) -> str:
     """The optimizer's name, by what its config calls."""
     return str(options["optim"]["_target_"]).rsplit(".", 1)[-1]
 
 
-def check(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Raise ValueError for what the planner can't count."""
-    if (name := optimizer_name(options)) not in OPTIMIZER_BYTES:
+    if (name := read_optimizer_name(options)) not in OPTIMIZER_BYTES:
         raise ValueError(f"optim must be one of {', '.join(OPTIMIZER_BYTES)}, got {name!r}")
     if not 0 < options["utilisation"] <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {options['utilisation']}")
@@ -206,17 +208,17 @@ def check(options: dict[str, Any]) -> None:
         raise ValueError(f"edit_share has no entry for stage {name}")
 
 
-def count_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[str, Any]:
+def plan_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[str, Any]:
     """Parameters, and every stage.
 
     Args:
         model_config: `model` of `conf/plan.yaml`.
         stages: `conf/plan.yaml` with each stage.
     """
-    model = build(to_plain(model_config))
+    model = build_on_meta(to_plain(model_config))
     parts = count_parts(model)
     trained = parts["queries"] + parts["connector"] + parts["denoiser"]
-    total = count(model)
+    total = count_parameters(model)
     taps = model.ladder.plan
     return {
         "parameters": parts,
@@ -224,5 +226,5 @@ def count_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[st
         "trained": trained,
         "frozen": total - trained,
         "taps": taps.list_block_layers() if not taps.mixed else list(taps.layers),
-        "stages": [stage_report(stage, model) for stage in stages],
+        "stages": [report_stage(stage, model) for stage in stages],
     }

@@ -59,7 +59,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
     return PromptInputs({"input_ids": ids, "position_ids": positions, **data}).to(device or model.device)
 
 
-def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict[str, float]:
+def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: int) -> dict[str, float]:
     """FLOPs of one training sample by part, a multiply-add being two; backward passes included, nothing checkpointed.
 
     Args:
@@ -69,7 +69,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
 
     Returns:
         `vision`, `prefix`, `queries`, `ladder`, `denoiser`, and `reference` where the input image's latents are read;
-        what encodes target images online is `autoencoder_flops`.
+        what encodes target images online is `count_autoencoder_flops`.
     """
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
@@ -79,7 +79,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
     counted: dict[str, float] = {}
 
     def count(name: str, work: Callable[[], Any]) -> Any:
-        with _counter() as counter:
+        with _make_flop_counter() as counter:
             made = work()
         counted[name] = counted.get(name, 0.0) + float(counter.get_total_flops())
         return made
@@ -101,7 +101,7 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
     if model.denoiser.reference_embed is not None:
         reference = latents
         if case.side:
-            counted["reference"] = autoencoder_flops(model_config, latent_side * model.autoencoder.compression)
+            counted["reference"] = count_autoencoder_flops(model_config, latent_side * model.autoencoder.compression)
     condition = Condition(read, None, reference)
     predicted = count("denoiser", lambda: model.predict_velocity(path.noisy, path.sigma, condition))
     count("denoiser", lambda: compute_velocity_loss(predicted, path.velocity).backward())
@@ -112,31 +112,33 @@ def flops_of(model_config: dict[str, Any], case: Case, latent_side: int) -> dict
     return counted
 
 
-def autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
+def count_autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
     """FLOPs of encoding one target image of `image_size` pixels a side."""
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
         pixels = torch.randn(1, 3, image_size, image_size)
-    with _counter() as counter, torch.no_grad():
+    with _make_flop_counter() as counter, torch.no_grad():
         model.autoencoder.model.encoder(pixels)
     return float(counter.get_total_flops())
 
 
-def _convolution(out_shape: list[int], w_shape: list[int]) -> int:
+def _count_convolution(out_shape: list[int], w_shape: list[int]) -> int:
     """FLOPs of a convolution, grouped or not."""
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
-def _convolution_backward(
+def _count_convolution_backward(
     grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_: Any
 ) -> int:
     """FLOPs of its backward pass; the library's own count takes a depthwise convolution for a dense one."""
     output_mask = rest[-1]
-    return _convolution(grad_out_shape, w_shape) * sum(bool(wanted) for wanted in output_mask[:2])
+    return _count_convolution(grad_out_shape, w_shape) * sum(bool(wanted) for wanted in output_mask[:2])
 
 
-def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+def _make_flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _count_convolution_backward}
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Activations:
         return queries + denoiser
 
 
-def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, mixed: bool) -> Activations:
+def measure_activations(model_config: dict[str, Any], case: Case, latent_side: int, mixed: bool) -> Activations:
     """Bytes kept for the backward pass, measured on fake tensors with autocast as in training.
 
     Args:
@@ -185,7 +187,7 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
             model = UniImage.from_config(
                 instantiate(model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False)
             )
-            found[batch] = _saved(model, replace(case, batch=batch), latent_side, mixed)
+            found[batch] = _measure_saved_bytes(model, replace(case, batch=batch), latent_side, mixed)
     two, three = found[2], found[3]
     each = {name: three[name] - two[name] for name in two}
     plan, count = model.ladder.plan, model.ladder.queries.shape[0]
@@ -206,7 +208,7 @@ def activations_of(model_config: dict[str, Any], case: Case, latent_side: int, m
     )
 
 
-def _saved(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
+def _measure_saved_bytes(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
     """Bytes saved for backward by query pass with ladder, and by the denoiser."""
     counted = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}  # of the model: not saved anew
     totals = {"queries": 0.0, "denoiser": 0.0}

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from tbac.app import CONF, report_user_errors, to_plain
 
 
-def table(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     lines = ["| stage | steps | val loss first | val loss last |", "| --- | ---: | ---: | ---: |"]
     for stage in report["stages"]:
@@ -50,7 +50,7 @@ def table(report: dict[str, Any]) -> str:
 def main(cfg: DictConfig) -> None:
     # Torch and the libraries of models are imported only when the config is right.
     from data_prep.shapes.parts import build_world
-    from experiments.scores.showcase import show
+    from experiments.scores.showcase import run_showcase
     from tbac.training.tracking import open_parent_run
 
     started = time.monotonic()
@@ -60,15 +60,15 @@ def main(cfg: DictConfig) -> None:
     built = time.monotonic()
     with open_parent_run(cfg.tracking_uri, "tbac", "demo") as run:
         run.log_config(to_plain(cfg))
-        report = show(cfg, run)
+        report = run_showcase(cfg, run)
         report["seconds_world"] = round(built - started, 1)
         report["seconds"] = round(time.monotonic() - started, 1)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        text = f"# {cfg.title}\n\n{table(report)}\n\n![contact sheet](contact_sheet.png)\n"
+        text = f"# {cfg.title}\n\n{format_report(report)}\n\n![contact sheet](contact_sheet.png)\n"
         (out / "report.md").write_text(text)
         for name in ("report.json", "report.md", "contact_sheet.png"):
             run.log_file(out / name)
-    print(f"\n{table(report)}\n")
+    print(f"\n{format_report(report)}\n")
     print(f"{report['seconds']:.0f} s in all. Pictures: {report['contact_sheet']}. Model: {out / 'model'}.")
     print("Compare the runs with `make ui`.")
 

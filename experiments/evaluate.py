@@ -14,7 +14,7 @@ from tbac.app import CONF, report_user_errors
 STEPS = ("generate", "score", "report")
 
 
-def check(cfg: DictConfig) -> None:
+def check_steps(cfg: DictConfig) -> None:
     """Raise ValueError for steps and processes that don't go together."""
     unknown = set(cfg.steps) - set(STEPS)
     if unknown or not cfg.steps:
@@ -28,7 +28,7 @@ def check(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
-    check(cfg)
+    check_steps(cfg)
     from experiments.scores.steps import run_benchmark  # torch and diffusers, only when the config is right
 
     run_benchmark(cfg)

@@ -26,7 +26,7 @@ def check_options(cfg: DictConfig) -> None:
         raise ValueError(f"push_to_hub must be a hub id such as owner/name, got {cfg.push_to_hub!r}")
 
 
-def facts_of(checkpoint: str) -> dict[str, Any]:
+def read_facts(checkpoint: str) -> dict[str, Any]:
     """Rows of the model card that only a training checkpoint knows."""
     if (Path(checkpoint).expanduser() / "config.json").is_file():
         return {}
@@ -36,7 +36,7 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     """Upload the folder; returns the address of the commit.
 
     Raises:
@@ -62,10 +62,10 @@ def main(cfg: DictConfig) -> None:
     check_options(cfg)
     model = open_model(cfg.checkpoint, **read_opening_options(cfg)).model
     out = Path(cfg.out)
-    model.save_pretrained(out, standalone=cfg.standalone, notes=facts_of(cfg.checkpoint))
+    model.save_pretrained(out, standalone=cfg.standalone, notes=read_facts(cfg.checkpoint))
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)
     if cfg.push_to_hub:
-        log.info("pushed: %s", push(out, cfg.push_to_hub, cfg.private))
+        log.info("pushed: %s", push_to_hub(out, cfg.push_to_hub, cfg.private))
 
 
 if __name__ == "__main__":

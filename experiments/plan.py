@@ -11,11 +11,11 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 from tbac.app import CONF, get_run_folder, report_user_errors
 
 
-def tables(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The report as text."""
     counted = report["parameters"] | {name: report[name] for name in ("total", "trained", "frozen")}
     lines = [f"{name:16s} {value:>15,d}  {value / 1e6:>9.1f} M" for name, value in counted.items()]
@@ -24,7 +24,7 @@ def tables(report: dict[str, Any]) -> str:
     names = [stage["stage"] for stage in stages]
 
     def table(title: str, rows: list[tuple[str, list[Any]]]) -> str:
-        return markdown([title, *names], [[name, *values] for name, values in rows])
+        return format_table([title, *names], [[name, *values] for name, values in rows])
 
     def flops_of_part(part: str) -> list[str]:
         return [f"{stage['flops_per_sample'].get(part, 0.0) / 1e12:.2f}" for stage in stages]
@@ -55,7 +55,7 @@ def tables(report: dict[str, Any]) -> str:
     for stage in stages:
         sizes = list(next(iter(stage["largest_batch"].values())))
         rows = [[label, *found.values()] for label, found in stage["largest_batch"].items()]
-        text.append(markdown([f"largest batch, {stage['stage']}", *(f"{gb} GB" for gb in sizes)], rows))
+        text.append(format_table([f"largest batch, {stage['stage']}", *(f"{gb} GB" for gb in sizes)], rows))
     return "\n\n".join(text)
 
 
@@ -65,10 +65,10 @@ def main(cfg: DictConfig) -> None:
     others = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("stage=")]
     stages = [compose("plan", [*others, f"stage={name}"]) for name in cfg.stages]
 
-    from experiments.budget import count_run  # torch and diffusers, only when the config is right
+    from experiments.budget import plan_run  # torch and diffusers, only when the config is right
 
-    report = count_run(cfg.model, stages)
-    print(tables(report))
+    report = plan_run(cfg.model, stages)
+    print(format_report(report))
     print(
         f"\nSpeed at {cfg.utilisation:.0%} of {cfg.peak_tflops} TFLOP/s; prompts of {cfg.text_tokens} tokens, input "
         f"images of {cfg.image_tokens}; {cfg.overhead_gib} GiB for the CUDA context and libraries."

@@ -21,7 +21,7 @@ TRAIN = Path(__file__).with_name("train.py")
 OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # what the file says to Hydra alone
 
 
-def job_parameters(launcher: Mapping[str, Any], log_file: Path) -> dict[str, Any]:
+def build_job_parameters(launcher: Mapping[str, Any], log_file: Path) -> dict[str, Any]:
     """What submitit's executor is told about a job.
 
     Args:
@@ -57,7 +57,7 @@ def submit(launcher: Mapping[str, Any], folder: Path, arguments: Sequence[str]) 
         raise ValueError(
             "this machine is a SLURM cluster and its programs aren't here; submit from one of its login nodes"
         ) from error
-    executor.update_parameters(**job_parameters(launcher, folder / "slurm-%j.log"))
+    executor.update_parameters(**build_job_parameters(launcher, folder / "slurm-%j.log"))
     words = [*arguments, f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
     try:
         return executor.submit(train_in_job, words).job_id

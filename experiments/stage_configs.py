@@ -12,7 +12,7 @@ from tbac.app import to_plain
 PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
 
 
-def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
+def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
     """The config of each stage of this run, composed as for a job of its own.
 
     Raises:
@@ -33,7 +33,7 @@ def stage_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]
     return configs
 
 
-def finished(stages: Sequence[DictConfig], folder: Path) -> bool:
+def is_finished(stages: Sequence[DictConfig], folder: Path) -> bool:
     """Whether a run has nothing left to do in its folder."""
     file = folder / "report.json"
     if not (stages[0].resume == "auto" and file.is_file()):

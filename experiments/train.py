@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
-from experiments.stage_configs import finished, stage_configs
+from experiments.stage_configs import compose_stages, is_finished
 from tbac.app import CONF, get_run_folder, keep_freed_memory, report_user_errors, to_plain
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
 
 
 @contextmanager
-def point_alone() -> Iterator[None]:
+def act_as_only_run() -> Iterator[None]:
     """Let Lightning start the other processes of this point of a sweep as if it were the only one, and clean up.
 
     It starts them with this process's own arguments, which would begin the whole sweep again in each of them.
@@ -69,11 +69,11 @@ def point_alone() -> Iterator[None]:
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     overrides = HydraConfig.get().overrides.task
-    configs = stage_configs(cfg, overrides)
+    configs = compose_stages(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         submit_job(configs, overrides)
         return
-    if finished(configs, get_run_folder()):
+    if is_finished(configs, get_run_folder()):
         log.info("finished before; give stage.steps=… for more steps")
         return
     # What trains takes seconds to import: only once the configs are known to fit together.
@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
 
     if read_process_rank():  # the others say only what is wrong
         logging.getLogger().setLevel(logging.WARNING)
-    with point_alone():
+    with act_as_only_run():
         report = train(configs, get_run_folder())
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])

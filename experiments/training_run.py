@@ -88,7 +88,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
-        log_run([logger.logger], config_of_run(stages), collect_run_facts() | digests)
+        log_run([logger.logger], collect_config(stages), collect_run_facts() | digests)
 
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
         trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
@@ -129,7 +129,7 @@ def build_stage(cfg: DictConfig) -> Stage:
     )
 
 
-def config_of_run(stages: Sequence[Stage]) -> dict[str, Any]:
+def collect_config(stages: Sequence[Stage]) -> dict[str, Any]:
     """The config of the first stage, and of several ones what each has of its own."""
     config = dict(stages[0].config)
     if len(stages) > 1:
@@ -155,7 +155,7 @@ def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConf
     if resume is None:
         return find_first_start(find_init(cfg), stages[0], connector)
     path, checkpoint = resume
-    index = _stage_index(stages, checkpoint, path)
+    index = _find_stage(stages, checkpoint, path)
     saved = read_saved_model(checkpoint, path, connector)
     progress = checkpoint["callbacks"][StageTransition.__qualname__]
     steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
@@ -214,7 +214,7 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
     return found and (str(found[0]), found[1])
 
 
-def _stage_index(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:
+def _find_stage(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:
     names = [s.name for s in stages]
     if checkpoint[FACTS]["stage"] not in names:
         raise ValueError(

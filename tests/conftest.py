@@ -73,19 +73,19 @@ def in_world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(in_world: Path) -> "UniImage":
-    from tests.helpers.worlds import small_model
+    from tests.helpers.worlds import load_small_model
 
-    return small_model(in_world)
+    return load_small_model(in_world)
 
 
 @pytest.fixture
 def trained_run(in_world: Path, session_folder: Path, capfd: pytest.CaptureFixture[str]) -> Path:
     """The run folder `run` of a training of two steps: trained once in a session, and each test has a copy."""
-    from tests.helpers.commands import FEW, ran
+    from tests.helpers.commands import FEW, run_to_success
 
     def train(folder: Path) -> None:
         with contextlib.chdir(folder):
-            ran("train", capfd, *FEW, "hydra.run.dir=run")
+            run_to_success("train", capfd, *FEW, "hydra.run.dir=run")
 
     shared = build_once(session_folder / "trained", train)
     return shutil.copytree(shared / "run", "run", symlinks=True)

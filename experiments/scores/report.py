@@ -10,7 +10,7 @@ from statistics import mean
 from textwrap import shorten
 from typing import Any
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 from tbac.evaluation.benchmarks.base import Row, Summary, open_picture
 from tbac.evaluation.benchmarks.published import PUBLISHED
 from tbac.sampling.grid import join_pictures
@@ -60,12 +60,12 @@ class Findings:
     judge: str
 
 
-def as_markdown(title: str, parts: Sequence[Part]) -> str:
+def render_markdown(title: str, parts: Sequence[Part]) -> str:
     """The report for a text file."""
     lines = [f"# {title}"]
     for part in parts:
         if isinstance(part, Table):
-            lines.append(markdown(list(part.columns), [list(row) for row in part.rows]))
+            lines.append(format_table(list(part.columns), [list(row) for row in part.rows]))
         elif isinstance(part, Picture):
             lines.append(f"## {part.title}\n\n![{part.title}]({part.file})")
         else:
@@ -73,7 +73,7 @@ def as_markdown(title: str, parts: Sequence[Part]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
+def render_html(title: str, parts: Sequence[Part], folder: Path) -> str:
     """The report as one file that holds its pictures."""
     style = (
         "body{font-family:sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .6em;text-align:right}"
@@ -96,7 +96,7 @@ def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Table:
+def build_score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Table:
     """Ours above what is published."""
     digits = 3 if max(scores.values()) <= 5 else 2
 
@@ -148,7 +148,10 @@ def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
         "differences": list(summary.differences),
     }
     # Scores come first, then everything that a reader must know before comparing them.
-    parts: list[Part] = [score_table(findings.name, summary.scores, findings.checkpoint), f"{report['protocol']}."]
+    parts: list[Part] = [
+        build_score_table(findings.name, summary.scores, findings.checkpoint),
+        f"{report['protocol']}.",
+    ]
     if summary.comparable:
         parts.append("Comparable with published numbers.")
     else:
@@ -163,8 +166,8 @@ def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
         draw_sheet(chosen, root, out / f"{file}.png")
         parts.append(Picture(heading, f"{file}.png"))
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "report.md").write_text(as_markdown(findings.title, parts))
-    (out / "report.html").write_text(as_html(findings.title, parts, out))
+    (out / "report.md").write_text(render_markdown(findings.title, parts))
+    (out / "report.html").write_text(render_html(findings.title, parts, out))
     return report
 
 

@@ -41,7 +41,7 @@ class Benchmarks:
     detector: Any
 
 
-def show(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
+def run_showcase(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     """Train, score, draw and answer in the world that is there; returns the report."""
     out = Path(cfg.out)
     benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.costs import Case, autoencoder_flops, flops_of, make_inputs
-from experiments.reports import markdown
+from experiments.costs import Case, count_autoencoder_flops, count_sample_flops, make_inputs
+from experiments.reports import format_table
 from experiments.speed.measure import Memory, in_child, interleaved, summary
 from experiments.speed.training import OURS, Side, autocast, make_model, targets
 from tbac.models import UniImage
@@ -103,7 +103,7 @@ def bench_cached(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     config, cases, rows = model_config(cfg), {}, []
     for case in cases_of(cfg):
         model = make_model(config, device.type)
-        encoder = autoencoder_flops(config, cfg["latent_side"] * model.autoencoder.compression)
+        encoder = count_autoencoder_flops(config, cfg["latent_side"] * model.autoencoder.compression)
         steps = CachedStep(model, case, cfg)
         steps.cache()
         losses = {name: steps.loss(name) for name in (IMAGES, LATENTS)}
@@ -114,7 +114,7 @@ def bench_cached(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         del model, steps, runs
         gc.collect()
         memory = {name: in_child(memory_alone, name, cfg, device.type, case) for name in (IMAGES, LATENTS)}
-        other = sum(flops_of(config, case, cfg["latent_side"]).values())
+        other = sum(count_sample_flops(config, case, cfg["latent_side"]).values())
         found |= {"losses": losses, "memory": memory, "encoder_share": encoder / (encoder + other)}
         cases[case.name] = found
         peaks = [memory[name]["peak_mib"] for name in (IMAGES, LATENTS)]
@@ -124,4 +124,4 @@ def bench_cached(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         rows.append([case.name, case.batch, *times, *sizes, f"{100 * found['encoder_share']:.0f} %"])
     header = ["prompt", "batch", "images, s", "latents, s", "ratio"]
     header += ["images, MiB", "latents, MiB", "ratio", "encoder's share of FLOPs"]
-    return {"cases": cases, "table": markdown(header, rows)}
+    return {"cases": cases, "table": format_table(header, rows)}

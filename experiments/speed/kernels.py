@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.measure import wait_for
 from experiments.speed.training import (
     COMPILED,
@@ -78,11 +78,11 @@ def bench_kernels(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[st
             families = sorted(one["families_ms"].items(), key=lambda item: -item[1])
             rows += [[label, family, f"{ms:.2f}", one["counts"][family]] for family, ms in families]
             side.forget_graphs()
-            yield {"steps": found, "table": markdown(HEADER, rows)}
+            yield {"steps": found, "table": format_table(HEADER, rows)}
             rows.append([label, "all; without a profiler", f"{one['busy_ms']:.2f}; {wall_ms:.2f}", one["kernels"]])
         del side
     busy = {label: f"{100 * one['busy_ms'] / one['wall_ms']:.0f} %" for label, one in found.items()}
-    table = markdown(["step", "family", "ms", "kernels"], rows)
+    table = format_table(["step", "family", "ms", "kernels"], rows)
     tops = "\n".join(
         f"{label}: " + "; ".join(f"{n} {ms:.2f}" for n, ms in one["longest"]) for label, one in found.items()
     )

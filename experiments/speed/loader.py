@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data_prep.shapes.parts import make_tokenizer
 from data_prep.shards.writer import write_shards
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.measure import MIB, in_child, interleaved, summary
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import IMAGE_FORMATS
@@ -222,7 +222,7 @@ def bench_loader(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         f"Memory of all processes after {memory['samples'][0]:,} samples {first:,.0f} MiB, after "
         f"{memory['samples'][-1]:,} {last:,.0f} MiB."
     )
-    return {**found, "memory": memory, "table": f"{markdown(header, rows)}\n\n{text}"}
+    return {**found, "memory": memory, "table": f"{format_table(header, rows)}\n\n{text}"}
 
 
 def _percent(share: float | None) -> list[str]:

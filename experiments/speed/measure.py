@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 
 MIB = 1024**2
 
@@ -207,7 +207,7 @@ def bench_rates(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     dtype = torch.bfloat16 if cfg["precision"] == "bf16-mixed" else torch.float32
     flops, copied = matmul_rate(device, dtype, cfg["matmul_size"]), copy_rate(device, cfg["copy_mib"])
     line = f"{flops / 1e12:.1f} TFLOP/s of {dtype}, {copied / 1e12:.3f} TB/s"
-    table = markdown(
+    table = format_table(
         ["rate", ""], [["matrix product, TFLOP/s", f"{flops / 1e12:.1f}"], ["copy, TB/s", f"{copied / 1e12:.3f}"]]
     )
     return {"matmul_flops_per_s": flops, "copy_bytes_per_s": copied, "line": line, "table": table}

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.budget import Setting, build, memory_of
-from experiments.costs import Case, activations_of
-from experiments.reports import markdown
+from experiments.budget import Setting, build_on_meta, estimate_memory
+from experiments.costs import Case, measure_activations
+from experiments.reports import format_table
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import CHECKPOINTED, OURS, one_side, training_cases
 
@@ -16,10 +16,10 @@ from experiments.speed.training import CHECKPOINTED, OURS, one_side, training_ca
 def planned_mib(cfg: dict[str, Any], case: Case, checkpointing: bool) -> float:
     """What the planner says of a step of the benchmark, which also holds parts that training doesn't read."""
     mixed = cfg["precision"] == "bf16-mixed"
-    model, dtype = build(cfg["model"]), cfg["model"]["dtype"]
+    model, dtype = build_on_meta(cfg["model"]), cfg["model"]["dtype"]
     setting = Setting("adamw", None, checkpointing, False, "auto", 1, mixed, cached=False)
-    kept = activations_of(cfg["model"], case, cfg["latent_side"], mixed)
-    planned = sum(memory_of(model, dtype, setting, kept, case.batch).values())
+    kept = measure_activations(cfg["model"], case, cfg["latent_side"], mixed)
+    planned = sum(estimate_memory(model, dtype, setting, kept, case.batch).values())
     size = 2 if dtype == "bfloat16" else 4
     unread: list[nn.Module] = list(model.mllm.body.language_model.layers[model.ladder.plan.deepest :])
     return (planned + size * sum(p.numel() for layer in unread for p in layer.parameters())) / MIB
@@ -35,7 +35,7 @@ def bench_memory(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str
             peaks[f"{name}; {case.name}, {case.tokens}"] = {"planned_mib": planned, "measured_mib": measured}
             label = [f"{name}; {case.name}, {case.tokens} tokens, batch {case.batch}"]
             rows.append([*label, f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}"])
-            table = markdown(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)
+            table = format_table(["training step", "planned MiB", "measured MiB", "planned / measured"], rows)
             yield {"peaks": peaks, "table": table}
     worst = max(abs(p["planned_mib"] / p["measured_mib"] - 1) for p in peaks.values())
     yield {"peaks": peaks, "table": table, "line": f"the planner is off by {100 * worst:.0f} % at most"}

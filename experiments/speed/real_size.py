@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from experiments.costs import make_inputs
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.measure import status
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.training.module import LadderTuningModule
@@ -51,4 +51,4 @@ def bench_step(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     rows = [[name.replace("_", " "), value] for name, value in found.items()]
-    return {**found, "table": markdown([f"{case.name}, {case.tokens} tokens, batch {case.batch}", ""], rows)}
+    return {**found, "table": format_table([f"{case.name}, {case.tokens} tokens, batch {case.batch}", ""], rows)}

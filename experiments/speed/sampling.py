@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from experiments.costs import Case, make_inputs
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.measure import interleaved, summary
 from experiments.speed.release import ReleaseWay
 from experiments.speed.training import (
@@ -74,9 +74,9 @@ def _sampling_tables(cases: dict[str, Any], options: dict[str, Any]) -> str:
             gain, difference = median[OURS] / median[name], found["difference"][name]
             changed.append([f"{label}: {name}", f"{gain:.2f}", f"{difference:.3f}"])
     table = f"{options['steps']} steps, guidance {options['guidance_scale']}, seconds:\n\n"
-    table += markdown(["pictures", *exact, *(f"release / {name}" for name in exact[1:])], rows)
+    table += format_table(["pictures", *exact, *(f"release / {name}" for name in exact[1:])], rows)
     table += "\n\nNot exact; against ours:\n\n"
-    return table + markdown(["what", "faster by", "relative change of latents"], sorted(changed))
+    return table + format_table(["what", "faster by", "relative change of latents"], sorted(changed))
 
 
 class SamplingCase(NamedTuple):

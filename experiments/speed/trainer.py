@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, IterableDataset
 
 from experiments.costs import Case, make_inputs
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.measure import MIB, wait_for
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.models import UniImage
@@ -154,7 +154,7 @@ def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> Iterator[dic
         peak = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else float("nan")
         found[name] = {"loss": loss, "seconds": round(seconds, 1), "peak_mib": peak}
         rows.append([name, cases[kind].tokens, cases[kind].batch, f"{loss:.4f}", f"{seconds:.1f}", f"{peak:,.0f}"])
-        table = markdown(["stage", "tokens", "batch", "loss", "seconds of 2 steps", "peak MiB"], rows)
+        table = format_table(["stage", "tokens", "batch", "loss", "seconds of 2 steps", "peak MiB"], rows)
         yield {"stages": found, "torch": torch.__version__, "table": table}
         model.zero_grad()
         gc.collect()
@@ -197,7 +197,7 @@ def bench_overhead(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     best = {name: min(values) for name, values in seconds.items()}
     ratio = best["watched"] / best["bare"]
     rows = [[n, f"{1000 * best[n]:.1f}", f"{waits[n]:.1f}"] for n in seconds]
-    table = markdown([f"{case.name}, {case.tokens} tokens, batch {case.batch}", "ms a step", "waits a step"], rows)
+    table = format_table([f"{case.name}, {case.tokens} tokens, batch {case.batch}", "ms a step", "waits a step"], rows)
     return {
         "seconds": seconds,
         "waits": waits,

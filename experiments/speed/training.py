@@ -14,8 +14,8 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from experiments.costs import Case, flops_of, make_inputs
-from experiments.reports import markdown
+from experiments.costs import Case, count_sample_flops, make_inputs
+from experiments.reports import format_table
 from experiments.speed.measure import (
     MIB,
     Memory,
@@ -209,11 +209,12 @@ def failures_of(sides: dict[str, Side], arguments: tuple) -> dict[str, str]:
 def count_flops(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """FLOPs of a step of each case, as the planner counts them; nothing runs on the device."""
     flops = {
-        f"{case.name}, {case.tokens}": case.batch * sum(flops_of(cfg["model"], case, cfg["latent_side"]).values())
+        f"{case.name}, {case.tokens}": case.batch
+        * sum(count_sample_flops(cfg["model"], case, cfg["latent_side"]).values())
         for case in training_cases(cfg)
     }
     rows = [[name, f"{value / 1e12:.2f}"] for name, value in flops.items()]
-    return {"flops": flops, "table": markdown(["step", "TFLOP"], rows), "line": str(rows)}
+    return {"flops": flops, "table": format_table(["step", "TFLOP"], rows), "line": str(rows)}
 
 
 def utilisation(flops: dict[str, Any], rates: dict[str, Any], training: dict[str, Any]) -> str:
@@ -226,7 +227,7 @@ def utilisation(flops: dict[str, Any], rates: dict[str, Any], training: dict[str
     for label, case in training["cases"].items():
         shares = [flops["flops"][label] / case["median_s"][n] / rates["matmul_flops_per_s"] for n in names]
         rows.append([label, *(f"{share:.2f}" for share in shares)])
-    return markdown(["utilisation", *names], rows)
+    return format_table(["utilisation", *names], rows)
 
 
 def arguments_of(model: UniImage, case: Case, cfg: dict[str, Any]) -> tuple:
@@ -333,11 +334,11 @@ def _training_tables(cases: dict[str, Any], names: list[str], failed: dict[str, 
             holds = found["holds"]
     over = [f"release / {name}" for name in names[1:]]
     header = ["prompt, tokens", "batch", *names, *over]
-    tables = ["Seconds a step:\n\n" + markdown(header, times)]
+    tables = ["Seconds a step:\n\n" + format_table(header, times)]
     if memory:
-        tables.append("Peak memory of training, MiB:\n\n" + markdown(header, memory))
+        tables.append("Peak memory of training, MiB:\n\n" + format_table(header, memory))
         rows = [[name, *map("{:,}".format, values)] for name, values in holds.items()]
-        tables.append(markdown(["what trains", "tensors", "parameters", "optimizer state, MiB"], rows))
+        tables.append(format_table(["what trains", "tensors", "parameters", "optimizer state, MiB"], rows))
     tables += [f"{name} failed: {reason}" for name, reason in failed.items()]
     return "\n\n".join(tables)
 
@@ -374,4 +375,4 @@ def bench_batches(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[st
 
 def _table_of_batches(cfg: dict[str, Any], found: dict[str, dict[str, int]]) -> str:
     caps = [f"{cap} GiB" for cap in cfg["memory_caps_gib"]]
-    return markdown(["largest batch", *caps], [[label, *sizes.values()] for label, sizes in found.items()])
+    return format_table(["largest batch", *caps], [[label, *sizes.values()] for label, sizes in found.items()])

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.sweeps import plots
 from experiments.sweeps.points import SEED, Point
 from experiments.sweeps.score import open_grid
@@ -19,10 +19,10 @@ def group_points(points: Sequence[Point]) -> dict[str, list[Point]]:
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda p: p.seed):
         groups.setdefault(point.group, []).append(point)
-    return dict(sorted(groups.items(), key=lambda item: -_overall(item[1])))
+    return dict(sorted(groups.items(), key=lambda item: -_average_overall(item[1])))
 
 
-def _overall(points: Sequence[Point]) -> float:
+def _average_overall(points: Sequence[Point]) -> float:
     return mean(p.scores["geneval"]["overall"] for p in points)
 
 
@@ -45,7 +45,7 @@ def tabulate(groups: Mapping[str, Sequence[Point]]) -> str:
         for tag in tags:
             row.append(f"{mean(by_tag[tag] for by_tag in scores):.2f}")
         rows.append(row)
-    return markdown(["point", "seeds", "overall", "validation loss", *tags], rows)
+    return format_table(["point", "seeds", "overall", "validation loss", *tags], rows)
 
 
 def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
@@ -61,7 +61,7 @@ def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
             digits = 3 if name.startswith("edits") else 1  # others are in percent
             row.append(describe_spread(values, digits) if values else "")
         rows.append(row)
-    return markdown(["point", *names], rows)
+    return format_table(["point", *names], rows)
 
 
 def compare_ladder(points: Sequence[Point]) -> str:

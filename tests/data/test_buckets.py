@@ -26,11 +26,11 @@ from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import compute_autoencoder_digest
 from tests.helpers.commands import run_app
-from tests.helpers.configs import composed
-from tests.helpers.pictures import noise_image, saved, turned
+from tests.helpers.configs import compose_config
+from tests.helpers.pictures import encode_image, make_noise_image, make_orientation_exif
 from tests.helpers.shards import write_mixed_sizes
-from tests.helpers.training import losses_of, module_of, trainer_of
-from tests.helpers.worlds import small_model
+from tests.helpers.training import make_module, make_trainer, train_and_list_losses
+from tests.helpers.worlds import load_small_model
 
 # --- the table
 
@@ -84,17 +84,19 @@ def pictures() -> list[tuple[str, dict[str, Any]]]:
     """Targets of all formats, some turned; edits among them; one that can't be read; one with latents."""
     samples: list[tuple[str, dict[str, Any]]] = []
     for i, (kind, orientation) in enumerate(itertools.product(("JPEG", "PNG", "WEBP"), (1, 3, 6, 8))):
-        data = saved(noise_image(i, (40 + i, 20 + 3 * i)), kind, exif=turned(orientation))
+        data = encode_image(make_noise_image(i, (40 + i, 20 + 3 * i)), kind, exif=make_orientation_exif(orientation))
         field = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
         fields: dict[str, Any] = {field: data, "txt": f"caption {i}"}
         if i % 3 == 1:
-            source = noise_image(i, (9, 9))
+            source = make_noise_image(i, (9, 9))
             fields = {"source.png": source, f"target.{field}": data, "json": {"instruction": "go"}}
         samples.append((f"s{i:02d}", fields))
-    cmyk = noise_image(50, (33, 44)).convert("CMYK")
-    samples.append(("s12", {"jpg": saved(cmyk, "JPEG"), "txt": "x"}))
+    cmyk = make_noise_image(50, (33, 44)).convert("CMYK")
+    samples.append(("s12", {"jpg": encode_image(cmyk, "JPEG"), "txt": "x"}))
     samples.append(("s13", {"jpg": b"garbage", "txt": "x"}))
-    samples.append(("s14", {"png": noise_image(3, (24, 48)), "latent.safetensors": torch.zeros(4, 6, 3), "txt": "x"}))
+    samples.append(
+        ("s14", {"png": make_noise_image(3, (24, 48)), "latent.safetensors": torch.zeros(4, 6, 3), "txt": "x"})
+    )
     return samples
 
 
@@ -241,7 +243,7 @@ GIVEN = f"data.buckets={BUCKETS}"
 def data_of(folder: str, *more: str) -> ShardDataModule:
     sources = f"[{{path: {folder}, split: train}}]"
     options = [f"stage.sources={sources}", f"stage.val_sources={sources}", "stage.batch_size=4", *more]
-    return instantiate(composed("train", "run_dir=.", *options).data)
+    return instantiate(compose_config("train", "run_dir=.", *options).data)
 
 
 def batches_of(data: ShardDataModule, model: UniImage, count: int) -> Iterator[Any]:
@@ -251,7 +253,7 @@ def batches_of(data: ShardDataModule, model: UniImage, count: int) -> Iterator[A
 
 def losses(model: UniImage, data: ShardDataModule) -> list[float]:
     data.bind(model.prompt, model.provenance.digests["autoencoder"], model.size_multiple)
-    return losses_of(model, data)
+    return train_and_list_losses(model, data)
 
 
 def test_batches_have_one_size_which_fits_their_pictures(model: UniImage) -> None:
@@ -278,8 +280,8 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
     digest = compute_autoencoder_digest(denoiser)
     options = CachingOptions(24, buckets, keep_images=keep_images, batch_size=4)
     cache_latents(Path("raw"), Path("cached"), autoencoder, digest, options)
-    on_images = losses(small_model(in_world), data_of("raw", GIVEN))
-    on_latents = losses(small_model(in_world), data_of("cached", GIVEN))
+    on_images = losses(load_small_model(in_world), data_of("raw", GIVEN))
+    on_latents = losses(load_small_model(in_world), data_of("cached", GIVEN))
     assert on_latents == pytest.approx(on_images, rel=1e-5)
     assert len(set(on_images)) == 6
     with pytest.raises(InstantiationException, match=r"were made with the buckets.*data\.buckets is another"):
@@ -290,7 +292,7 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
     Path("cached/manifest.json").unlink()  # without it nobody can say, until a batch holds two shapes
     blind = data_of("cached")
     with pytest.raises(DataError, match=r"latents of the shapes \[\(\d+, 4, 8\).*data\.buckets"):
-        list(batches_of(blind, small_model(in_world), 10))
+        list(batches_of(blind, load_small_model(in_world), 10))
 
 
 def test_going_on_with_buckets_gives_the_same_batches(model: UniImage) -> None:
@@ -334,8 +336,8 @@ def test_validation_with_buckets_gives_one_loss(model: UniImage) -> None:
     write_mixed_sizes("raw")
     data = data_of("raw", GIVEN, "stage.val_samples=16", "data.val_batch_size=5")
     data.bind(model.prompt)
-    module = module_of(model)
-    (found,) = trainer_of(1).validate(module, datamodule=data, verbose=False)
+    module = make_module(model)
+    (found,) = make_trainer(1).validate(module, datamodule=data, verbose=False)
     assert found["val/loss"] > 0
     assert sum(len(batch) for batch in data.val_dataloader()) == 16
 

@@ -13,25 +13,25 @@ from safetensors.torch import save as save_safetensors
 from data_prep.shards.verification import Facts, look_at
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
-from tests.helpers.pictures import FRAMES, noise_image, png_of_size, saved
+from tests.helpers.pictures import FRAMES, encode_image, make_noise_image, make_png_of_size
 
-PICTURE, SHARDS = saved(noise_image(1, (16, 16)), "PNG"), 11
+PICTURE, SHARDS = encode_image(make_noise_image(1, (16, 16)), "PNG"), 11
 LATENTS = torch.zeros(2, 2, 2)
 DAMAGED: list[tuple[str, dict[str, bytes]]] = [
     ("unreadable image", {"jpg": b"\xff\xd8 not a jpeg", "txt": b"x"}),
-    ("unreadable image", {"jpg": saved(noise_image(2), "JPEG")[:200], "txt": b"x"}),
+    ("unreadable image", {"jpg": encode_image(make_noise_image(2), "JPEG")[:200], "txt": b"x"}),
     ("unreadable image", {"png": PICTURE[:-40], "txt": b"x"}),
     ("unreadable image", {"png": b"", "txt": b"x"}),
-    ("unreadable image", {"png": saved(noise_image(2), "GIF"), "txt": b"x"}),
-    ("unreadable image", {"jpg": saved(noise_image(2), "BMP"), "txt": b"x"}),
-    ("unreadable image", {"webp": saved(noise_image(2), "TIFF"), "txt": b"x"}),
+    ("unreadable image", {"png": encode_image(make_noise_image(2), "GIF"), "txt": b"x"}),
+    ("unreadable image", {"jpg": encode_image(make_noise_image(2), "BMP"), "txt": b"x"}),
+    ("unreadable image", {"webp": encode_image(make_noise_image(2), "TIFF"), "txt": b"x"}),
     ("unreadable image", {"png": b"<svg/>", "txt": b"x"}),
-    ("unreadable image", {"png": png_of_size(64, 64), "txt": b"x"}),
-    ("animated image", {"webp": saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "txt": b"x"}),
-    ("animated image", {"png": saved(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "txt": b"x"}),
-    ("absurd size", {"png": png_of_size(9000, 9000), "txt": b"x"}),
-    ("absurd size", {"png": png_of_size(9000, 9), "txt": b"x"}),
-    ("absurd size", {"png": saved(noise_image(2, (3, 3)), "PNG"), "txt": b"x"}),
+    ("unreadable image", {"png": make_png_of_size(64, 64), "txt": b"x"}),
+    ("animated image", {"webp": encode_image(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "txt": b"x"}),
+    ("animated image", {"png": encode_image(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "txt": b"x"}),
+    ("absurd size", {"png": make_png_of_size(9000, 9000), "txt": b"x"}),
+    ("absurd size", {"png": make_png_of_size(9000, 9), "txt": b"x"}),
+    ("absurd size", {"png": encode_image(make_noise_image(2, (3, 3)), "PNG"), "txt": b"x"}),
     ("no target image", {"txt": b"x"}),
     ("no target image", {"source.png": PICTURE, "json": json.dumps({"instruction": "x"}).encode()}),
     ("no source image", {"target.png": PICTURE, "json": json.dumps({"instruction": "x"}).encode()}),

@@ -19,12 +19,12 @@ from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, crop_to
 from tbac.models import UniImage
 from tbac.types import Batch, Sample
-from tests.helpers.configs import composed
-from tests.helpers.pictures import noise_image
+from tests.helpers.configs import compose_config
+from tests.helpers.pictures import make_noise_image
 
 
 def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniImage) -> None:
-    data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
+    data = instantiate(compose_config("train", "run_dir=.", "stage=ti2i_pretrain").data)
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
     batch = next(iter(data.train_dataloader()))
     assert batch.latents.shape == (16, 8, 6, 6)
@@ -34,7 +34,7 @@ def test_an_edit_stage_gives_prompts_with_images_and_cached_latents(model: UniIm
 
 
 def test_validation_is_the_same_every_time_and_bounded(model: UniImage) -> None:
-    data = instantiate(composed("train", "run_dir=.", "stage.val_samples=12", "stage.batch_size=8").data)
+    data = instantiate(compose_config("train", "run_dir=.", "stage.val_samples=12", "stage.batch_size=8").data)
     data.bind(model.prompt)
     first, second = ([k for b in data.val_dataloader() for k in b.keys] for _ in range(2))
     assert first == second
@@ -42,17 +42,17 @@ def test_validation_is_the_same_every_time_and_bounded(model: UniImage) -> None:
 
 
 def test_cached_latents_of_another_autoencoder_are_refused(model: UniImage) -> None:
-    data = instantiate(composed("train", "run_dir=.").data)
+    data = instantiate(compose_config("train", "run_dir=.").data)
     with pytest.raises(DataError, match=r"another autoencoder.*data.use_latents=false"):
         data.bind(model.prompt, "0" * 64)
-    online = instantiate(composed("train", "run_dir=.", "data.use_latents=false").data)
+    online = instantiate(compose_config("train", "run_dir=.", "data.use_latents=false").data)
     online.bind(model.prompt, "0" * 64)
     assert next(iter(online.train_dataloader())).pixels.shape == (16, 3, 24, 24)
 
 
 def test_cached_latents_equal_those_encoded_online(model: UniImage) -> None:
     def read(use: str) -> dict:
-        config = composed("train", "run_dir=.", f"data.use_latents={use}", "stage.batch_size=16")
+        config = compose_config("train", "run_dir=.", f"data.use_latents={use}", "stage.batch_size=16")
         data = instantiate(config.data)
         data.bind(model.prompt)
         return next(iter(data.val_dataloader()))
@@ -63,12 +63,12 @@ def test_cached_latents_equal_those_encoded_online(model: UniImage) -> None:
 
 
 def test_data_errors_read_the_same_from_workers(in_world: Path, model: UniImage, tmp_path: Path) -> None:
-    good = noise_image(0, (8, 8))
+    good = make_noise_image(0, (8, 8))
     samples = [(f"k{i}", {"png": good if i % 2 else b"garbage", "txt": "x"}) for i in range(8)]
     write_shards(tmp_path / "bad", "train", samples, 2)
     source = f"stage.sources=[{{path: {tmp_path / 'bad'}}}]"
     for workers in (0, 2):
-        data = instantiate(composed("train", "run_dir=.", source, f"data.num_workers={workers}").data)
+        data = instantiate(compose_config("train", "run_dir=.", source, f"data.num_workers={workers}").data)
         data.bind(model.prompt)
         with pytest.raises(DataError, match=r"^\d+ of \d+ samples were corrupt"):
             next(iter(data.train_dataloader()))
@@ -94,17 +94,17 @@ def test_splits_share_no_scene(in_world: Path) -> None:
 
 @pytest.mark.parametrize("broken", ['{"shards": {}}', "[]", "nonsense", '{"schema_version": 99, "shards": {}}'])
 def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str) -> None:
-    write_shards(tmp_path / "a", "train", [("k", {"png": noise_image(0), "txt": "x"})], 1)
+    write_shards(tmp_path / "a", "train", [("k", {"png": make_noise_image(0), "txt": "x"})], 1)
     (tmp_path / "a" / "manifest.json").write_text(broken)
     with pytest.raises(Exception, match=r"manifest\.json"):
-        instantiate(composed("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
+        instantiate(compose_config("train", "run_dir=.", f"stage.sources=[{{path: {tmp_path / 'a'}}}]").data)
 
 
 def test_a_manifest_is_read_once(model: UniImage, in_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     plain_read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), plain_read(path))[1])
-    data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain").data)
+    data = instantiate(compose_config("train", "run_dir=.", "stage=ti2i_pretrain").data)
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
     data.manifest_digests()
     manifests = [path for path in read if path.name == "manifest.json"]
@@ -126,7 +126,7 @@ def test_the_manifest_says_what_the_shards_hold(in_world: Path) -> None:
 
 def test_dropout_has_the_stated_probabilities() -> None:
     dropout = ConditionDropout(0.1, 0.2, 0.3)
-    edit = Sample("k", "go", [noise_image(0, (8, 8))])
+    edit = Sample("k", "go", [make_noise_image(0, (8, 8))])
     outcomes: Counter = Counter()
     for i in range(6000):
         sample = dropout(edit, Random(f"x/{i}"))
@@ -151,7 +151,7 @@ def test_impossible_probabilities_are_refused(bad: tuple[float, float, float]) -
 
 
 def test_targets_become_the_central_part() -> None:
-    image = noise_image(0, (40, 20))
+    image = make_noise_image(0, (40, 20))
     square = crop_to(image, (20, 20))
     assert (square.shape, square.dtype) == ((20, 20, 3), torch.uint8)
     assert square.numpy().tobytes() == image.crop((10, 0, 30, 20)).tobytes()
@@ -164,7 +164,7 @@ def test_targets_become_the_central_part() -> None:
     ((1200, 800), (512, 512), (200, 0, 1000, 800)),
 ])  # fmt: skip
 def test_resizing_is_pillows_bicubic(given: tuple[int, int], size: tuple[int, int], part: tuple[int, ...]) -> None:
-    image = noise_image(1, given)
+    image = make_noise_image(1, given)
     expected = image.crop(part).resize(size[::-1], Image.Resampling.BICUBIC)
     difference = crop_to(image, size).int() - torch.from_numpy(np.array(expected)).int()
     assert difference.abs().max() <= 1
@@ -178,14 +178,14 @@ def test_uint8_pixels_are_encoded_as_their_floats(model: UniImage) -> None:
 
 def test_several_sources_keep_their_order(tmp_path: Path) -> None:
     from tbac.data.shards import Source
-    from tests.helpers.shards import reader_of, samples_of
+    from tests.helpers.shards import make_reader, read_samples
 
-    fields = {f"source_{i}.png": noise_image(i, (8, 8)) for i in (10, 2, 1)}
-    fields = {"source.png": noise_image(0, (8, 8)), **fields, "target.png": noise_image(99, (8, 8))}
+    fields = {f"source_{i}.png": make_noise_image(i, (8, 8)) for i in (10, 2, 1)}
+    fields = {"source.png": make_noise_image(0, (8, 8)), **fields, "target.png": make_noise_image(99, (8, 8))}
     write_shards(tmp_path / "a", "train", [("k", {**fields, "json": {"instruction": "go"}})], 1)  # type: ignore[dict-item]
-    sample = samples_of(reader_of(Source(str(tmp_path / "a"))))[0]
-    assert [s.tobytes() for s in sample.sources] == [noise_image(i, (8, 8)).tobytes() for i in (0, 1, 2, 10)]
-    assert sample.target.tobytes() == noise_image(99, (8, 8)).tobytes()  # type: ignore[union-attr]
+    sample = read_samples(make_reader(Source(str(tmp_path / "a"))))[0]
+    assert [s.tobytes() for s in sample.sources] == [make_noise_image(i, (8, 8)).tobytes() for i in (0, 1, 2, 10)]
+    assert sample.target.tobytes() == make_noise_image(99, (8, 8)).tobytes()  # type: ignore[union-attr]
 
 
 def read_on(data: Any, batches: int) -> list[Batch]:
@@ -199,7 +199,9 @@ def read_on(data: Any, batches: int) -> list[Batch]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_gives_the_same_batches_as_not_stopping(model: UniImage, workers: int) -> None:
     def fresh(*more: str) -> Any:
-        data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain", "stage.batch_size=8", *more).data)
+        data = instantiate(
+            compose_config("train", "run_dir=.", "stage=ti2i_pretrain", "stage.batch_size=8", *more).data
+        )
         data.bind(model.prompt)
         return data
 
@@ -219,7 +221,7 @@ def test_going_on_gives_the_same_batches_as_not_stopping(model: UniImage, worker
 def test_going_on_decodes_nothing_of_what_is_past(model: UniImage, monkeypatch: pytest.MonkeyPatch) -> None:
     import tbac.data.reader as reader
 
-    data = instantiate(composed("train", "run_dir=.", "stage.batch_size=4", "data.num_workers=0").data)
+    data = instantiate(compose_config("train", "run_dir=.", "stage.batch_size=4", "data.num_workers=0").data)
     data.bind(model.prompt)
     state = data.state_dict() | {"position": 4 * 10**6}
     state["sources"][0]["drawn"] = 4 * 10**6
@@ -232,7 +234,7 @@ def test_going_on_decodes_nothing_of_what_is_past(model: UniImage, monkeypatch: 
 
 def test_going_on_says_what_changed(model: UniImage, caplog: pytest.LogCaptureFixture) -> None:
     def fresh(*more: str) -> Any:
-        data = instantiate(composed("train", "run_dir=.", "stage=ti2i_pretrain", *more).data)
+        data = instantiate(compose_config("train", "run_dir=.", "stage=ti2i_pretrain", *more).data)
         data.bind(model.prompt)
         return data
 

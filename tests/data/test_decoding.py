@@ -13,7 +13,7 @@ from PIL import Image
 from tbac.data.decoding import CorruptSampleError, decode_image, decode_sample, decode_text
 from tbac.data.tars import TarIndex, TarReader
 from tbac.data.transforms import crop_to
-from tests.helpers.pictures import FRAMES, noise_image, png_of_size, saved, turned
+from tests.helpers.pictures import FRAMES, encode_image, make_noise_image, make_orientation_exif, make_png_of_size
 
 
 def halves(mode: str, left: Any, right: Any) -> Image.Image:
@@ -32,30 +32,30 @@ def seen(data: bytes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 def palette(transparent: bool) -> bytes:
     image = halves("P", 0, 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
-    return saved(image, "PNG", **({"transparency": 1} if transparent else {}))
+    return encode_image(image, "PNG", **({"transparency": 1} if transparent else {}))
 
 
 def test_every_mode_comes_out_as_it_looks() -> None:
     red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-    assert seen(saved(halves("RGB", red, blue), "PNG")) == (red, blue)
-    assert seen(saved(halves("L", 7, 200), "PNG")) == ((7,) * 3, (200,) * 3)
-    assert seen(saved(halves("1", 0, 1), "PNG")) == ((0,) * 3, white)
-    assert seen(saved(halves("LA", (7, 255), (7, 0)), "PNG")) == ((7,) * 3, white)
-    assert seen(saved(halves("RGBA", (*red, 255), (*blue, 0)), "PNG")) == (red, white)
+    assert seen(encode_image(halves("RGB", red, blue), "PNG")) == (red, blue)
+    assert seen(encode_image(halves("L", 7, 200), "PNG")) == ((7,) * 3, (200,) * 3)
+    assert seen(encode_image(halves("1", 0, 1), "PNG")) == ((0,) * 3, white)
+    assert seen(encode_image(halves("LA", (7, 255), (7, 0)), "PNG")) == ((7,) * 3, white)
+    assert seen(encode_image(halves("RGBA", (*red, 255), (*blue, 0)), "PNG")) == (red, white)
     assert seen(palette(False)) == (red, blue)
     assert seen(palette(True)) == (red, white)
-    assert seen(saved(halves("RGBA", (*red, 255), (*blue, 0)), "WEBP", lossless=True)) == (red, white)
+    assert seen(encode_image(halves("RGBA", (*red, 255), (*blue, 0)), "WEBP", lossless=True)) == (red, white)
     deep = Image.fromarray(np.repeat(np.array([[257 * 7] * 16 + [257 * 200] * 16], np.uint16), 16, 0))
-    assert seen(saved(deep, "PNG")) == ((7,) * 3, (200,) * 3)
-    cyan, yellow = seen(saved(halves("CMYK", (255, 0, 0, 0), (0, 0, 255, 0)), "JPEG", quality=95))
+    assert seen(encode_image(deep, "PNG")) == ((7,) * 3, (200,) * 3)
+    cyan, yellow = seen(encode_image(halves("CMYK", (255, 0, 0, 0), (0, 0, 255, 0)), "JPEG", quality=95))
     assert np.abs(np.subtract(cyan, (0, 255, 255))).max() < 8
     assert np.abs(np.subtract(yellow, (255, 255, 0))).max() < 8
 
 
 def test_pictures_are_turned_upright() -> None:
-    image, exif = noise_image(1, (24, 16)), Image.Exif()
+    image, exif = make_noise_image(1, (24, 16)), Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
-    made = decode_image(saved(image, "PNG", exif=exif.tobytes()), "png")
+    made = decode_image(encode_image(image, "PNG", exif=exif.tobytes()), "png")
     assert made.size == (16, 24)
     assert np.array_equal(np.asarray(made), np.rot90(np.asarray(image), -1))
 
@@ -65,18 +65,18 @@ def test_pictures_are_turned_upright() -> None:
     [
         (b"", "not a readable image"),
         (b"\xff\xd8 not a jpeg", "not a readable image"),
-        (saved(noise_image(0), "JPEG")[:200], "not a readable image"),
-        (saved(noise_image(0), "PNG")[:-60], "not a readable image"),
-        (saved(noise_image(0), "GIF"), "not a readable image"),
-        (saved(noise_image(0), "BMP"), "not a readable image"),
-        (saved(noise_image(0), "TIFF"), "not a readable image"),
-        (saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "is animated"),
-        (saved(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "is animated"),
-        (png_of_size(100_000, 100_000), "not a readable image"),
-        (png_of_size(12_000, 12_000), "has 12000 x 12000 pixels"),
-        (png_of_size(10_000, 10), "aspect ratio up to 200"),
-        (png_of_size(7, 7), "sides from 8"),
-        (png_of_size(64, 64), "not a readable image"),
+        (encode_image(make_noise_image(0), "JPEG")[:200], "not a readable image"),
+        (encode_image(make_noise_image(0), "PNG")[:-60], "not a readable image"),
+        (encode_image(make_noise_image(0), "GIF"), "not a readable image"),
+        (encode_image(make_noise_image(0), "BMP"), "not a readable image"),
+        (encode_image(make_noise_image(0), "TIFF"), "not a readable image"),
+        (encode_image(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "is animated"),
+        (encode_image(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "is animated"),
+        (make_png_of_size(100_000, 100_000), "not a readable image"),
+        (make_png_of_size(12_000, 12_000), "has 12000 x 12000 pixels"),
+        (make_png_of_size(10_000, 10), "aspect ratio up to 200"),
+        (make_png_of_size(7, 7), "sides from 8"),
+        (make_png_of_size(64, 64), "not a readable image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable image"),
     ],
 )
@@ -115,7 +115,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> No
 
 
 def test_tricks_in_archives_are_passed_over_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    picture = saved(noise_image(0), "PNG")
+    picture = encode_image(make_noise_image(0), "PNG")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "good.png", picture)
         add(tar, "good.txt", b"a cat")
@@ -169,14 +169,16 @@ def test_jpegs_are_decoded_no_larger_than_needed(
     size: tuple[int, int], wanted: tuple[int, int], gap: float | None, fraction: int, orientation: int
 ) -> None:
     upright = wanted if orientation == 1 else wanted[::-1]
-    image = decode_image(saved(photo(size), "JPEG", exif=turned(orientation)), "jpg", upright, gap)
+    image = decode_image(
+        encode_image(photo(size), "JPEG", exif=make_orientation_exif(orientation)), "jpg", upright, gap
+    )
     found = image.size if orientation == 1 else image.size[::-1]
     assert found == (size[0] // fraction, size[1] // fraction)
 
 
 def test_a_smaller_decoding_changes_pixels_by_less_than_the_jpeg_itself() -> None:
     image = photo((1600, 1200), 3)
-    data = saved(image, "JPEG")
+    data = encode_image(image, "JPEG")
     plain, reduced = (crop_to(decode_image(data, "jpg", (128, 128), gap), (128, 128)) for gap in (None, 2.0))
     original = crop_to(image, (128, 128))
 
@@ -189,4 +191,4 @@ def test_a_smaller_decoding_changes_pixels_by_less_than_the_jpeg_itself() -> Non
 
 def test_formats_other_than_jpeg_are_decoded_in_full() -> None:
     for kind in ("PNG", "WEBP"):
-        assert decode_image(saved(photo((400, 300)), kind), kind.lower(), (24, 24), 2.0).size == (400, 300)
+        assert decode_image(encode_image(photo((400, 300)), kind), kind.lower(), (24, 24), 2.0).size == (400, 300)

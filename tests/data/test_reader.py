@@ -15,28 +15,28 @@ from tbac.data.reader import ShardReader
 from tbac.data.shards import DataError, Source
 from tbac.data.tars import TarIndex
 from tbac.data.transforms import ConditionDropout
-from tests.helpers.pictures import noise_image
-from tests.helpers.shards import break_members, reader_of, samples_of
+from tests.helpers.pictures import make_noise_image
+from tests.helpers.shards import break_members, make_reader, read_samples
 
 
 def write(folder: Path, count: int, per_shard: int, split: str = "train", prefix: str = "s") -> Source:
-    samples = ((f"{prefix}{i:04d}", {"png": noise_image(i, (8, 8)), "txt": f"caption {i}"}) for i in range(count))
+    samples = ((f"{prefix}{i:04d}", {"png": make_noise_image(i, (8, 8)), "txt": f"caption {i}"}) for i in range(count))
     write_shards(folder, split, samples, per_shard)
     return Source(str(folder), split)
 
 
 def keys(reader: ShardReader, passes: int = 1) -> list[str]:
-    return [s.key for s in samples_of(reader, passes)]
+    return [s.key for s in read_samples(reader, passes)]
 
 
 def test_dropout_depends_on_sample_and_pass_and_not_on_the_reader(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 40, 10)
-    first, second = (samples_of(reader_of(source, seed=5, dropout=ConditionDropout(0.5)), 2) for _ in range(2))
+    first, second = (read_samples(make_reader(source, seed=5, dropout=ConditionDropout(0.5)), 2) for _ in range(2))
     texts = [s.text for s in first]
     assert texts == [s.text for s in second]
     assert texts[:40] != texts[40:]
     assert 0 < sum(text == "" for text in texts[:40]) < 40
-    backwards = reader_of(source, seed=5, dropout=ConditionDropout(0.5))
+    backwards = make_reader(source, seed=5, dropout=ConditionDropout(0.5))
     assert [backwards.sample(Draw(7 + n, 0, 0, 1, n)).text for n in (9, 3)] == [texts[19], texts[13]]
 
 
@@ -58,10 +58,10 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(
     broken = dict(BROKEN[what])
     if what == "image that breaks off":
         buffer = io.BytesIO()
-        noise_image(3, (64, 64)).save(buffer, "png")
+        make_noise_image(3, (64, 64)).save(buffer, "png")
         broken = {"s0003.png": buffer.getvalue()[:2000]}
     break_members(tmp_path / "a" / "train-000000.tar", broken)
-    first, again = (keys(reader_of(source, check_manifest=False), 3) for _ in range(2))
+    first, again = (keys(make_reader(source, check_manifest=False), 3) for _ in range(2))
     assert first == again
     drawn = Counter(first)
     assert "s0003" not in drawn
@@ -75,10 +75,10 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(
 def test_too_many_corrupt_samples_stop_training(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 30, 10)
     break_members(tmp_path / "a" / "train-000000.tar", {f"s{i:04d}.png": b"no" for i in range(3)})
-    reader = reader_of(source, max_bad_share=0.05, check_manifest=False)
+    reader = make_reader(source, max_bad_share=0.05, check_manifest=False)
     with pytest.raises(DataError, match=r"2 of 2 samples.*data\.max_bad_share=0\.05"):
         keys(reader, 3)
-    assert len(keys(reader_of(source, max_bad_share=0.2, check_manifest=False), 3)) == 90
+    assert len(keys(make_reader(source, max_bad_share=0.2, check_manifest=False), 3)) == 90
 
 
 def test_a_source_without_any_good_sample_stops(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_source_without_any_good_sample_stops(tmp_path: Path) -> None:
     for tar in (tmp_path / "a").glob("*.tar"):
         break_members(tar, {f"s{i:04d}.png": b"no" for i in range(4)})
     with pytest.raises(DataError, match=r"no usable sample|4 of 4 samples"):
-        keys(reader_of(source, max_bad_share=1.0, check_manifest=False))
+        keys(make_reader(source, max_bad_share=1.0, check_manifest=False))
 
 
 @pytest.mark.parametrize("into", [0, 300, 512, 700])
@@ -97,13 +97,13 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, caplog: pytest.LogCa
         start = tar.getmember("s0018.png").offset
     shard.write_bytes(shard.read_bytes()[: start + into])
     with pytest.raises(DataError, match=r"train-000000.tar is truncated.*manifest.*data.check_manifest=false"):
-        reader_of(source)
-    samples = samples_of(reader_of(source, check_manifest=False))
+        make_reader(source)
+    samples = read_samples(make_reader(source, check_manifest=False))
     assert len(samples) in (17, 18)  # the last one before the cut can't be known to be complete
     for index, sample in enumerate(samples):  # what is left is what was written
         assert sample.key == f"s{index:04d}"
         assert sample.text == f"caption {index}"
-        assert sample.target.tobytes() == noise_image(index, (8, 8)).tobytes()  # type: ignore[union-attr]
+        assert sample.target.tobytes() == make_noise_image(index, (8, 8)).tobytes()  # type: ignore[union-attr]
     assert "breaks off" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, caplog: pytest.LogCa
 def test_absent_and_empty_folders_are_named(tmp_path: Path, make, words: str) -> None:
     make(tmp_path / "a")
     with pytest.raises(DataError, match=words) as error:
-        reader_of(Source(str(tmp_path / "a")))
+        make_reader(Source(str(tmp_path / "a")))
     assert str(tmp_path / "a") in str(error.value)
 
 
@@ -126,27 +126,27 @@ def test_an_altered_or_absent_shard_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 20, 10)
     (tmp_path / "a" / "train-000001.tar").unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar is in the manifest but absent"):
-        reader_of(source)
+        make_reader(source)
 
 
 def test_shards_without_a_manifest_are_read(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 20, 10)
     (tmp_path / "a" / "manifest.json").unlink()
-    assert keys(reader_of(source)) == [f"s{i:04d}" for i in range(20)]
+    assert keys(make_reader(source)) == [f"s{i:04d}" for i in range(20)]
 
 
 def test_jpeg_and_webp_are_read(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8), (10, 200, 30))
     samples = [(f"k{i}", {ext: picture, "txt": "x"}) for i, ext in enumerate(("jpg", "webp", "png"))]
     write_shards(tmp_path / "a", "train", samples, 10)
-    for sample in samples_of(reader_of(Source(str(tmp_path / "a")))):
+    for sample in read_samples(make_reader(Source(str(tmp_path / "a")))):
         assert sample.target is not None
         pixel = np.asarray(sample.target.convert("RGB"), int)[4, 4]
         assert np.abs(pixel - (10, 200, 30)).max() < 8
 
 
 def test_a_shard_that_vanishes_is_named_at_once(tmp_path: Path) -> None:
-    reader = reader_of(write(tmp_path / "a", 40, 10), max_bad_share=0.5)
+    reader = make_reader(write(tmp_path / "a", 40, 10), max_bad_share=0.5)
     (tmp_path / "a" / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000002.tar was there when training began and is gone"):
         keys(reader)
@@ -172,7 +172,7 @@ def test_the_index_agrees_with_tarfile_also_for_long_names(tmp_path: Path, form:
 
 def test_only_the_latest_tars_stay_open(tmp_path: Path) -> None:
     source = write(tmp_path / "a", 40, 4)
-    reader = reader_of(source)
+    reader = make_reader(source)
     reader.tars.keep = 2
     assert keys(reader) == [f"s{i:04d}" for i in range(40)]
     assert len(reader.tars._open) == 2

@@ -16,7 +16,7 @@ from tbac.data.datamodule import ShardDataModule
 from tbac.data.remote import download_source, is_remote
 from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -36,7 +36,7 @@ class Handler(SimpleHTTPRequestHandler):
 def server(tmp_path: Path) -> Iterator[str]:
     """URL of a folder of shards, four training and two validation samples; `Handler.asked` has what was asked for."""
     for split, count in (("train", 4), ("val", 2)):
-        samples = ((f"{split}{i}", {"png": noise_image(i, (8, 8)), "txt": f"caption {i}"}) for i in range(count))
+        samples = ((f"{split}{i}", {"png": make_noise_image(i, (8, 8)), "txt": f"caption {i}"}) for i in range(count))
         write_shards(tmp_path / "site" / "shards", split, samples, 2)
     Handler.asked = []
     serving = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "site")))
@@ -67,7 +67,7 @@ def test_a_folder_behind_a_url_is_that_folder(server: str, tmp_path: Path) -> No
 
 def test_a_tar_that_has_changed_is_downloaded_again(server: str, tmp_path: Path) -> None:
     assert keys(Source(server))[0] == "train0"
-    samples = [(f"other{i}", {"png": noise_image(i, (16, 16)), "txt": "x"}) for i in range(40)]
+    samples = [(f"other{i}", {"png": make_noise_image(i, (16, 16)), "txt": "x"}) for i in range(40)]
     write_shards(tmp_path / "site" / "shards", "train", samples, 20)
     assert keys(Source(server))[0] == "other0"
 

@@ -27,15 +27,15 @@ from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.types import Sample
 from tests.helpers.commands import run_app
-from tests.helpers.configs import ROOT, composed
-from tests.helpers.pictures import noise_image
+from tests.helpers.configs import ROOT, compose_config
+from tests.helpers.pictures import make_noise_image
 
 FEW = ConversionOptions(samples_per_shard=3, val_samples=2)
 
 
 def encoded(seed: int, kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
-    noise_image(seed, (24, 16)).save(buffer, kind)
+    make_noise_image(seed, (24, 16)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -177,7 +177,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, list[str], int]] = {
 def made(layout: str, folder: Path) -> tuple[Dataset, int]:
     make, name, options, count = LAYOUTS[layout]
     make(folder)
-    config = composed("convert", f"dataset={name}", f"dataset.path={folder}", "out=x", *options)
+    config = compose_config("convert", f"dataset={name}", f"dataset.path={folder}", "out=x", *options)
     return instantiate(config.dataset, _convert_="all"), count
 
 
@@ -205,12 +205,12 @@ def test_every_layout_converts_and_trains(layout: str, tmp_path: Path, in_world:
     assert {bool(sample.sources) for sample in found} == {"edit" in layout.lower()}
     assert not (tmp_path / "out" / f".{NAME}").exists()
     data = instantiate(
-        composed(
+        compose_config(
             "train", "run_dir=.", f"stage.sources=[{{path: {tmp_path}/out, split: train}}]",
             f"stage.val_sources=[{{path: {tmp_path}/out, split: val}}]", "stage.batch_size=2",
         ).data
     )  # fmt: skip
-    model = UniImage.from_config(instantiate(composed("train", "run_dir=.").model))
+    model = UniImage.from_config(instantiate(compose_config("train", "run_dir=.").model))
     data.bind(model.prompt)
     assert len(next(iter(data.train_dataloader()))) == 2
 
@@ -230,7 +230,7 @@ def test_several_inputs_are_several_sources(tmp_path: Path) -> None:
     dataset, _ = made("ShareGPT-4o-Image, edits", tmp_path / "raw")
     convert(dataset, tmp_path / "out", ConversionOptions(val_samples=0))
     last = samples(tmp_path / "out", "train")[3]
-    assert [s.tobytes() for s in last.sources] == [noise_image(i, (24, 16)).tobytes() for i in (3, 0, 1)]
+    assert [s.tobytes() for s in last.sources] == [make_noise_image(i, (24, 16)).tobytes() for i in (3, 0, 1)]
 
 
 @pytest.mark.parametrize("layout", ["BLIP3o", "GPT-Image-Edit"])
@@ -308,7 +308,7 @@ def test_what_is_wrong_is_counted_by_reason_and_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "raw" / "a.tar", members)
     whole = write_tar(tmp_path / "raw" / "b.tar", {f"{i}.{e}": encoded(i) for i in range(3) for e in ("jpg",)})
     (tmp_path / "raw" / "b.tar").write_bytes(whole[:1800])
-    config = composed("convert", "dataset=blip3o_60k", f"dataset.path={tmp_path}/raw", "out=x")
+    config = compose_config("convert", "dataset=blip3o_60k", f"dataset.path={tmp_path}/raw", "out=x")
     counts = convert(instantiate(config.dataset), tmp_path / "out", FEW)
     assert (
         counts.rejected
@@ -337,7 +337,7 @@ def test_pictures_that_arent_found_are_rejected(tmp_path: Path) -> None:
     rows[1]["output_image"] = None
     rows[2]["input_prompt"] = ""
     (tmp_path / "raw" / "text_to_image.json").write_text(json.dumps(rows))
-    config = composed("convert", "dataset=sharegpt4o_t2i", f"dataset.path={tmp_path}/raw", "out=x")
+    config = compose_config("convert", "dataset=sharegpt4o_t2i", f"dataset.path={tmp_path}/raw", "out=x")
     counts = convert(instantiate(config.dataset), tmp_path / "out", ConversionOptions(val_samples=0))
     assert counts.rejected == {
         "a picture that isn't found: the file isn't there": 1, "no target image": 1, "no caption": 1,

@@ -14,8 +14,8 @@ from data_prep.shapes.pretrain_mllm import Recipe, compute_states, make_config, 
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
 from tbac.app import to_plain
-from tests.helpers.captions import said_objects
-from tests.helpers.configs import composed
+from tests.helpers.captions import parse_objects
+from tests.helpers.configs import compose_config
 
 PLACES = [f"{row} {column}" for row in ROW_NAMES for column in COLUMN_NAMES]
 
@@ -51,7 +51,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: Qwen2Tokenizer, text: str) -
 def test_branches_of_one_picture_equal_separate_conversations(tokenizer: Qwen2Tokenizer, kind: str) -> None:
     rng = Random(0)
     scenes = [sample_scene(rng) for _ in range(4)]
-    architecture = to_plain(composed("train", "run_dir=.").model)["architecture"]["mllm"]
+    architecture = to_plain(compose_config("train", "run_dir=.").model)["architecture"]["mllm"]
     model = Qwen2_5_VLForConditionalGeneration._from_config(make_config(architecture, tokenizer)).eval()
     features = torch.randn(4, CELLS * CELLS, architecture["text_config"]["hidden_size"])
     together = Conversations(tokenizer, scenes, rng).draw(kind, CELLS)
@@ -81,7 +81,7 @@ def test_an_imagined_picture_is_the_one_that_is_told(tokenizer: Qwen2Tokenizer) 
         assert len(imagined.imagined) == len(imagined.rows) == CELLS * CELLS
         told = tokenizer.decode(imagined.tokens).split("user\n")[1].split("<|im_end|>")[0]
         found = Counter((colors.get(c), shapes[s]) for c, s in imagined.imagined if s in shapes)
-        assert found == said_objects(told), told
+        assert found == parse_objects(told), told
         if " at the " in told:  # the places are told too
             for place, (color, shape) in zip(PLACES, imagined.imagined, strict=True):
                 assert (f"{colors.get(color)} {shapes.get(shape)} at the {place}" in told) == (shape in shapes)
@@ -117,7 +117,7 @@ def test_windows_show_what_is_inside_them() -> None:
 
 
 def test_pretraining_is_deterministic_and_learns(world_folder: Path, tokenizer: Qwen2Tokenizer) -> None:
-    architecture = to_plain(composed("train", "run_dir=.").model)["architecture"]["mllm"]
+    architecture = to_plain(compose_config("train", "run_dir=.").model)["architecture"]["mllm"]
     processor = Qwen2VLImageProcessorPil.from_pretrained(world_folder / "backbones" / "mllm")
     recipe = Recipe(vision_steps=3, steps=40, pictures=32)
 

@@ -19,10 +19,10 @@ from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import compute_autoencoder_digest
 from tests.helpers.commands import run_app
-from tests.helpers.configs import composed
-from tests.helpers.pictures import noise_image
+from tests.helpers.configs import compose_config
+from tests.helpers.pictures import make_noise_image
 from tests.helpers.shards import break_members
-from tests.helpers.training import losses_of
+from tests.helpers.training import train_and_list_losses
 
 
 def edits(folder: Path, count: int = 8) -> None:
@@ -31,8 +31,8 @@ def edits(folder: Path, count: int = 8) -> None:
     exif[0x0112] = 6
     samples = []
     for i in range(count):
-        target = noise_image(100 + i, (24 + 8 * (i % 3), 24)).convert("RGBA" if i % 4 == 1 else "RGB")
-        fields: dict[str, Any] = {"source.png": noise_image(i, (24, 24)), "json": {"instruction": f"change {i}"}}
+        target = make_noise_image(100 + i, (24 + 8 * (i % 3), 24)).convert("RGBA" if i % 4 == 1 else "RGB")
+        fields: dict[str, Any] = {"source.png": make_noise_image(i, (24, 24)), "json": {"instruction": f"change {i}"}}
         if i % 4 == 2:
             target.save("turned.png", exif=exif.tobytes())
             fields["target.png"] = Path("turned.png").read_bytes()
@@ -60,30 +60,30 @@ def content(folder: str) -> dict[str, bytes]:
 
 def curve(model: Any, folder: str, **options: Any) -> list[float]:
     data = instantiate(
-        composed(
+        compose_config(
             "train", "run_dir=.", "stage=ti2i_pretrain", f"stage.sources=[{{path: {folder}, split: train}}]",
             "stage.val_sources=[]", "stage.batch_size=4", *(f"data.{k}={v}" for k, v in options.items()),
         ).data
     )  # fmt: skip
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
-    return losses_of(model, data)
+    return train_and_list_losses(model, data)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
 def test_training_on_latents_is_training_on_images(
     denoiser: Path, in_world: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from tests.helpers.worlds import small_model
+    from tests.helpers.worlds import load_small_model
 
     edits(Path("raw"))
     cache(denoiser, dtype=dtype)
-    on_images = curve(small_model(in_world), "raw")
-    model = small_model(in_world)
+    on_images = curve(load_small_model(in_world), "raw")
+    model = load_small_model(in_world)
     on_latents = curve(model, "cached")
     assert on_latents == pytest.approx(on_images, rel=tolerance)
     assert len(set(on_images)) == 6
     assert next(model.autoencoder.model.encoder.parameters()).is_meta  # the encoder was never read
-    assert curve(small_model(in_world), "cached", use_latents="false") == pytest.approx(on_images, rel=1e-6)
+    assert curve(load_small_model(in_world), "cached", use_latents="false") == pytest.approx(on_images, rel=1e-6)
 
 
 def test_latents_are_those_of_the_crop_that_training_makes(denoiser: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tbac.data.decoding import decode_sample
 from tbac.data.tars import TarReader
 from tests.helpers.commands import run_app
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 LAYOUT = """
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_layout_of_ones_own_is_used_by_name(
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "captions.tsv").write_text("a.png\ta cat\nb.png\ta dog\nc.png\tgone\n")
     for i, name in enumerate("ab"):
-        noise_image(i).save(tmp_path / "raw" / f"{name}.png")
+        make_noise_image(i).save(tmp_path / "raw" / f"{name}.png")
     status, text = run_app(
         "data_prep.convert", capfd, "--config-dir", str(tmp_path / "my_conf"), "dataset=lines", "dataset.path=raw",
         "dataset.upper=true", "out=out", "processes=1", "options.val_samples=0",

@@ -18,7 +18,7 @@ from data_prep.shapes.language import (
     sample_question,
 )
 from data_prep.shapes.scene import CELL_SIZE, COLORS, GLYPHS, Scene, render, sample_scene
-from tests.helpers.captions import said_objects
+from tests.helpers.captions import parse_objects
 
 SCENES = [sample_scene(Random(i)) for i in range(300)]
 
@@ -56,7 +56,7 @@ def test_captions_tell_all_objects_and_only_these() -> None:
     forms = set()
     for scene in SCENES:
         for text in (caption(rng, scene), long_caption(scene)):
-            found = said_objects(text)
+            found = parse_objects(text)
             colored = any(color for color, _ in found)
             truth = Counter((i.color if colored else None, i.shape) for i in scene.items)
             assert found == truth, (text, scene)
@@ -73,7 +73,7 @@ def test_relations_in_captions_hold() -> None:
         text = caption(rng, scene)
         for name in ("left of", "right of", "above", "below"):
             if f" {name} a " in text:
-                first, second = (said_objects(part) for part in text.split(f" {name} ", 1))
+                first, second = (parse_objects(part) for part in text.split(f" {name} ", 1))
                 a, b = (next(i for i in scene.items if i.shape == next(iter(s))[1]) for s in (first, second))
                 dx, dy = a.column - b.column, a.row - b.row
                 assert {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[name], text
@@ -140,7 +140,7 @@ def test_geneval_prompts_say_what_their_metadata_ask(per_tag: int) -> None:
     assert Counter(r["tag"] for r in rows) == dict.fromkeys(GENEVAL_TAGS, per_tag)
     for row in rows:
         wanted = Counter({(e.get("color"), e["class"]): e["count"] for e in row["include"]})
-        assert said_objects(row["prompt"]) == wanted
+        assert parse_objects(row["prompt"]) == wanted
         if row["tag"] == "counting":
             (included,), (excluded,) = row["include"], row["exclude"]
             assert excluded["count"] == included["count"] + 1

@@ -10,12 +10,14 @@ from PIL import Image
 from data_prep.shards.geneval_captions import is_geneval_template
 from data_prep.shards.writer import write_shards
 from tests.helpers.commands import run_app
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 from tests.helpers.shards import break_members
 
 
 def write(folder: Path, count: int = 12) -> None:
-    samples = ((f"s{i:03d}", {"png": noise_image(i, (16, 8)), "txt": f"a caption of {i} words"}) for i in range(count))
+    samples = (
+        (f"s{i:03d}", {"png": make_noise_image(i, (16, 8)), "txt": f"a caption of {i} words"}) for i in range(count)
+    )
     write_shards(folder, "train", samples, 4)
 
 
@@ -81,7 +83,7 @@ def test_planted_faults_are_each_named(capfd: pytest.CaptureFixture[str]) -> Non
 
 def test_repetitions_and_genevals_templates_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
     texts = ["a photo of a red car", "a photo of two dogs", "a long caption", "a long caption", "another"]
-    samples = ((f"s{i}", {"png": noise_image(i // 4), "txt": text}) for i, text in enumerate(texts))
+    samples = ((f"s{i}", {"png": make_noise_image(i // 4), "txt": text}) for i, text in enumerate(texts))
     write_shards(Path("shards"), "train", samples, 10)
     status, text, report = verified(capfd, "path=shards")
     assert status == 0
@@ -92,7 +94,7 @@ def test_repetitions_and_genevals_templates_are_counted(capfd: pytest.CaptureFix
 
 def test_edits_and_cached_latents_are_looked_at(capfd: pytest.CaptureFixture[str]) -> None:
     samples = [
-        ("a", {"source.png": noise_image(0), "target.png": noise_image(1), "json": {"instruction": "go"}}),
+        ("a", {"source.png": make_noise_image(0), "target.png": make_noise_image(1), "json": {"instruction": "go"}}),
         ("b", {"latent.safetensors": torch.zeros(8, 6, 6), "txt": "x"}),
         ("c", {"latent.safetensors": torch.full((8, 6, 6), float("nan")), "txt": "x"}),
     ]

@@ -10,11 +10,11 @@ import webdataset
 
 from data_prep.shards.writer import ShardWriter, write_shards
 from tbac.data.tars import TarIndex
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 SAMPLES = [
     ("a", {"txt": "caf\xe9", "jpg": b"\xff\xd8 bytes of a picture"}),
-    ("b", {"txt": "two", "png": noise_image(1, (8, 8)), "json": {"kind": "x"}}),
+    ("b", {"txt": "two", "png": make_noise_image(1, (8, 8)), "json": {"kind": "x"}}),
 ]
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.studies.faults.runs import same
+from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
-from tests.helpers.commands import FEW, ran
-from tests.helpers.pictures import noise_image
+from tests.helpers.commands import FEW, run_to_success
+from tests.helpers.pictures import make_noise_image
 
 pytestmark = pytest.mark.usefixtures("in_world")
 
@@ -24,7 +24,7 @@ def only(pattern: str) -> Path:
 def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pytest.CaptureFixture[str]) -> None:
     names = ("t2i_pretrain", "ti2i_pretrain", "finetune")
     for number, name in enumerate(names):
-        text = ran("train", capfd, *FEW, f"stage={name}", f"hydra.run.dir=outputs/train/{number}")
+        text = run_to_success("train", capfd, *FEW, f"stage={name}", f"hydra.run.dir=outputs/train/{number}")
         report = json.loads(Path(f"outputs/train/{number}/report.json").read_text())
         assert (report["name"], report["steps"]) == (name, 2)
         assert report["val_loss_last"] > 0
@@ -32,12 +32,12 @@ def test_each_stage_starts_from_the_newest_weights_of_the_one_before(capfd: pyte
         if number:
             assert f"outputs/train/{number - 1}/checkpoints/{names[number - 1]}-step=2.ckpt" in text
     first, second = (read_checkpoint(f"outputs/train/{n}/checkpoints/{names[n]}-step=2.ckpt") for n in (0, 1))
-    assert not same(first["state_dict"], second["state_dict"])
+    assert not are_identical(first["state_dict"], second["state_dict"])
 
 
 @pytest.mark.usefixtures("trained_run")
 def test_a_stage_of_no_step_keeps_the_weights_it_starts_from(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=run")
+    run_to_success("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=run")
     first, second = (read_checkpoint(f"{f}/checkpoints/t2i_pretrain-step=2.ckpt")["state_dict"] for f in ("run", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
@@ -46,13 +46,13 @@ def test_a_stage_of_no_step_keeps_the_weights_it_starts_from(capfd: pytest.Captu
 @pytest.mark.usefixtures("trained_run")
 def test_resuming_goes_on_from_the_step_that_was_reached(capfd: pytest.CaptureFixture[str]) -> None:
     checkpoint = only("run/checkpoints/t2i_pretrain-step=2.ckpt")
-    ran("train", capfd, *FEW, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
+    run_to_success("train", capfd, *FEW, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
     assert json.loads(Path("two/report.json").read_text())["steps"] == 4
     assert read_checkpoint(only("two/checkpoints/t2i_pretrain-step=4.ckpt"))["global_step"] == 4
 
 
 def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, "-m", *FEW, "taps=last_n,final", "stage.lr=1e-3,2e-3", "hydra.sweep.dir=sweep")
+    run_to_success("train", capfd, "-m", *FEW, "taps=last_n,final", "stage.lr=1e-3,2e-3", "hydra.sweep.dir=sweep")
     checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
     assert len(checkpoints) == 4
     points = {
@@ -63,7 +63,7 @@ def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[st
 
 
 def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *FEW, "logger=mlflow", "hydra.run.dir=run")
+    run_to_success("train", capfd, *FEW, "logger=mlflow", "hydra.run.dir=run")
     client = mlflow.MlflowClient("sqlite:///mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
     (run,) = client.search_runs([experiment.experiment_id])
@@ -78,22 +78,22 @@ def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.Cap
 
 @pytest.mark.usefixtures("trained_run")
 def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    noise_image(0, (24, 24)).save("scene.png")
+    make_noise_image(0, (24, 24)).save("scene.png")
     few = ["checkpoint=run", "num_inference_steps=2", "device=cpu"]
     prompts = "prompts=[a red circle,two squares,a letter T]"
-    ran("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=2", "out=drawn")
+    run_to_success("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=2", "out=drawn")
     drawn = sorted(Path("drawn").glob("*.png"))
     assert [d.name for d in drawn] == [f"{i:05d}.png" for i in range(6)]
-    ran("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=3", "out=again")
+    run_to_success("generate", capfd, *few, prompts, "num_images_per_prompt=2", "batch_size=3", "out=again")
     for picture in drawn:  # whatever the batch size
         first, second = (torch.tensor(list(Image.open(f).getdata())) for f in (picture, Path("again") / picture.name))
         assert (first - second).abs().max() <= 2
-    ran("generate", capfd, *few, "prompts=[a circle]", "height=16", "width=40", "out=wide")
+    run_to_success("generate", capfd, *few, "prompts=[a circle]", "height=16", "width=40", "out=wide")
     with Image.open("wide/00000.png") as image:
         assert image.size == (40, 16)
-    ran("generate", capfd, *few, "prompts=[remove the circle]", "images=[scene.png]", "out=edited")
+    run_to_success("generate", capfd, *few, "prompts=[remove the circle]", "images=[scene.png]", "out=edited")
     assert Image.open("edited/00000.png").size == (24, 24)
-    assert ran(
+    assert run_to_success(
         "answer", capfd, "checkpoint=run", "question='what color is the circle?'", "image=scene.png", "device=cpu"
     )
 
@@ -109,7 +109,9 @@ def test_a_run_folder_draws_edits_and_answers(capfd: pytest.CaptureFixture[str])
 @pytest.mark.usefixtures("trained_run")
 def test_a_run_folder_is_scored(benchmark: str, fields: set[str], capfd: pytest.CaptureFixture[str]) -> None:
     steps = [] if benchmark == "answers" else ["benchmark.num_inference_steps=2"]
-    ran("evaluate", capfd, "checkpoint=run", f"benchmark={benchmark}", "hydra.run.dir=scored", "device=cpu", *steps)
+    run_to_success(
+        "evaluate", capfd, "checkpoint=run", f"benchmark={benchmark}", "hydra.run.dir=scored", "device=cpu", *steps
+    )
     report = json.loads(Path("scored/report.json").read_text())
     assert fields <= report.keys()
     assert all(0 <= report[name] <= 1 for name in fields)
@@ -120,22 +122,22 @@ def test_a_quantised_mllm_and_an_8_bit_optimizer_train_and_resume(
     capfd: pytest.CaptureFixture[str], quantization: str
 ) -> None:
     options = [*FEW, f"model.quantization={quantization}", "optim=adamw8bit"]
-    ran("train", capfd, *options, "hydra.run.dir=one")
+    run_to_success("train", capfd, *options, "hydra.run.dir=one")
     checkpoint = only("one/checkpoints/t2i_pretrain-step=2.ckpt")
-    ran("train", capfd, *options, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
+    run_to_success("train", capfd, *options, "stage.steps=4", "hydra.run.dir=two", f"resume='{checkpoint}'")
     checkpoint = read_checkpoint("two")
     assert checkpoint["global_step"] == 4
     states = [v["__bnb_optimizer_quant_state__"] for v in checkpoint["optimizer_states"][0]["state"].values()]
     assert {s["state1"].dtype for s in states} == {torch.uint8, torch.float32}  # small tensors stay in float32
     assert {v["step"] for v in checkpoint["optimizer_states"][0]["state"].values()} == {4}
-    text = ran("evaluate", capfd, "checkpoint=two", "benchmark.num_inference_steps=1")
+    text = run_to_success("evaluate", capfd, "checkpoint=two", "benchmark.num_inference_steps=1")
     assert "overall" in text
 
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("false", "true"):
-        ran("train", capfd, *FEW, f"model.compile={name}", f"hydra.run.dir=run_{name}")
+        run_to_success("train", capfd, *FEW, f"model.compile={name}", f"hydra.run.dir=run_{name}")
     plain, compiled = (read_checkpoint(f"run_{name}")["state_dict"] for name in ("false", "true"))
     assert plain.keys() == compiled.keys()
     for name, tensor in plain.items():
@@ -146,7 +148,7 @@ def test_a_checkpointed_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[s
     for name in ("false", "true"):
         both = [f"model.denoiser_checkpointing={name}", f"model.query_checkpointing={name}"]
         options = [*both, "stage=ti2i_pretrain", "stage.previous=null", f"hydra.run.dir=run_{name}"]
-        ran("train", capfd, *FEW, *options)
+        run_to_success("train", capfd, *FEW, *options)
     plain, checkpointed = (read_checkpoint(f"run_{name}")["state_dict"] for name in ("false", "true"))
     for name, tensor in plain.items():
         torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-5, atol=1e-6)
@@ -154,7 +156,9 @@ def test_a_checkpointed_run_trains_as_a_plain_one(capfd: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("trained_run")
 def test_the_quantisation_study_compares_every_option_with_the_plain_one(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("studies.quantization.run", capfd, "checkpoint=run", "geneval.num_inference_steps=1", "out=study")
+    text = run_to_success(
+        "studies.quantization.run", capfd, "checkpoint=run", "geneval.num_inference_steps=1", "out=study"
+    )
     rows = json.loads(Path("study/report.json").read_text())
     assert [row["MLLM layers"] for row in rows] == ["float32", "bfloat16", "int8", "nf4"]
     sizes = [row["MiB"] for row in rows]

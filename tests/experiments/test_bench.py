@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.costs import Case, make_inputs
-from experiments.reports import markdown
+from experiments.reports import format_table
 from experiments.speed.cached import IMAGES, LATENTS
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
 from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
@@ -20,15 +20,15 @@ from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
-from tests.helpers.commands import message, ran
-from tests.helpers.configs import ROOT, composed
-from tests.helpers.pictures import prompt_cases
+from tests.helpers.commands import run_to_message, run_to_success
+from tests.helpers.configs import ROOT, compose_config
+from tests.helpers.pictures import make_prompt_cases
 from tests.helpers.small_bench import SMALL
 
 
 @pytest.fixture
 def config() -> dict:
-    return to_plain(composed("bench", *SMALL))
+    return to_plain(compose_config("bench", *SMALL))
 
 
 @pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
@@ -52,7 +52,7 @@ def test_a_difference_is_noticed(config: dict) -> None:
 
 @pytest.mark.parametrize("name", ["text", "one_image"])
 def test_the_baseline_reads_real_prompts_as_ours_does(model: UniImage, name: str) -> None:
-    texts, images = prompt_cases()[name]
+    texts, images = make_prompt_cases()[name]
     release = ReleaseWay(model)
     for text, group in zip(texts, images or [None] * len(texts), strict=True):  # prompts of one length: one by one
         inputs = model.prompt([text], [group])
@@ -83,7 +83,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
 
 
 def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("bench", capfd, *SMALL, "tokens={text: [12], image: [12]}", "out=bench")
+    text = run_to_success("bench", capfd, *SMALL, "tokens={text: [12], image: [12]}", "out=bench")
     report = json.loads(Path("bench/report.json").read_text())
     for case in ("text, 12", "image + text, 12"):
         found = report["training"]["cases"][case]
@@ -108,7 +108,7 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
 def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
     options = [*SMALL, "parts=[training]", "tokens={text: [8], image: [8]}", "isolate=true", "turns=1"]
     options.append("sides=[release,ours]")
-    text = ran("bench", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
+    text = run_to_success("bench", capfd, *options, "precision=bf16-mixed", "model.dtype=bfloat16", "out=bench")
     assert "medians of 1 steps in each of 1 turns" in text
     assert set(json.loads(Path("bench/report.json").read_text())["training"]["cases"]) == {"text, 8"}
 
@@ -126,7 +126,7 @@ def test_isolated_sides_take_turns_in_processes_of_their_own(capfd: pytest.Captu
     ],
 )
 def test_what_can_t_be_measured_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
-    assert words in message("bench", capfd, *options)
+    assert words in run_to_message("bench", capfd, *options)
 
 
 def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +138,7 @@ def test_one_step_prints_its_peak_memory(capfd: pytest.CaptureFixture[str]) -> N
         "tokens={text: [12], image: [12]}",
         "model.dtype=bfloat16",
     ]
-    assert "| peak gib |" in ran("bench", capfd, *options, "out=bench")
+    assert "| peak gib |" in run_to_success("bench", capfd, *options, "out=bench")
     found = json.loads(Path("bench/report.json").read_text())["step"]
     assert 0.1 < found["peak_gib"] < 4
     assert found["gradient_norm"] > 0
@@ -163,7 +163,7 @@ def test_memory_of_loading_is_flat_over_many_samples() -> None:
 
 @pytest.mark.slow
 def test_loading_costs_little_more_than_decoding() -> None:
-    found = measure({"loader": to_plain(composed("bench").loader)})
+    found = measure({"loader": to_plain(compose_config("bench").loader)})
     rates = found["samples_per_s"]
     assert rates[OURS] > 1.3 * rates[PILLOW]
     assert rates[REDUCED] > 0.7 * rates[PLAIN]
@@ -172,11 +172,11 @@ def test_loading_costs_little_more_than_decoding() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a GPU")
 def test_the_gpu_preset_says_that_there_is_no_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "this computer has no CUDA device" in message("bench", capfd, "experiment=bench_gpu")
+    assert "this computer has no CUDA device" in run_to_message("bench", capfd, "experiment=bench_gpu")
 
 
 def test_the_gpu_preset_has_the_real_sizes() -> None:
-    config = composed("bench", "experiment=bench_gpu")
+    config = compose_config("bench", "experiment=bench_gpu")
     assert (config.model.num_queries, config.batch.text, config.batch.image, config.precision) == (
         64,
         16,
@@ -226,4 +226,4 @@ def test_the_largest_batch_is_found(most: int) -> None:
 
 
 def test_tables_are_markdown() -> None:
-    assert markdown(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert format_table(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"

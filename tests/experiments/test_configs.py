@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from tbac.models.architecture import check_config
-from tests.helpers.configs import ROOT, composed
+from tests.helpers.configs import ROOT, compose_config
 
 CONF = ROOT / "conf"
 ROOTS = [
@@ -45,14 +45,14 @@ REQUIRED = {
 
 @pytest.mark.parametrize("name", ROOTS)
 def test_every_application_composes(name: str) -> None:
-    config = composed(name, *REQUIRED.get(name, []))
+    config = compose_config(name, *REQUIRED.get(name, []))
     assert not OmegaConf.missing_keys(config)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_its_parts_can_be_built(group: str, option: str, in_world: Path) -> None:
     layers = ["taps.layers=[1,2,3,4]"] if option == "explicit" else []
-    config = composed("train", "run_dir=.", f"{group}={option}", *layers)
+    config = compose_config("train", "run_dir=.", f"{group}={option}", *layers)
     OmegaConf.to_container(config, resolve=True)
     part = config[group]
     if group == "model":
@@ -64,14 +64,14 @@ def test_every_option_composes_and_its_parts_can_be_built(group: str, option: st
 
 
 def test_data_and_trainer_of_the_default_run_can_be_built(in_world: Path) -> None:
-    config = composed("train", "run_dir=.")
+    config = compose_config("train", "run_dir=.")
     assert instantiate(config.data).batch_size == config.stage.batch_size
     assert instantiate(config.trainer, logger=False, callbacks=[]).max_steps == -1
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "optim" / "schedule").glob("*.yaml")))
 def test_every_schedule_can_be_built(name: str) -> None:
-    config = composed("train", "run_dir=.", f"optim/schedule@schedule={name}")
+    config = compose_config("train", "run_dir=.", f"optim/schedule@schedule={name}")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.stage.lr)
     assert instantiate(config.schedule)(optimizer, total_steps=config.stage.steps).get_last_lr()
 
@@ -117,7 +117,7 @@ def test_no_yaml_is_left_out() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_world_has_a_model_and_sources_for_every_stage(world: str, stage: str) -> None:
-    config = composed("train", "run_dir=.", f"world={world}", f"stage={stage}")
+    config = compose_config("train", "run_dir=.", f"world={world}", f"stage={stage}")
     assert not OmegaConf.missing_keys(config)
     assert config.stage.name == stage
     assert config.stage.sources
@@ -125,13 +125,13 @@ def test_every_world_has_a_model_and_sources_for_every_stage(world: str, stage: 
 
 
 def test_a_model_that_is_named_wins_over_the_world_s() -> None:
-    config = composed("train", "run_dir=.", "world=real", "model=qwen2_5_vl_7b_sana_1600m")
+    config = compose_config("train", "run_dir=.", "world=real", "model=qwen2_5_vl_7b_sana_1600m")
     assert config.model.mllm == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert config.stage.image_size == 512
 
 
 def test_debug_presets_win_over_the_stage(in_world: Path) -> None:
-    config = composed("train", "run_dir=.", "debug=few_steps", "stage=finetune")
+    config = compose_config("train", "run_dir=.", "debug=few_steps", "stage=finetune")
     assert (config.stage.name, config.stage.steps, config.stage.warmup_steps) == ("finetune", 4, 0)
 
 
@@ -141,23 +141,23 @@ def test_every_preset_names_its_command_and_composes_with_it(name: str) -> None:
     script = re.search(rf"^# python experiments/(\S+)\.py experiment={name}\b", text, re.MULTILINE)
     assert script, "the first comment is the preset's command"
     root = script[1].removesuffix("/run").rsplit("/", 1)[-1]
-    config = composed(root, *REQUIRED.get(root, []), f"experiment={name}")
+    config = compose_config(root, *REQUIRED.get(root, []), f"experiment={name}")
     OmegaConf.to_container(config, resolve=True)
     if root == "demo":
-        config = composed("train", "run_dir=.", "world=shapes", *config.train_overrides)
+        config = compose_config("train", "run_dir=.", "world=shapes", *config.train_overrides)
     check_config(instantiate(config.model, random_init=True))
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "sweep").glob("*.yaml")))
 def test_every_sweep_composes_and_seeds_the_ladder_too(name: str) -> None:
-    config = composed("train", "run_dir=.", f"sweep={name}", "seed=7")
+    config = compose_config("train", "run_dir=.", f"sweep={name}", "seed=7")
     assert config.model.seed == 7
     assert instantiate(config.optim) is not None
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "benchmark").glob("*.yaml")))
 def test_every_benchmark_composes(name: str, in_world: Path) -> None:
-    config = composed("evaluate", "checkpoint=x", f"benchmark={name}")
+    config = compose_config("evaluate", "checkpoint=x", f"benchmark={name}")
     if not OmegaConf.is_missing(config.benchmark, "file"):
         assert Path(config.benchmark.file).exists()
         assert instantiate(config.benchmark).name == name
@@ -170,23 +170,23 @@ def test_every_benchmark_composes(name: str, in_world: Path) -> None:
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "judge").glob("*.yaml")))
 def test_every_judge_takes_its_options(name: str) -> None:
     """The options are those of the class; its weights, or its endpoint, aren't here."""
-    judge = composed("evaluate", "checkpoint=x", "out=x", f"judge={name}").judge
+    judge = compose_config("evaluate", "checkpoint=x", "out=x", f"judge={name}").judge
     inspect.signature(get_object(judge._target_)).bind(**{k: v for k, v in judge.items() if k != "_target_"})
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "dataset").glob("*.yaml")))
 def test_every_dataset_takes_its_options(name: str) -> None:
-    dataset = composed("convert", f"dataset={name}", "dataset.path=x", "out=x").dataset
+    dataset = compose_config("convert", f"dataset={name}", "dataset.path=x", "out=x").dataset
     inspect.signature(get_object(dataset._target_)).bind(**{k: v for k, v in dataset.items() if k != "_target_"})
 
 
 def test_the_released_recipe_is_the_default_of_the_real_model() -> None:
-    config = composed("train", "run_dir=.", "world=real")
+    config = compose_config("train", "run_dir=.", "world=real")
     stage = config.stage
     assert (stage.steps, stage.batch_size, stage.lr, stage.min_lr) == (150000, 16, 1e-4, 1e-5)
     assert (stage.warmup_steps, stage.weight_decay, stage.clip) == (5000, 0.05, 0.5)
     assert (config.model.num_queries, config.model.image_pixels) == (64, 200704)
-    dropout = composed("train", "run_dir=.", "world=real", "stage=ti2i_pretrain").stage.dropout
+    dropout = compose_config("train", "run_dir=.", "world=real", "stage=ti2i_pretrain").stage.dropout
     assert [dropout[f"{k}_drop_prob"] for k in ("caption", "image", "both")] == [0.1, 0.1, 0.1]
 
 

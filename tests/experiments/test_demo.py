@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ran
+from tests.helpers.commands import run_to_success
 
 WORLD = [
     "sizes.t2i=64", "sizes.edit=64", "sizes.curated=64", "sizes.val=8", "sizes.prompts_per_tag=1", "sizes.questions=8",
@@ -27,7 +27,7 @@ def test_everything_is_built_trained_and_scored(
         f"stage_overrides={{{stages}}}",
         "geneval.num_inference_steps=2", "edits.num_inference_steps=2",
     ]  # fmt: skip
-    ran("demo", capfd, *options, "hydra.run.dir=demo/run")
+    run_to_success("demo", capfd, *options, "hydra.run.dir=demo/run")
     report = json.loads(Path("demo/report.json").read_text())
     assert [stage["steps"] for stage in report["stages"]] == [2, 2, 2]
     assert report["answers_identical"]

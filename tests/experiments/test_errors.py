@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import message, run_app
+from tests.helpers.commands import run_app, run_to_message
 from tests.helpers.configs import ROOT
 
 SHAPES = ["world=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv", "machine.num_workers=0"]
@@ -59,7 +59,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
 def test_train_refuses(arguments: list[str], expected: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    text = message("train", capfd, *SHAPES, *arguments)
+    text = run_to_message("train", capfd, *SHAPES, *arguments)
     for part in expected:
         assert part in text
 
@@ -68,7 +68,7 @@ def test_train_refuses(arguments: list[str], expected: list[str], capfd: pytest.
 def test_an_empty_shard_folder_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     source = f"stage.sources=[{{path: {tmp_path / 'empty'}, split: train}}]"
-    text = message("train", capfd, *SHAPES, source)
+    text = run_to_message("train", capfd, *SHAPES, source)
     assert str(tmp_path / "empty") in text
     assert "train-" in text
 
@@ -85,7 +85,7 @@ def damaged(world: Path, folder: Path, damage: str) -> str:
 @pytest.mark.usefixtures("no_weights")
 def test_a_truncated_tar_is_named(in_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = damaged(in_world, tmp_path / "cut", "truncated")
-    text = message("train", capfd, *SHAPES, source)
+    text = run_to_message("train", capfd, *SHAPES, source)
     assert "train-000000.tar" in text
     assert "bytes" in text
 
@@ -96,7 +96,7 @@ def test_a_truncated_tar_without_manifest_is_named(
 ) -> None:
     source = damaged(in_world, tmp_path / "cut", "truncated")
     (tmp_path / "cut" / "manifest.json").unlink()
-    text = message("train", capfd, *SHAPES, source)
+    text = run_to_message("train", capfd, *SHAPES, source)
     assert "train-000000.tar is truncated" in text
     assert "data.check_manifest=false" in text
 
@@ -119,7 +119,7 @@ def test_garbage_images_are_counted_and_end_training_when_they_are_many(
     rows = [(f"bad_{i:03d}", {"jpg": b"\xff\xd8 not a picture", "txt": "a red circle"}) for i in range(32)]
     write_shards(tmp_path / "garbage", "train", iter(rows), 32, {"provenance": {}})
     source = f"stage.sources=[{{path: {tmp_path / 'garbage'}, split: train}}]"
-    text = message("train", capfd, *SHAPES, source)
+    text = run_to_message("train", capfd, *SHAPES, source)
     assert "bad_0" in text
     assert "max_bad_share" in text
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 ) -> None:
     for name, content in (("empty.ckpt", b""), ("text.ckpt", b"not a checkpoint")):
         (tmp_path / name).write_bytes(content)
-        assert name in message("train", capfd, *SHAPES, f"init={tmp_path / name}")
+        assert name in run_to_message("train", capfd, *SHAPES, f"init={tmp_path / name}")
 
 
 @pytest.mark.parametrize("name", ["train", "plan"])
@@ -138,7 +138,7 @@ def test_real_models_without_weights_say_what_is_missing(name: str, capfd: pytes
     arguments = ["world=real"]
     if name == "train":
         arguments += ["stage=t2i_pretrain"]  # its data aren't there either
-        text = message(name, capfd, *arguments)
+        text = run_to_message(name, capfd, *arguments)
         assert "model.mllm=Qwen/Qwen2.5-VL-3B-Instruct" in text
         assert "model.denoiser=Efficient-Large-Model/Sana_1600M_512px_diffusers" in text
         assert "model.mllm=/path/to/folder" in text
@@ -165,7 +165,7 @@ def test_prompt_files_of_the_wrong_form(
 ) -> None:
     file = tmp_path / "geneval.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    text = message("evaluate", capfd, "checkpoint=x", f"benchmark.file={file}")
+    text = run_to_message("evaluate", capfd, "checkpoint=x", f"benchmark.file={file}")
     assert expected in text
 
 
@@ -181,11 +181,11 @@ def test_prompt_files_of_the_wrong_form(
 )
 @pytest.mark.usefixtures("no_weights")
 def test_generate_refuses(arguments: list[str], expected: str, capfd: pytest.CaptureFixture[str]) -> None:
-    from tests.helpers.pictures import noise_image
+    from tests.helpers.pictures import make_noise_image
 
     for name in ("one.png", "two.png"):
-        noise_image(0).save(name)
-    assert expected in message("generate", capfd, "checkpoint=nowhere", *arguments)
+        make_noise_image(0).save(name)
+    assert expected in run_to_message("generate", capfd, "checkpoint=nowhere", *arguments)
 
 
 def test_a_missing_value_is_named_by_a_real_command(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.commands import FEW, message, ran
-from tests.helpers.endpoint import Server, completion, serving
+from tests.helpers.commands import FEW, run_to_message, run_to_success
+from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.processes import start_command
 
 pytestmark = pytest.mark.usefixtures("trained_run")
@@ -21,7 +21,7 @@ def tree(out: str) -> dict[str, bytes]:
 
 
 def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("evaluate", capfd, *COMMON, "out=one")
+    run_to_success("evaluate", capfd, *COMMON, "out=one")
     report = json.loads(Path("one/report.json").read_text())
     judge, *rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
     assert judge == {"judge": "tbac.evaluation.detectors.template.TemplateDetector.from_world"}
@@ -38,18 +38,18 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
     assert "<td>0.87</td>" in page
 
     for rank in (0, 1, 2):
-        ran("evaluate", capfd, *COMMON, "out=three", "steps=[generate]", f"rank={rank}", "world_size=3")
+        run_to_success("evaluate", capfd, *COMMON, "out=three", "steps=[generate]", f"rank={rank}", "world_size=3")
     assert tree("three") == tree("one")
 
     made = {p: p.stat().st_mtime_ns for p in Path("one/geneval").rglob("*.png")}
     gone, torn = sorted(made)[3], sorted(made)[7]
     gone.unlink()
     torn.write_bytes(torn.read_bytes()[:50])
-    ran("evaluate", capfd, *COMMON, "out=one", "steps=[score,report]")
+    run_to_success("evaluate", capfd, *COMMON, "out=one", "steps=[score,report]")
     report = json.loads(Path("one/report.json").read_text())
     assert [f"one/geneval/{name}" for name in report["missing"]] == [str(gone), str(torn)]
     assert "2 of " in Path("one/report.md").read_text()
-    ran("evaluate", capfd, *COMMON, "out=one")
+    run_to_success("evaluate", capfd, *COMMON, "out=one")
     assert tree("one") == tree("three")
     assert [p for p in made if p.stat().st_mtime_ns != made[p]] == [gone, torn]
 
@@ -66,17 +66,17 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
     ],
 )
 def test_bad_steps_are_named(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert words in message("evaluate", capfd, *COMMON, "out=x", *arguments)
+    assert words in run_to_message("evaluate", capfd, *COMMON, "out=x", *arguments)
 
 
 def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("evaluate", capfd, *COMMON, "out=one", "steps=[generate]")
+    run_to_success("evaluate", capfd, *COMMON, "out=one", "steps=[generate]")
     before = tree("one")
-    ran("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.sample_grid.prompts=[]")
-    text = message("evaluate", capfd, *COMMON, "checkpoint=other", "out=one")
+    run_to_success("train", capfd, *FEW, "hydra.run.dir=other", "stage.lr=5e-3", "callbacks.sample_grid.prompts=[]")
+    text = run_to_message("evaluate", capfd, *COMMON, "checkpoint=other", "out=one")
     assert "was made otherwise (trained " in text
     assert tree("one") == before
-    ran("evaluate", capfd, *COMMON, "checkpoint=other", "out=one", "overwrite=true", "steps=[generate]")
+    run_to_success("evaluate", capfd, *COMMON, "checkpoint=other", "out=one", "overwrite=true", "steps=[generate]")
     assert tree("one").keys() == before.keys()
     assert tree("one") != before
 
@@ -90,50 +90,50 @@ def test_suites_with_questions_are_drawn_by_any_number_of_processes_and_scored(
     benchmark: str, pictures: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*COMMON, f"benchmark={benchmark}"]
-    ran("evaluate", capfd, *options, "out=one")
+    run_to_success("evaluate", capfd, *options, "out=one")
     made = {p.relative_to("one").as_posix(): p.read_bytes() for p in Path("one", benchmark).rglob("*.png")}
     assert len(made) == result("one")["pictures"] == pictures
     for rank in (0, 1):
-        ran("evaluate", capfd, *options, "out=two", "steps=[generate]", f"rank={rank}", "world_size=2")
+        run_to_success("evaluate", capfd, *options, "out=two", "steps=[generate]", f"rank={rank}", "world_size=2")
     assert {p.relative_to("two").as_posix(): p.read_bytes() for p in Path("two", benchmark).rglob("*.png")} == made
     assert not result("one")["failed"]
     assert not result("one")["comparable"]
     first = sorted(made)[0]
     Path("one", first).unlink()
-    ran("evaluate", capfd, *options, "out=one", "steps=[score,report]")
+    run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
     assert result("one")["missing"] == [first.removeprefix(f"{benchmark}/")]
 
 
 @pytest.mark.xdist_group("trainings")  # the evaluation is forked as they are
 def test_a_killed_run_goes_on_to_the_same_tree(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("evaluate", capfd, *COMMON, "out=whole", "steps=[generate]")
+    run_to_success("evaluate", capfd, *COMMON, "out=whole", "steps=[generate]")
     arguments = [*COMMON, "out=cut", "steps=[generate]"]
     process = start_command("experiments.evaluate", arguments, Path("output.txt"), {})
     while process.poll() is None and len(list(Path("cut").rglob("*.png"))) < 3:
         time.sleep(0.01)
     process.kill()
     assert 3 <= len(tree("cut")) - len(list(Path("cut").rglob("metadata.jsonl"))) < len(tree("whole"))
-    ran("evaluate", capfd, *COMMON, "out=cut", "steps=[generate]")
+    run_to_success("evaluate", capfd, *COMMON, "out=cut", "steps=[generate]")
     assert tree("cut") == tree("whole")
 
 
 def test_ones_own_prompts_give_pictures_and_a_sheet(capfd: pytest.CaptureFixture[str]) -> None:
     Path("prompts.txt").write_text("a red circle\n\na blue square\n")
     options = [*COMMON, "benchmark=folder", "benchmark.file=prompts.txt"]
-    ran("evaluate", capfd, *options, "out=one")
+    run_to_success("evaluate", capfd, *options, "out=one")
     names = sorted(p.name for p in Path("one/folder").glob("*.png"))
     assert names == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
     assert result("one")["pictures"] == 4
     assert Image.open("one/pictures.png").width > 100
     Path("texts").mkdir()
     Path("texts/cat.txt").write_text("a red circle")
-    ran("evaluate", capfd, *options, "benchmark.file=texts", "samples=1", "out=two")
+    run_to_success("evaluate", capfd, *options, "benchmark.file=texts", "samples=1", "out=two")
     assert [p.name for p in Path("two/folder").glob("*.png")] == ["cat.png"]
 
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving(monkeypatch) as server:
+    with serve_endpoint(monkeypatch) as server:
         yield server
 
 
@@ -156,16 +156,16 @@ def test_edits_are_rated_and_what_the_judge_fails_at_is_counted_and_asked_again(
     in_world: Path, endpoint: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*COMMON, *write_imgedit(in_world)]
-    endpoint.answers = [completion("a: 5\nb: 4\nc: 4"), (500, "broken"), completion("a: 2")]
-    ran("evaluate", capfd, *options, "out=one")
+    endpoint.answers = [make_completion("a: 5\nb: 4\nc: 4"), (500, "broken"), make_completion("a: 2")]
+    run_to_success("evaluate", capfd, *options, "out=one")
     assert [len(r["messages"][0]["content"]) for r in endpoint.requests] == [3, 3, 3]  # text, source, edited
     report = result("one")
     assert (report["adjust"], report["style"], report["overall"]) == (4.33, 2.0, pytest.approx((4.33 + 2) / 2))
     assert list(report["failed"]) == ["1.png"]
     assert "1 edits without a rating, which are in no mean" in report["differences"]
 
-    endpoint.answers = [completion("a: 1")]
-    ran("evaluate", capfd, *options, "out=one", "steps=[score,report]")
+    endpoint.answers = [make_completion("a: 1")]
+    run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
     assert len(endpoint.requests) == 4
     assert result("one")["mean over edits"] == pytest.approx((4.33 + 1 + 2) / 3)
     assert not result("one")["failed"]
@@ -177,8 +177,10 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
         for i, category in enumerate(("Cultural knowledge", "time", "space", "biology", "physics", "chemistry"))
     ]
     Path("wise.json").write_text(json.dumps(rows))
-    endpoint.answers = [completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]
-    ran("evaluate", capfd, *COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "out=one")
+    endpoint.answers = [make_completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]
+    run_to_success(
+        "evaluate", capfd, *COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "out=one"
+    )
     assert result("one")["overall"] == pytest.approx((0.7 * 2 + 0.2) / 2)
     assert len(endpoint.requests) == 6
 
@@ -186,8 +188,8 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
 def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
-    ran("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.sample_grid.prompts=[]", "logger=mlflow")
-    ran("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
+    run_to_success("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.sample_grid.prompts=[]", "logger=mlflow")
+    run_to_success("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
     run_id = Path("logged/mlflow_run_id").read_text().strip()
     client = MlflowClient("sqlite:///mlflow.db")
     metrics = client.get_run(run_id).data.metrics
@@ -214,4 +216,4 @@ def test_bad_benchmarks_are_named(
     arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    assert words in message("evaluate", capfd, *COMMON, "out=x", *arguments)
+    assert words in run_to_message("evaluate", capfd, *COMMON, "out=x", *arguments)

@@ -9,14 +9,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
-from experiments.studies.faults.runs import same
+from experiments.studies.faults.runs import are_identical
 from tbac.models import UniImage
 from tbac.models.saved import read_checkpoint
 from tbac.sampling import UniImagePipeline
-from tests.helpers.commands import FEW, message, ran, run_app
+from tests.helpers.commands import FEW, run_app, run_to_message, run_to_success
 from tests.helpers.configs import ROOT
-from tests.helpers.pictures import noise_image
-from tests.helpers.worlds import read_everything
+from tests.helpers.pictures import make_noise_image
+from tests.helpers.worlds import load_all_parts
 
 pytestmark = pytest.mark.usefixtures("in_world")
 RELEASED = ROOT / "tests" / "released"
@@ -28,7 +28,7 @@ IMPORT = [
 
 
 def test_the_released_checkpoint_becomes_a_folder_that_draws_and_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("import_official", capfd, *IMPORT, "out=imported", "image_pixels=3136", "hydra.run.dir=run")
+    text = run_to_success("import_official", capfd, *IMPORT, "out=imported", "image_pixels=3136", "hydra.run.dir=run")
     assert "136 tensors used, 277 equal to the base models' and dropped, 2 rows" in text
     report = json.loads(Path("run/report.json").read_text())
     assert sorted(report["used"] + report["dropped"]) == sorted(load_file(RELEASED / "checkpoint/model.safetensors"))
@@ -37,15 +37,15 @@ def test_the_released_checkpoint_becomes_a_folder_that_draws_and_answers(capfd: 
     assert (config["num_queries"], config["image_pixels"], config["taps"]["layers"]) == (16, 3136, [2, 3, 4, 5, 6, 7])
     pipe = UniImagePipeline.from_pretrained("imported")
     assert pipe("a dog", num_inference_steps=2).images[0].size == (192, 192)
-    assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
+    assert isinstance(pipe.answer("what is it?", make_noise_image(1), 3), str)
 
 
 def test_an_import_is_refused_before_it_overwrites(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Path("there").mkdir()
     Path("there/file").touch()
-    assert "out=there exists and isn't empty" in message("import_official", capfd, *IMPORT, "out=there")
+    assert "out=there exists and isn't empty" in run_to_message("import_official", capfd, *IMPORT, "out=there")
     missing = [IMPORT[0], "mllm=/nowhere", IMPORT[2]]
-    assert "error: mllm=/nowhere: no such folder" in message("import_official", capfd, *missing, "out=new")
+    assert "error: mllm=/nowhere: no such folder" in run_to_message("import_official", capfd, *missing, "out=new")
     assert not Path("new").exists()
 
 
@@ -55,13 +55,13 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
 ) -> None:
     world = shutil.copytree(in_world, Path("world").absolute())  # one that can be taken away
     monkeypatch.setenv("TBAC_SHAPES", str(world))
-    ran("train", capfd, *FEW, "hydra.run.dir=run")
-    ran("export", capfd, "checkpoint=run", "out=out", f"standalone={standalone}")
+    run_to_success("train", capfd, *FEW, "hydra.run.dir=run")
+    run_to_success("export", capfd, "checkpoint=run", "out=out", f"standalone={standalone}")
     model = UniImage.from_pretrained("out")
-    assert same(model.get_trained_state(), read_checkpoint("run")["state_dict"])
+    assert are_identical(model.get_trained_state(), read_checkpoint("run")["state_dict"])
     model.save_pretrained("again", standalone=standalone)
-    again, first = (read_everything(m).state_dict() for m in (UniImage.from_pretrained("again"), model))
-    assert same(first, again)
+    again, first = (load_all_parts(m).state_dict() for m in (UniImage.from_pretrained("again"), model))
+    assert are_identical(first, again)
     assert Path("out/mllm/model.safetensors").is_file() == standalone
     if standalone:
         original = world / "backbones" / "mllm" / "model.safetensors"
@@ -69,7 +69,7 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
         world.rename(world.with_name("away"))
         pipe = UniImagePipeline.from_pretrained("out")
         assert pipe("a red circle", num_inference_steps=1).images[0].size == (24, 24)
-        assert isinstance(pipe.answer("what is it?", noise_image(1), 3), str)
+        assert isinstance(pipe.answer("what is it?", make_noise_image(1), 3), str)
     card = ModelCard.load("out/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("tbac", "any-to-any")
     assert "| stage | t2i_pretrain |" in card.text
@@ -78,15 +78,15 @@ def test_a_checkpoint_s_export_loads_bit_for_bit(
 
 @pytest.mark.usefixtures("trained_run")
 def test_training_starts_from_an_exported_folder(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("export", capfd, "checkpoint=run", "out=out")
-    ran("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=out")
+    run_to_success("export", capfd, "checkpoint=run", "out=out")
+    run_to_success("train", capfd, *FEW, "hydra.run.dir=two", "stage.lr=1e-30", "stage.min_lr=0", "init=out")
     first, second = (read_checkpoint(f)["state_dict"] for f in ("run", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_training_from_the_imported_release_needs_its_word_embeddings(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("import_official", capfd, *IMPORT, "out=imported", "image_pixels=3136")
+    run_to_success("import_official", capfd, *IMPORT, "out=imported", "image_pixels=3136")
     options = [
         *FEW,
         f"model.mllm={RELEASED}/base/Qwen2.5-VL-tiny",
@@ -98,8 +98,10 @@ def test_training_from_the_imported_release_needs_its_word_embeddings(capfd: pyt
         "stage.image_size=192",
         "init=imported",
     ]
-    assert "give model.prompt_embeddings=imported as well" in message("train", capfd, *options)
-    ran("train", capfd, *options, "model.prompt_embeddings=imported", "hydra.run.dir=run", "stage=ti2i_pretrain")
+    assert "give model.prompt_embeddings=imported as well" in run_to_message("train", capfd, *options)
+    run_to_success(
+        "train", capfd, *options, "model.prompt_embeddings=imported", "hydra.run.dir=run", "stage=ti2i_pretrain"
+    )
     facts = read_checkpoint("run")["tbac"]
     assert set(facts["frozen"]) == {"mllm", "autoencoder", "prompt_embeddings"}
 
@@ -115,7 +117,7 @@ def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypat
             asked.append(sorted(p.name for p in Path(options["folder_path"]).iterdir())) or "address"
         ),
     )
-    text = ran("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
+    text = run_to_success("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
     assert "pushed: address" in text
     assert asked == [
         ("owner/name", {"private": True, "exist_ok": True}),
@@ -125,7 +127,7 @@ def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypat
 
 @pytest.mark.usefixtures("trained_run")
 def test_a_hub_that_can_t_be_reached_leaves_the_export_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    text = message("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
+    text = run_to_message("export", capfd, "checkpoint=run", "out=out", "push_to_hub=owner/name")
     assert "push_to_hub=owner/name failed (OfflineModeIsEnabled" in text
     assert UniImage.from_pretrained("out").ladder.queries.shape == (9, 96)
 
@@ -140,5 +142,5 @@ def test_a_hub_that_can_t_be_reached_leaves_the_export_whole(capfd: pytest.Captu
 )
 def test_bad_exports_are_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
     Path("file").touch()
-    assert words in message("export", capfd, *options)
+    assert words in run_to_message("export", capfd, *options)
     assert run_app("export", capfd, *options)[0] == 1

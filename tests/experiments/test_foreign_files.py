@@ -13,9 +13,9 @@ from hydra.utils import instantiate
 
 from tbac.models.export import read_export
 from tbac.models.saved import read_checkpoint, read_saved_model
-from tests.helpers.commands import FEW, message
+from tests.helpers.commands import FEW, run_to_message
 from tests.helpers.source import CODE, list_files, parse
-from tests.helpers.worlds import small_model
+from tests.helpers.worlds import load_small_model
 
 TRACE = "executed"  # what each of these makes in the working folder when it is called
 KINDS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def _bait(in_world: Path) -> None:
 def exported(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of the small model; no test changes it."""
     folder = tmp_path_factory.mktemp("exports") / "out"
-    small_model(world_folder).save_pretrained(folder)
+    load_small_model(world_folder).save_pretrained(folder)
     return folder
 
 
@@ -181,7 +181,7 @@ def test_every_command_refuses_such_a_checkpoint(command: str, number: int, capf
     kind, place = choose(command, number)
     file = write_checkpoint(Path("run"), place, kind)
     name, *arguments = [part.format(file) for part in COMMANDS[command]]
-    text = message(name, capfd, *arguments)
+    text = run_to_message(name, capfd, *arguments)
     assert "error: foreign.ckpt: " in text
     assert names(kind, text)
     assert not Path(TRACE).exists()
@@ -196,7 +196,7 @@ def test_every_command_refuses_such_an_export(
     kind, place = choose(command, number)
     folder = write_export(exported, place, kind)
     name, *arguments = [part.format(folder) for part in COMMANDS[command]]
-    text = message(name, capfd, *arguments)
+    text = run_to_message(name, capfd, *arguments)
     assert "error: foreign/config.json: " in text
     assert names(kind, text)
     assert not Path(TRACE).exists()
@@ -208,7 +208,7 @@ def test_the_scheduler_of_a_base_model_is_one_of_a_fixed_list(in_world: Path, tm
     file = tmp_path / "denoiser" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": name}))
     with pytest.raises(ValueError, match="the scheduler config names the class"):
-        small_model(in_world, f"model.denoiser={tmp_path / 'denoiser'}")
+        load_small_model(in_world, f"model.denoiser={tmp_path / 'denoiser'}")
 
 
 def test_a_checkpoint_that_holds_code_isn_t_read() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.commands import message, ran
+from tests.helpers.commands import run_to_message, run_to_success
 
 MODULE = """
 from dataclasses import dataclass
@@ -83,21 +83,23 @@ def _outside(in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("trained_run")
 def test_they_are_drawn_judged_and_reported_as_ours_are(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("evaluate", capfd, *OWN, "out=one")
+    run_to_success("evaluate", capfd, *OWN, "out=one")
     light = [sum(Image.open(f"one/brightness/{word}.png").convert("L").tobytes()) for word in ("dark", "bright")]
     report = json.loads(Path("one/report.json").read_text())
     assert report["brightness"] == pytest.approx(0.5 * sum(light) / 2 / 24 / 24 / 255)
     assert report["protocol"] == "2 words; judge a light meter of factor 0.5"
     assert "# Brightness" in Path("one/report.md").read_text()
-    ran("evaluate", capfd, *OWN, "out=one", "judge.factor=1.0", "steps=[score,report]")
+    run_to_success("evaluate", capfd, *OWN, "out=one", "judge.factor=1.0", "steps=[score,report]")
     assert json.loads(Path("one/report.json").read_text())["brightness"] == pytest.approx(2 * report["brightness"])
 
 
 def test_their_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "benchmark.words must hold at least one word" in message("evaluate", capfd, *OWN, "benchmark.words=[]")
-    text = message("evaluate", capfd, *OWN, "benchmark.num_inference_steps=0")
+    assert "benchmark.words must hold at least one word" in run_to_message(
+        "evaluate", capfd, *OWN, "benchmark.words=[]"
+    )
+    text = run_to_message("evaluate", capfd, *OWN, "benchmark.num_inference_steps=0")
     assert "benchmark.num_inference_steps must be a whole number of at least 1, got 0" in text
-    text = message("evaluate", capfd, *OWN, "benchmark=geneval")
+    text = run_to_message("evaluate", capfd, *OWN, "benchmark=geneval")
     assert "GenEval needs a detector, judge=template or judge=mask2former; got LightMeter" in text
-    text = message("evaluate", capfd, *OWN, "benchmark=nothing")
+    text = run_to_message("evaluate", capfd, *OWN, "benchmark=nothing")
     assert "benchmark._target_=outside_evaluation.NoBenchmark isn't derived from PictureBenchmark" in text

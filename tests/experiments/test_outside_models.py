@@ -9,7 +9,7 @@ import torch
 
 from tbac.models import UniImage
 from tbac.models.saved import read_checkpoint
-from tests.helpers.commands import FEW, message, ran
+from tests.helpers.commands import FEW, run_to_message, run_to_success
 
 MODULE = """
 import torch
@@ -68,35 +68,37 @@ def forget_module() -> None:
 
 
 def test_a_rule_s_plan_is_all_that_a_checkpoint_keeps_of_it(capfd: pytest.CaptureFixture[str]) -> None:
-    ran("train", capfd, *OWN, "hydra.run.dir=run")
+    run_to_success("train", capfd, *OWN, "hydra.run.dir=run")
     config = read_checkpoint("run")["tbac"]["config"]["model"]
     assert config["taps"] == {"layers": [1, 3], "assignment": [0, 0, 1, 1], "mixed": False, "num_blocks": 4}
     assert "outside_models" not in json.dumps(config)
     forget_module()
-    ran("generate", capfd, "checkpoint=run", "prompts=[a red circle]", "num_inference_steps=1", "out=made")
+    run_to_success("generate", capfd, "checkpoint=run", "prompts=[a red circle]", "num_inference_steps=1", "out=made")
     assert Path("made/00000.png").is_file()
     assert UniImage.from_checkpoint("run").ladder.plan.list_block_layers() == [1, 1, 3, 3]
 
 
 def test_a_rule_s_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "tap index 8 is out of range" in message("train", capfd, *OWN, "taps.start=6")
-    text = message("train", capfd, *OWN, "~taps.start")
+    assert "tap index 8 is out of range" in run_to_message("train", capfd, *OWN, "taps.start=6")
+    text = run_to_message("train", capfd, *OWN, "~taps.start")
     assert "the tap rule every_second can't be called with what it is given: missing a required argument" in text
 
 
 def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pytest.CaptureFixture[str]) -> None:
     # It reads each token apart, so the prompt's tokens may join the queries.
-    ran("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=run")
+    run_to_success("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=run")
     checkpoint = read_checkpoint("run")
     assert checkpoint["tbac"]["config"]["model"]["ladder"]["connector"] == "outside_models.Bottleneck"
     assert checkpoint["state_dict"]["ladder.connector.down.weight"].shape == (8, 96)
     # Whoever opens it gives the class; what the file names is not imported.
-    text = message("export", capfd, "checkpoint=run", "out=out")
+    text = run_to_message("export", capfd, "checkpoint=run", "out=out")
     assert "error: run: ladder.connector is outside_models.Bottleneck, which isn't one of tbac's" in text
-    text = message("export", capfd, "checkpoint=run", "out=out", CONNECTOR.replace("width: 8", "width: 9"))
+    text = run_to_message("export", capfd, "checkpoint=run", "out=out", CONNECTOR.replace("width: 8", "width: 9"))
     assert "error: run doesn't fit this model: ladder.connector.down.weight has shape (8, 96), expected (9, 96)" in text
-    ran("export", capfd, "checkpoint=run", "out=out", CONNECTOR)
-    ran("generate", capfd, "checkpoint=out", "prompts=[a red circle]", "num_inference_steps=1", "out=made", CONNECTOR)
+    run_to_success("export", capfd, "checkpoint=run", "out=out", CONNECTOR)
+    run_to_success(
+        "generate", capfd, "checkpoint=out", "prompts=[a red circle]", "num_inference_steps=1", "out=made", CONNECTOR
+    )
     with pytest.raises(ValueError, match=r"out/config\.json: ladder\.connector is outside_models\.Bottleneck"):
         UniImage.from_pretrained("out")
 
@@ -107,9 +109,9 @@ def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pyte
     state = model.get_trained_state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint["state_dict"].items())
     # Training goes on from it by the user's own config.
-    ran("train", capfd, *OWN, *BOTTLENECK, "stage.steps=3", "hydra.run.dir=next", "resume=run")
-    ran("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=tuned", "init=out")
-    assert "ladder.connector is outside_models.Bottleneck" in message("train", capfd, *OWN, "init=out")
+    run_to_success("train", capfd, *OWN, *BOTTLENECK, "stage.steps=3", "hydra.run.dir=next", "resume=run")
+    run_to_success("train", capfd, *OWN, *BOTTLENECK, "hydra.run.dir=tuned", "init=out")
+    assert "ladder.connector is outside_models.Bottleneck" in run_to_message("train", capfd, *OWN, "init=out")
 
 
 @pytest.mark.parametrize(
@@ -121,9 +123,9 @@ def test_a_connector_trains_is_exported_and_opened_where_it_is_given(capfd: pyte
     ],
 )
 def test_a_connector_s_mistakes_are_named(override: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert words in message("train", capfd, *OWN, "ladder=bottleneck", override)
+    assert words in run_to_message("train", capfd, *OWN, "ladder=bottleneck", override)
 
 
 def test_the_prompt_joins_only_where_tokens_are_read_apart(capfd: pytest.CaptureFixture[str]) -> None:
-    text = message("train", capfd, *OWN, *BOTTLENECK, "ladder.connector._target_=outside_models.Mixing")
+    text = run_to_message("train", capfd, *OWN, *BOTTLENECK, "ladder.connector._target_=outside_models.Mixing")
     assert "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own" in text

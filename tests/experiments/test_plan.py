@@ -7,13 +7,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.budget import Setting, build, largest_batch, memory_of
-from experiments.costs import Case, _convolution_backward, activations_of, autoencoder_flops, flops_of
+from experiments.budget import Setting, build_on_meta, compute_largest_batch, estimate_memory
+from experiments.costs import (
+    Case,
+    _count_convolution_backward,
+    count_autoencoder_flops,
+    count_sample_flops,
+    measure_activations,
+)
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
 from tbac.app import to_plain
-from tests.helpers.commands import message, ran
-from tests.helpers.configs import composed
+from tests.helpers.commands import run_to_message, run_to_success
+from tests.helpers.configs import compose_config
 from tests.helpers.small_bench import SMALL
 
 REAL = "world=real"
@@ -21,11 +27,11 @@ REAL = "world=real"
 
 @pytest.fixture
 def config() -> dict:
-    return to_plain(composed("bench", *SMALL))["model"]
+    return to_plain(compose_config("bench", *SMALL))["model"]
 
 
 def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("plan", capfd, REAL, "hydra.run.dir=run")
+    text = run_to_success("plan", capfd, REAL, "hydra.run.dir=run")
     report = json.loads(Path("run/report.json").read_text())
     published = {
         "mllm_layers": 2774.8,
@@ -38,7 +44,9 @@ def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str
     for name, millions in published.items():
         assert report["parameters"][name] / 1e6 == pytest.approx(millions, rel=5e-3)
     assert report["taps"] == list(range(16, 36))
-    assert autoencoder_flops(to_plain(composed("plan", REAL).model), 512) / 1e12 == pytest.approx(1.3, rel=0.05)
+    assert count_autoencoder_flops(to_plain(compose_config("plan", REAL).model), 512) / 1e12 == pytest.approx(
+        1.3, rel=0.05
+    )
     text_stage, edit_stage, _ = report["stages"]
     assert text_stage["flops"] / 1e12 == pytest.approx(3.8, rel=0.05)
     assert edit_stage["flops"] / 1e12 == pytest.approx(6.6, rel=0.05)
@@ -62,7 +70,7 @@ def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> 
         "online": ["cached_latents=false"],
         "noises": ["stage.noise_samples_per_prompt=4"],
     }.items():
-        ran("plan", capfd, *options, *more, f"hydra.run.dir={name}")
+        run_to_success("plan", capfd, *options, *more, f"hydra.run.dir={name}")
         memory[name] = json.loads(Path(f"{name}/report.json").read_text())["stages"][0]
     gib = {name: stage["memory_gib"] for name, stage in memory.items()}
     assert gib["8bit"]["optimizer"] == pytest.approx(gib["plain"]["optimizer"] / 4, rel=1e-2)
@@ -87,12 +95,12 @@ def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_what_can_t_be_planned_is_refused(capfd: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
-    assert words in message("plan", capfd, "model=midsize", *options)
+    assert words in run_to_message("plan", capfd, "model=midsize", *options)
 
 
 def test_prompts_cost_what_their_matrices_do(config: dict) -> None:
     """Two FLOPs a multiply-add; the last layer of the prompt makes only keys and values."""
-    one, two = (flops_of(config, Case("text", tokens, 1), 4) for tokens in (24, 40))
+    one, two = (count_sample_flops(config, Case("text", tokens, 1), 4) for tokens in (24, 40))
     hidden, inner, kv, layers = 64, 96, 2 * 2 * 16, 3  # taps 1..3 of 4 layers
     projections = 2 * hidden * hidden + kv * hidden + 3 * hidden * inner
     per_token = 2 * ((layers - 1) * projections + kv * hidden)
@@ -106,7 +114,7 @@ def test_prompts_cost_what_their_matrices_do(config: dict) -> None:
 def test_grouped_convolutions_are_counted_once() -> None:
     dense, grouped = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
     found = []
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    mapping = {torch.ops.aten.convolution_backward: _count_convolution_backward}
     for layer in (dense, grouped):
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             layer(torch.randn(1, 8, 5, 5, requires_grad=True)).sum().backward()
@@ -115,28 +123,30 @@ def test_grouped_convolutions_are_counted_once() -> None:
 
 
 def test_activations_grow_with_the_batch_alone(config: dict) -> None:
-    kept = activations_of(config, Case("text", 24, 1), 4, mixed=False)
+    kept = measure_activations(config, Case("text", 24, 1), 4, mixed=False)
     assert kept.fixed == 0
     assert kept.denoiser > kept.block_inputs > 0
-    mixed = activations_of(config, Case("text", 24, 1), 4, mixed=True)
+    mixed = measure_activations(config, Case("text", 24, 1), 4, mixed=True)
     assert 0.4 * kept.denoiser < mixed.denoiser < kept.denoiser
-    trained = sum(p.numel() for part in (build(config).ladder, build(config).denoiser) for p in part.parameters())
+    trained = sum(
+        p.numel() for part in (build_on_meta(config).ladder, build_on_meta(config).denoiser) for p in part.parameters()
+    )
     assert mixed.fixed == pytest.approx(2 * trained, rel=0.1)  # autocast's copies
 
 
 def test_what_fits_is_what_remains() -> None:
-    assert largest_batch(100.0, 40.0, 7.0) == 8
-    assert largest_batch(30.0, 40.0, 7.0) == 0
+    assert compute_largest_batch(100.0, 40.0, 7.0) == 8
+    assert compute_largest_batch(30.0, 40.0, 7.0) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("text", 256, 4), Case("image + text", 256, 4, 13)])
 def test_planned_memory_is_near_the_measured(case: Case) -> None:
-    config = to_plain(composed("bench"))
-    model = build(config["model"])
-    kept = activations_of(config["model"], case, 16, mixed=False)
+    config = to_plain(compose_config("bench"))
+    model = build_on_meta(config["model"])
+    kept = measure_activations(config["model"], case, 16, mixed=False)
     setting = Setting("adamw", None, False, False, "auto", 1, False, True)
-    planned = memory_of(model, "float32", setting, kept, case.batch)
+    planned = estimate_memory(model, "float32", setting, kept, case.batch)
     above = sum(p.numel() for p in model.mllm.body.language_model.layers[-1].parameters()) * 4  # it has all its layers
     measured = in_child(one_side, OURS, config, "cpu", case, 0)["memory"]["peak_mib"]
     assert (sum(planned.values()) + above) / MIB == pytest.approx(measured, rel=0.1)
@@ -144,14 +154,14 @@ def test_planned_memory_is_near_the_measured(case: Case) -> None:
 
 def test_options_of_the_model_are_counted(config: dict) -> None:
     text, edit = Case("text", 24, 1), Case("image + text", 24, 1, 3)
-    plain = {case.name: flops_of(config, case, 4) for case in (text, edit)}
-    context = flops_of({**config, "ladder": {**config["ladder"], "prompt_context": True}}, text, 4)
+    plain = {case.name: count_sample_flops(config, case, 4) for case in (text, edit)}
+    context = count_sample_flops({**config, "ladder": {**config["ladder"], "prompt_context": True}}, text, 4)
     queries = config["num_queries"]
     assert context["ladder"] == pytest.approx(plain["text"]["ladder"] * (queries + 24) / queries, rel=0.02)
     assert context["denoiser"] > plain["text"]["denoiser"]
     assert context["queries"] == plain["text"]["queries"]
     with_reference = {**config, "reference_latents": True}
-    assert "reference" not in flops_of(with_reference, text, 4)
-    found = flops_of(with_reference, edit, 4)
-    assert found["reference"] == autoencoder_flops(config, 128)
+    assert "reference" not in count_sample_flops(with_reference, text, 4)
+    found = count_sample_flops(with_reference, edit, 4)
+    assert found["reference"] == count_autoencoder_flops(config, 128)
     assert found["queries"] == plain["image + text"]["queries"]

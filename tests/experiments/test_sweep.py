@@ -15,7 +15,7 @@ from experiments.sweeps.score import open_data
 from tbac.app import to_plain
 from tbac.data.datamodule import ShardDataModule
 from tests.helpers.commands import run_app
-from tests.helpers.configs import ROOT, composed
+from tests.helpers.configs import ROOT, compose_config
 
 SWEEPS = sorted(f.stem for f in (ROOT / "conf" / "sweep").glob("*.yaml"))
 FEW = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]
@@ -80,7 +80,7 @@ def test_a_metric_that_no_run_has_is_not_drawn(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_s_data_are_opened_by_our_own_class_whatever_it_names(in_world: Path) -> None:
-    config = to_plain(composed("train", "run_dir=.", "world=shapes"))
+    config = to_plain(compose_config("train", "run_dir=.", "world=shapes"))
     config["data"] |= {"_target_": "pathlib.Path.write_text", "_args_": ["trace", "executed"]}
     config["data"]["dropout"] |= {"_target_": "os.system", "_args_": ["touch trace"]}
     assert type(open_data(config)) is ShardDataModule

@@ -15,10 +15,10 @@ from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import solve
 from tbac.training.cuda_graphs import StepGraphs
 from tbac.types import Batch
-from tests.helpers.configs import composed
-from tests.helpers.pictures import prompt_cases
-from tests.helpers.training import data_of, module_of, trainer_of
-from tests.helpers.worlds import read_everything
+from tests.helpers.configs import compose_config
+from tests.helpers.pictures import make_prompt_cases
+from tests.helpers.training import make_data, make_module, make_trainer
+from tests.helpers.worlds import load_all_parts
 
 pytestmark = pytest.mark.gpu
 
@@ -33,8 +33,8 @@ def _whole_float32() -> Any:
 
 def loss_and_gradients(model: UniImage, case: str, device: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Of one step on prompts of a kind, on a device."""
-    texts, images = prompt_cases()[case]
-    module = module_of(model).to(device)
+    texts, images = make_prompt_cases()[case]
+    module = make_module(model).to(device)
     model.to(device)
     latents, noise, sigma = targets(model, len(texts), 6)
     inputs = model.prompt(texts, images).to(device)
@@ -45,7 +45,7 @@ def loss_and_gradients(model: UniImage, case: str, device: str) -> tuple[float, 
 
 @pytest.mark.parametrize("case", ["text", "mixed", "several_images"])
 def test_a_step_has_the_loss_and_gradients_of_the_cpu(model: UniImage, case: str) -> None:
-    other = copy.deepcopy(read_everything(model))
+    other = copy.deepcopy(load_all_parts(model))
     there, here = loss_and_gradients(other, case, "cuda"), loss_and_gradients(model, case, "cpu")
     assert there[0] == pytest.approx(here[0], rel=1e-4)
     assert there[1].keys() == here[1].keys()
@@ -56,10 +56,10 @@ def test_a_step_has_the_loss_and_gradients_of_the_cpu(model: UniImage, case: str
 @pytest.mark.parametrize("stage", ["t2i_pretrain", "ti2i_pretrain"])
 def test_a_step_never_waits_for_the_device(model: UniImage, stage: str) -> None:
     """PyTorch itself raises where it would wait."""
-    module = module_of(read_everything(model)).to("cuda")
+    module = make_module(load_all_parts(model)).to("cuda")
     model.to("cuda")
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    batches = [b.pin_memory() for b in (next(iter(data_of(model, f"stage={stage}").train_dataloader())),) * 2]
+    batches = [b.pin_memory() for b in (next(iter(make_data(model, f"stage={stage}").train_dataloader())),) * 2]
     module.training_step(batches[0].to("cuda", non_blocking=True), 0).backward()  # libraries set themselves up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -71,10 +71,10 @@ def test_a_step_never_waits_for_the_device(model: UniImage, stage: str) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_lowers_the_loss_and_leaves_frozen_parts_alone(model: UniImage, precision: str) -> None:
-    before = {k: v.clone() for k, v in read_everything(model).state_dict().items()}
-    module = module_of(model, steps=8)
-    trainer = trainer_of(8, accelerator="cuda", devices=1, precision=precision)
-    trainer.fit(module, datamodule=data_of(model))
+    before = {k: v.clone() for k, v in load_all_parts(model).state_dict().items()}
+    module = make_module(model, steps=8)
+    trainer = make_trainer(8, accelerator="cuda", devices=1, precision=precision)
+    trainer.fit(module, datamodule=make_data(model))
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     for name, value in model.state_dict().items():
         if name.startswith(("mllm.", "autoencoder.")):
@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_and_leaves_frozen_parts_alone(model: UniImage,
 
 @pytest.mark.parametrize("case", [Case("text", 20, 3), Case("image + text", 24, 2, 3)])
 def test_the_release_s_way_computes_the_same(case: Case) -> None:
-    config = to_plain(composed("bench", "experiment=bench_gpu_small", "device=cuda"))
+    config = to_plain(compose_config("bench", "experiment=bench_gpu_small", "device=cuda"))
     model = make_model(config["model"], "cuda")
     torch.nn.init.normal_(model.ladder.queries, std=0.5)
     arguments = (make_inputs(model, case, 4), *targets(model, case.batch, 4))
@@ -102,7 +102,7 @@ def test_compiled_layers_change_nothing(model: UniImage) -> None:
 
 @pytest.mark.parametrize("guidance", [Guidance(4.5), Guidance(4.5, 1.5)])
 def test_recorded_predictions_give_the_same_bits(model: UniImage, guidance: Guidance) -> None:
-    read_everything(model).to("cuda").eval()
+    load_all_parts(model).to("cuda").eval()
     graphs = PredictionGraphs(model)
     noise = targets(model, 2, 6)[0]
     for texts in (["a red circle", "two blue squares"], ["a letter L", "three green crosses"]):
@@ -117,8 +117,8 @@ def test_recorded_predictions_give_the_same_bits(model: UniImage, guidance: Guid
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recorded_steps_compute_the_same(model: UniImage, dtype: torch.dtype | None, compiled: bool) -> None:
     """Several lengths in turn, each replayed after the others; padding to the recorded length changes nothing."""
-    model = read_everything(model).to("cuda")
-    module = module_of(model).to("cuda")
+    model = load_all_parts(model).to("cuda")
+    module = make_module(model).to("cuda")
     if compiled:
         model.compile_parts()
     graphs, found = StepGraphs(model, dtype), {}
@@ -127,7 +127,7 @@ def test_recorded_steps_compute_the_same(model: UniImage, dtype: torch.dtype | N
         module.graphs = graphs if recorded else None
         results = []
         for round_ in range(2):
-            for texts, images in (*prompt_cases().values(), ([words * 5, "a red circle"], None)):
+            for texts, images in (*make_prompt_cases().values(), ([words * 5, "a red circle"], None)):
                 inputs = model.prompt(texts, images).to("cuda")
                 latents, noise, sigma = targets(model, len(texts), 6, seed=round_)
                 with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):

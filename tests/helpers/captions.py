@@ -7,7 +7,7 @@ from data_prep.shapes.language import NUMBERS, OPENINGS, plural
 from data_prep.shapes.scene import COLORS, GLYPHS
 
 
-def said_objects(text: str) -> Counter:
+def parse_objects(text: str) -> Counter:
     """Objects that a caption names: (colour or None, shape) -> count, read with a grammar of its own."""
     for opening in sorted(OPENINGS, key=len, reverse=True):
         if opening and text.startswith(opening):

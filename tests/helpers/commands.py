@@ -29,7 +29,7 @@ def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tu
     return status, captured.out + captured.err
 
 
-def message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_to_message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The text of a failing run, checked to be a message instead of a traceback."""
     status, text = run_app(name, capfd, *arguments)
     assert status != 0, text
@@ -37,7 +37,7 @@ def message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> st
     return text
 
 
-def ran(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_to_success(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The text of a run that succeeds."""
     status, text = run_app(name, capfd, *arguments)
     assert status == 0, text

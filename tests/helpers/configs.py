@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @cache
-def _compose(name: str, overrides: tuple[str, ...]) -> Any:
+def _compose_once(name: str, overrides: tuple[str, ...]) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(name, list(overrides))
 
 
-def composed(name: str, *overrides: str) -> Any:
+def compose_config(name: str, *overrides: str) -> Any:
     """A config of the repository; composed once in a session, and each test has a copy of its own."""
-    return copy.deepcopy(_compose(name, overrides))
+    return copy.deepcopy(_compose_once(name, overrides))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 
-def completion(content: Any) -> dict:
+def make_completion(content: Any) -> dict:
     message = {"role": "assistant", "content": content}
     return {
         "id": "1", "object": "chat.completion", "created": 0, "model": "m",
@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def serve_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that the environment names, and clients that wait hardly at all between tries."""
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -11,32 +11,32 @@ from PIL import Image
 from tbac.data.decoding import ORIENTATION
 
 
-def noise_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+def make_noise_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     """A picture of coloured noise."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
-def prompt_cases() -> dict[str, tuple[list[str], list[list[Image.Image] | None] | None]]:
+def make_prompt_cases() -> dict[str, tuple[list[str], list[list[Image.Image] | None] | None]]:
     """Prompts of every kind: unequal texts, one image each, several images, and mixtures."""
     texts = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]
-    one, two = [noise_image(1)], [noise_image(2), noise_image(3, (48, 20))]
+    one, two = [make_noise_image(1)], [make_noise_image(2), make_noise_image(3, (48, 20))]
     return {
         "text": (texts, None),
-        "one_image": (texts, [one, [noise_image(4)], [noise_image(5, (20, 60))]]),
+        "one_image": (texts, [one, [make_noise_image(4)], [make_noise_image(5, (20, 60))]]),
         "several_images": (texts[:2], [two, [*one, *two]]),
         "mixed": (texts, [None, two, one]),
     }
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def png_of_size(width: int, height: int) -> bytes:
+def make_png_of_size(width: int, height: int) -> bytes:
     """A PNG whose header promises a size and whose data is a few bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -46,10 +46,10 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-FRAMES = [noise_image(i, (16, 16)) for i in range(3)]
+FRAMES = [make_noise_image(i, (16, 16)) for i in range(3)]
 
 
-def turned(orientation: int) -> bytes:
+def make_orientation_exif(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return exif.tobytes()

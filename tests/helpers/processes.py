@@ -68,12 +68,12 @@ def start_command(module: str, arguments: list[str], output: Path, environment: 
     target = (module, arguments, output.absolute(), variables, Path.cwd())
     output.parent.mkdir(parents=True, exist_ok=True)
     output.touch()
-    process = _context.Process(target=_run, args=target)
+    process = _context.Process(target=_run_in_child, args=target)
     process.start()
     return Command(process, output)
 
 
-def _run(module: str, arguments: list[str], output: Path, variables: dict[str, str], folder: Path) -> None:
+def _run_in_child(module: str, arguments: list[str], output: Path, variables: dict[str, str], folder: Path) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(variables)
@@ -89,7 +89,7 @@ def _run(module: str, arguments: list[str], output: Path, variables: dict[str, s
     importlib.import_module(module).main()
 
 
-def variables_of_ranks(count: int) -> list[dict[str, str]]:
+def make_rank_variables(count: int) -> list[dict[str, str]]:
     """What a launcher sets for each of some processes that train together on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,17 +10,17 @@ from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
 from tbac.data.shards import Source, SourceShards
 from tbac.types import Sample
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 
-def reader_of(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
+def make_reader(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
     """A reader whose batches are lists of samples."""
     found = [SourceShards(source, check_manifest) for source in sources]
     usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
     return ShardReader([f.tars for f in found], [f.samples for f in found], **(usual | options))
 
 
-def samples_of(reader: ShardReader, passes: int = 1) -> list[Sample]:
+def read_samples(reader: ShardReader, passes: int = 1) -> list[Sample]:
     """All samples in the order of the shards, some passes of them."""
     places = [
         (k, p, i, n)
@@ -49,7 +49,7 @@ def write_mixed_sizes(folder: str, count: int = 24) -> None:
     """Text-to-image shards `train` of pictures of five sizes."""
     sides = [(24, 24), (40, 20), (20, 40), (64, 30), (90, 100)]
     samples = [
-        (f"s{i:03d}", {"png": noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})
+        (f"s{i:03d}", {"png": make_noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})
         for i in range(count)
     ]
     write_shards(Path(folder), "train", samples, 10)

@@ -12,7 +12,7 @@ from tbac.training.checkpoints import describe_model
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import adamw, warmup_cosine
 from tbac.training.stages import Stage
-from tests.helpers.configs import composed
+from tests.helpers.configs import compose_config
 from tests.helpers.processes import Command, start_command
 
 TRAIN = [sys.executable, "-m", "experiments.train"]
@@ -30,7 +30,7 @@ RUN = [
 ]  # fmt: skip
 
 
-def stage_named(name: str = "t2i_pretrain", **options: Any) -> Stage:
+def make_stage(name: str = "t2i_pretrain", **options: Any) -> Stage:
     defaults: dict[str, Any] = {
         "optimizer": lambda groups: adamw(groups, lr=1e-2),
         "scheduler": lambda optimizer, total_steps: warmup_cosine(optimizer, total_steps, 1, 1e-3),
@@ -40,11 +40,11 @@ def stage_named(name: str = "t2i_pretrain", **options: Any) -> Stage:
     return Stage(name, **(defaults | options))
 
 
-def module_of(model: UniImage, **options: Any) -> LadderTuningModule:
-    return LadderTuningModule(model, stage_named(**options), facts=describe_model(model))
+def make_module(model: UniImage, **options: Any) -> LadderTuningModule:
+    return LadderTuningModule(model, make_stage(**options), facts=describe_model(model))
 
 
-def trainer_of(steps: int, **options: Any) -> Any:
+def make_trainer(steps: int, **options: Any) -> Any:
     import lightning as L
 
     quiet = {
@@ -56,15 +56,17 @@ def trainer_of(steps: int, **options: Any) -> Any:
     return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **(quiet | options))
 
 
-def data_of(model: UniImage, *overrides: str) -> Any:
-    data = instantiate(composed("train", "run_dir=.", "stage.batch_size=4", "stage.val_samples=8", *overrides).data)
+def make_data(model: UniImage, *overrides: str) -> Any:
+    data = instantiate(
+        compose_config("train", "run_dir=.", "stage.batch_size=4", "stage.val_samples=8", *overrides).data
+    )
     data.bind(model.prompt)
     return data
 
 
-def losses_of(model: UniImage, data: Any, steps: int = 6) -> list[float]:
+def train_and_list_losses(model: UniImage, data: Any, steps: int = 6) -> list[float]:
     """The loss of each step of a training on bound data."""
-    module, found = module_of(model, steps=steps), []
+    module, found = make_module(model, steps=steps), []
     inner = module.training_step
 
     def step(batch: Any, batch_idx: int) -> Any:
@@ -73,11 +75,11 @@ def losses_of(model: UniImage, data: Any, steps: int = 6) -> list[float]:
         return loss
 
     module.training_step = step  # type: ignore[method-assign]
-    trainer_of(steps).fit(module, datamodule=data)
+    make_trainer(steps).fit(module, datamodule=data)
     return found
 
 
-def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_runs_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     for part in PARTS:
         assert one[part].keys() == other[part].keys()
         for name, value in one[part].items():

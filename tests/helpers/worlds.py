@@ -18,7 +18,7 @@ from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.weights import compute_autoencoder_digest
-from tests.helpers.configs import composed
+from tests.helpers.configs import compose_config
 
 SIZES = Sizes(
     t2i=96,
@@ -36,7 +36,7 @@ SIZES = Sizes(
 
 def build_small_world(folder: Path) -> None:
     """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
-    parts = to_plain(composed("train", "run_dir=.").model)["architecture"]
+    parts = to_plain(compose_config("train", "run_dir=.").model)["architecture"]
     torch.manual_seed(1)
     mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
     (folder / "tokenizer").mkdir()
@@ -61,10 +61,10 @@ def build_small_world(folder: Path) -> None:
 
 @cache
 def _load_model(world: Path, overrides: tuple[str, ...]) -> UniImage:
-    return UniImage.from_config(instantiate(composed("train", "run_dir=.", *overrides).model))
+    return UniImage.from_config(instantiate(compose_config("train", "run_dir=.", *overrides).model))
 
 
-def small_model(world: Path, *overrides: str) -> UniImage:
+def load_small_model(world: Path, *overrides: str) -> UniImage:
     """The shapes model on untrained backbones, with ladder weights far from zero so that they matter."""
     os.environ["TBAC_SHAPES"] = str(world)
     model = copy.deepcopy(_load_model(world, overrides))
@@ -73,7 +73,7 @@ def small_model(world: Path, *overrides: str) -> UniImage:
     return model
 
 
-def read_everything(model: UniImage) -> UniImage:
+def load_all_parts(model: UniImage) -> UniImage:
     """The model with those parts read too that otherwise wait until they are used."""
     model.mllm.load_full_model()
     for part in ("encoder", "decoder"):

@@ -18,7 +18,7 @@ from tbac.models.saved import FACTS, read_saved_model
 from tbac.models.taps import last_n, learned_mix
 from tbac.training.checkpoints import describe_model
 from tests.helpers.configs import ROOT
-from tests.helpers.worlds import small_model
+from tests.helpers.worlds import load_small_model
 
 FIELDS = {f.name for f in fields(ModelConfig)}
 CONFIG = ModelConfig(mllm="owner/mllm", denoiser="owner/denoiser", image_pixels=576, taps=last_n(6, 4))
@@ -31,7 +31,7 @@ def keys_of(file: str) -> set[str]:
 
 
 def test_yaml_checkpoint_and_export_hold_the_same_keys(in_world: Path) -> None:
-    model = small_model(in_world)
+    model = load_small_model(in_world)
     model.save_pretrained("out")
     exported = json.loads(Path("out/config.json").read_text())
     assert keys_of("model/base/options.yaml") == FIELDS
@@ -125,7 +125,7 @@ def test_a_file_that_holds_anything_else_is_named(change: Callable[[dict], Any],
 
 
 def test_an_unknown_argument_of_a_part_is_named(in_world: Path) -> None:
-    small_model(in_world).save_pretrained("out")
+    load_small_model(in_world).save_pretrained("out")
     config = json.loads(Path("out/config.json").read_text())
     config["architecture"]["transformer"]["depth"] = 3
     Path("out/config.json").write_text(json.dumps(config))
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_before_with_another_rule_is_refused() -> None:
 
 
 def test_exports_of_format_1_are_read(in_world: Path) -> None:
-    model = small_model(in_world, "model.reference_latents=true", "taps=uniform")
+    model = load_small_model(in_world, "model.reference_latents=true", "taps=uniform")
     model.save_pretrained("out")
     today = read_export(Path("out"))
     new = json.loads(Path("out/config.json").read_text())

@@ -9,8 +9,8 @@ from torch import Tensor
 from tbac.models import UniImage
 from tbac.models.mllm import pad_vision_mlps
 from tbac.types import Condition
-from tests.helpers.pictures import prompt_cases
-from tests.helpers.worlds import small_model
+from tests.helpers.pictures import make_prompt_cases
+from tests.helpers.worlds import load_small_model
 
 
 def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def plain_taps(model: UniImage, inputs: dict, queries: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", ["text", "one_image", "several_images", "mixed"])
 def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str) -> None:
-    texts, images = prompt_cases()[case]
+    texts, images = make_prompt_cases()[case]
     inputs = model.prompt(texts, images)
     torch.manual_seed(5)
     latents = torch.randn(2, len(texts), 8, 6, 6)
@@ -87,7 +87,7 @@ def test_taps_loss_and_gradients_equal_the_plain_pass(model: UniImage, case: str
 
 @pytest.mark.parametrize("case", ["text", "mixed"])
 def test_exact_in_float64(model: UniImage, case: str) -> None:
-    texts, images = prompt_cases()[case]
+    texts, images = make_prompt_cases()[case]
     inputs = model.prompt(texts, images)
     model.mllm.load_full_model()  # its last layers too
     mllm = model.mllm.double()
@@ -101,7 +101,7 @@ def test_exact_in_float64(model: UniImage, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["text", "mixed"])
 def test_mixed_precision_stays_near_the_plain_pass(model: UniImage, case: str) -> None:
-    inputs = model.prompt(*prompt_cases()[case])
+    inputs = model.prompt(*make_prompt_cases()[case])
     plain = model.encode_condition(inputs).states
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model.encode_condition(inputs).states
@@ -115,7 +115,7 @@ def test_mixed_precision_stays_near_the_plain_pass(model: UniImage, case: str) -
 def test_checkpointing_and_compiling_change_nothing(model: UniImage, case: str, way: str) -> None:
     """The library drops its cache under checkpointing in training mode; here neither mode matters."""
     model.train()
-    inputs = model.prompt(*prompt_cases()[case])
+    inputs = model.prompt(*make_prompt_cases()[case])
     results = []
     for changed in (False, True):
         if changed and way != "checkpointing":
@@ -163,7 +163,7 @@ def test_checkpointing_runs_the_query_pass_twice_and_the_prompt_once(model: UniI
 
 @pytest.mark.parametrize("case", ["text", "mixed"])
 def test_inputs_padded_on_the_left_are_read_alike(model: UniImage, case: str) -> None:
-    texts, images = prompt_cases()[case]
+    texts, images = make_prompt_cases()[case]
     right, left = (
         model.encode_condition(model.prompt(texts, images, padding_side=s)).states for s in ("right", "left")
     )
@@ -171,7 +171,7 @@ def test_inputs_padded_on_the_left_are_read_alike(model: UniImage, case: str) ->
 
 
 def test_padding_and_company_change_nothing(model: UniImage) -> None:
-    texts, images = prompt_cases()["mixed"]
+    texts, images = make_prompt_cases()["mixed"]
     together = model.encode_condition(model.prompt(texts, images)).states
     for row, (text, group) in enumerate(zip(texts, images, strict=True)):
         alone = model.encode_condition(model.prompt([text], [group])).states
@@ -179,7 +179,7 @@ def test_padding_and_company_change_nothing(model: UniImage) -> None:
 
 
 def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(in_world, "taps=explicit", "taps.layers=[1,2,2,1]")
+    model = load_small_model(in_world, "taps=explicit", "taps.layers=[1,2,2,1]")
     ran = []
     for index, layer in enumerate(model.mllm.body.language_model.layers):
         layer.self_attn.k_proj.register_forward_hook(lambda *_, i=index: ran.append(i))
@@ -188,7 +188,7 @@ def test_nothing_above_the_deepest_tap_runs(in_world, monkeypatch: pytest.Monkey
 
 
 def test_the_constant_beginning_changes_nothing_and_outlives_inference_mode(model: UniImage) -> None:
-    inputs = model.prompt(*prompt_cases()["mixed"])
+    inputs = model.prompt(*make_prompt_cases()["mixed"])
     whole = {k: v for k, v in inputs.items() if k != "shared_ids"}
     with torch.inference_mode():
         model.encode_condition(inputs)
@@ -222,7 +222,7 @@ def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
 
 
 def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
-    texts, images = prompt_cases()["mixed"]
+    texts, images = make_prompt_cases()["mixed"]
     untouched = copy.deepcopy(model.mllm.load_full_model())
     inputs = model.prompt(texts, images, system="You are a helpful assistant.", ending="", padding_side="left")
     kinds = (inputs["input_ids"] == untouched.config.image_token_id).int()
@@ -236,7 +236,7 @@ def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
 
 
 def test_answering_one_by_one_equals_answering_together(model: UniImage) -> None:
-    texts, images = prompt_cases()["mixed"]
+    texts, images = make_prompt_cases()["mixed"]
     alone = [model.answer([t], [i], 4)[0] for t, i in zip(texts, images, strict=True)]
     assert model.answer(texts, images, 4) == alone
 

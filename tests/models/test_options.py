@@ -12,8 +12,8 @@ from tbac.models.prompt import PromptInputs, spell_quoted_words
 from tbac.models.saved import FACTS, SavedModel, read_saved_model
 from tbac.sampling import UniImagePipeline
 from tbac.training.checkpoints import describe_model, load_weights
-from tests.helpers.pictures import noise_image
-from tests.helpers.worlds import small_model
+from tests.helpers.pictures import make_noise_image
+from tests.helpers.worlds import load_small_model
 
 ALL = ("model.reference_latents=true", "model.spell_words=true", "ladder.prompt_context=true")
 TEXTS = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]
@@ -21,7 +21,7 @@ TEXTS = ["a red circle", "", "three green squares and a letter L at the top left
 
 @pytest.fixture
 def referring(in_world: Path) -> UniImage:
-    model = small_model(in_world, "model.reference_latents=true")
+    model = load_small_model(in_world, "model.reference_latents=true")
     assert model.denoiser.reference_embed is not None
     torch.nn.init.normal_(model.denoiser.reference_embed.weight, std=0.5)
     return model
@@ -36,14 +36,14 @@ def loss_gradients(model: UniImage, inputs: PromptInputs) -> dict[str, Tensor]:
 def test_all_are_off_by_default(model: UniImage) -> None:
     config = model.provenance.config
     assert not any((config.reference_latents, config.spell_words, config.ladder.prompt_context))
-    condition = model.encode_condition(model.prompt(TEXTS, [[noise_image(0)], None, None]))
+    condition = model.encode_condition(model.prompt(TEXTS, [[make_noise_image(0)], None, None]))
     assert condition.mask is None
     assert condition.reference is None
 
 
 def test_references_start_out_changing_nothing(model: UniImage, in_world: Path) -> None:
-    with_references = small_model(in_world, "model.reference_latents=true")
-    images = [[noise_image(0)], None, [noise_image(1)]]
+    with_references = load_small_model(in_world, "model.reference_latents=true")
+    images = [[make_noise_image(0)], None, [make_noise_image(1)]]
     latents = torch.randn(3, 8, 6, 6)
     made = [
         m.predict_velocity(latents, torch.tensor([0.3]), m.encode_condition(m.prompt(TEXTS, images)))
@@ -53,8 +53,10 @@ def test_references_start_out_changing_nothing(model: UniImage, in_world: Path) 
 
 
 def test_references_are_the_latents_of_the_first_image(referring: UniImage) -> None:
-    picture = noise_image(1, (24, 24))
-    condition = referring.encode_condition(referring.prompt(TEXTS, [[picture, noise_image(2)], None, [noise_image(3)]]))
+    picture = make_noise_image(1, (24, 24))
+    condition = referring.encode_condition(
+        referring.prompt(TEXTS, [[picture, make_noise_image(2)], None, [make_noise_image(3)]])
+    )
     pixels = torch.tensor(list(picture.get_flattened_data())).view(24, 24, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert condition.reference is not None
     torch.testing.assert_close(condition.reference[:1], referring.autoencoder.encode(pixels))
@@ -63,7 +65,7 @@ def test_references_are_the_latents_of_the_first_image(referring: UniImage) -> N
 
 
 def test_references_reach_the_prediction_and_train(referring: UniImage) -> None:
-    inputs = referring.prompt(TEXTS, [[noise_image(1)], None, [noise_image(2)]])
+    inputs = referring.prompt(TEXTS, [[make_noise_image(1)], None, [make_noise_image(2)]])
     condition = referring.encode_condition(inputs)
     latents = torch.randn(3, 8, 6, 6)
     made = referring.predict_velocity(latents, torch.tensor([0.5]), condition)
@@ -82,27 +84,29 @@ def test_every_guidance_branch_has_its_own_reference(referring: UniImage) -> Non
     pipe = UniImagePipeline(referring)
     noise = torch.randn(2, 8, 6, 6)
     options = {"num_inference_steps": 2, "latents": noise, "output_type": "latent"}
-    images = [noise_image(1), noise_image(2)]
+    images = [make_noise_image(1), make_noise_image(2)]
     together = pipe(TEXTS[:2], image=images, **options).images
     apart = pipe(TEXTS[:2], image=images, batch_branches=False, **options).images
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     one = pipe(TEXTS[:1], image=images[:1], **(options | {"latents": noise[:1]})).images
     torch.testing.assert_close(together[:1], one, rtol=1e-4, atol=1e-5)
-    other = pipe(TEXTS[:1], image=[noise_image(3)], **(options | {"latents": noise[:1]})).images
+    other = pipe(TEXTS[:1], image=[make_noise_image(3)], **(options | {"latents": noise[:1]})).images
     assert (other - one).abs().max() > 1e-3
 
 
 def test_references_follow_the_size_of_the_picture(referring: UniImage) -> None:
-    made = UniImagePipeline(referring)("a circle", image=noise_image(1), height=16, width=32, num_inference_steps=1)
+    made = UniImagePipeline(referring)(
+        "a circle", image=make_noise_image(1), height=16, width=32, num_inference_steps=1
+    )
     assert made.images[0].size == (32, 16)
 
 
 @pytest.fixture
 def reading(in_world: Path) -> UniImage:
-    return small_model(in_world, "ladder.prompt_context=true")
+    return load_small_model(in_world, "ladder.prompt_context=true")
 
 
-@pytest.mark.parametrize("images", [None, [[noise_image(1)], None, [noise_image(2), noise_image(3)]]])
+@pytest.mark.parametrize("images", [None, [[make_noise_image(1)], None, [make_noise_image(2), make_noise_image(3)]]])
 def test_the_prompts_states_are_those_of_the_whole_sequence(reading: UniImage, images: list | None) -> None:
     """Against the library's own forward pass of each prompt."""
     condition = reading.encode_condition(reading.prompt(TEXTS, images))
@@ -135,7 +139,7 @@ def test_padding_of_the_prompt_is_never_read(reading: UniImage) -> None:
 
 @pytest.mark.parametrize("taps", ["final", "learned_mix", "single"])
 def test_the_prompt_is_read_at_every_kind_of_tap(in_world: Path, taps: str) -> None:
-    model = small_model(in_world, "ladder.prompt_context=true", f"taps={taps}")
+    model = load_small_model(in_world, "ladder.prompt_context=true", f"taps={taps}")
     inputs = model.prompt(TEXTS)
     assert model.encode_condition(inputs).states.shape[2] > model.ladder.queries.shape[0]
     assert loss_gradients(model, inputs)["ladder.queries"].abs().max() > 0
@@ -145,7 +149,7 @@ def test_the_prompt_as_context_needs_the_prompt_code(reading: UniImage, in_world
     with pytest.raises(ValueError, match=r"needs inputs of model.prompt\(\)"):
         reading.encode_condition(reading.prompt(TEXTS, padding_side="left"))
     with pytest.raises(Exception, match=r"ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp"):
-        small_model(in_world, "ladder=transformer", "ladder.prompt_context=true")
+        load_small_model(in_world, "ladder=transformer", "ladder.prompt_context=true")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_words_are_spelled(text: str, expected: str) -> None:
 
 
 def test_words_are_spelled_for_drawing_alone(in_world: Path) -> None:
-    plain, spelling = small_model(in_world), small_model(in_world, "model.spell_words=true")
+    plain, spelling = load_small_model(in_world), load_small_model(in_world, "model.spell_words=true")
     text = 'the word "LT"'
     assert torch.equal(spelling.prompt([text])["input_ids"], plain.prompt([spell_quoted_words(text)])["input_ids"])
     asked = [m.prompt([text], padding_side="left")["input_ids"] for m in (plain, spelling)]
@@ -172,7 +176,7 @@ def test_words_are_spelled_for_drawing_alone(in_world: Path) -> None:
 
 
 def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
-    model = small_model(in_world, *ALL)
+    model = load_small_model(in_world, *ALL)
     assert model.denoiser.reference_embed is not None
     torch.nn.init.normal_(model.denoiser.reference_embed.weight)
     model.save_pretrained(tmp_path / "export")
@@ -182,7 +186,7 @@ def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
     assert config.reference_latents
     assert config.spell_words
     assert config.ladder.prompt_context
-    prompts = 'the word "LT"', [[noise_image(1)]]
+    prompts = 'the word "LT"', [[make_noise_image(1)]]
     options = {"num_inference_steps": 2, "latents": torch.randn(1, 8, 6, 6), "output_type": "latent"}
     made = [UniImagePipeline(m)(prompts[0], image=prompts[1], **options).images for m in (model, again)]
     torch.testing.assert_close(*made)
@@ -195,7 +199,7 @@ def saved_of(model: UniImage, origin: str) -> SavedModel:
 
 def test_a_model_without_is_tuned_with_them(model: UniImage, in_world: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = model.get_trained_state()
-    tuned = small_model(in_world, *ALL)
+    tuned = load_small_model(in_world, *ALL)
     load_weights(saved_of(model, "before.ckpt"), tuned)
     assert "prompt_context False -> True" in caplog.text
     assert "without references: their embedding starts at zero" in caplog.text

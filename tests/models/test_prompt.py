@@ -10,7 +10,7 @@ from transformers import Qwen2VLImageProcessorPil
 from tbac.models import UniImage
 from tbac.models.prompt import IMAGE_PAD, SYSTEM_PROMPT, PromptProcessor
 from tests.helpers.configs import ROOT
-from tests.helpers.pictures import noise_image, prompt_cases
+from tests.helpers.pictures import make_noise_image, make_prompt_cases
 
 
 def decoded(model: UniImage, *args: object, **options: object) -> list[str]:
@@ -28,7 +28,7 @@ def test_the_chat_form_is_the_released_one(model: UniImage) -> None:
 
 
 def test_images_come_before_the_text_with_one_token_per_merged_patch(model: UniImage) -> None:
-    text = decoded(model, ["go"], [[noise_image(0), noise_image(1)]])[0]
+    text = decoded(model, ["go"], [[make_noise_image(0), make_noise_image(1)]])[0]
     picture = "<|vision_start|>" + IMAGE_PAD * 9 + "<|vision_end|>"
     assert f"<|im_start|>user\n{picture}{picture}go<|im_end|>" in text
 
@@ -36,7 +36,7 @@ def test_images_come_before_the_text_with_one_token_per_merged_patch(model: UniI
 @pytest.mark.parametrize("size", [(32, 32), (200, 20), (7, 90), (1, 1)])
 def test_images_of_any_size_and_mode_get_about_the_same_area(model: UniImage, size: tuple[int, int]) -> None:
     for mode in ("RGB", "L", "RGBA", "P", "1"):
-        inputs = model.prompt(["x"], [[noise_image(0, size).convert(mode)]])
+        inputs = model.prompt(["x"], [[make_noise_image(0, size).convert(mode)]])
         pixels = int(inputs["image_grid_thw"].prod()) * 16
         assert 512 <= pixels <= 2048
         image_token = model.mllm.model.config.image_token_id
@@ -121,7 +121,7 @@ def plain_processor(processor: PromptProcessor, text: str, images: list[Image.Im
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_tokens_pixels_and_grids_are_the_released_processor_s(released: PromptProcessor, name: str, count: int) -> None:
-    images = [noise_image(7, (300, 200)), noise_image(8, (90, 400))][:count]
+    images = [make_noise_image(7, (300, 200)), make_noise_image(8, (90, 400))][:count]
     ours = released([TEXTS[name]], [images])
     theirs = plain_processor(released, TEXTS[name], images)
     assert ours["input_ids"][0].tolist() == theirs["input_ids"]
@@ -134,7 +134,7 @@ def test_tokens_pixels_and_grids_are_the_released_processor_s(released: PromptPr
 def test_images_of_any_size_and_mode_are_read_as_released(
     released: PromptProcessor, size: tuple[int, int], mode: str
 ) -> None:
-    image = noise_image(1, size)
+    image = make_noise_image(1, size)
     image = image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
     ours = released([""], [[image]])
     theirs = plain_processor(released, "", [image.convert("RGB")])
@@ -145,7 +145,7 @@ def test_images_of_any_size_and_mode_are_read_as_released(
 
 def test_a_sliver_is_refused(released: PromptProcessor) -> None:
     with pytest.raises(ValueError, match="has 1 x 201 pixels; one side may be at most 200 times the other"):
-        released([""], [[noise_image(0, (1, 201))]])
+        released([""], [[make_noise_image(0, (1, 201))]])
 
 
 @pytest.mark.parametrize("look_alike", ["<|img0|>", "<|pad_token_0|>", "<|vision_end|>", "<|image_pad|>"])
@@ -159,7 +159,7 @@ def test_no_text_injects_a_query_or_an_image(released: PromptProcessor, look_ali
 
 @pytest.mark.parametrize("case", ["text", "one_image", "several_images", "mixed"])
 def test_positions_are_the_library_s(model: UniImage, case: str) -> None:
-    inputs = model.prompt(*prompt_cases()[case])
+    inputs = model.prompt(*make_prompt_cases()[case])
     mask = inputs["attention_mask"].bool()
     kinds = (inputs["input_ids"] == model.mllm.model.config.image_token_id).int()
     if "image_grid_thw" in inputs:
@@ -172,7 +172,7 @@ def test_positions_are_the_library_s(model: UniImage, case: str) -> None:
 
 
 def test_all_prompts_begin_with_the_shared_tokens_and_go_on_in_their_own_way(released: PromptProcessor) -> None:
-    inputs = released(["a red circle", "\n\nnewlines", ""], [None, None, [noise_image(0)]])
+    inputs = released(["a red circle", "\n\nnewlines", ""], [None, None, [make_noise_image(0)]])
     shared = inputs["shared_ids"].tolist()
     assert all(row[: len(shared)] == shared for row in inputs["input_ids"].tolist())
     text = released.tokenizer.decode(shared)

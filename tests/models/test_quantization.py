@@ -9,15 +9,15 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from hydra.errors import InstantiationException
 
 from tbac.models import UniImage
-from tests.helpers.pictures import prompt_cases
-from tests.helpers.worlds import small_model
+from tests.helpers.pictures import make_prompt_cases
+from tests.helpers.worlds import load_small_model
 
 KINDS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_decoder_layers_are_quantised(in_world: Path, kind: str) -> None:
-    model = small_model(in_world, f"model.quantization={kind}")
+    model = load_small_model(in_world, f"model.quantization={kind}")
     language, visual = model.mllm.body.language_model, model.mllm.body.visual
     quantised = [m for m in language.modules() if isinstance(m, KINDS[kind])]
     assert len(quantised) == 7 * len(language.layers)
@@ -26,7 +26,7 @@ def test_only_the_decoder_layers_are_quantised(in_world: Path, kind: str) -> Non
 
 
 def taps_and_gradient(model: UniImage, case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, plan = model.prompt(*prompt_cases()[case]), model.ladder.plan
+    inputs, plan = model.prompt(*make_prompt_cases()[case]), model.ladder.plan
     taps = model.mllm.read_queries(model.ladder.queries, model.mllm.read_prefix(inputs, plan.deepest), plan.layers)
     taps.square().mean().backward()
     return taps.detach(), model.ladder.queries.grad
@@ -34,7 +34,7 @@ def taps_and_gradient(model: UniImage, case: str) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("case", ["text", "mixed"])
 def test_nf4_is_the_plain_pass_with_the_weights_that_it_stands_for(in_world: Path, case: str) -> None:
-    model, plain = small_model(in_world, "model.quantization=nf4"), small_model(in_world)
+    model, plain = load_small_model(in_world, "model.quantization=nf4"), load_small_model(in_world)
     for name, module in model.mllm.body.language_model.named_modules():
         if isinstance(module, Linear4bit):
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -47,7 +47,9 @@ def test_nf4_is_the_plain_pass_with_the_weights_that_it_stands_for(in_world: Pat
 @pytest.mark.parametrize(("kind", "least"), [("nf4", 0.75), ("int8", 0.98)])
 @pytest.mark.parametrize("case", ["text", "mixed"])
 def test_quantised_taps_stay_near_the_whole_ones(in_world: Path, kind: str, least: float, case: str) -> None:
-    ours, plain = (taps_and_gradient(small_model(in_world, f"model.quantization={q}"), case) for q in (kind, "null"))
+    ours, plain = (
+        taps_and_gradient(load_small_model(in_world, f"model.quantization={q}"), case) for q in (kind, "null")
+    )
     assert not torch.equal(ours[0], plain[0])
     assert torch.nn.functional.cosine_similarity(ours[0], plain[0], dim=-1).mean() > least
     assert torch.isfinite(ours[1]).all()
@@ -56,7 +58,7 @@ def test_quantised_taps_stay_near_the_whole_ones(in_world: Path, kind: str, leas
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_answers_and_saves_what_it_trains(in_world: Path, tmp_path: Path, kind: str) -> None:
-    model = small_model(in_world, f"model.quantization={kind}")
+    model = load_small_model(in_world, f"model.quantization={kind}")
     answers = model.answer(["what is it?"], None, 3)
     assert isinstance(answers[0], str)
     model.save_pretrained(tmp_path / "slim", standalone=True)
@@ -68,4 +70,4 @@ def test_a_quantised_model_answers_and_saves_what_it_trains(in_world: Path, tmp_
 
 def test_other_quantisations_are_refused(in_world: Path) -> None:
     with pytest.raises((ValueError, InstantiationException), match=r"model\.quantization must be null, nf4 or int8"):
-        small_model(in_world, "model.quantization=fp4")
+        load_small_model(in_world, "model.quantization=fp4")

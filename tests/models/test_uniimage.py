@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
-from tests.helpers.configs import composed
-from tests.helpers.pictures import noise_image
-from tests.helpers.worlds import read_everything, small_model
+from tests.helpers.configs import compose_config
+from tests.helpers.pictures import make_noise_image
+from tests.helpers.worlds import load_all_parts, load_small_model
 
 
 def same_tensors(first: UniImage, second: UniImage) -> bool:
-    a, b = read_everything(first).state_dict(), read_everything(second).state_dict()
+    a, b = load_all_parts(first).state_dict(), load_all_parts(second).state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -30,7 +30,7 @@ def test_an_export_loads_bit_for_bit(model: UniImage, tmp_path: Path, standalone
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["num_queries"] == 9
     assert config["image_pixels"] == 576
-    first, second = (m.encode_condition(m.prompt(["a circle"], [[noise_image(0)]])).states for m in (model, again))
+    first, second = (m.encode_condition(m.prompt(["a circle"], [[make_noise_image(0)]])).states for m in (model, again))
     assert torch.equal(first, second)
 
 
@@ -83,9 +83,9 @@ def test_folders_load_the_weights_that_were_saved(in_world: Path) -> None:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = small_model(in_world)
+    model = load_small_model(in_world)
     backbones = in_world / "backbones"
-    read_everything(model)
+    load_all_parts(model)
     pairs = [
         (model.mllm.model, Qwen2_5_VLForConditionalGeneration.from_pretrained(backbones / "mllm")),
         (model.denoiser.transformer, SanaTransformer2DModel.from_pretrained(backbones / "denoiser" / "transformer")),
@@ -98,14 +98,14 @@ def test_folders_load_the_weights_that_were_saved(in_world: Path) -> None:
 
 
 def test_the_seed_decides_the_ladder(in_world: Path) -> None:
-    states = [small_model(in_world, f"model.seed={s}").ladder.connector.state_dict() for s in (1, 1, 2)]
+    states = [load_small_model(in_world, f"model.seed={s}").ladder.connector.state_dict() for s in (1, 1, 2)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
 
 
 def build(*overrides: str) -> UniImage:
     """The model that train.py builds with these overrides."""
-    return UniImage.from_config(instantiate(composed("train", "run_dir=.", *overrides).model))
+    return UniImage.from_config(instantiate(compose_config("train", "run_dir=.", *overrides).model))
 
 
 def test_queries_start_from_their_phrases_or_from_noise(in_world: Path) -> None:
@@ -139,5 +139,5 @@ def test_bad_models_are_refused_before_weights_are_read(
 
     monkeypatch.setattr(Qwen2_5_VLModel, "from_pretrained", lambda *_, **__: pytest.fail("read"))
     with pytest.raises((ValueError, InstantiationException)) as error:
-        small_model(in_world, *overrides)
+        load_small_model(in_world, *overrides)
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.guidance import Guidance
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 
 def latents_of(pipeline: UniImagePipeline, prompt: Any, **options: Any) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_text_guidance_equals_the_plain_loop(model: UniImage, pipeline: UniImage
 def test_dual_guidance_equals_the_plain_loop(model: UniImage, pipeline: UniImagePipeline) -> None:
     from PIL import Image
 
-    noise, source = noise_for(1), noise_image(3)
+    noise, source = noise_for(1), make_noise_image(3)
     black = Image.new("RGB", source.size)
     expected = plain_loop(
         model,
@@ -77,7 +77,7 @@ def test_guidance_of_one_is_no_guidance(model: UniImage, pipeline: UniImagePipel
 
 
 def test_image_guidance_of_one_or_less_guides_the_text_alone(model: UniImage, pipeline: UniImagePipeline) -> None:
-    noise, source = noise_for(1), noise_image(3)
+    noise, source = noise_for(1), make_noise_image(3)
     expected = plain_loop(
         model, ["", "add a circle"], [[source], [source]], noise, 3, lambda i, f: i + 4.0 * (f - i)
     )  # fmt: skip
@@ -90,7 +90,7 @@ def test_image_guidance_of_one_or_less_guides_the_text_alone(model: UniImage, pi
 
 @pytest.mark.parametrize("edit", [False, True])
 def test_branches_one_by_one_equal_branches_in_one_batch(pipeline: UniImagePipeline, edit: bool) -> None:
-    options = {"latents": noise_for(2), "image": [noise_image(1), noise_image(2)] if edit else None}
+    options = {"latents": noise_for(2), "image": [make_noise_image(1), make_noise_image(2)] if edit else None}
     together = latents_of(pipeline, PROMPTS[:2], **options)
     apart = latents_of(pipeline, PROMPTS[:2], batch_branches=False, **options)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
@@ -146,7 +146,7 @@ def test_a_batch_of_prompts_equals_one_by_one(pipeline: UniImagePipeline) -> Non
 
 def test_a_batch_of_edits_equals_one_by_one(pipeline: UniImagePipeline) -> None:
     noise = noise_for(3)
-    images = [noise_image(1), noise_image(2, (20, 48)), [noise_image(3), noise_image(4)]]
+    images = [make_noise_image(1), make_noise_image(2, (20, 48)), [make_noise_image(3), make_noise_image(4)]]
     together = latents_of(pipeline, PROMPTS, image=images, latents=noise)
     for row, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
         alone = latents_of(pipeline, prompt, image=image, latents=noise[row : row + 1])
@@ -156,7 +156,7 @@ def test_a_batch_of_edits_equals_one_by_one(pipeline: UniImagePipeline) -> None:
 @pytest.mark.parametrize("edit", [False, True])
 def test_several_pictures_per_prompt_keep_their_prompt_and_their_image(pipeline: UniImagePipeline, edit: bool) -> None:
     noise = noise_for(6)
-    images = [noise_image(1), noise_image(2), noise_image(3)] if edit else [None] * 3
+    images = [make_noise_image(1), make_noise_image(2), make_noise_image(3)] if edit else [None] * 3
     together = latents_of(pipeline, PROMPTS, image=images if edit else None, latents=noise, num_images_per_prompt=2)
     for index in range(6):
         row = index // 2
@@ -193,7 +193,7 @@ def test_other_sizes(pipeline: UniImagePipeline) -> None:
 
 
 def test_answering_through_the_pipeline(pipeline: UniImagePipeline, model: UniImage) -> None:
-    image = noise_image(5)
+    image = make_noise_image(5)
     assert pipeline.answer("what is it?", image, 4) == model.answer(["what is it?"], [[image]], 4)[0]
 
 
@@ -207,8 +207,8 @@ def test_answering_through_the_pipeline(pipeline: UniImagePipeline, model: UniIm
         ({"width": 0}, "width must be"),
         ({"latents": torch.zeros(1, 8, 6, 6)}, "latents must have shape"),
         ({"negative_prompt": ["a"]}, "1 negative prompts for 2 prompts"),
-        ({"image": [noise_image(1), None]}, "all edits or all text-to-image"),
-        ({"image": [noise_image(1)]}, "1 input images for 2 prompts"),
+        ({"image": [make_noise_image(1), None]}, "all edits or all text-to-image"),
+        ({"image": [make_noise_image(1)]}, "1 input images for 2 prompts"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 pictures"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval must be two noise levels"),
         ({"guidance_interval": (0.0, 1.5)}, "guidance_interval must be two noise levels"),

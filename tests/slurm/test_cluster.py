@@ -12,17 +12,26 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
-from experiments.studies.faults.runs import same
+from experiments.studies.faults.local_slurm import (
+    OVERRIDES,
+    list_missing_programs,
+    read_job_state,
+    run_cluster,
+    start_requeued_job,
+    wait_until,
+)
+from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
 from tests.helpers.configs import ROOT
-from tests.helpers.training import assert_close
+from tests.helpers.training import assert_runs_close
 
 pytestmark = [
     pytest.mark.xdist_group("slurm"),
     pytest.mark.slow,
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(missing()) or os.getuid() != 0, reason=f"needs root and {', '.join(missing())}"),
+    pytest.mark.skipif(
+        bool(list_missing_programs()) or os.getuid() != 0, reason=f"needs root and {', '.join(list_missing_programs())}"
+    ),
 ]
 STEPS = 12
 # a few batches of the smallest size; the time limit doesn't matter
@@ -35,7 +44,7 @@ MACHINE = [o for o in OVERRIDES if not o.startswith("machine=")]
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Path]:
-    with cluster(nodes=2) as folder:
+    with run_cluster(nodes=2) as folder:
         yield folder
 
 
@@ -54,9 +63,9 @@ def submitted(folder: Path, *overrides: str, logger: str = "csv") -> str:
 
 def finished(job: str, folder: Path) -> None:
     """Wait for its end."""
-    release_hold(job)
-    until(lambda: state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"))
-    assert state(job) == "COMPLETED", (folder / f"slurm-{job}.log").read_text()
+    start_requeued_job(job)
+    wait_until(lambda: read_job_state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"))
+    assert read_job_state(job) == "COMPLETED", (folder / f"slurm-{job}.log").read_text()
 
 
 def last(folder: Path) -> dict:
@@ -83,25 +92,25 @@ def test_a_stage_runs_on_two_nodes(whole: Path, tmp_path: Path) -> None:
     assert lines(whole, 0) == lines(whole, 1) == STEPS
     single = [*RUN, "logger=csv", "machine.accelerator=cpu", "stage.batch_size=8", f"hydra.run.dir={tmp_path}"]
     subprocess.run([sys.executable, "-m", "experiments.train", *single], check=True, cwd=ROOT)
-    assert_close(last(tmp_path), last(whole))
+    assert_runs_close(last(tmp_path), last(whole))
 
 
 def test_a_preempted_job_goes_on_in_the_same_run(whole: Path, in_world: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:1.0}"
     job = submitted(tmp_path, slow, f"logger.tracking_uri={store}", logger="mlflow")
-    until(lambda: lines(tmp_path) >= 3)
+    wait_until(lambda: lines(tmp_path) >= 3)
     other = subprocess.run(
         ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 3"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    until(lambda: state(other.stdout.strip()) == "COMPLETED" and state(job) == "PENDING")
+    wait_until(lambda: read_job_state(other.stdout.strip()) == "COMPLETED" and read_job_state(job) == "PENDING")
     finished(job, tmp_path)
     text = (tmp_path / f"slurm-{job}.log").read_text()
     assert "stopped by SIGTERM after step" in text
     assert "going on from" in text
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
-        assert same(last(tmp_path)[part], last(whole)[part]), part
+        assert are_identical(last(tmp_path)[part], last(whole)[part]), part
     for rank in (0, 1):
         own, reference = (_keys(f, rank) for f in (tmp_path, whole))
         assert own == reference
@@ -114,26 +123,26 @@ def test_a_preempted_job_goes_on_in_the_same_run(whole: Path, in_world: Path, tm
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Path, in_world: Path, tmp_path: Path) -> None:
     slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
     job = submitted(tmp_path, slow)
-    until(lambda: lines(tmp_path) >= 3)
+    wait_until(lambda: lines(tmp_path) >= 3)
     subprocess.run(["scancel", job], check=True)
-    until(lambda: "stopped by SIGTERM after step" in (tmp_path / f"slurm-{job}.log").read_text())
-    until(lambda: state(job) == "CANCELLED")
+    wait_until(lambda: "stopped by SIGTERM after step" in (tmp_path / f"slurm-{job}.log").read_text())
+    wait_until(lambda: read_job_state(job) == "CANCELLED")
     time.sleep(3)
-    assert state(job) == "CANCELLED"
+    assert read_job_state(job) == "CANCELLED"
     assert "back in its queue" not in (tmp_path / f"slurm-{job}.log").read_text()
 
 
 def test_a_job_near_its_time_limit_goes_back_into_the_queue(whole: Path, in_world: Path, tmp_path: Path) -> None:
     slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
     job = submitted(tmp_path, slow)
-    until(lambda: lines(tmp_path) >= 3)
+    wait_until(lambda: lines(tmp_path) >= 3)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)  # what sbatch --signal sends ahead of the limit
-    until(lambda: state(job) == "PENDING")
+    wait_until(lambda: read_job_state(job) == "PENDING")
     finished(job, tmp_path)
     text = (tmp_path / f"slurm-{job}.log").read_text()
     assert "stopped by SIGUSR1 after step" in text
     assert f"SLURM job {job} is back in its queue" in text
-    assert same(last(tmp_path)["state_dict"], last(whole)["state_dict"])
+    assert are_identical(last(tmp_path)["state_dict"], last(whole)["state_dict"])
 
 
 def test_a_sweep_submits_a_job_per_point(slurm: Path, in_world: Path, tmp_path: Path) -> None:
@@ -161,14 +170,14 @@ def test_a_point_of_a_sweep_near_its_time_limit_goes_back_into_the_queue(
         [sys.executable, "experiments/train.py", "-m", *options, "hydra.sweep.subdir=point"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    until(lambda: lines(folder) >= 3)
+    wait_until(lambda: lines(folder) >= 3)
     job = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.strip()
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
-    until(lambda: state(job) == "PENDING")
-    release_hold(job)
+    wait_until(lambda: read_job_state(job) == "PENDING")
+    start_requeued_job(job)
     text, _ = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, text
-    assert same(last(folder)["state_dict"], last(whole)["state_dict"])
+    assert are_identical(last(folder)["state_dict"], last(whole)["state_dict"])
 
 
 def _keys(folder: Path, rank: int) -> list[list[str]]:

@@ -12,15 +12,15 @@ from tbac.models import UniImage
 from tbac.models.saved import FACTS, read_checkpoint, read_saved_model
 from tbac.training.callbacks.ema import EMA
 from tbac.training.checkpoints import find_newest_checkpoint, load_weights
-from tests.helpers.training import data_of, module_of, trainer_of
-from tests.helpers.worlds import small_model
+from tests.helpers.training import make_data, make_module, make_trainer
+from tests.helpers.worlds import load_small_model
 
 
 @pytest.fixture
 def saved(model: UniImage, tmp_path: Path) -> Path:
-    module = module_of(model)
-    trainer = trainer_of(2)
-    trainer.fit(module, datamodule=data_of(model))
+    module = make_module(model)
+    trainer = make_trainer(2)
+    trainer.fit(module, datamodule=make_data(model))
     path = tmp_path / "checkpoints" / "t2i_pretrain-step=2.ckpt"
     trainer.save_checkpoint(path)
     return path
@@ -36,7 +36,7 @@ def test_a_checkpoint_is_slim_and_names_the_frozen_parts(saved: Path, model: Uni
 
 
 def test_weights_come_back_bit_for_bit(saved: Path, model: UniImage, in_world: Path) -> None:
-    other = small_model(in_world, "model.seed=9")
+    other = load_small_model(in_world, "model.seed=9")
     load_weights(read_saved_model(read_checkpoint(saved), "x"), other)
     state = model.get_trained_state()
     assert all(torch.equal(v, state[k]) for k, v in other.get_trained_state().items())
@@ -101,10 +101,10 @@ def test_a_half_written_checkpoint_is_named(saved: Path) -> None:
 
 def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: Path) -> None:
     start = {k: v.clone() for k, v in model.get_trained_state().items()}
-    module = module_of(model)
+    module = make_module(model)
     ema = EMA(decay=0.5)
     path = tmp_path / "checkpoints"
-    trainer = trainer_of(2)
+    trainer = make_trainer(2)
     trainer = type(trainer)(
         accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ema, ModelCheckpoint(path, filename="x", every_n_train_steps=2)],
@@ -116,7 +116,7 @@ def test_the_average_is_what_is_validated_and_saved(model: UniImage, tmp_path: P
             weights.append({k: v.clone() for k, v in model.get_trained_state().items()})
 
     trainer.callbacks.append(Watch())
-    trainer.fit(module, datamodule=data_of(model))
+    trainer.fit(module, datamodule=make_data(model))
     saved = read_checkpoint(path / "x.ckpt")["state_dict"]
     name = "ladder.queries"
     assert not torch.equal(saved[name], weights[-1][name])

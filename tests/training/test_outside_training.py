@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tbac.models.saved import read_checkpoint
-from tests.helpers.commands import FEW, message, ran
+from tests.helpers.commands import FEW, run_to_message, run_to_success
 
 MODULE = """
 import lightning as L
@@ -78,13 +78,13 @@ def _outside(in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_they_decide_count_and_go_on_as_ours_do(capfd: pytest.CaptureFixture[str]) -> None:
-    text = ran("train", capfd, *OWN)
+    text = run_to_success("train", capfd, *OWN)
     assert "rejected the step after 1 of stage t2i_pretrain: it was its turn" in text
     assert Path("run/tally.txt").read_text() == "1"
     states = read_checkpoint("run/checkpoints/t2i_pretrain-step=2.ckpt")["callbacks"]
     assert states["Guard"]["rule"] == {"seen": 3}  # one taken, one rejected, one taken
     assert states["Tally"] == {"rejected": 1}
-    ran("train", capfd, *OWN, "stage.steps=4")
+    run_to_success("train", capfd, *OWN, "stage.steps=4")
     states = read_checkpoint("run/checkpoints/t2i_pretrain-step=4.ckpt")["callbacks"]
     assert states["Guard"]["rule"] == {"seen": 7}
     assert states["Tally"] == {"rejected": 3}
@@ -92,6 +92,8 @@ def test_they_decide_count_and_go_on_as_ours_do(capfd: pytest.CaptureFixture[str
 
 
 def test_what_is_neither_is_named_before_a_model_is_read(capfd: pytest.CaptureFixture[str]) -> None:
-    text = message("train", capfd, *OWN, "guard=nothing")
+    text = run_to_message("train", capfd, *OWN, "guard=nothing")
     assert "guard: Nothing isn't a spike rule, it has no judge, reset, state_dict, load_state_dict" in text
-    assert "callbacks: Nothing isn't a callback of Lightning" in message("train", capfd, *OWN, "callbacks=nothing")
+    assert "callbacks: Nothing isn't a callback of Lightning" in run_to_message(
+        "train", capfd, *OWN, "callbacks=nothing"
+    )

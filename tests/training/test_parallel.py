@@ -10,9 +10,9 @@ import pytest
 
 from tbac.models.saved import read_checkpoint
 from tbac.training.strategies import make_strategy
-from tests.helpers.processes import start_command, variables_of_ranks
+from tests.helpers.processes import make_rank_variables, start_command
 from tests.helpers.shards import write_mixed_sizes
-from tests.helpers.training import BASE, STEPS, TRAIN, assert_close
+from tests.helpers.training import BASE, STEPS, TRAIN, assert_runs_close
 
 pytestmark = pytest.mark.xdist_group("trainings")  # whose processes are forks of one
 
@@ -39,7 +39,7 @@ def train(
     if launcher == "lightning":
         subprocess.run([*TRAIN, *arguments], env=os.environ | variables, check=True, timeout=300)
         return
-    ranks = variables_of_ranks(processes) if processes > 1 else [{}]
+    ranks = make_rank_variables(processes) if processes > 1 else [{}]
     commands = [
         start_command("experiments.train", arguments, folder / f"output_{number}.txt", variables | rank)
         for number, rank in enumerate(ranks)
@@ -88,7 +88,7 @@ def test_two_processes_have_the_losses_of_one(
     train(world_folder, tmp_path, 2, f"machine.strategy={strategy}", accumulate=accumulate, launcher=launcher)
     assert keys(tmp_path) == keys(alone)
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=2e-5)
-    assert_close(saved(alone), saved(tmp_path))
+    assert_runs_close(saved(alone), saved(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_going_on_with_another_number_of_processes(
         processes = 1 if strategy == "auto" else 2
         train(world_folder, tmp_path, processes, f"machine.strategy={strategy}", f"trainer.max_steps={steps}")
     assert keys(tmp_path) == keys(alone)
-    assert_close(saved(alone), saved(tmp_path))
+    assert_runs_close(saved(alone), saved(tmp_path))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=SLOW)])
@@ -118,7 +118,7 @@ def test_batches_of_several_shapes_keep_no_process_waiting(strategy: str, world_
     assert [line["keys"] for line in one] == [line["keys"] for line in two]
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=2e-5)
     assert len(one) == 2 * STEPS
-    assert_close(saved(tmp_path / "one"), saved(tmp_path / "two"))
+    assert_runs_close(saved(tmp_path / "one"), saved(tmp_path / "two"))
 
 
 @pytest.mark.slow

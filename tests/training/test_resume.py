@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.studies.faults.runs import same
+from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
 from tbac.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from tbac.training.checkpoints import find_newest_readable
@@ -28,9 +28,9 @@ def test_a_killed_run_goes_on_exactly(in_world: Path, whole_run: Path, tmp_path:
         read_checkpoint(f / "checkpoints" / "ti2i_pretrain-step=16.ckpt") for f in (whole_run, tmp_path / "killed")
     )
     for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule"):
-        assert same(whole[part], again[part]), part
+        assert are_identical(whole[part], again[part]), part
     guards = [next(v for k, v in c["callbacks"].items() if "Guard" in k) for c in (whole, again)]
-    assert same(*guards)
+    assert are_identical(*guards)
 
 
 def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tbac.models import UniImage
 from tbac.training.callbacks.throughput import Throughput
 from tbac.training.tracking import make_tag_name, open_parent_run
-from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.training import make_data, make_module, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
     sources = ",".join(
         f"{{path: {world}/data/{name}, split: train, weight: {w}}}" for name, w in (("t2i", 3), ("edit", 1))
     )
-    data = data_of(model, "stage=ti2i_pretrain", f"stage.sources=[{sources}]")
-    trainer = trainer_of(8, callbacks=[Throughput(every=4)])
-    trainer.fit(module_of(model, steps=8), datamodule=data)
+    data = make_data(model, "stage=ti2i_pretrain", f"stage.sources=[{sources}]")
+    trainer = make_trainer(8, callbacks=[Throughput(every=4)])
+    trainer.fit(make_module(model, steps=8), datamodule=data)
     logged = {k.removeprefix("data/drawn/"): v.item() for k, v in trainer.logged_metrics.items() if "drawn" in k}
     assert logged == data.drawn
     assert set(logged) == {"t2i-train", "edit-train"}

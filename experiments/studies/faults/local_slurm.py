@@ -28,12 +28,12 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def missing() -> list[str]:
+def list_missing_programs() -> list[str]:
     """Programs that aren't installed."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def _free_ports(count: int) -> list[int]:
+def _find_free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for opened in sockets:
@@ -44,10 +44,10 @@ def _free_ports(count: int) -> list[int]:
             opened.close()
 
 
-def configuration(folder: Path, nodes: int) -> str:
+def format_configuration(folder: Path, nodes: int) -> str:
     """`slurm.conf`: partition `low`, whose jobs are put back into the queue when one of `high` needs their nodes."""
     host = socket.gethostname().split(".")[0]
-    controller, *daemons = _free_ports(nodes + 1)
+    controller, *daemons = _find_free_ports(nodes + 1)
     names = ",".join(f"n{i + 1}" for i in range(nodes))
     lines = [
         "ClusterName=local",
@@ -85,7 +85,7 @@ def configuration(folder: Path, nodes: int) -> str:
 
 
 @contextmanager
-def cluster(nodes: int = 2) -> Iterator[Path]:
+def run_cluster(nodes: int = 2) -> Iterator[Path]:
     """Run a cluster meanwhile; `SLURM_CONF` names its configuration, in the folder that is yielded.
 
     Raises:
@@ -97,7 +97,7 @@ def cluster(nodes: int = 2) -> Iterator[Path]:
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o400)
-    (folder / "slurm.conf").write_text(configuration(folder, nodes))
+    (folder / "slurm.conf").write_text(format_configuration(folder, nodes))
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -110,8 +110,8 @@ def cluster(nodes: int = 2) -> Iterator[Path]:
             for command in commands:
                 daemons.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True))
                 if command[0] == "munged":
-                    _until(lambda: (folder / "munge.socket").exists(), folder, daemons)
-        _until(lambda: _idle() == nodes, folder, daemons)
+                    _wait_for_daemons(lambda: (folder / "munge.socket").exists(), folder, daemons)
+        _wait_for_daemons(lambda: _count_idle_nodes() == nodes, folder, daemons)
         yield folder
     finally:
         for daemon in reversed(daemons):
@@ -127,13 +127,15 @@ def cluster(nodes: int = 2) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _idle() -> int:
+def _count_idle_nodes() -> int:
     """Number of nodes that are ready."""
     done = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N"], capture_output=True, text=True)
     return len(done.stdout.split())
 
 
-def _until(ready: Callable[[], bool], folder: Path, daemons: list[subprocess.Popen], seconds: float = 60) -> None:
+def _wait_for_daemons(
+    ready: Callable[[], bool], folder: Path, daemons: list[subprocess.Popen], seconds: float = 60
+) -> None:
     limit = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > limit or any(d.poll() is not None for d in daemons):
@@ -144,19 +146,19 @@ def _until(ready: Callable[[], bool], folder: Path, daemons: list[subprocess.Pop
         time.sleep(0.2)
 
 
-def state(job: str) -> str:
+def read_job_state(job: str) -> str:
     """The state of a job, such as PENDING, RUNNING or COMPLETED."""
     done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
     found = [word for word in done.stdout.split() if word.startswith("JobState=")]
     return found[0].removeprefix("JobState=") if found else "UNKNOWN"
 
 
-def release_hold(job: str) -> None:
+def start_requeued_job(job: str) -> None:
     """Let a job that went back into the queue start at once: SLURM would let it wait for two minutes."""
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
 
 
-def until(ready: Callable[[], object], seconds: float = 180) -> None:
+def wait_until(ready: Callable[[], object], seconds: float = 180) -> None:
     """Wait.
 
     Raises:
@@ -170,5 +172,5 @@ def until(ready: Callable[[], object], seconds: float = 180) -> None:
 
 
 if __name__ == "__main__":
-    with cluster():
+    with run_cluster():
         sys.exit(subprocess.run(sys.argv[1:]).returncode)

@@ -23,9 +23,16 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.reports import markdown
-from experiments.studies.faults.local_slurm import OVERRIDES, cluster, missing, release_hold, state, until
-from experiments.studies.faults.runs import Run, same_end
+from experiments.reports import format_table
+from experiments.studies.faults.local_slurm import (
+    OVERRIDES,
+    list_missing_programs,
+    read_job_state,
+    run_cluster,
+    start_requeued_job,
+    wait_until,
+)
+from experiments.studies.faults.runs import Run, end_identically
 from tbac.app import CONF, report_user_errors
 
 log = logging.getLogger(__name__)
@@ -90,7 +97,7 @@ class Faults:
     def train(self, name: str, *overrides: str, fault: str | None = None) -> Run:
         """Train in the folder `name`, going on there if something is there already."""
         run = Run(self.root / name)
-        return self.finish(run, self.start(run, *overrides, *_fault(fault)))
+        return self.finish(run, self.start(run, *overrides, *_make_fault_override(fault)))
 
     def reference(self, *overrides: str, fault: str | None = None) -> Run:
         """A run without a fault, or with the steps left out that ours must reject."""
@@ -105,10 +112,10 @@ class Faults:
         """What becomes of the weights when the step is taken, as the release takes it before it decides."""
         others = [o for o in overrides if not o.startswith("callbacks.guard")]
         run = self.train(f"{name}_release", "~callbacks.guard", *others, fault=fault)
-        state = run.end()["current_model_state"]
-        broken = sum(not bool(v.isfinite().all()) for v in state.values())
+        read_job_state = run.end()["current_model_state"]
+        broken = sum(not bool(v.isfinite().all()) for v in read_job_state.values())
         if broken:
-            return f"the step is taken: {broken} of {len(state)} tensors NaN or infinite"
+            return f"the step is taken: {broken} of {len(read_job_state)} tensors NaN or infinite"
         calm = self.reference(*others)
         return f"the step is taken: validation loss {run.loss():.3f} instead of {calm.loss():.3f}"
 
@@ -116,22 +123,22 @@ class Faults:
         """A fault whose steps are rejected: equal to a run that leaves them out."""
         run = self.train(name, *overrides, fault=fault)
         reference = self.reference(*overrides, fault=f"LeftOut,batches:{left_out}".replace(" ", ""))
-        equal = run.status == 0 and same_end(run, reference)
+        equal = run.status == 0 and end_identically(run, reference)
         count = run.text.count("rejected the step after")
         ours = f"{count} step{'s' * (count > 1)} rejected, the rest as if never drawn"
         if "back from step" in run.text:
             ours += f"; {run.text.count('back from step')} times back to the newest checkpoint"
-        samples = _samples(run.drawn(), reference.drawn())
+        samples = _compare_samples(run.drawn(), reference.drawn())
         released = self.release(name, *overrides, fault=fault)
-        return Row(title, released, ours, _word(equal), samples, equal and samples == NONE)
+        return Row(title, released, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
     def goes_on(self, name: str, title: str, release: str, ours: str, run: Run, *overrides: str) -> Row:
         """A fault that ended the run: it is started again, and must end as the reference."""
         again = self.train(name, *overrides)
         reference = self.reference(*overrides)
-        equal = again.status == 0 and same_end(again, reference)
-        samples = _samples(again.kept(), reference.kept())
-        return Row(title, release, ours, _word(equal), samples, equal and samples == NONE)
+        equal = again.status == 0 and end_identically(again, reference)
+        samples = _compare_samples(again.kept(), reference.kept())
+        return Row(title, release, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
     # the rows
 
@@ -263,28 +270,28 @@ class Faults:
         return replace(row, holds=row.holds and saved and run.status == 143)
 
     def slurm_requeue(self) -> Row:
-        absent = missing()
+        absent = list_missing_programs()
         if absent:
             raise ValueError(
                 f"the row slurm_requeue needs a SLURM of this machine's own; {', '.join(absent)} are missing"
             )
         run = Run(self.root / "slurm_requeue")
         machine = [o for o in OVERRIDES if not o.startswith("machine.accelerator")]
-        slow = _fault("Slow,seconds:0.5")
-        with cluster():
+        slow = _make_fault_override("Slow,seconds:0.5")
+        with run_cluster():
             process = self.start(run, *machine, f"stage.batch_size={BATCH // 2}", *slow)
             job = self.finish(run, process).text.partition("submitted job ")[2].partition(";")[0]
             log = run.folder / f"slurm-{job}.log"
-            until(lambda: run.batches() >= 16)
+            wait_until(lambda: run.batches() >= 16)
             other = ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 2"]
             subprocess.run(other, check=True, capture_output=True)
-            until(lambda: state(job) == "PENDING")
-            release_hold(job)
-            until(lambda: state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
-            ended = state(job)
+            wait_until(lambda: read_job_state(job) == "PENDING")
+            start_requeued_job(job)
+            wait_until(lambda: read_job_state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
+            ended = read_job_state(job)
         reference = self.reference(*PAIR, "machine.num_workers=0")
-        equal = same_end(run, reference)
-        samples = _samples(run.kept(), reference.kept())
+        equal = end_identically(run, reference)
+        samples = _compare_samples(run.kept(), reference.kept())
         stopped = re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())
         ours = (
             f"two-node job saved after step {stopped[1]}, back in its queue, {ended.lower()}"
@@ -293,7 +300,7 @@ class Faults:
         )
         holds = equal and samples == NONE and ended == "COMPLETED" and stopped is not None
         title = "another job takes the place of a SLURM job"
-        return Row(title, "the job script isn't put back †", ours, _word(equal), samples, holds)
+        return Row(title, "the job script isn't put back †", ours, _say_yes_or_no(equal), samples, holds)
 
 
 ROWS = (
@@ -303,21 +310,21 @@ ROWS = (
 NONE = "none"
 
 
-def _fault(text: str | None) -> list[str]:
+def _make_fault_override(text: str | None) -> list[str]:
     return [f"+callbacks.fault={{_target_:experiments.studies.faults.inject.{text}}}"] if text else []
 
 
-def _samples(own: list[str], reference: list[str]) -> str:
+def _compare_samples(own: list[str], reference: list[str]) -> str:
     if own == reference:
         return NONE
     return f"{len(set(reference) - set(own))} lost, {len(own) - len(set(own))} repeated"
 
 
-def _word(equal: bool) -> str:
+def _say_yes_or_no(equal: bool) -> str:
     return "yes" if equal else "NO"
 
 
-def study(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
+def cause_faults(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
     """The rows, one after the other."""
     for name in names:
         cause: Callable[[], Row] = getattr(faults, name)
@@ -334,11 +341,11 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"rows={sorted(unknown)} aren't rows; there are {', '.join(ROWS)}")
     out = Path(cfg.out).absolute()
     shutil.rmtree(out / "work", ignore_errors=True)
-    rows = dict(study(Faults(out / "work", cfg.kills, cfg.seed), list(cfg.rows) or list(ROWS)))
+    rows = dict(cause_faults(Faults(out / "work", cfg.kills, cfg.seed), list(cfg.rows) or list(ROWS)))
     (out / "report.json").write_text(json.dumps({n: asdict(r) for n, r in rows.items()}, indent=2) + "\n")
     head = ["fault", "release", "ours", "equal to the bit", "samples lost or repeated", "holds"]
     cells = [[r.fault, r.release, r.ours, r.equal, r.samples, "yes" if r.holds else "NO"] for r in rows.values()]
-    print("\n" + markdown(head, cells))
+    print("\n" + format_table(head, cells))
     failed = [name for name, row in rows.items() if not row.holds]
     if failed:
         raise SystemExit(f"these rows don't hold: {', '.join(failed)}")

@@ -58,20 +58,22 @@ class Run:
         return sorted(lines, key=lambda line: line["positions"][0])
 
 
-def same(one: Any, other: Any) -> bool:
+def are_identical(one: Any, other: Any) -> bool:
     """Whether two states agree in every bit."""
     import torch
 
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(are_identical(one[k], other[k]) for k in one)
+        )
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(are_identical, one, other))
     return bool(one == other)
 
 
-def same_end(one: Run, other: Run) -> bool:
+def end_identically(one: Run, other: Run) -> bool:
     """Whether weights, average, moments, schedule and data position at the end agree in every bit."""
     first, second = one.end(), other.end()
-    return all(same(first[part], second[part]) for part in PARTS)
+    return all(are_identical(first[part], second[part]) for part in PARTS)

@@ -17,15 +17,15 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from experiments.reports import markdown
-from experiments.stage_configs import stage_configs
+from experiments.reports import format_table
+from experiments.stage_configs import compose_stages
 from tbac.app import CONF, keep_freed_memory, report_user_errors
 
 log = logging.getLogger(__name__)
 STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
 
 
-def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
+def measure_overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Median time of a step with and without the guard."""
     from experiments.studies.guard.alternate import AlternatingGuard  # lightning, which --help doesn't need
     from experiments.training_run import train
@@ -48,7 +48,7 @@ def overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     }
 
 
-def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
+def count_rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """Steps taken and rejected by the three stages."""
     from experiments.training_run import train
 
@@ -57,7 +57,7 @@ def rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
         f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    train(stage_configs(compose("train", chosen), chosen), folder)
+    train(compose_stages(compose("train", chosen), chosen), folder)
     lines = [json.loads(text) for text in (folder / "sample_log" / "rank_0.jsonl").read_text().splitlines()]
     rejected = sum(line["rejected"] for line in lines)
     return {"taken": len(lines) - rejected, "rejected": rejected}
@@ -69,8 +69,8 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     out = Path(cfg.out).absolute()
     shutil.rmtree(out / "work", ignore_errors=True)
-    times = overhead(cfg, out / "work" / "overhead")
-    counts = rejects(cfg, out / "work" / "stages")
+    times = measure_overhead(cfg, out / "work" / "overhead")
+    counts = count_rejects(cfg, out / "work" / "stages")
     (out / "report.json").write_text(json.dumps({"overhead": times, "rejects": counts}, indent=2) + "\n")
     rows: list[list[Any]] = [
         ["a step without the guard, ms", f"{1000 * times['without']:.2f}"],
@@ -80,7 +80,7 @@ def main(cfg: DictConfig) -> None:
         ["steps of the three stages", counts["taken"]],
         ["rejected", counts["rejected"]],
     ]
-    print("\n" + markdown(["what", "value"], rows))
+    print("\n" + format_table(["what", "value"], rows))
 
 
 if __name__ == "__main__":

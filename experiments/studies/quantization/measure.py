@@ -23,14 +23,14 @@ OPTIONS: dict[str, tuple[str, str | None]] = {
 
 
 @torch.no_grad()
-def taps_of(model: UniImage, prompts: list[str]) -> Tensor:
+def read_taps(model: UniImage, prompts: list[str]) -> Tensor:
     """(tap, prompt, query, hidden) in float32."""
     inputs, plan = model.prompt(prompts), model.ladder.plan
     prefix = model.mllm.read_prefix(inputs, plan.deepest)
     return model.mllm.read_queries(model.ladder.queries, prefix, plan.layers).float()
 
 
-def layer_bytes(model: UniImage) -> int:
+def count_layer_bytes(model: UniImage) -> int:
     """Bytes of the MLLM's decoder layers, quantisation constants included."""
     total = 0
     for module in model.mllm.body.language_model.layers.modules():
@@ -42,7 +42,7 @@ def layer_bytes(model: UniImage) -> int:
     return total
 
 
-def measure_all(cfg: DictConfig) -> list[dict[str, Any]]:
+def measure_options(cfg: DictConfig) -> list[dict[str, Any]]:
     """One row per option."""
     geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
     prompts = [row["prompt"] for row in geneval.prompts]
@@ -50,8 +50,8 @@ def measure_all(cfg: DictConfig) -> list[dict[str, Any]]:
     for name, (dtype, quantization) in OPTIONS.items():
         opening = read_opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
         pipeline = open_model(cfg.checkpoint, **opening)
-        held = layer_bytes(pipeline.model)
-        taps = taps_of(pipeline.model, prompts)
+        held = count_layer_bytes(pipeline.model)
+        taps = read_taps(pipeline.model, prompts)
         plain = taps if plain is None else plain
         scores = score_in_memory(pipeline, geneval, detector).summary.scores
         rows.append(

@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from experiments.reports import markdown
+from experiments.reports import format_table
 from tbac.app import CONF, report_user_errors
 
 
@@ -18,10 +18,10 @@ from tbac.app import CONF, report_user_errors
 @report_user_errors
 def main(cfg: DictConfig) -> None:
     from experiments.studies.quantization.measure import (
-        measure_all,  # torch and diffusers, only when the config is right
+        measure_options,  # torch and diffusers, only when the config is right
     )
 
-    rows = measure_all(cfg)
+    rows = measure_options(cfg)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     digits = {"MiB": 2, "cosine of taps": 4}
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     def write_cell(column: str, value: Any) -> Any:
         return f"{value:.{digits.get(column, 3)}f}" if isinstance(value, float) else value
 
-    table = markdown(list(rows[0]), [list(map(write_cell, row.keys(), row.values())) for row in rows])
+    table = format_table(list(rows[0]), [list(map(write_cell, row.keys(), row.values())) for row in rows])
     (out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     (out / "report.md").write_text(table + "\n")
     print(table)

@@ -19,7 +19,7 @@ from transformers import (
 
 from tbac.evaluation.detectors.base import Detection
 from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, find_instances, resize_masks
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 pytestmark = pytest.mark.xdist_group("mask2former")  # the detector is built once
 
@@ -85,7 +85,7 @@ def test_the_whole_detector_reads_a_picture(folders: tuple[str, str]) -> None:
     detector = Mask2FormerDetector(*folders, device="cpu")
     assert detector.names == ["dog", "computer mouse", "tv remote"]  # GenEval's names
     detector.thresholds = type(detector.thresholds)()  # untrained models are never certain
-    picture = noise_image(1, (50, 90))
+    picture = make_noise_image(1, (50, 90))
     scan = detector(picture, {"dog"})
     assert scan.detections
     for detection in scan.detections:

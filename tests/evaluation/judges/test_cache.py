@@ -10,7 +10,7 @@ from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.rules import Thresholds
-from tests.helpers.pictures import noise_image
+from tests.helpers.pictures import make_noise_image
 
 
 class Counting:
@@ -36,28 +36,28 @@ class Counting:
 def test_replies_are_kept_by_question_pixels_and_judge(tmp_path: Path) -> None:
     judge, file = Counting(), tmp_path / "judged.jsonl"
     first = CachedJudge(judge, Cache(file))
-    assert [first.ask("a?", [noise_image(1)]), first.ask("a?", [noise_image(1)])] == ["1", "1"]
-    assert first.ask("b?", [noise_image(1)]) == "2"
-    assert first.ask("a?", [noise_image(2)]) == "3"
+    assert [first.ask("a?", [make_noise_image(1)]), first.ask("a?", [make_noise_image(1)])] == ["1", "1"]
+    assert first.ask("b?", [make_noise_image(1)]) == "2"
+    assert first.ask("a?", [make_noise_image(2)]) == "3"
     with pytest.raises(JudgeError):
-        first.ask("fail", [noise_image(1)])
+        first.ask("fail", [make_noise_image(1)])
     with file.open("a") as torn:
         torn.write('{"key": "abc", "val')
     again = CachedJudge(judge, Cache(file))
-    assert [again.ask("a?", [noise_image(1)]), again.ask("a?", [noise_image(2)])] == ["1", "3"]
+    assert [again.ask("a?", [make_noise_image(1)]), again.ask("a?", [make_noise_image(2)])] == ["1", "3"]
     assert judge.asked == 4
-    assert again.ask("c?", [noise_image(1)]) == "5"
-    assert CachedJudge(judge, Cache(file)).ask("c?", [noise_image(1)]) == "5"
+    assert again.ask("c?", [make_noise_image(1)]) == "5"
+    assert CachedJudge(judge, Cache(file)).ask("c?", [make_noise_image(1)]) == "5"
     judge.identity = "another"  # type: ignore[misc]
-    assert CachedJudge(judge, Cache(file)).ask("c?", [noise_image(1)]) == "6"
+    assert CachedJudge(judge, Cache(file)).ask("c?", [make_noise_image(1)]) == "6"
 
 
 def test_scans_are_kept_with_what_was_to_be_colored(tmp_path: Path) -> None:
     detector = Counting()
     kept = CachedDetector(detector, Cache(tmp_path / "judged.jsonl"))
     assert kept.thresholds == detector.thresholds
-    plain, colored = kept(noise_image(1)), kept(noise_image(1), {"cat"})
+    plain, colored = kept(make_noise_image(1)), kept(make_noise_image(1), {"cat"})
     assert plain.detections[0].color == ""
     assert colored.detections[0].color == "red"
-    assert CachedDetector(detector, Cache(tmp_path / "judged.jsonl"))(noise_image(1)) == plain
+    assert CachedDetector(detector, Cache(tmp_path / "judged.jsonl"))(make_noise_image(1)) == plain
     assert detector.asked == 2

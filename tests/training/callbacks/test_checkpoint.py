@@ -8,7 +8,7 @@ import pytest
 from tbac.models import UniImage
 from tbac.training.callbacks.checkpoint import Checkpoint
 from tbac.training.checkpoint_io import BackgroundCheckpointIO
-from tests.helpers.training import data_of, module_of, trainer_of
+from tests.helpers.training import make_data, make_module, make_trainer
 
 LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1 to 7
 
@@ -16,15 +16,15 @@ LOSSES = (5.0, 4.0, 1.0, 3.0, 2.0, 6.0, 7.0)  # of the validations after steps 1
 def kept(model: UniImage, folder: Path, **options: Any) -> tuple[set[int], str, str]:
     """Steps whose checkpoints are left after 7 steps, and what the links name."""
     checkpointing = Checkpoint(str(folder), **({"every": 1} | options))
-    trainer = trainer_of(
+    trainer = make_trainer(
         7, callbacks=[checkpointing], plugins=[BackgroundCheckpointIO()],
         val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=True,
     )  # fmt: skip
-    module = module_of(model, steps=7)
+    module = make_module(model, steps=7)
     module.validation_step = lambda batch, batch_idx: module.log(  # type: ignore[method-assign]
         "val/loss", LOSSES[module.steps - 1], batch_size=1
     )
-    trainer.fit(module, datamodule=data_of(model))
+    trainer.fit(module, datamodule=make_data(model))
     steps = {int(f.stem.partition("step=")[2]) for f in folder.glob("*-step=*.ckpt")}
     best = folder / "best.ckpt"
     return steps, (folder / "last.ckpt").readlink().name, best.readlink().name if best.exists() else ""

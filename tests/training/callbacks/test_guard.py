@@ -17,8 +17,8 @@ from tbac.training.callbacks.guard import DivergedError, Guard
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.gradients import find_component
 from tbac.training.spikes import RobustRule
-from tests.helpers.training import data_of, module_of, trainer_of
-from tests.helpers.worlds import small_model
+from tests.helpers.training import make_data, make_module, make_trainer
+from tests.helpers.worlds import load_small_model
 
 
 class Poison(L.Callback):
@@ -58,9 +58,9 @@ def guard_of(**options: Any) -> Guard:
 def trained(model: UniImage, state: dict, steps: int, *callbacks: L.Callback, **options: Any) -> Any:
     """Train from `state`; returns everything that a step changes."""
     model.load_trained_state(state, "x")
-    module = module_of(model, steps=20)
+    module = make_module(model, steps=20)
     average = EMA(0.5)
-    trainer = trainer_of(steps, callbacks=[average, *callbacks], gradient_clip_val=1.0, **options)
+    trainer = make_trainer(steps, callbacks=[average, *callbacks], gradient_clip_val=1.0, **options)
     held: dict[str, Any] = {}
 
     class Keep(L.Callback):
@@ -72,7 +72,7 @@ def trained(model: UniImage, state: dict, steps: int, *callbacks: L.Callback, **
             held["rate"] = optimizer.param_groups[0]["lr"]
 
     trainer.callbacks.insert(0, Keep())
-    trainer.fit(module, datamodule=data_of(model))
+    trainer.fit(module, datamodule=make_data(model))
     return module, held
 
 
@@ -142,7 +142,7 @@ def test_too_many_rejects_stop_with_a_message(model: UniImage, start: dict) -> N
 
 
 def test_the_norm_is_that_of_the_gradients(model: UniImage) -> None:
-    module = module_of(model)
+    module = make_module(model)
     for index, parameter in enumerate(module.parameters()):
         parameter.grad = torch.full_like(parameter, float(index % 3))
     norms = module.measure_gradients()
@@ -155,10 +155,10 @@ def test_the_norm_is_that_of_the_gradients(model: UniImage) -> None:
 
 @pytest.mark.parametrize("taps", ["last_n", "final", "learned_mix"])
 def test_the_norm_of_a_tap_is_that_of_the_contexts_it_feeds(in_world: Path, taps: str) -> None:
-    model = small_model(in_world, f"taps={taps}")
-    module = module_of(model)
+    model = load_small_model(in_world, f"taps={taps}")
+    module = make_module(model)
     module.measure_taps = True
-    batch = next(iter(data_of(model).train_dataloader()))
+    batch = next(iter(make_data(model).train_dataloader()))
     noise, sigma = torch.randn_like(batch.latents), torch.tensor([0.1, 0.4, 0.7, 1.0])
     states = []
     encode = model.encode_condition
@@ -184,18 +184,18 @@ def test_components_have_names() -> None:
 
 
 def test_after_going_on_a_rewind_leads_to_the_checkpoint(model: UniImage, tmp_path: Path) -> None:
-    trainer = trainer_of(4, callbacks=[guard_of(then="rewind")])
-    trainer.fit(module_of(model), datamodule=StagedDataModule([data_of(model)]))
+    trainer = make_trainer(4, callbacks=[guard_of(then="rewind")])
+    trainer.fit(make_module(model), datamodule=StagedDataModule([make_data(model)]))
     trainer.save_checkpoint(tmp_path / "four.ckpt")
     checkpoint = read_checkpoint(tmp_path / "four.ckpt")
     model.load_trained_state(checkpoint["state_dict"], "four.ckpt")
-    module = module_of(model, steps=20)
+    module = make_module(model, steps=20)
     transition = StageTransition([module.stage], checkpoint=checkpoint)
     guarded = [Poison(nan, 1, 2), guard_of(then="rewind", patience=2)]
     transition.fit(
-        lambda stage, callbacks: trainer_of(4, callbacks=[*guarded, *callbacks]),
+        lambda stage, callbacks: make_trainer(4, callbacks=[*guarded, *callbacks]),
         module,
-        StagedDataModule([data_of(model)]),
+        StagedDataModule([make_data(model)]),
     )
     assert module.run_step == 8
     assert module.steps == 5  # step 5 was taken and undone, two were rejected, the last one counts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.studies.faults.runs import same
+from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
 from tbac.training.callbacks.preemption import Preemption, read_slurm_job, slurm_job_runs_on
 from tests.helpers.training import start_training
@@ -28,7 +28,7 @@ def test_a_signal_saves_and_ends_and_the_command_goes_on(
     assert start_training(in_world, folder).wait() == 0
     one, other = (read_checkpoint(f / "checkpoints" / NAME) for f in (folder, whole_run))
     for part in ("state_dict", "current_model_state", "optimizer_states", "StagedDataModule", "callbacks"):
-        assert same(one[part], other[part]), part
+        assert are_identical(one[part], other[part]), part
 
 
 def test_unknown_signals_are_named() -> None:

@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint ui
 
 help: ## print this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY) ## make .venv and install the pinned dependencies
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.configs import ROOT, composed
+from tests.helpers.configs import ROOT, compose_config
 
 ROOMS = ("conf", "data_prep", "experiments", "tbac", "tests")
 READMES = [ROOT / "README.md", *sorted(file for room in ROOMS for file in (ROOT / room).rglob("README.md"))]
@@ -69,7 +69,7 @@ def check_command(script: str, arguments: list[str]) -> None:
     if not overrides:  # tests/experiments/test_configs.py composes it
         return
     for point in list_points(overrides) if "-m" in arguments else [overrides]:
-        composed(name[1], *REQUIRED.get(name[1], []), *point)
+        compose_config(name[1], *REQUIRED.get(name[1], []), *point)
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for page in NAMES for line in list_command_lines(read(page))))

@@ -87,7 +87,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     # One logger for all stages; one process alone opens its store.
     logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not read_process_rank() else None
     if logger:
-        digests = {f"data/{k}": v for source in data.stages for k, v in source.manifest_digests().items()}
+        digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
         log_run([logger.logger], collect_config(stages), collect_run_facts() | digests)
 
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":

@@ -30,7 +30,7 @@ def find_archives(folder: Path) -> list[list[Path]]:
     return [groups[key] for key in sorted(groups)]
 
 
-class Joined:
+class JoinedParts:
     """Parts of a file, read as the whole.
 
     Args:
@@ -101,9 +101,9 @@ def unpack_archive(parts: Sequence[Path], scratch: Path) -> list[Path]:
         return list(parts)
     target = scratch / f"{match['stem']}.tar"
     log.info("decompressing %s into %s", parts[0], target)
-    joined = Joined(parts)
+    joined = JoinedParts(parts)
     try:
-        with _decompressed(joined, match["zip"]) as source, target.open("wb") as file:
+        with _open_decompressed(joined, match["zip"]) as source, target.open("wb") as file:
             shutil.copyfileobj(source, file, 2**24)
     except (EOFError, OSError, lzma.LZMAError) as error:
         raise tarfile.ReadError(f"{parts[0].name} can't be decompressed ({error})") from None
@@ -112,7 +112,7 @@ def unpack_archive(parts: Sequence[Path], scratch: Path) -> list[Path]:
     return [target]
 
 
-def _decompressed(joined: Joined, suffix: str | None) -> Any:
+def _open_decompressed(joined: JoinedParts, suffix: str | None) -> Any:
     return lzma.LZMAFile(joined) if suffix == ".xz" else gzip.GzipFile(fileobj=joined)  # type: ignore[arg-type]
 
 
@@ -126,13 +126,13 @@ class FileStore:
 
     def __init__(self, folders: Sequence[Path] = (), archives: Sequence[Sequence[Path]] = ()) -> None:
         self.broken: list[str] = []
-        self._places: dict[str, Path | tuple[Joined, int, int]] = {}
+        self._places: dict[str, Path | tuple[JoinedParts, int, int]] = {}
         for folder in folders:
             for path in sorted(folder.rglob("*")):
                 if path.is_file():
                     self._places[path.relative_to(folder).as_posix()] = path
         for parts in archives:
-            joined = Joined(parts)
+            joined = JoinedParts(parts)
             try:
                 with tarfile.TarFile(fileobj=joined) as tar:  # type: ignore[arg-type]
                     for member in tar:
@@ -145,7 +145,7 @@ class FileStore:
         for name in self._places:
             self._by_name[PurePosixPath(name).name].append(name)
 
-    def names(self) -> Iterator[str]:
+    def list_names(self) -> Iterator[str]:
         """All paths."""
         return iter(self._places)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.datasets.archives import FileStore, find_archives, unpack_archive
 from data_prep.datasets.fields import build_from_paths
-from data_prep.datasets.rows import as_list, cut_into_units, parse_json_rows, read_rows
+from data_prep.datasets.rows import cut_into_units, parse_json_rows, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -20,12 +20,12 @@ def parse_row(row: Mapping[str, Any]) -> tuple[object, object, list, str]:
     """Instruction, target, sources and kind, of either form of metadata."""
     if "conversations" not in row:
         kind = str(row.get("instruction_type") or "")
-        return row.get("instruction"), row.get("output"), as_list(row.get("input")), kind
+        return row.get("instruction"), row.get("output"), wrap_in_list(row.get("input")), kind
     # In training files the instruction is the first turn that says more than where pictures stand.
     turns = [turn.get("value") for turn in row["conversations"] if isinstance(turn, dict)]
     texts = [turn.replace(IMAGE_MARK, "").strip() for turn in turns if isinstance(turn, str)]
     instruction = next(filter(None, texts), "")
-    *sources, target = as_list(row.get("image")) or [None]
+    *sources, target = wrap_in_list(row.get("image")) or [None]
     return instruction, target, sources, ""
 
 
@@ -51,7 +51,7 @@ class GPTImageEdit:
             raise DataError(f"dataset.metadata: {self.root / absent[0]} doesn't exist")
         loose = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob("**/metadata/*.json"))
         self.loose = [] if self.metadata else loose
-        if self.metadata and (packed := [group for group in self.groups if not _plain(group)]):
+        if self.metadata and (packed := [group for group in self.groups if not _is_uncompressed(group)]):
             raise DataError(f"{packed[0][0]} is compressed; unpack it, or leave dataset.metadata out to use its own")
         if not (self.groups or self.metadata or self.loose):
             raise DataError(f"dataset.path={path} holds neither archives nor */metadata/*.json; see dataset.metadata")
@@ -67,7 +67,7 @@ class GPTImageEdit:
             self._rows = name, list(read_rows(self.root / name))
         return self._rows[1]
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """Archives with metadata of their own, or slices of the JSON files."""
         if self.groups and not self.metadata:
             return [group[0].relative_to(self.root).as_posix() for group in self.groups]
@@ -86,7 +86,7 @@ class GPTImageEdit:
         name, start, stop = unit.rsplit(":", 2)
         rows = self._read_json(name)
         for number in range(int(start), int(stop)):
-            yield self._sample(self._store, f"{name.removesuffix('.json')}_{number:07d}", rows[number])
+            yield self._build_sample(self._store, f"{name.removesuffix('.json')}_{number:07d}", rows[number])
 
     def _read_archive(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         group = next(g for g in self.groups if g[0].relative_to(self.root).as_posix() == unit)
@@ -97,18 +97,18 @@ class GPTImageEdit:
             return
         for name in store.broken:
             yield Rejected(name, "an archive that breaks off")
-        metadata = [name for name in store.names() if "/metadata/" in f"/{name}" and name.endswith(".json")]
+        metadata = [name for name in store.list_names() if "/metadata/" in f"/{name}" and name.endswith(".json")]
         if not metadata:
             yield Rejected(unit, "an archive without metadata")
         for name in sorted(metadata):
             text = io.StringIO(store.read(name).decode("utf-8-sig"))
             for number, row in enumerate(parse_json_rows(text, f"{unit}: {name}")):
-                yield self._sample(store, f"{name.removesuffix('.json')}_{number:07d}", row)
+                yield self._build_sample(store, f"{name.removesuffix('.json')}_{number:07d}", row)
 
-    def _sample(self, store: FileStore, key: str, row: Mapping[str, Any]) -> Record | Rejected:
+    def _build_sample(self, store: FileStore, key: str, row: Mapping[str, Any]) -> Record | Rejected:
         instruction, target, sources, kind = parse_row(row)
         return build_from_paths(store, key, instruction, target, sources, kind)
 
 
-def _plain(group: Sequence[Path]) -> bool:
+def _is_uncompressed(group: Sequence[Path]) -> bool:
     return not any(part in group[0].name for part in (".gz", ".xz", ".tgz"))

@@ -30,7 +30,7 @@ class ImageFolder:
         if not self.files:
             raise DataError(f"dataset.path={path} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """Slices of the sorted files."""
         return cut_into_units(len(self.files))
 

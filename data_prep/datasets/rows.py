@@ -19,7 +19,7 @@ def cut_into_units(count: int, prefix: str = "") -> list[str]:
     return [f"{prefix}{first}:{min(first + PER_UNIT, count)}" for first in range(0, count, PER_UNIT)]
 
 
-def as_list(value: Any) -> list:
+def wrap_in_list(value: Any) -> list:
     """A list as it is; one value as a list of it; nothing as an empty one."""
     if value is None or value == "":
         return []
@@ -43,7 +43,7 @@ def read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
             yield from batch.to_pylist()
     else:
         with pa.memory_map(str(file)) as opened:
-            for batch in _arrow_batches(opened):
+            for batch in _read_arrow_batches(opened):
                 yield from batch.to_pylist()
 
 
@@ -85,7 +85,7 @@ def _parse_line(line: str, place: str) -> Any:
         raise DataError(f"{place} is neither in a JSON list nor a line of JSON ({error})") from None
 
 
-def _arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
+def _read_arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
     """Batches of an Arrow stream, or of an Arrow file."""
     try:
         yield from pa.ipc.open_stream(opened)

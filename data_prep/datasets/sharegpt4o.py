@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.datasets.archives import FileStore, find_archives
 from data_prep.datasets.fields import build_from_paths
-from data_prep.datasets.rows import as_list, cut_into_units, read_rows
+from data_prep.datasets.rows import cut_into_units, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -45,7 +45,7 @@ class ShareGPT4oImage:
             self._rows = list(read_rows(self.file))
         return self._rows
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """Slices of the JSON file."""
         return cut_into_units(len(self.rows))
 
@@ -56,5 +56,5 @@ class ShareGPT4oImage:
         start, stop = map(int, unit.split(":"))
         for number in range(start, stop):
             row, key = self.rows[number], f"{self.half}_{number:06d}"
-            inputs = as_list(row.get("input_image")) if self.half == "edit" else None
+            inputs = wrap_in_list(row.get("input_image")) if self.half == "edit" else None
             yield build_from_paths(self._store, key, row.get("input_prompt"), row.get("output_image"), inputs)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.datasets.fields import build_edit, build_text_to_image
-from data_prep.datasets.rows import as_list, read_rows
+from data_prep.datasets.rows import read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -53,7 +53,7 @@ class Table:
             if first is not None and (absent := [column for column in needed if column not in first]):
                 raise DataError(f"{file} has no column {absent[0]!r}; it has {', '.join(map(str, first))}")
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """One for each file."""
         return [str(i) for i in range(len(self.files))]
 
@@ -69,7 +69,7 @@ class Table:
         text = row.get(self.text)
         if not isinstance(text, str) or not text.strip():
             return Rejected(key, "no caption")
-        values = [value for column in self.sources for value in as_list(row.get(column))]
+        values = [value for column in self.sources for value in wrap_in_list(row.get(column))]
         try:
             target = read_picture(row.get(self.image), folder)
             sources = [read_picture(value, folder) for value in values]

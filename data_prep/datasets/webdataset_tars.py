@@ -33,21 +33,21 @@ class WebDatasetTars:
         if not self.tars:
             raise DataError(f"dataset.path={path} holds no *.tar")
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """One for each tar."""
         return [tar.relative_to(self.root).as_posix() for tar in self.tars]
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         """Samples in the order of the tar."""
         path, reader = self.root / unit, TarReader()
-        index = reader.index(path)
+        index = reader.read_index(path)
         stem = unit.removesuffix(".tar")
         for number, (key, members) in enumerate(index.samples):
             name = f"{stem}_{key}"
             if NOWHERE in members.values():
                 yield Rejected(name, "a field that it has twice")
                 continue
-            yield self._record(name, reader.read(path, number))
+            yield self._build_record(name, reader.read(path, number))
         for kind, count in index.refused.items():
             if not kind.startswith("a second"):
                 for _ in range(count):
@@ -55,7 +55,7 @@ class WebDatasetTars:
         if index.broken is not None:
             yield Rejected(f"{unit}: {index.broken}", "an archive that breaks off")
 
-    def _record(self, name: str, raw: dict) -> Record | Rejected:
+    def _build_record(self, name: str, raw: dict) -> Record | Rejected:
         images = [(field, data) for field, data in raw.items() if field in ("jpg", "jpeg", "png", "webp")]
         if len(images) != 1:
             return Rejected(name, "no target image" if not images else "several target images")

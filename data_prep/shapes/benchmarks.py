@@ -12,7 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-from data_prep.shapes.language import long_caption, noun, plural, relation, short_caption, word_caption
+from data_prep.shapes.language import (
+    find_relations,
+    make_plural,
+    name_object,
+    sample_short_caption,
+    write_long_caption,
+    write_word_caption,
+)
 from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -21,8 +28,8 @@ from data_prep.shapes.scene import (
     STACKED,
     Item,
     Scene,
-    crowded_scene,
-    word_scene,
+    draw_crowded_scene,
+    draw_word_scene,
 )
 
 Asked = tuple[str, str, tuple[int, ...]]  # category, question, numbers of the questions that it depends on
@@ -33,21 +40,21 @@ DPG_COLUMNS = (
 PAIR_TYPES = ("shape+color", "2d_spatial_relation", "numeracy", "color+2d", "text")
 
 
-def dense_questions(scene: Scene) -> list[Asked]:
+def list_dense_questions(scene: Scene) -> list[Asked]:
     """Questions about every object, its colour, neighbours' relations, numbers, and the background; numbered from 1."""
     asked: list[Asked] = []
     entity: dict[Item, int] = {}
     for item in scene.items:
         asked.append(("entity - whole", f"is there a {item.shape} at the {item.place}?", ()))
         entity[item] = len(asked)
-        asked.append(("attribute - color", f"is there a {noun(item)} at the {item.place}?", (entity[item],)))
+        asked.append(("attribute - color", f"is there a {name_object(item)} at the {item.place}?", (entity[item],)))
     for first, second in pairwise(scene.items):
-        if noun(first) != noun(second):
-            text = f"is a {noun(first)} {relation(first, second)[0]} a {noun(second)}?"
+        if name_object(first) != name_object(second):
+            text = f"is a {name_object(first)} {find_relations(first, second)[0]} a {name_object(second)}?"
             asked.append(("relation - spatial", text, (entity[first] + 1, entity[second] + 1)))
     for shape, count in Counter(i.shape for i in scene.items).items():
         parents = tuple(entity[i] for i in scene.items if i.shape == shape)
-        asked.append(("other - count", f"is the number of {plural(shape)} {count}?", parents))
+        asked.append(("other - count", f"is the number of {make_plural(shape)} {count}?", parents))
     asked.append(("global - background", f"is the background {scene.background}?", ()))
     return asked
 
@@ -59,16 +66,16 @@ def write_dense(rng: Random, count: int, folder: Path) -> None:
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(DPG_COLUMNS)
-        for index, scene in enumerate(_held_out(count, iter(lambda: crowded_scene(rng), None))):
-            stem, text = f"dense_{index:03d}", long_caption(scene)
+        for index, scene in enumerate(_select_held_out(count, iter(lambda: draw_crowded_scene(rng), None))):
+            stem, text = f"dense_{index:03d}", write_long_caption(scene)
             (prompts / f"{stem}.txt").write_text(f"{text}\n")
-            for number, (category, question, parents) in enumerate(dense_questions(scene), start=1):
+            for number, (category, question, parents) in enumerate(list_dense_questions(scene), start=1):
                 dependency = ",".join(map(str, parents)) or "0"
                 kind = category.split(" - ")[0]
                 table.writerow([stem, text, "", number, dependency, kind, category, f"{category} (…)", question])
 
 
-def _held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
+def _select_held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
     """The first scenes that are held out, each once."""
     seen: set[Scene] = set()
     for scene in scenes:
@@ -79,10 +86,10 @@ def _held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
             return
 
 
-def pair_scene(rng: Random, kind: str) -> Scene:
+def draw_pair_scene(rng: Random, kind: str) -> Scene:
     """A scene that a short caption of this type determines."""
     if kind == "text":
-        return word_scene(rng)
+        return draw_word_scene(rng)
     background = rng.choice(list(BACKGROUNDS))
     if kind == "numeracy":
         shape, color, cells = rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), COMPOSED[rng.randint(2, 4)]
@@ -92,20 +99,23 @@ def pair_scene(rng: Random, kind: str) -> Scene:
     return Scene(background, tuple(Item(s, c, *cell) for s, c, cell in zip(shapes, colors, cells, strict=True)))
 
 
-def pair(rng: Random, kind: str, scene: Scene) -> tuple[str, list[str]]:
+def write_pair(rng: Random, kind: str, scene: Scene) -> tuple[str, list[str]]:
     """The short description of a scene, and the questions that both descriptions answer with yes."""
     items = scene.items
     if kind == "text":
         color = items[0].color
-        return word_caption(scene), [f'does it say "{scene.letters}"?', f'does it say "{scene.letters}" in {color}?']
+        return write_word_caption(scene), [
+            f'does it say "{scene.letters}"?',
+            f'does it say "{scene.letters}" in {color}?',
+        ]
     if kind == "numeracy":
-        text = f"is the number of {items[0].color} {plural(items[0].shape)} {len(items)}?"
-        return next(c for c in iter(lambda: short_caption(rng, scene), None) if items[0].color in c), [text]
-    nouns = [noun(item, kind != "2d_spatial_relation") for item in items]
+        text = f"is the number of {items[0].color} {make_plural(items[0].shape)} {len(items)}?"
+        return next(c for c in iter(lambda: sample_short_caption(rng, scene), None) if items[0].color in c), [text]
+    nouns = [name_object(item, kind != "2d_spatial_relation") for item in items]
     there = [f"is there a {name}?" for name in nouns]
     if kind == "shape+color":
         return f"a {nouns[0]} and a {nouns[1]}", there
-    where = relation(*items)[0]
+    where = find_relations(*items)[0]
     return f"a {nouns[0]} {where} a {nouns[1]}", [*there, f"is a {nouns[0]} {where} a {nouns[1]}?"]
 
 
@@ -115,9 +125,9 @@ def write_pairs(rng: Random, count: int, folder: Path) -> None:
         (folder / part).mkdir(parents=True)
     for kind in PAIR_TYPES:
         prompts, questions = [], []
-        for scene in _held_out(count, iter(lambda kind=kind: pair_scene(rng, kind), None)):  # type: ignore[misc]
-            short, asked = pair(rng, kind, scene)
-            described = {"type": kind, "short_description": short, "long_description": long_caption(scene)}
+        for scene in _select_held_out(count, iter(lambda kind=kind: draw_pair_scene(rng, kind), None)):  # type: ignore[misc]
+            short, asked = write_pair(rng, kind, scene)
+            described = {"type": kind, "short_description": short, "long_description": write_long_caption(scene)}
             prompts.append(described)
             questions.append(described | {"yn_question_list": asked, "yn_answer_list": ["yes"] * len(asked)})
         for part, rows in (("prompts", prompts), ("questions", questions)):

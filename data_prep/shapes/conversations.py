@@ -10,10 +10,10 @@ from transformers import Qwen2Tokenizer
 from data_prep.shapes.language import (
     OPENINGS,
     QUESTION_KINDS,
-    caption,
-    long_caption,
+    sample_caption,
     sample_edit,
     sample_question,
+    write_long_caption,
 )
 from data_prep.shapes.scene import (
     BACKGROUNDS,
@@ -25,7 +25,7 @@ from data_prep.shapes.scene import (
     USUAL,
     Mixture,
     Scene,
-    in_reading_order,
+    arrange_scene,
     sample_scene,
 )
 from tbac.models.prompt import ANSWER_SYSTEM, SYSTEM_PROMPT, VISION_END, VISION_START
@@ -53,12 +53,12 @@ class Conversation:
     imagined: Sequence[tuple[int, int]] = ()
 
 
-def last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> list[int]:
+def find_last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> list[int]:
     """Token id of the last word of each name, as it reads within a sentence."""
     return [tokenizer(" " + w.split()[-1], add_special_tokens=False)["input_ids"][-1] for w in words]
 
 
-def visible_part(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int], int]:
+def choose_window(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int], int]:
     """A window of `side` x `side` cells that shows an object: what is in it, its cells, its side."""
     if side >= CELLS:
         return scene, list(range(CELLS * CELLS)), CELLS
@@ -67,7 +67,7 @@ def visible_part(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int]
     left = rng.randint(max(0, item.column - side + 1), min(item.column, CELLS - side))
     inside = [i for i in scene.items if top <= i.row < top + side and left <= i.column < left + side]
     cells = [r * CELLS + c for r in range(top, top + side) for c in range(left, left + side)]
-    return in_reading_order(scene.background, inside), cells, side
+    return arrange_scene(scene.background, inside), cells, side
 
 
 class _Prefix:
@@ -122,8 +122,10 @@ class Conversations:
         self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         words = [*GLYPHS, *COLORS, *BACKGROUNDS, "nothing"]
-        self.word = dict(zip(words, last_ids(tokenizer, words), strict=True))
-        self.places = [(r, c) for r in last_ids(tokenizer, ROW_NAMES) for c in last_ids(tokenizer, COLUMN_NAMES)]
+        self.word = dict(zip(words, find_last_ids(tokenizer, words), strict=True))
+        self.places = [
+            (r, c) for r in find_last_ids(tokenizer, ROW_NAMES) for c in find_last_ids(tokenizer, COLUMN_NAMES)
+        ]
 
     def draw(self, kind: str, side: int, seen: bool = True) -> Conversation:
         """One conversation about a window of `side` cells.
@@ -136,13 +138,13 @@ class Conversations:
         """
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
-        scene, cells, side = visible_part(rng, self.scenes[picture], CELLS if kind == "imagine" else side)
+        scene, cells, side = choose_window(rng, self.scenes[picture], CELLS if kind == "imagine" else side)
         # What is told in words takes the place of the picture, and only what was told can be asked for.
         text, colored = "", True
         kinds: tuple[str, ...] = QUESTION_KINDS
         if kind in ("name", "answer", "imagine") and not seen:
             cells, scene = [], sample_scene(rng, self.mixture)
-            text = caption(rng, scene)
+            text = sample_caption(rng, scene)
             colored = any(color in text for color in COLORS)
             kinds = TOLD_KINDS + (COLOR_KINDS if colored else ())
         # What is asked, and what is the answer.
@@ -165,15 +167,15 @@ class Conversations:
 
     def _describe(self, scene: Scene, with_edits: bool) -> list[tuple[str, str]]:
         """The scene in words, and what two edits would make of it."""
-        turns = [("", long_caption(scene))]
+        turns = [("", write_long_caption(scene))]
         if with_edits:
             edits = (sample_edit(self.rng, scene) for _ in range(2))
-            turns += [(edit.instruction, long_caption(edit.target)) for edit in edits]
+            turns += [(edit.instruction, write_long_caption(edit.target)) for edit in edits]
         return turns
 
     def _repeat_caption(self) -> tuple[str, str]:
         """A caption, and what it says without its opening."""
-        said = caption(self.rng, sample_scene(self.rng, self.mixture))
+        said = sample_caption(self.rng, sample_scene(self.rng, self.mixture))
         opening = max((opening for opening in OPENINGS if said.startswith(opening)), key=len)
         return said, said.removeprefix(opening)
 

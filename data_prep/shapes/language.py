@@ -13,9 +13,9 @@ from data_prep.shapes.scene import (
     STACKED,
     Item,
     Scene,
-    free_cells,
-    in_reading_order,
-    place,
+    arrange_scene,
+    list_free_cells,
+    place_object,
 )
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -26,17 +26,17 @@ GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position",
 RELATIONS = ("left of", "right of", "above", "below")
 
 
-def plural(shape: str) -> str:
+def make_plural(shape: str) -> str:
     if shape.startswith("letter "):
         return "letters " + shape.split()[1]
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def noun(item: Item, with_color: bool = True) -> str:
+def name_object(item: Item, with_color: bool = True) -> str:
     return f"{item.color} {item.shape}" if with_color else item.shape
 
 
-def relation(first: Item, second: Item) -> list[str]:
+def find_relations(first: Item, second: Item) -> list[str]:
     """Relations in which the first object clearly stands to the second: at most 60 degrees off the axis (GenEval)."""
     dx, dy = first.column - second.column, first.row - second.row
     distance = math.hypot(dx, dy)
@@ -44,9 +44,9 @@ def relation(first: Item, second: Item) -> list[str]:
     return [(less if d < 0 else more) for d, less, more in named if abs(d) > 0.5 * distance]
 
 
-def long_caption(scene: Scene) -> str:
+def write_long_caption(scene: Scene) -> str:
     """Everything in the scene: background, then each object with its colour and place, in reading order."""
-    parts = [f"a {noun(i)} at the {i.place}" for i in scene.items]
+    parts = [f"a {name_object(i)} at the {i.place}" for i in scene.items]
     return f"on a {scene.background} background: " + ", ".join(parts) if parts else f"a {scene.background} background"
 
 
@@ -55,43 +55,44 @@ def is_stacked(scene: Scene) -> bool:
     return scene.cells == STACKED and scene.items[0].shape != scene.items[1].shape
 
 
-def listing(scene: Scene, with_color: bool) -> str:
+def list_objects(scene: Scene, with_color: bool) -> str:
     """The objects in reading order as counted groups, such as "three red squares and a circle"."""
-    groups = Counter(noun(i, with_color) for i in scene.items)
+    groups = Counter(name_object(i, with_color) for i in scene.items)
     parts = []
     for item in scene.items:
-        name = noun(item, with_color)
+        name = name_object(item, with_color)
         if name in groups:
             n = groups.pop(name)
             color = f"{item.color} " if with_color else ""
-            parts.append(f"a {name}" if n == 1 else f"{NUMBERS[n]} {color}{plural(item.shape)}")
+            parts.append(f"a {name}" if n == 1 else f"{NUMBERS[n]} {color}{make_plural(item.shape)}")
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def short_caption(rng: Random, scene: Scene) -> str:
+def sample_short_caption(rng: Random, scene: Scene) -> str:
     """A caption that leaves places out: a listing in reading order, or for two objects how they stand to each other."""
     items = list(scene.items)
     with_color = rng.random() < 0.7
-    body = listing(scene, with_color)
+    body = list_objects(scene, with_color)
     if is_stacked(scene) or (len(items) == 2 and items[0].shape != items[1].shape and rng.random() < 0.5):
         first, second = rng.sample(items, 2)
-        body = f"a {noun(first, with_color)} {rng.choice(relation(first, second))} a {noun(second, with_color)}"
+        where = rng.choice(find_relations(first, second))
+        body = f"a {name_object(first, with_color)} {where} a {name_object(second, with_color)}"
     if rng.random() < 0.1:
         body += f" on a {scene.background} background"
     return rng.choice(OPENINGS) + body
 
 
-def word_caption(scene: Scene) -> str:
+def write_word_caption(scene: Scene) -> str:
     """What a picture of a word says, its colour, and in which row."""
     return f'the word "{scene.letters}" in {scene.items[0].color} at the {ROW_NAMES[scene.items[0].row]}'
 
 
-def caption(rng: Random, scene: Scene) -> str:
+def sample_caption(rng: Random, scene: Scene) -> str:
     """A short caption where the places follow from it as pictures are composed; else, or sometimes, the long one."""
     if scene.word:
-        return rng.choice(OPENINGS) + word_caption(scene) if rng.random() > 0.1 else long_caption(scene)
+        return rng.choice(OPENINGS) + write_word_caption(scene) if rng.random() > 0.1 else write_long_caption(scene)
     follows = scene.composed or is_stacked(scene)
-    return short_caption(rng, scene) if follows and rng.random() > 0.1 else long_caption(scene)
+    return sample_short_caption(rng, scene) if follows and rng.random() > 0.1 else write_long_caption(scene)
 
 
 @dataclass(frozen=True)
@@ -106,39 +107,39 @@ class Edit:
 
 def sample_edit(rng: Random, source: Scene) -> Edit:
     """Draw an edit of the scene; the object meant is always named without ambiguity."""
-    names = Counter(noun(item) for item in source.items)
-    unique = [item for item in source.items if names[noun(item)] == 1]
-    kind = rng.choice(_possible_edits(source, unique))
+    names = Counter(name_object(item) for item in source.items)
+    unique = [item for item in source.items if names[name_object(item)] == 1]
+    kind = rng.choice(_list_possible_edits(source, unique))
     items, background = list(source.items), source.background
     if kind == "background":
         background = rng.choice([name for name in BACKGROUNDS if name != source.background])
         instruction = rng.choice((f"change the background to {background}", f"make the background {background}"))
     elif kind == "add":
-        place(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
+        place_object(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
         where = f" at the {items[-1].place}" if rng.random() < 0.75 else ""
-        instruction = rng.choice(("add", "put")) + f" a {noun(items[-1])}" + where
+        instruction = rng.choice(("add", "put")) + f" a {name_object(items[-1])}" + where
     elif kind == "remove":
         chosen = rng.choice(unique)
         items.remove(chosen)
-        instruction = rng.choice(("remove", "delete")) + f" the {noun(chosen)}"
+        instruction = rng.choice(("remove", "delete")) + f" the {name_object(chosen)}"
     else:
         chosen = rng.choice(unique)
         items.remove(chosen)
         changed, instruction = _change_item(rng, kind, chosen, source)
         items.append(changed)
-    return Edit(kind, instruction, source, in_reading_order(background, items))
+    return Edit(kind, instruction, source, arrange_scene(background, items))
 
 
-def _possible_edits(source: Scene, unique: list[Item]) -> list[str]:
+def _list_possible_edits(source: Scene, unique: list[Item]) -> list[str]:
     """Kinds of edits of a scene, of whose objects `unique` can be named without ambiguity."""
     kinds = ["background"]
     if unique:
         kinds += ["replace", "recolor"]
     if unique and len(source.items) > 1:
         kinds.append("remove")
-    if unique and free_cells(source.items):
+    if unique and list_free_cells(source.items):
         kinds.append("move")
-    if len(source.items) < 6 and free_cells(source.items):
+    if len(source.items) < 6 and list_free_cells(source.items):
         kinds.append("add")
     return kinds
 
@@ -147,14 +148,14 @@ def _change_item(rng: Random, kind: str, item: Item, source: Scene) -> tuple[Ite
     """An object after an edit of it, and the instruction."""
     if kind == "replace":
         changed = replace(item, shape=rng.choice([shape for shape in GLYPHS if shape != item.shape]))
-        return changed, f"replace the {noun(item)} with a {noun(changed)}"
+        return changed, f"replace the {name_object(item)} with a {name_object(changed)}"
     if kind == "recolor":
         changed = replace(item, color=rng.choice([color for color in COLORS if color != item.color]))
         form = rng.choice(("make the {} {}", "change the color of the {} to {}"))
-        return changed, form.format(noun(item), changed.color)
-    row, column = rng.choice(free_cells(source.items))
+        return changed, form.format(name_object(item), changed.color)
+    row, column = rng.choice(list_free_cells(source.items))
     changed = replace(item, row=row, column=column)
-    return changed, f"move the {noun(item)} to the {changed.place}"
+    return changed, f"move the {name_object(item)} to the {changed.place}"
 
 
 def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION_KINDS) -> tuple[str, str]:
@@ -172,20 +173,20 @@ def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION
         return f"what shape is {item.color}?", item.shape
     if kind == "count" and shapes:
         shape = rng.choice(list(shapes)) if rng.random() < 0.7 else rng.choice(list(GLYPHS))
-        return f"what is the number of {plural(shape)}?", NUMBERS[shapes[shape]]
+        return f"what is the number of {make_plural(shape)}?", NUMBERS[shapes[shape]]
     if kind == "exists" or "background" not in kinds:
         shape = rng.choice(list(GLYPHS) + list(shapes) * 2)
         return f"is there a {shape}?", "yes" if shapes[shape] else "no"
     return "what color is the background?", scene.background
 
 
-def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
+def sample_geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
     """Prompts in the format of GenEval's `evaluation_metadata.jsonl`, `per_tag` for each of its six tags."""
     rows = []
     for tag in GENEVAL_TAGS:
         seen: set[str] = set()
         for index in range(per_tag * 50):
-            body, asked = _geneval_prompt(rng, tag, index)
+            body, asked = _sample_geneval_prompt(rng, tag, index)
             # "a photo of" as GenEval has it; the other openings only where all such prompts are taken.
             prompts = [opening + body for opening in (*OPENINGS[1:], "")]
             prompt = next((text for text in prompts if text not in seen), None)
@@ -197,7 +198,7 @@ def geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
     return rows
 
 
-def _geneval_prompt(rng: Random, tag: str, index: int) -> tuple[str, dict]:
+def _sample_geneval_prompt(rng: Random, tag: str, index: int) -> tuple[str, dict]:
     """What a prompt of a tag says, and `include` and `exclude`, what GenEval looks for."""
     shapes = list(GLYPHS)
     a, b = rng.sample(shapes, 2)
@@ -210,7 +211,7 @@ def _geneval_prompt(rng: Random, tag: str, index: int) -> tuple[str, dict]:
     if tag == "counting":
         n = rng.randint(2, 4)
         asked = {"include": [{"class": a, "count": n}], "exclude": [{"class": a, "count": n + 1}]}
-        return f"{NUMBERS[n]} {plural(a)}", asked
+        return f"{NUMBERS[n]} {make_plural(a)}", asked
     if tag == "colors":
         return f"a {color_a} {a}", {"include": [{"class": a, "count": 1, "color": color_a}]}
     if tag == "position":

@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.language import caption, long_caption, sample_edit, sample_question
-from data_prep.shapes.pretrain_autoencoder import pixels_of, pretrain_autoencoder
-from data_prep.shapes.pretrain_denoiser import lone_scenes, pretrain_denoiser
+from data_prep.shapes.language import sample_caption, sample_edit, sample_question, write_long_caption
+from data_prep.shapes.pretrain_autoencoder import pretrain_autoencoder, stack_pixels
+from data_prep.shapes.pretrain_denoiser import draw_lone_scenes, pretrain_denoiser
 from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import USUAL, Mixture, render, sample_scene
@@ -63,7 +63,7 @@ def make_tokenizer(folder: Path, seed: int, mixture: Mixture = USUAL) -> None:
     texts = [SYSTEM_PROMPT, ANSWER_SYSTEM, "user", "assistant", "system"] * 50
     for _ in range(3000):
         scene = sample_scene(rng, mixture)
-        texts += [caption(rng, scene), long_caption(scene), sample_edit(rng, scene).instruction]
+        texts += [sample_caption(rng, scene), write_long_caption(scene), sample_edit(rng, scene).instruction]
         question, answer = sample_question(rng, scene)
         texts += [question, answer, f"{question} {answer}"]
     train_tokenizer(texts).save_pretrained(folder)
@@ -84,9 +84,9 @@ def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: d
     autoencoder = pretrain_autoencoder(parts["autoencoder"], **recipes["autoencoder"], seed=world.seed)
     autoencoder.save_pretrained(folder / "vae")
     frozen = FrozenAutoencoder(autoencoder)
-    pictures = [render(scene) for scene in lone_scenes(Random(f"denoiser/{world.seed}"), 6000)]
+    pictures = [render(scene) for scene in draw_lone_scenes(Random(f"denoiser/{world.seed}"), 6000)]
     chunks = [pictures[i : i + 256] for i in range(0, len(pictures), 256)]
-    latents = torch.cat([frozen.encode(pixels_of(chunk)) for chunk in chunks])
+    latents = torch.cat([frozen.encode(stack_pixels(chunk)) for chunk in chunks])
     denoiser = pretrain_denoiser(parts["transformer"], latents, **recipes["denoiser"], seed=world.seed)
     denoiser.save_pretrained(folder / "transformer")
     scheduler = {k: v for k, v in parts["scheduler"].items() if k != "_class_name"}
@@ -98,25 +98,32 @@ def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
     frozen = FrozenAutoencoder.from_folder(denoiser_folder / "vae")
 
     def encode(images: list[Image.Image]) -> Any:
-        return frozen.encode(pixels_of(images))
+        return frozen.encode(stack_pixels(images))
 
     write_training_sets(world, folder, encode, compute_autoencoder_digest(denoiser_folder))
 
 
-def _pictures_branch(out: Path, parts: dict, world: World, recipes: dict) -> None:
+def _make_picture_parts(out: Path, parts: dict, world: World, recipes: dict) -> None:
     """What runs in one process: autoencoder, denoiser, shards."""
     _begin_process()
     denoiser = out / "backbones" / "denoiser"
-    recipe = [parts["autoencoder"], parts["transformer"], parts["scheduler"], recipes, world.seed, source_digest()]
+    recipe = [
+        parts["autoencoder"],
+        parts["transformer"],
+        parts["scheduler"],
+        recipes,
+        world.seed,
+        compute_source_digest(),
+    ]
     make_part(denoiser, recipe, lambda folder: make_denoiser(folder, parts, world, recipes))
     made_from = [recipe, asdict(world.sizes), asdict(world.mixture)]
     make_part(out / "data", made_from, lambda folder: make_data(folder, world, denoiser))
 
 
-def _language_branch(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
+def _make_language_parts(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
     """What runs beside it: the MLLM."""
     _begin_process()
-    made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, source_digest()]
+    made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, compute_source_digest()]
     make_part(
         out / "backbones" / "mllm",
         made_from,
@@ -129,7 +136,7 @@ def _begin_process() -> None:
     torch.set_num_threads(1)
 
 
-def source_digest() -> str:
+def compute_source_digest() -> str:
     """sha256 of the code that makes the world, so that a changed world is made anew."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -149,13 +156,13 @@ def build_world(cfg: DictConfig) -> Path:
     recipes = {"autoencoder": to_plain(cfg.autoencoder), "denoiser": to_plain(cfg.denoiser)}
     # Benchmarks and tokenizer take seconds, and what comes after needs them.
     world = World.draw(cfg.seed, sizes, mixture)
-    made_from = [asdict(sizes), asdict(mixture), cfg.seed, source_digest()]
+    made_from = [asdict(sizes), asdict(mixture), cfg.seed, compute_source_digest()]
     make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
     make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
     # What learns takes minutes: the MLLM on one core, the pictures' models and the shards on another.
     branches: list[tuple[Callable[..., None], tuple]] = [
-        (_language_branch, (out, parts["mllm"], world, instantiate(cfg.mllm))),
-        (_pictures_branch, (out, parts, world, recipes)),
+        (_make_language_parts, (out, parts["mllm"], world, instantiate(cfg.mllm))),
+        (_make_picture_parts, (out, parts, world, recipes)),
     ]
     context = multiprocessing.get_context("spawn")
     running = [context.Process(target=target, args=args) for target, args in branches]

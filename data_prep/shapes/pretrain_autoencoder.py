@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, GLYPHS, Item, Scene, render
 
 
-def dense_scene(rng: Random, fill: float = 0.6) -> Scene:
+def draw_dense_scene(rng: Random, fill: float = 0.6) -> Scene:
     """A scene with objects in most cells: every picture then teaches many glyphs and colours."""
     cells = [(r, c) for r in range(CELLS) for c in range(CELLS) if rng.random() < fill]
     items = (Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), r, c) for r, c in cells)
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(items))
 
 
-def pixels_of(images: list[Image.Image]) -> Tensor:
+def stack_pixels(images: list[Image.Image]) -> Tensor:
     """(image, 3, height, width) in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -44,7 +44,7 @@ def pretrain_autoencoder(
     torch.manual_seed(seed)
     model = AutoencoderDC(**architecture)
     rng = Random(f"autoencoder/{seed}")
-    data = pixels_of([render(dense_scene(rng)) for _ in range(pictures)])
+    data = stack_pixels([render(draw_dense_scene(rng)) for _ in range(pictures)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     started = time.monotonic()
     bar = tqdm(range(steps), desc="autoencoder", mininterval=5)

@@ -16,7 +16,7 @@ from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, GLYPHS, Item, Sce
 from tbac.flow import NUM_TIMESTEPS, compute_velocity_loss, interpolate, sample_sigma
 
 
-def lone_scenes(rng: Random, count: int) -> list[Scene]:
+def draw_lone_scenes(rng: Random, count: int) -> list[Scene]:
     """Scenes of one object anywhere, none of them held out."""
     scenes: list[Scene] = []
     while len(scenes) < count:

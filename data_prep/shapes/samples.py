@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.shapes.benchmarks import write_dense, write_pairs
-from data_prep.shapes.language import Edit, caption, geneval_prompts, sample_edit, sample_question
+from data_prep.shapes.language import Edit, sample_caption, sample_edit, sample_geneval_prompts, sample_question
 from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -71,23 +71,23 @@ class World:
     @classmethod
     def draw(cls, seed: int, sizes: Sizes, mixture: Mixture = USUAL) -> "World":
         rng = Random(f"held out/{seed}")
-        scenes = _take(max(sizes.val, sizes.questions), (s for s in _scenes(rng, mixture) if s.held_out))
-        drawn = (sample_edit(rng, s) for s in _scenes(rng, mixture) if s.held_out)
+        scenes = _take(max(sizes.val, sizes.questions), (s for s in _draw_scenes(rng, mixture) if s.held_out))
+        drawn = (sample_edit(rng, s) for s in _draw_scenes(rng, mixture) if s.held_out)
         edits = _take(max(sizes.val, sizes.edits), (e for e in drawn if e.target.held_out))
         return cls(sizes, seed, scenes, edits, mixture)
 
-    def training_scenes(self, name: str) -> Iterator[tuple[Random, Scene]]:
+    def draw_training_scenes(self, name: str) -> Iterator[tuple[Random, Scene]]:
         """Endless scenes that aren't held out, each with a generator for what is said of it."""
         rng = Random(f"{name}/{self.seed}")
-        return ((rng, scene) for scene in _scenes(rng, self.mixture) if not scene.held_out)
+        return ((rng, scene) for scene in _draw_scenes(rng, self.mixture) if not scene.held_out)
 
-    def training_edits(self, name: str) -> Iterator[Edit]:
+    def draw_training_edits(self, name: str) -> Iterator[Edit]:
         """Endless edits whose source and target aren't held out."""
-        edits = (sample_edit(rng, scene) for rng, scene in self.training_scenes(name))
+        edits = (sample_edit(rng, scene) for rng, scene in self.draw_training_scenes(name))
         return (edit for edit in edits if not edit.target.held_out)
 
 
-def _scenes(rng: Random, mixture: Mixture) -> Iterator[Scene]:
+def _draw_scenes(rng: Random, mixture: Mixture) -> Iterator[Scene]:
     while True:
         yield sample_scene(rng, mixture)
 
@@ -96,25 +96,25 @@ def _take(count: int, items: Iterator[Any]) -> list[Any]:
     return list(islice(items, count))
 
 
-def _chunked(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+def _cut_into_chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     while chunk := _take(size, items):
         yield chunk
 
 
-def t2i_samples(prefix: str, drawn: Iterator[tuple[str, Scene]], encode: Encode) -> Iterator[tuple[str, dict]]:
+def make_t2i_samples(prefix: str, drawn: Iterator[tuple[str, Scene]], encode: Encode) -> Iterator[tuple[str, dict]]:
     """Text-to-image samples with cached latents."""
     index = 0
-    for chunk in _chunked(drawn, 256):
+    for chunk in _cut_into_chunks(drawn, 256):
         images = [render(scene) for _, scene in chunk]
         for (text, _), image, latents in zip(chunk, images, encode(images), strict=True):
             yield f"{prefix}_{index:06d}", {"png": image, "txt": text, "latent.safetensors": latents}
             index += 1
 
 
-def edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Iterator[tuple[str, dict]]:
+def make_edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Iterator[tuple[str, dict]]:
     """Edit triplets with cached latents of the target."""
     index = 0
-    for chunk in _chunked(edits, 256):
+    for chunk in _cut_into_chunks(edits, 256):
         targets = [render(edit.target) for edit in chunk]
         for edit, target, latents in zip(chunk, targets, encode(targets), strict=True):
             fields = {
@@ -132,16 +132,16 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
     sizes = world.sizes
     facts = {"provenance": {"world": "shapes", "seed": world.seed}, "autoencoder_digest": autoencoder_digest}
     rng = Random(f"val captions/{world.seed}")
-    val_t2i = [(caption(rng, s), s) for s in world.val_scenes[: sizes.val]]
+    val_t2i = [(sample_caption(rng, s), s) for s in world.val_scenes[: sizes.val]]
     val_edits = world.val_edits[: sizes.val]
     for name, count in (("t2i", sizes.t2i), ("finetune_t2i", sizes.curated)):
-        drawn = ((caption(r, s), s) for r, s in islice(world.training_scenes(name), count))
-        write_shards(out / name, "train", t2i_samples(name, drawn, encode), sizes.samples_per_shard, facts)
-        write_shards(out / name, "val", t2i_samples(f"{name}_val", iter(val_t2i), encode), sizes.val, facts)
+        drawn = ((sample_caption(r, s), s) for r, s in islice(world.draw_training_scenes(name), count))
+        write_shards(out / name, "train", make_t2i_samples(name, drawn, encode), sizes.samples_per_shard, facts)
+        write_shards(out / name, "val", make_t2i_samples(f"{name}_val", iter(val_t2i), encode), sizes.val, facts)
     for name, count in (("edit", sizes.edit), ("finetune_edit", sizes.curated)):
-        edits = islice(world.training_edits(name), count)
-        write_shards(out / name, "train", edit_samples(name, edits, encode), sizes.samples_per_shard, facts)
-        write_shards(out / name, "val", edit_samples(f"{name}_val", iter(val_edits), encode), sizes.val, facts)
+        edits = islice(world.draw_training_edits(name), count)
+        write_shards(out / name, "train", make_edit_samples(name, edits, encode), sizes.samples_per_shard, facts)
+        write_shards(out / name, "val", make_edit_samples(f"{name}_val", iter(val_edits), encode), sizes.val, facts)
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def write_benchmarks(world: World, out: Path) -> None:
     (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
     # One generator for both, so that prompts and questions are those of a seed.
     rng = Random(f"benchmarks/{world.seed}")
-    _write_rows(out / "geneval.jsonl", geneval_prompts(rng, world.sizes.prompts_per_tag))
+    _write_rows(out / "geneval.jsonl", sample_geneval_prompts(rng, world.sizes.prompts_per_tag))
     _write_questions(rng, world.val_scenes[: world.sizes.questions], out)
     _write_edits(world.val_edits[: world.sizes.edits], out)
     write_dense(Random(f"dense/{world.seed}"), world.sizes.dense, out / "dense")

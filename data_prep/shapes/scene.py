@@ -131,34 +131,34 @@ class Scene:
         return hashlib.sha256(repr(self).encode()).digest()[0] % 10 == 0
 
 
-def in_reading_order(background: str, items: list[Item]) -> Scene:
+def arrange_scene(background: str, items: list[Item]) -> Scene:
     return Scene(background, tuple(sorted(items, key=lambda i: (i.row, i.column))))
 
 
-def free_cells(items: list[Item] | tuple[Item, ...]) -> list[tuple[int, int]]:
+def list_free_cells(items: list[Item] | tuple[Item, ...]) -> list[tuple[int, int]]:
     """Cells that hold no object."""
     taken = {(i.row, i.column) for i in items}
     return [(r, c) for r in range(CELLS) for c in range(CELLS) if (r, c) not in taken]
 
 
-def place(rng: Random, items: list[Item], shape: str, color: str) -> None:
+def place_object(rng: Random, items: list[Item], shape: str, color: str) -> None:
     """Put one more object into a random free cell."""
-    row, column = rng.choice(free_cells(items))
+    row, column = rng.choice(list_free_cells(items))
     items.append(Item(shape, color, row, column))
 
 
-def word_scene(rng: Random) -> Scene:
+def draw_word_scene(rng: Random) -> Scene:
     """Draw a word."""
     row, color = rng.randrange(CELLS), rng.choice(list(COLORS))
     items = [Item(rng.choice(LETTERS), color, row, column) for column in range(rng.randint(2, CELLS))]
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(items), word=True)
 
 
-def crowded_scene(rng: Random) -> Scene:
+def draw_crowded_scene(rng: Random) -> Scene:
     """Draw a composed scene of five or six objects."""
     cells = COMPOSED[rng.randint(5, 6)]
     items = [Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), row, column) for row, column in cells]
-    return in_reading_order(rng.choice(list(BACKGROUNDS)), items)
+    return arrange_scene(rng.choice(list(BACKGROUNDS)), items)
 
 
 def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
@@ -166,9 +166,9 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
     if mixture != USUAL:
         draw = rng.random()
         if draw < mixture.words:
-            return word_scene(rng)
+            return draw_word_scene(rng)
         if draw < mixture.words + mixture.dense:
-            return crowded_scene(rng)
+            return draw_crowded_scene(rng)
     # What is in it: one object, two different ones, a group of one kind, or a mixture.
     shapes, colors = list(GLYPHS), list(COLORS)
     kind = rng.random()
@@ -185,12 +185,12 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
     items: list[Item] = []
     if len(wanted) <= 3 and rng.random() < 0.3:
         for shape, color in wanted:
-            place(rng, items, shape, color)
-        return in_reading_order(background, items)
+            place_object(rng, items, shape, color)
+        return arrange_scene(background, items)
     cells = STACKED if kind < 0.65 and len(wanted) == 2 and rng.random() < 0.5 else COMPOSED[len(wanted)]
     for (shape, color), (row, column) in zip(wanted, cells, strict=True):
         items.append(Item(shape, color, row, column))
-    return in_reading_order(background, items)
+    return arrange_scene(background, items)
 
 
 def render(scene: Scene) -> Image.Image:

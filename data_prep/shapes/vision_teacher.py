@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.conversations import last_ids
-from data_prep.shapes.pretrain_autoencoder import dense_scene
+from data_prep.shapes.conversations import find_last_ids
+from data_prep.shapes.pretrain_autoencoder import draw_dense_scene
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, Scene, render
 
 GRID = 2 * CELLS  # vision patches along one side of a picture; 2 x 2 of them are merged into one token per cell
@@ -53,7 +53,7 @@ class VisionTeacher:
             "column": COLUMN_NAMES,
         }
         names = {kind: list(named) for kind, named in kinds.items()}
-        self.words = {k: dict(zip(v, embeddings[last_ids(tokenizer, v)], strict=True)) for k, v in names.items()}
+        self.words = {k: dict(zip(v, embeddings[find_last_ids(tokenizer, v)], strict=True)) for k, v in names.items()}
 
     def __call__(self, scene: Scene) -> Tensor:
         """What the tokens of a scene should say (cell, hidden)."""
@@ -99,7 +99,7 @@ def teach_vision(
     # Dense scenes show much of everything, so a few of them are enough.
     embeddings = model.get_input_embeddings().weight.data
     teacher = VisionTeacher(tokenizer, embeddings)
-    scenes = [dense_scene(rng) for _ in range(1500)]
+    scenes = [draw_dense_scene(rng) for _ in range(1500)]
     patches = make_patches(processor, scenes)
     targets = torch.stack([teacher(s) for s in scenes])
     optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=recipe.lr, fused=True)

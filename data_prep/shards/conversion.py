@@ -56,7 +56,7 @@ class Dataset(Protocol):
     name: str
     expected: int | None
 
-    def units(self) -> Sequence[str]:
+    def list_units(self) -> Sequence[str]:
         """Names of its parts, in an order that doesn't change."""
         ...
 
@@ -147,7 +147,7 @@ def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: 
     Raises:
         DataError: when the folder holds other shards, or nothing could be converted.
     """
-    units = list(dataset.units())
+    units = list(dataset.list_units())
     work = ResumableWork(out, NAME, {"dataset": dataset.name, "units": units, **asdict(options)})
     manifest = work.read_finished()
     if manifest is not None:
@@ -156,7 +156,7 @@ def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: 
     work.make_parts(parts, partial(convert_unit, dataset, options, work.folder), processes)
     results = work.read_results(parts)
     assert results is not None, "all units were converted here"
-    return _assemble(dataset, work, results)
+    return _number_tars(dataset, work, results)
 
 
 def convert_unit(
@@ -246,7 +246,7 @@ class _UnitWriter:
         return self._closed
 
 
-def _assemble(dataset: Dataset, work: ResumableWork, results: Sequence[Result]) -> Counts:
+def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result]) -> Counts:
     """Give the tars their numbers, and write the manifest; goes on where it stopped as well."""
     total = Counts(expected=dataset.expected)
     for result in results:

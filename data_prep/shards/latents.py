@@ -65,7 +65,7 @@ class CachingOptions:
         """What decides the bytes of the copies, in built-in types."""
         return {
             "image_size": self.image_size,
-            "buckets": self.buckets.listed() if self.buckets else None,
+            "buckets": self.buckets.to_lists() if self.buckets else None,
             "reducing_gap": self.reducing_gap,
             "dtype": str(self.dtype).removeprefix("torch."),
             "keep_images": self.keep_images,
@@ -75,7 +75,7 @@ class CachingOptions:
         """(height, width) that training crops the target of each sample to."""
         if self.buckets is None:
             return [(self.image_size, self.image_size)] * len(index.samples)
-        nearest = self.buckets.nearest(read_sizes(tar, use_latents=False, index=index))
+        nearest = self.buckets.find_nearest(read_sizes(tar, use_latents=False, index=index))
         return [self.buckets.sizes[bucket] for bucket in nearest]
 
 
@@ -121,7 +121,7 @@ def cache_latents(
         **manifest,
         "autoencoder_digest": digest,
         "image_size": options.image_size,
-        "buckets": options.buckets.listed() if options.buckets else None,
+        "buckets": options.buckets.to_lists() if options.buckets else None,
         "left_out": sum(result["left_out"] for result in results),
     }
     work.finish({name: result["shard"] for name, result in zip(tars, results, strict=True)}, facts, {})
@@ -160,7 +160,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
         `shard`, its entry of the manifest, and `left_out`, how many samples couldn't be decoded.
     """
     writer, reader = ShardWriter(out / name), TarReader()
-    index = reader.index(tar)
+    index = reader.read_index(tar)
     sizes = options.list_target_sizes(tar, index)
     left_out = 0
     waiting: list[_Waiting] = []

@@ -59,7 +59,7 @@ class Facts:
     cached: int = 0
     schemas: Counter[str] = field(default_factory=Counter)
 
-    def fault(self, kind: str, name: str, count: int = 1) -> None:
+    def count_fault(self, kind: str, name: str, count: int = 1) -> None:
         """Count a fault."""
         self.faults[kind] += count
         named = self.named.setdefault(kind, [])
@@ -85,7 +85,7 @@ class Facts:
         return len(self.lengths)
 
 
-def look_at(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[[str], int]) -> Facts:
+def examine_tar(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[[str], int]) -> Facts:
     """Read every sample of a tar.
 
     Args:
@@ -95,58 +95,58 @@ def look_at(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Callable[
     """
     facts, reader = Facts(), TarReader()
     if listed is not None:
-        _compare_bytes(facts, tar, listed)
+        _check_bytes(facts, tar, listed)
     try:
-        index = reader.index(tar)
+        index = reader.read_index(tar)
     except OSError as error:
-        facts.fault("unreadable shard", f"{tar.name}: {error.strerror or error}")
+        facts.count_fault("unreadable shard", f"{tar.name}: {error.strerror or error}")
         return facts
-    _look_at_index(facts, tar, index, listed)
+    _check_tar(facts, tar, index, listed)
     keys: set[str] = set()
     for number, (key, members) in enumerate(index.samples):
         name = f"{tar.name}: {key}"
         facts.samples += 1
         if key in keys:
-            facts.fault("a key that another sample has", name)
+            facts.count_fault("a key that another sample has", name)
         keys.add(key)
         if "/" in key:
-            facts.fault("a key with a slash", name)
+            facts.count_fault("a key with a slash", name)
         if NOWHERE in members.values():
-            facts.fault("a field that a sample has twice", name)
+            facts.count_fault("a field that a sample has twice", name)
             continue
-        _look_at_sample(facts, name, reader.read(tar, number), count_tokens)
+        _examine_sample(facts, name, reader.read(tar, number), count_tokens)
     reader.close()
     return facts
 
 
-def _compare_bytes(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
+def _check_bytes(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
     """Whether a tar has the size and the bytes that its manifest says."""
     size = tar.stat().st_size
     if size != listed.get("bytes"):
         kind = "a shard of another size than its manifest says"
-        facts.fault(kind, f"{tar.name}: {size} bytes instead of {listed.get('bytes')}")
+        facts.count_fault(kind, f"{tar.name}: {size} bytes instead of {listed.get('bytes')}")
     elif "sha256" in listed:
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != listed["sha256"]:
-            facts.fault("a shard whose bytes aren't those of its manifest", tar.name)
+            facts.count_fault("a shard whose bytes aren't those of its manifest", tar.name)
 
 
-def _look_at_index(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, Any] | None) -> None:
+def _check_tar(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, Any] | None) -> None:
     """Faults of a tar as a whole."""
     if index.broken is not None:
-        facts.fault("a shard that breaks off", f"{tar.name}: {index.broken}")
+        facts.count_fault("a shard that breaks off", f"{tar.name}: {index.broken}")
     for kind, count in index.refused.items():
         if not kind.startswith("a second"):  # a field that a sample has twice is counted with the sample
-            facts.fault(f"a member that is {kind}", tar.name, count)
+            facts.count_fault(f"a member that is {kind}", tar.name, count)
     if listed is not None and listed.get("samples") != len(index.samples):
-        facts.fault(
+        facts.count_fault(
             "a shard with another number of samples than its manifest says",
             f"{tar.name}: {len(index.samples)} instead of {listed.get('samples')}",
         )
 
 
-def _look_at_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_tokens: Callable[[str], int]) -> None:
+def _examine_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_tokens: Callable[[str], int]) -> None:
     fields = sorted(field for field in raw if not field.startswith("__"))
     targets = [f for f in fields if f.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS and not f.startswith("source")]
     cached = any(field.endswith("latent.safetensors") for field in fields)
@@ -156,7 +156,7 @@ def _look_at_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
             decode_sample(raw, use_latents=True)
         sample = decode_sample(raw, use_latents=cached and not targets)
     except CorruptSampleError as error:
-        facts.fault(error.kind, f"{name}: {str(error).splitlines()[0]}")
+        facts.count_fault(error.kind, f"{name}: {str(error).splitlines()[0]}")
         return
     # What it is made of.
     facts.schemas[" ".join(map(strip_format, fields))] += 1
@@ -164,7 +164,7 @@ def _look_at_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
     facts.cached += cached
     # Its caption: length, whether others have it, and whether a benchmark asks for the like.
     facts.lengths.append(count_tokens(sample.text))
-    facts.captions[_short_digest(sample.text.strip().encode())] += 1
+    facts.captions[_compute_short_digest(sample.text.strip().encode())] += 1
     if is_geneval_template(sample.text):
         facts.geneval += 1
         if len(facts.geneval_named) < NAMED:
@@ -173,10 +173,10 @@ def _look_at_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
     if isinstance(sample.target, Image.Image):
         facts.widths.append(sample.target.width)
         facts.heights.append(sample.target.height)
-        facts.images[_short_digest(raw[targets[0]])] += 1
+        facts.images[_compute_short_digest(raw[targets[0]])] += 1
 
 
-def _short_digest(content: bytes) -> bytes:
+def _compute_short_digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:12]
 
 
@@ -235,9 +235,9 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
     tars, listed = list_tars(folder), (read_manifest(folder) or {"shards": {}})["shards"]
     facts = Facts()
     for name in sorted(set(listed) - {tar.name for tar in tars}):
-        facts.fault("a shard that is in the manifest and absent", name)
-    look = partial(_look_quietly, listed=listed, count_tokens=TokenCounter(tokenizer) if tokenizer else count_words)
-    for found in _map_tars(look, tars, processes, "verifying"):
+        facts.count_fault("a shard that is in the manifest and absent", name)
+    look = partial(_examine_quietly, listed=listed, count_tokens=TokenCounter(tokenizer) if tokenizer else count_words)
+    for found in _process_tars(look, tars, processes, "verifying"):
         facts.add(found)
     return facts
 
@@ -245,11 +245,11 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
 def write_all_sizes(folder: Path, processes: int) -> None:
     """Write the sizes of targets beside all shards of a folder, from their headers."""
     tars = list_tars(folder)
-    counts = list(_map_tars(write_sizes, tars, processes, "reading sizes"))
+    counts = list(_process_tars(write_sizes, tars, processes, "reading sizes"))
     log.info("%s: the sizes of %d samples in %d shards are kept beside them", folder, sum(counts), len(tars))
 
 
-def _map_tars(function: Callable[[Path], Any], tars: Sequence[Path], processes: int, title: str) -> Iterator[Any]:
+def _process_tars(function: Callable[[Path], Any], tars: Sequence[Path], processes: int, title: str) -> Iterator[Any]:
     """What a function gives for each tar, in order, with a bar that shows how far it is."""
     if processes == 1:
         yield from tqdm(map(function, tars), total=len(tars), unit="shard", desc=title)
@@ -258,12 +258,12 @@ def _map_tars(function: Callable[[Path], Any], tars: Sequence[Path], processes: 
         yield from tqdm(pool.map(function, tars), total=len(tars), unit="shard", desc=title)
 
 
-def _look_quietly(tar: Path, listed: Mapping[str, Any], count_tokens: Callable[[str], int]) -> Facts:
+def _examine_quietly(tar: Path, listed: Mapping[str, Any], count_tokens: Callable[[str], int]) -> Facts:
     """Look at a tar without a log of what reading it passes over: that is in the report."""
     logger = logging.getLogger("tbac.data.tars")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return look_at(tar, listed.get(tar.name), count_tokens)
+        return examine_tar(tar, listed.get(tar.name), count_tokens)
     finally:
         logger.setLevel(level)

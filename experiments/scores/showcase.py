@@ -12,14 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
-from data_prep.shapes.pretrain_autoencoder import pixels_of
+from data_prep.shapes.pretrain_autoencoder import stack_pixels
 from experiments.scores.sheets import score_with_sheet
 from experiments.scores.steps import score_checkpoint
 from experiments.training_run import train
 from tbac.app import get_run_folder, open_model
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import open_picture
-from tbac.evaluation.benchmarks.edits import KIND, Edits, scan_from_json
+from tbac.evaluation.benchmarks.edits import KIND, Edits, parse_scan
 from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
@@ -123,9 +123,9 @@ def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline)
         `ground_truth`: of the pictures themselves; `reconstructed`: of what the autoencoder makes of them.
     """
     pictures = [open_picture(answers.folder / row["image"]) for row in answers.questions]
-    truths = [name_objects(scan_from_json(row["scene"])) for row in answers.questions]
+    truths = [name_objects(parse_scan(row["scene"])) for row in answers.questions]
     autoencoder = pipeline.model.autoencoder
-    made = convert_to_pil((autoencoder.decode(autoencoder.encode(pixels_of(pictures))) + 1) / 2)
+    made = convert_to_pil((autoencoder.decode(autoencoder.encode(stack_pixels(pictures))) + 1) / 2)
     shares = {}
     for name, images in (("ground_truth", pictures), ("reconstructed", made)):
         right = [name_objects(detector(image)) == truth for image, truth in zip(images, truths, strict=True)]
@@ -150,12 +150,12 @@ def draw_contact_sheet(
         by_tag.setdefault(row["tag"], []).append(row["prompt"])
     prompts = [prompt for rows in by_tag.values() for prompt in rows[:PER_TAG]]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    drawn = pipeline(prompts, generator=generators, **geneval.sampling_options()).images
+    drawn = pipeline(prompts, generator=generators, **geneval.build_sampling_options()).images
     # Some edits, each beside its source.
     rows = edits.edits[:PER_TAG]
     sources = [open_picture(edits.folder / row["image"]) for row in rows]
     instructions = [row["instruction"] for row in rows]
-    options = edits.sampling_options() | {"num_inference_steps": geneval.num_inference_steps}
+    options = edits.build_sampling_options() | {"num_inference_steps": geneval.num_inference_steps}
     edited = pipeline(instructions, image=sources, generator=generators[: len(rows)], **options).images
     # Some questions with what the model answered.
     questions = benchmarks.answers.questions[: 2 * PER_TAG]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from experiments.scores.report import Findings, write_report
 from tbac.app import open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, find_in_tree, open_picture
+from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder, open_picture
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Tree, generate, list_pending
@@ -81,7 +81,7 @@ def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mappin
     if "generate" in cfg.steps:
         draw_tree(cfg, benchmark, root)
     if "score" in cfg.steps:
-        judged = benchmark.judge_pictures(find_in_tree(root), judge)
+        judged = benchmark.judge_pictures(make_picture_finder(root), judge)
         rows = list(tqdm(judged, total=len(benchmark.list_targets()), unit="picture", desc="judging"))
         lines = [json.dumps({"judge": name_judge(cfg, judge)}), *(json.dumps(asdict(row)) for row in rows)]
         write_whole(results, ("\n".join(lines) + "\n").encode())
@@ -108,11 +108,11 @@ def name_judge(cfg: DictConfig, judge: Any) -> str:
 def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
     """Make this process's share of the tree."""
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
-    options = benchmark.sampling_options()
+    options = benchmark.build_sampling_options()
     targets = benchmark.list_targets()
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
     work = list_pending(tree, targets, cfg.rank, cfg.world_size)
-    benchmark.write_beside(root)
+    benchmark.write_other_files(root)
 
     def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline(
@@ -132,7 +132,7 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
 def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
     """All that the tree's pictures depend on besides their prompts; others aren't mixed with them."""
     drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
-    settings = benchmark.sampling_options() | {
+    settings = benchmark.build_sampling_options() | {
         "seed": benchmark.seed,
         "trained": compute_digest(sorted(model.get_trained_state().items())),
         "frozen": model.provenance.digests,

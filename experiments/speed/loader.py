@@ -115,7 +115,7 @@ def _endless(batch: int) -> Iterator[list[int]]:
 def _sides(folder: Path, prompt: PromptProcessor, cfg: dict[str, Any]) -> dict[str, Any]:
     """Per side something that gives a fresh loader."""
     tars, reader = sorted(folder.glob("*/*.tar")), TarReader()
-    places = [(tar, i) for tar in tars for i in range(len(reader.index(tar).samples))]
+    places = [(tar, i) for tar in tars for i in range(len(reader.read_index(tar).samples))]
     reader.close()
     workers = cfg["workers"]
 

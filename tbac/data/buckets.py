@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes that targets are cropped to, one for each batch, and which target goes to which."""
+"""Aspect-ratio buckets: the sizes that targets are cropped to, one for each batch, and which target goes to which."""
 
 import hashlib
 import io
@@ -35,10 +35,10 @@ SANA = (
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes to crop to; a picture goes to the one whose aspect ratio is nearest to its own.
+    """Sizes to crop to. A picture goes to the bucket with the nearest aspect ratio.
 
     Args:
-        sizes: (height, width) in pixels of each.
+        sizes: (height, width) of each in pixels.
 
     Raises:
         ValueError: when there is none, a side isn't positive, or two have one aspect ratio.
@@ -54,18 +54,18 @@ class Buckets:
 
     @cached_property
     def ratios(self) -> np.ndarray:
-        """Height over width of each, to two decimals as in SANA's table."""
+        """Height divided by width of each size, rounded to two decimals as in SANA's table."""
         return np.array([round(height / width, 2) for height, width in self.sizes])
 
-    def listed(self) -> list[list[int]]:
-        """The sizes as JSON has them."""
+    def to_lists(self) -> list[list[int]]:
+        """Convert the sizes to lists, as JSON has them."""
         return [list(size) for size in self.sizes]
 
-    def nearest(self, sizes: np.ndarray) -> np.ndarray:
-        """Index of the bucket of each size.
+    def find_nearest(self, sizes: np.ndarray) -> np.ndarray:
+        """Find the bucket of each picture; returns their indices.
 
         Args:
-            sizes: (picture, 2), height and width; in any unit. Where it is unknown (0) the squarest bucket is chosen.
+            sizes: (picture, 2), height and width in any unit. Where they are unknown (0), the squarest bucket is taken.
         """
         heights, widths = sizes[:, 0], sizes[:, 1]
         known = (heights > 0) & (widths > 0)
@@ -74,11 +74,11 @@ class Buckets:
 
 
 def parse_buckets(value: str | Sequence[Sequence[int]] | None, image_size: int) -> Buckets | None:
-    """Buckets of a config.
+    """Read the option `data.buckets`; returns None where all targets are squares.
 
     Args:
-        value: None for squares of `image_size` alone, `sana` for its table around that side, or (height, width) pairs.
-        image_size: pixels.
+        value: None for squares of `image_size`, `sana` for SANA's table scaled to that side, or (height, width) pairs.
+        image_size: side of the square, in pixels.
 
     Raises:
         ValueError: for anything else.
@@ -102,12 +102,12 @@ def _is_size(value: Any) -> bool:
 
 
 class BucketIndex:
-    """The bucket of each sample of some sources, from what their shards say of its size.
+    """Tells the bucket of each draw, from the size that its shard gives for the target.
 
     Args:
-        buckets: the sizes to choose among.
-        shards: per source, its tars.
-        use_latents: go by cached latents where there are any.
+        buckets: the sizes to choose from.
+        shards: for each source, its tars.
+        use_latents: take the size of cached latents where there are any.
     """
 
     def __init__(self, buckets: Buckets, shards: Sequence[Sequence[Path]], use_latents: bool = True) -> None:
@@ -115,34 +115,34 @@ class BucketIndex:
 
         @lru_cache(maxsize=4096)
         def of_shard(source: int, shard: int) -> np.ndarray:
-            return buckets.nearest(target_sizes(shards[source][shard], use_latents)).astype(np.int16)
+            return buckets.find_nearest(load_target_sizes(shards[source][shard], use_latents)).astype(np.int16)
 
         self._of_shard: Callable[[int, int], np.ndarray] = of_shard
 
     def __call__(self, draw: Draw) -> int:
-        """Index of the bucket of a draw; 0 for one that its shard doesn't hold, which reading will report."""
-        known = self._of_shard(draw.source, draw.shard)
-        return int(known[draw.sample]) if draw.sample < len(known) else 0
+        """Return the index of the bucket of a draw; 0 for a sample that isn't there, which reading will report."""
+        buckets = self._of_shard(draw.source, draw.shard)
+        return int(buckets[draw.sample]) if draw.sample < len(buckets) else 0
 
 
-def sizes_file(shard: Path) -> Path:
-    """Where the sizes of a shard are kept, beside it."""
+def name_sizes_file(shard: Path) -> Path:
+    """Name the file beside a shard that holds the sizes of its targets."""
     return shard.with_suffix(".sizes.npz")
 
 
-def target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
-    """Height and width of the target of each sample (sample, 2); 0 where they can't be read.
+def load_target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
+    """Load height and width of the target of each sample (sample, 2); 0 where they can't be read.
 
-    Where the target's latents are cached, and used, the sizes are those of the latents: only ratios are alike then.
-    Taken from the file beside the shard where that was written for these bytes, else from the headers in the shard.
+    They come from the file beside the shard if it was written for this very shard, else from the headers in the shard.
+    Where latents are cached and used, the sizes are those of the latents, which have the same aspect ratios.
     """
-    file = sizes_file(shard)
+    file = name_sizes_file(shard)
     try:
         if file.is_file():
             with np.load(file, allow_pickle=False) as kept:
-                if str(kept["shard"]) == _fingerprint(shard):
+                if str(kept["shard"]) == _compute_fingerprint(shard):
                     return kept["latents" if use_latents else "images"]
-            log.warning("%s was written for another %s; sizes are read from the shard", file, shard.name)
+            log.warning("%s was written for another %s, so sizes are read from the shard", file, shard.name)
         return read_sizes(shard, use_latents)
     except (OSError, KeyError, ValueError) as error:
         log.warning("sizes of the pictures in %s can't be read (%s)", shard, error)
@@ -150,22 +150,22 @@ def target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
 
 
 def write_sizes(shard: Path) -> int:
-    """Write the file beside a shard that spares reading its headers; returns the number of samples."""
+    """Write the sizes of all targets beside a shard, so that nobody has to read its headers; returns how many."""
     index = TarIndex(shard)
     latents, images = (read_sizes(shard, use_latents, index) for use_latents in (True, False))
     content = io.BytesIO()
-    np.savez(content, shard=np.array(_fingerprint(shard)), latents=latents, images=images)
-    write_whole(sizes_file(shard), content.getvalue())
+    np.savez(content, shard=np.array(_compute_fingerprint(shard)), latents=latents, images=images)
+    write_whole(name_sizes_file(shard), content.getvalue())
     return len(images)
 
 
 def read_sizes(shard: Path, use_latents: bool = True, index: TarIndex | None = None) -> np.ndarray:
-    """As `target_sizes`, from the headers of the shard's members.
+    """Read height and width of the target of each sample (sample, 2) from the headers in a shard; 0 where none says.
 
     Args:
         shard: the tar.
-        use_latents: go by cached latents where there are any.
-        index: of the shard, where it has been made already.
+        use_latents: take the size of cached latents where there are any.
+        index: of the shard, if it has been read already.
 
     Raises:
         OSError: when the shard can't be read.
@@ -173,43 +173,44 @@ def read_sizes(shard: Path, use_latents: bool = True, index: TarIndex | None = N
     samples = (index or TarIndex(shard)).samples
     descriptor = os.open(shard, os.O_RDONLY)
     try:
-        sizes = [_target_size(descriptor, members, use_latents) for _, members in samples]
+        sizes = [_read_target_size(descriptor, members, use_latents) for _, members in samples]
     finally:
         os.close(descriptor)
     return np.array(sizes, np.int32).reshape(-1, 2)
 
 
-def _fingerprint(shard: Path) -> str:
-    """Tells a shard from another of its name, without reading all of it."""
+def _compute_fingerprint(shard: Path) -> str:
+    """Compute what tells a shard from another one of the same name, without reading all of it."""
     with shard.open("rb") as file:
         return f"{shard.stat().st_size}-{hashlib.sha256(file.read(2**16)).hexdigest()}"
 
 
-def _target_size(descriptor: int, members: Members, use_latents: bool) -> tuple[int, int]:
+def _read_target_size(descriptor: int, members: Members, use_latents: bool) -> tuple[int, int]:
+    """Read (height, width) of one sample's target; (0, 0) where nothing says it."""
     edit = any(name.startswith(("target.", "source")) for name in members)
     prefix = "target." if edit else ""
     latents = members.get("target.latent.safetensors", members.get("latent.safetensors"))
     names = [f"{prefix}{extension}" for extension in IMAGE_EXTENSIONS]
     try:
         if use_latents and latents:
-            return _latents_size(descriptor, *latents)
+            return _read_latents_size(descriptor, *latents)
         place = next(members[name] for name in names if name in members)
-        return _image_size(descriptor, *place)
+        return _read_image_size(descriptor, *place)
     except (StopIteration, *UNREADABLE):
         return 0, 0
 
 
-def _latents_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+def _read_latents_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
     (length,) = struct.unpack("<Q", os.pread(descriptor, 8, offset))
     header = json.loads(os.pread(descriptor, min(length, size), offset + 8))
     _, height, width = header["latents"]["shape"]
     return int(height), int(width)
 
 
-def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+def _read_image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
     with Image.open(io.BufferedReader(_Member(descriptor, offset, size), 4096), formats=IMAGE_FORMATS) as image:
         width, height = image.size
-        # A PNG may carry its EXIF behind the pixels, which reading it would decode: what isn't there yet is left.
+        # A PNG may carry its EXIF behind the pixels. Asking for that would decode them all, so it is left unread.
         turned = "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
 

@@ -1,4 +1,4 @@
-"""Samples to a `Batch`, through the model's own prompt code."""
+"""Joins samples into a `Batch`, with the prompt code of the model that will train."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ PromptCode = Callable[..., Any]  # texts, images, reference_size=(height, width)
 
 
 class Collator:
-    """Joins samples.
+    """Joins samples into a batch.
 
     Args:
-        prompt: the model's prompt code: texts and input images -> model inputs.
+        prompt: the model's prompt code, which turns texts and input images into model inputs.
     """
 
     def __init__(self, prompt: PromptCode) -> None:
         self.prompt = prompt
 
     def __call__(self, samples: Sequence[Sample], size: tuple[int, int]) -> Batch:
-        """Collate; latents are used when every sample has them.
+        """Join samples into a batch, which holds latents when every sample has them, and pixels otherwise.
 
         Args:
             samples: of the batch.
@@ -36,19 +36,24 @@ class Collator:
         texts = [s.text for s in samples]
         inputs = self.prompt(texts, [s.sources or None for s in samples], reference_size=size)
         batch = Batch(prompt=inputs, keys=[s.key for s in samples], texts=texts)
-        if all(s.latents is not None for s in samples):
-            latents = [s.latents for s in samples if s.latents is not None]
-            if len(shapes := {tuple(one.shape) for one in latents}) > 1:
+        # Latents of several shapes come from other buckets than those of this training.
+        latents = [s.latents for s in samples if s.latents is not None]
+        if len(latents) == len(samples):
+            shapes = {tuple(sample_latents.shape) for sample_latents in latents}
+            if len(shapes) > 1:
                 raise DataError(
                     f"sample {samples[0].key} of {samples[0].origin} and others of its batch have cached latents of "
                     f"the shapes {sorted(shapes)}; give the buckets that they were cached with as data.buckets"
                 )
             batch.latents = torch.stack(latents)
-        elif missing := [s for s in samples if s.target is None]:
+            return batch
+        # A mixed batch can only be trained on as pixels, so each of its samples needs its image.
+        without_image = [s for s in samples if s.target is None]
+        if without_image:
             raise DataError(
-                f"sample {missing[0].key} of {missing[0].origin} has cached latents and no image, but others of the "
-                "same batch have no latents; cache latents for every source of the mixture"
+                f"sample {without_image[0].key} of {without_image[0].origin} has cached latents and no image, but "
+                "others of the same batch have no latents; cache latents for every source of the mixture"
             )
-        else:
-            batch.pixels = join([crop_to(s.target, size) for s in samples if s.target is not None]).permute(0, 3, 1, 2)
+        targets = [crop_to(s.target, size) for s in samples if s.target is not None]
+        batch.pixels = join(targets).permute(0, 3, 1, 2)
         return batch

@@ -1,4 +1,4 @@
-"""The Lightning data module: one stage's mixture for training, one fixed pass for validation."""
+"""The Lightning data module: the mixture of a stage for training, and a fixed pass for validation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ from tbac.types import Batch
 class ShardDataModule(L.LightningDataModule):
     """Streams WebDataset shards, in an order that doesn't depend on the numbers of processes and workers.
 
-    Shards are looked up and compared with their manifests here and now, so that a wrong path fails before any model is
-    loaded; `bind` then gives the prompt code of the model that will train.
+    Shards are looked up and compared with their manifests at once, so that a wrong path fails before any model is
+    loaded. `bind` then passes in the prompt code of the model that will train.
 
     Args:
         sources: training mixture: mappings with `path`, a folder or a URL, and optionally `split` and `weight`.
-        val_sources: the same for validation; no dropout, fixed order.
+        val_sources: the same for validation, which has a fixed order and no dropout.
         batch_size: samples per process and step.
-        image_size: pixels a side of target images; with buckets, of the one that is a square.
+        image_size: side of target images in pixels; with buckets, side of the square one.
         dropout: condition dropout of training samples.
         val_batch_size: samples per process and validation step.
         val_samples: validation stops after this many samples of all processes together.
         seed: of order, mixture and dropout.
-        shuffle_buffer: samples to shuffle among, per source.
+        shuffle_buffer: how many samples of a source are shuffled among each other.
         num_workers: loader processes.
-        max_bad_share: greatest share of corrupt samples before training stops.
+        max_bad_share: training stops when a greater share of samples is corrupt.
         use_latents: take cached latents where there are any.
         check_manifest: compare shards with their manifest.
-        buckets: None crops targets to squares; `sana`, or a list of (height, width) in pixels, crops each to the one of
-            them that is nearest to its own shape, and makes batches of one shape.
-        reducing_gap: JPEG targets much larger than needed are decoded at a fraction of their size, at least this many
-            times what is needed; None decodes in full.
+        buckets: None crops targets to squares. `sana`, or a list of (height, width) in pixels, crops each target to the
+            size with the nearest aspect ratio, and every batch then holds one size.
+        reducing_gap: JPEG targets much larger than needed are decoded at a fraction of their size, as long as that is
+            at least this many times what is needed; None decodes in full.
         prefetch_factor: batches that each loader process reads ahead.
         cache_dir: folder that sources behind URLs are downloaded to.
 
@@ -82,7 +82,7 @@ class ShardDataModule(L.LightningDataModule):
         self._buckets = parse_buckets(self.buckets, self.image_size)
         if not self.sources:
             raise DataError("stage.sources is empty; name at least one folder of shards")
-        # What lies on disk is looked up before any model is loaded.
+        # A wrong path is found here, minutes before a model would be loaded.
         self._training = [self._find_shards(fields) for fields in self.sources]
         self._validation = [self._find_shards(fields) for fields in self.val_sources]
         for shards in [*self._training, *self._validation]:
@@ -98,12 +98,13 @@ class ShardDataModule(L.LightningDataModule):
         self._collator: Collator | None = None
 
     def _find_shards(self, fields: Mapping[str, Any]) -> SourceShards:
+        """Find the shards of an entry of the config, and download them if they lie behind a URL."""
         source = parse_source(fields)
         folder = download_source(source, self.cache_dir) if is_remote(source) else None
         return SourceShards(source, self.check_manifest, folder)
 
     def _check_cached_size(self, shards: SourceShards) -> None:
-        """Refuse latents that were cached for pictures of other sizes."""
+        """Raise DataError for latents that were cached for other sizes than this stage trains on."""
         path, manifest = shards.source.path, shards.manifest or {}
         cached = manifest.get("image_size")
         if cached and cached != self.image_size:
@@ -111,36 +112,38 @@ class ShardDataModule(L.LightningDataModule):
                 f"the cached latents of {path} are of pictures of {cached} pixels, stage.image_size is "
                 f"{self.image_size}; cache them again, or encode online with data.use_latents=false"
             )
-        if cached and manifest.get("buckets") != self._listed_buckets:
+        if cached and manifest.get("buckets") != self._bucket_lists:
             cached_buckets = manifest.get("buckets")
             state = f"the buckets {cached_buckets}" if cached_buckets else "no buckets"
             raise DataError(
-                f"the cached latents of {path} were made with {state}, data.buckets is another; give those, "
-                "cache them again, or encode online with data.use_latents=false"
+                f"the cached latents of {path} were made with {state}, and data.buckets isn't the same; set it to "
+                "those, cache them again, or encode online with data.use_latents=false"
             )
 
     @property
-    def _listed_buckets(self) -> list[list[int]] | None:
-        return self._buckets.listed() if self._buckets else None
+    def _bucket_lists(self) -> list[list[int]] | None:
+        return self._buckets.to_lists() if self._buckets else None
 
     def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None, multiple: int = 1) -> None:
-        """Collate with this model's prompt code.
+        """Prepare for a model: take its prompt code, and check that it can train on this data.
 
         Args:
             prompt: `model.prompt`.
-            autoencoder_digest: sha256 of the model's autoencoder; compared with that of cached latents.
-            multiple: pixels that every side of a target must be a multiple of.
+            autoencoder_digest: sha256 of the model's autoencoder, to compare with the one that made cached latents.
+            multiple: number of pixels that every side of a target must be a multiple of.
 
         Raises:
             DataError: when cached latents come from another autoencoder.
             ValueError: for sides that the model can't take.
         """
+        # The autoencoder and the denoiser's patches divide each side, without a remainder.
         name = "data.buckets" if self._buckets else "stage.image_size"
         target_sizes = self._buckets.sizes if self._buckets else [(self.image_size, self.image_size)]
         for side in sorted({side for size in target_sizes for side in size}):
             if side % multiple:
                 raise ValueError(f"{name}: sides must be multiples of {multiple} pixels for this model, got {side}")
         self._collator = Collator(prompt)
+        # Latents of another autoencoder would train without an error, and never give a picture.
         if not (self.use_latents and autoencoder_digest):
             return
         for shards in [*self._training, *self._validation]:
@@ -152,8 +155,8 @@ class ShardDataModule(L.LightningDataModule):
                     "data.use_latents=false"
                 )
 
-    def manifest_digests(self) -> dict[str, str]:
-        """Per source folder the digest of its manifest, for the log of a run."""
+    def compute_manifest_digests(self) -> dict[str, str]:
+        """Compute path of a source -> digest of its manifest, for the log of a run."""
         return {shards.source.path: shards.manifest_digest for shards in [*self._training, *self._validation]}
 
     @property
@@ -165,7 +168,7 @@ class ShardDataModule(L.LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def train_dataloader(self) -> CleanLoader:
-        """Endless batches of this process's share of the mixture, from the restored position on."""
+        """Build the loader of this process's part of the mixture: endless, from the restored position on."""
         mixture = Mixture(
             [shards.samples for shards in self._training],
             [shards.source.weight for shards in self._training],
@@ -173,12 +176,12 @@ class ShardDataModule(L.LightningDataModule):
             self.shuffle_buffer,
         )
         place = (self.batch_size, self._rank, self._world_size, self._position.state)
-        bucket_of = self._bucket_index(self._training)
+        bucket_of = self._build_bucket_index(self._training)
         order = BucketedOrder(bucket_of, mixture, *place) if bucket_of else TrainingOrder(mixture, *place)
-        return self._loader(self._training, order, self.num_workers, self.dropout)
+        return self._build_loader(self._training, order, self.num_workers, self.dropout)
 
     def val_dataloader(self) -> CleanLoader | list:
-        """The first `val_samples` samples, in the order of the shards; without workers and without dropout."""
+        """Build the loader of the first `val_samples` samples, in the order of the shards, without dropout."""
         if not self._validation:
             return []
         order = ValidationOrder(
@@ -187,24 +190,26 @@ class ShardDataModule(L.LightningDataModule):
             self.val_batch_size or self.batch_size,
             self._rank,
             self._world_size,
-            self._bucket_index(self._validation),
+            self._build_bucket_index(self._validation),
         )
-        return self._loader(self._validation, order, num_workers=0, dropout=None)
+        return self._build_loader(self._validation, order, num_workers=0, dropout=None)
 
-    def _bucket_index(self, sources: Sequence[SourceShards]) -> BucketIndex | None:
+    def _build_bucket_index(self, sources: Sequence[SourceShards]) -> BucketIndex | None:
         if self._buckets is None:
             return None
         return BucketIndex(self._buckets, [shards.tars for shards in sources], self.use_latents)
 
-    def _loader(
+    def _build_loader(
         self,
         sources: Sequence[SourceShards],
         order: Sampler[BatchPlan],
         num_workers: int,
         dropout: ConditionDropout | None,
     ) -> CleanLoader:
+        """Build a loader that reads batches of some sources in the order of their plans."""
         if self._collator is None:
             raise RuntimeError("call bind(model.prompt) before training")
+        # The reader depends on a plan alone, so it may be copied into any number of workers.
         reader = ShardReader(
             [shards.tars for shards in sources],
             [shards.samples for shards in sources],
@@ -216,6 +221,7 @@ class ShardDataModule(L.LightningDataModule):
             max_bad_share=self.max_bad_share,
             reducing_gap=self.reducing_gap,
         )
+        # Plans are whole batches already (batch_size=None); forked workers share what this process has read.
         return CleanLoader(
             reader,
             sampler=order,
@@ -227,7 +233,7 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Note how far training has come: what the loader has read ahead doesn't count."""
+        """Note how far training has come. This runs when a batch is used, so what was only read ahead doesn't count."""
         if batch.after:
             self._position.state = batch.after
         return batch
@@ -237,19 +243,19 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def position(self) -> int:
-        """Samples that training has taken, of all processes together."""
+        """How many samples all processes together have trained on."""
         return self._position.taken
 
     @property
     def drawn(self) -> dict[str, int]:
-        """Samples that training has taken of each source, of all processes together; by folder and split."""
+        """Folder and split of a source -> how many of its samples all processes together have trained on."""
         names = [f"{shards.folder.name}-{shards.source.split}" for shards in self._training]
         repeated = {name for name in names if names.count(name) > 1}
         names = [f"{name}-{i}" if name in repeated else name for i, name in enumerate(names)]
         return dict(zip(names, self._position.drawn, strict=True))
 
-    def _circumstances(self) -> dict[str, Any]:
-        """What decides the sequence of samples, and how it is shared out."""
+    def _list_circumstances(self) -> dict[str, Any]:
+        """List the options that decide the sequence of samples, or how the processes divide it."""
         return {
             "data.seed": self.seed,
             "data.shuffle_buffer": self.shuffle_buffer,
@@ -257,24 +263,24 @@ class ShardDataModule(L.LightningDataModule):
             "stage.batch_size": self.batch_size,
             "number of processes": self._world_size,
             "weights of the mixture": [shards.source.weight for shards in self._training],
-            BUCKETS: self._listed_buckets,
+            BUCKETS: self._bucket_lists,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the sequence of samples: after the last batch that training took."""
-        return self._position.to_state_dict(self._circumstances())
+        """Return the position in the sequence of samples, after the last batch that was trained on."""
+        return self._position.to_state_dict(self._list_circumstances())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a position; says what has changed since, and what it means for the order."""
-        self._position.load_state_dict(state_dict, self._circumstances())
+        """Resume at a position; warns of options that have changed since, and what that does to the order."""
+        self._position.load_state_dict(state_dict, self._list_circumstances())
 
 
 class StagedDataModule(L.LightningDataModule):
-    """The data of several stages, of which one is in use.
+    """The data modules of several stages; all calls go to that of the current stage.
 
     Args:
         stages: one data module per stage.
-        current: index of the one in use; the training loop asks for new loaders when an epoch begins.
+        current: index of the current stage. When it changes, the training loop has to ask for new loaders.
     """
 
     def __init__(self, stages: Sequence[ShardDataModule], current: int = 0) -> None:

@@ -1,18 +1,18 @@
 """The order of training samples: a pure function of the seed, the shards and a position.
 
 One sequence of draws serves the whole job. Draw n is the same sample whatever the number of processes, workers or
-restarts; a step of `global batch` samples takes the next so many draws, and each process its own run of them. Going on
-from a position therefore needs no reading, and another world size neither repeats nor loses a sample.
+restarts. Each step takes the next draws for the batches of all processes, and each process reads its part of them.
+Resuming at a position therefore needs no reading, and another number of processes neither repeats nor loses a sample.
 
 - Mixture: draw n picks a source by weight, from a counter-based generator.
-- Passes: each source is gone through again and again. For each pass its shards are permuted, and the samples are
-  permuted within consecutive windows of `shuffle_buffer` samples, so that few shards are in use at a time.
-- Buckets: draws wait, by the bucket of their sample, until there are enough for a batch of one size. What waits is part
-  of the position, and every process works it out for all of them, so none has fewer batches than another.
+- Passes: each source is read again and again. For each pass its shards are permuted, and the samples are permuted
+  within consecutive windows of `shuffle_buffer` samples, so that few shards are in use at a time.
+- Buckets: draws wait, sorted by the bucket of their sample, until there are enough for a batch of one size. The draws
+  that wait are part of the position. Every process computes the batches of all processes, so all have equally many.
 
 Why this is written here: no library that this repository uses has a sampler whose sequence is a function of a position.
-torch's DistributedSampler shares out one epoch by the number of processes, and WebDataset shuffles what a process
-happens to have read; neither can go on exactly, or with another number of processes.
+torch's DistributedSampler divides one epoch by the number of processes, and WebDataset shuffles what a process happens
+to have read. Neither can resume exactly, or with another number of processes.
 """
 
 from bisect import bisect_right
@@ -30,7 +30,7 @@ BLOCK = 4096  # draws whose sources are chosen at a time
 
 @dataclass(frozen=True)
 class Draw:
-    """One place in the sequence.
+    """One place in the sequence, and the sample that stands there.
 
     Attributes:
         position: number of the draw, from 0.
@@ -52,10 +52,11 @@ class BatchPlan:
     """One batch of one process.
 
     Attributes:
-        draws: its samples.
-        after: state of the sequence after the batches of all processes: `position`, samples taken; `drawn`, those of
-            each source; with buckets `waiting`, the draws that wait, as (position, source, number within the source).
-        size: (height, width) of its targets in pixels; None where all batches have the same.
+        draws: one for each sample.
+        after: state of the sequence after this step of all processes: `position`, how many samples were taken; `drawn`,
+            how many of each source; and with buckets `waiting`, the draws that wait, each as (position, source, number
+            within the source).
+        size: (height, width) of its targets in pixels; None where all batches have the same size.
     """
 
     draws: list[Draw]
@@ -64,7 +65,7 @@ class BatchPlan:
 
 
 class BucketOf(Protocol):
-    """Says the bucket of a draw, and the (height, width) of each bucket."""
+    """Tells the bucket of a draw, and the (height, width) of each bucket."""
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]: ...
@@ -72,8 +73,8 @@ class BucketOf(Protocol):
     def __call__(self, draw: Draw) -> int: ...
 
 
-def philox(*names: object) -> np.random.Generator:
-    """A generator that is a function of `names` alone."""
+def make_generator(*names: object) -> np.random.Generator:
+    """Make a random generator that depends on `names` alone."""
     key = int.from_bytes(sha256("/".join(map(str, names)).encode()).digest()[:16], "big")
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -82,10 +83,10 @@ class SourceOrder:
     """The order of one source: item n is (pass, shard, sample).
 
     Args:
-        sizes: samples of each shard.
-        name: seeds this order, together with `seed`.
+        sizes: how many samples each shard has.
+        name: tells this order from those of other sources with the same seed.
         seed: of the order.
-        window: samples to shuffle among; 0 keeps the order within shards.
+        window: how many samples are shuffled among each other; 0 keeps the order within shards.
     """
 
     def __init__(self, sizes: Sequence[int], name: object, seed: int, window: int) -> None:
@@ -96,8 +97,9 @@ class SourceOrder:
 
     def __getitem__(self, n: int) -> tuple[int, int, int]:
         passes, offset = divmod(n, self.total)
+        # The permutation of the latest pass is kept, and so is that of the latest window: draws come in order.
         if self._pass is None or self._pass[0] != passes:
-            shards = philox("shards", self.seed, self.name, passes).permutation(len(self.sizes))
+            shards = make_generator("shards", self.seed, self.name, passes).permutation(len(self.sizes))
             ends = list(accumulate(self.sizes[i] for i in shards))
             self._pass = (passes, shards, ends)
         _, shards, ends = self._pass
@@ -105,22 +107,23 @@ class SourceOrder:
             window, inner = divmod(offset, self.window)
             if self._window is None or self._window[0] != (passes, window):
                 size = min(self.window, self.total - window * self.window)
-                permuted = philox("window", self.seed, self.name, passes, window).permutation(size)
+                permuted = make_generator("window", self.seed, self.name, passes, window).permutation(size)
                 self._window = ((passes, window), permuted)
             offset = window * self.window + int(self._window[1][inner])
         place = bisect_right(ends, offset)
-        return passes, int(shards[place]), offset - (ends[place - 1] if place else 0)
+        start = ends[place - 1] if place else 0
+        return passes, int(shards[place]), offset - start
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What decides the sequence of draws.
+    """Everything that decides the sequence of draws.
 
     Args:
-        sizes: per source, the samples of each shard.
+        sizes: for each source, how many samples each shard has.
         weights: of the sources.
         seed: of the sequence.
-        window: samples to shuffle among, per source (`shuffle_buffer`).
+        window: how many samples of a source are shuffled among each other (`shuffle_buffer`).
 
     Raises:
         ValueError: when sources and weights aren't equally many.
@@ -144,7 +147,7 @@ class TrainingOrder(Sampler[BatchPlan]):
         batch_size: of each process.
         rank: of this process.
         world_size: number of processes.
-        state: where to go on, from `BatchPlan.after`; None is the beginning.
+        state: where to resume, from `BatchPlan.after`; None is the beginning.
     """
 
     def __init__(
@@ -160,12 +163,13 @@ class TrainingOrder(Sampler[BatchPlan]):
         self.seed, self.batch_size, self.rank, self.world_size = mixture.seed, batch_size, rank, world_size
         self.state: Mapping[str, Any] = state or {"position": 0, "drawn": [0] * len(self.orders)}
 
-    def sources(self, start: int, stop: int) -> np.ndarray:
-        """The source of each draw from `start` to `stop`."""
+    def choose_sources(self, start: int, stop: int) -> np.ndarray:
+        """Choose the source of each draw from `start` to `stop`; returns their indices."""
         if len(self.orders) == 1:
             return np.zeros(stop - start, int)
+        # Random numbers come in whole blocks, each with a generator of its own, so any range can be computed directly.
         blocks = range(start // BLOCK, -(-stop // BLOCK))
-        drawn = np.concatenate([philox("mixture", self.seed, b).random(BLOCK) for b in blocks])
+        drawn = np.concatenate([make_generator("mixture", self.seed, b).random(BLOCK) for b in blocks])
         chosen = np.searchsorted(self.bounds[:-1], drawn, side="right")
         return chosen[start - blocks[0] * BLOCK : stop - blocks[0] * BLOCK]
 
@@ -173,8 +177,8 @@ class TrainingOrder(Sampler[BatchPlan]):
         position, drawn = self.state["position"], np.array(self.state["drawn"])
         step, first = self.batch_size * self.world_size, self.rank * self.batch_size
         while True:
-            # (draw, source): how many of each source this step has drawn up to and with each draw.
-            sources = self.sources(position, position + step)
+            # (draw, source): how many of each source this step has drawn, up to and including each draw.
+            sources = self.choose_sources(position, position + step)
             counted = np.cumsum(sources[:, None] == np.arange(len(drawn)), axis=0)
             draws = []
             for i in range(first, first + self.batch_size):
@@ -191,8 +195,8 @@ Pile = list[tuple[Draw, int]]  # draws of one bucket that wait, each with its nu
 class BucketedOrder(TrainingOrder):
     """Endless batch plans of one process, each of one bucket.
 
-    Batches are filled in the order of the draws, whatever the number of processes: that, and the size of a batch, are
-    all that decides them.
+    Batches are filled in the order of the draws. The draws and the batch size alone decide them, not the number of
+    processes.
 
     Args:
         bucket_of: the bucket of each draw.
@@ -200,7 +204,7 @@ class BucketedOrder(TrainingOrder):
         batch_size: of each process.
         rank: of this process.
         world_size: number of processes.
-        state: where to go on, from `BatchPlan.after`; None is the beginning.
+        state: where to resume, from `BatchPlan.after`; None is the beginning.
     """
 
     def __init__(
@@ -219,11 +223,11 @@ class BucketedOrder(TrainingOrder):
         piles, drawn = self._restore_piles()
         taken = self.state["position"]
         position = taken + sum(map(len, piles.values()))
-        upcoming = self._sources_from(position)
+        upcoming = self._iterate_sources(position)
         while True:
-            # Going on with a smaller batch size, some piles hold whole batches already.
+            # After resuming with a smaller batch size, some piles hold whole batches already.
             batches = self._take_whole_batches(piles)
-            # Draw until every process has a batch; all processes work out the batches of all.
+            # Draw until there is a batch for every process; this process then takes the one of its rank.
             while len(batches) < self.world_size:
                 source = next(upcoming)
                 draw = Draw(position, source, *self.orders[source][drawn[source]])
@@ -235,7 +239,7 @@ class BucketedOrder(TrainingOrder):
                 if len(pile) == self.batch_size:
                     batches.append((bucket, pile.copy()))
                     pile.clear()
-            # What still waits belongs to the position: whoever goes on from it begins with these draws.
+            # The draws that still wait belong to the state, since resuming has to begin with them.
             taken += self.batch_size * self.world_size
             waiting = sorted([draw.position, draw.source, n] for pile in piles.values() for draw, n in pile)
             counts = list(drawn)
@@ -246,7 +250,7 @@ class BucketedOrder(TrainingOrder):
             yield BatchPlan([draw for draw, _ in pile], after, self.bucket_of.sizes[bucket])
 
     def _restore_piles(self) -> tuple[dict[int, Pile], list[int]]:
-        """The draws that wait, by bucket, and how many of each source were drawn, those that wait counted."""
+        """Sort the draws that wait into piles by bucket; also returns how many of each source were drawn so far."""
         piles: dict[int, Pile] = {}
         drawn = list(self.state["drawn"])
         for position, source, n in self.state.get("waiting", ()):
@@ -256,7 +260,7 @@ class BucketedOrder(TrainingOrder):
         return piles, drawn
 
     def _take_whole_batches(self, piles: dict[int, Pile]) -> list[tuple[int, Pile]]:
-        """Take batches, at most one for each process, out of piles that hold enough for them."""
+        """Take batches out of the piles that hold enough for one, at most one batch for each process."""
         batches: list[tuple[int, Pile]] = []
         for bucket, pile in piles.items():
             while len(pile) >= self.batch_size and len(batches) < self.world_size:
@@ -264,22 +268,22 @@ class BucketedOrder(TrainingOrder):
                 del pile[: self.batch_size]
         return batches
 
-    def _sources_from(self, position: int) -> Iterator[int]:
-        """The sources of all draws from a position on."""
+    def _iterate_sources(self, position: int) -> Iterator[int]:
+        """Yield the sources of all draws from a position on, without end."""
         while True:
-            yield from self.sources(position, position + BLOCK).tolist()
+            yield from self.choose_sources(position, position + BLOCK).tolist()
             position += BLOCK
 
 
 class ValidationOrder(Sampler[BatchPlan]):
-    """The first samples of all sources in the order of the shards, each process its own; one pass.
+    """One pass over the first samples of all sources, in the order of the shards, divided among the processes.
 
-    All processes have equally many samples, so none waits for another: up to `world_size - 1` samples are left out.
+    All processes have equally many samples, so none waits for another; up to `world_size - 1` samples are left out.
     With buckets they have equally many batches instead, of which some are smaller.
 
     Args:
-        sizes: per source, the samples of each shard.
-        count: samples of all processes together, at most.
+        sizes: for each source, how many samples each shard has.
+        count: the most samples that all processes take together.
         batch_size: of each process.
         rank: of this process.
         world_size: number of processes.
@@ -297,18 +301,20 @@ class ValidationOrder(Sampler[BatchPlan]):
     ) -> None:
         places = ((k, i, n) for k, shards in enumerate(sizes) for i, size in enumerate(shards) for n in range(size))
         draws = [Draw(j, k, 0, i, n) for j, (k, i, n) in enumerate(islice(places, count))]
-        # All processes take part equally, so none waits for another in what they compute together.
+        # With equally many samples for each, no process waits for another in what they compute together.
         draws = draws[: len(draws) // world_size * world_size]
         if bucket_of is None:
-            own = draws[rank::world_size]
-            self.plans = [BatchPlan(batch, {}) for batch in _cut(own, batch_size)]
+            draws_of_rank = draws[rank::world_size]
+            self.plans = [BatchPlan(batch, {}) for batch in _cut_into_batches(draws_of_rank, batch_size)]
             return
-        # A batch is of one bucket.
+        # All pictures of a batch have one size, so a batch never mixes buckets.
         piles: dict[int, list[Draw]] = {}
         for draw in draws:
             piles.setdefault(bucket_of(draw), []).append(draw)
-        batches = [(bucket, batch) for bucket, pile in sorted(piles.items()) for batch in _cut(pile, batch_size)]
-        # The largest batches are halved until every process can have equally many.
+        batches = [
+            (bucket, batch) for bucket, pile in sorted(piles.items()) for batch in _cut_into_batches(pile, batch_size)
+        ]
+        # With equally many batches for each, no process waits either; halving the largest ones gives the number needed.
         while len(batches) % world_size:
             bucket, largest = max(batches, key=lambda batch: len(batch[1]))
             batches.remove((bucket, largest))
@@ -323,6 +329,6 @@ class ValidationOrder(Sampler[BatchPlan]):
         return iter(self.plans)
 
 
-def _cut(draws: list[Draw], size: int) -> list[list[Draw]]:
-    """Runs of `size` draws; the last one may be shorter."""
+def _cut_into_batches(draws: list[Draw], size: int) -> list[list[Draw]]:
+    """Cut a list into batches of `size` draws; the last one may be smaller."""
     return [draws[i : i + size] for i in range(0, len(draws), size)]

@@ -1,4 +1,4 @@
-"""How far training has come in a mixture, kept in checkpoints; says what a change since then does to the order."""
+"""How far training has come in a mixture. Checkpoints keep it; resuming warns when the order of samples has changed."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ class MixturePosition:
 
     Args:
         sources: of the mixture.
-        samples: of each source, in all its shards.
+        samples: how many each source has in all its shards.
 
     Attributes:
-        state: where `TrainingOrder` goes on, from `BatchPlan.after`; None at the beginning.
+        state: where `TrainingOrder` resumes, from `BatchPlan.after`; None at the beginning.
     """
 
     def __init__(self, sources: Sequence[Source], samples: Sequence[int]) -> None:
@@ -28,19 +28,20 @@ class MixturePosition:
 
     @property
     def taken(self) -> int:
-        """Samples that training has taken, of all processes together."""
+        """How many samples all processes together have trained on."""
         return self.state["position"] if self.state else 0
 
     @property
     def drawn(self) -> list[int]:
-        """Samples that training has taken of each source, of all processes together."""
+        """How many samples of each source all processes together have trained on."""
         return list(self.state["drawn"]) if self.state else [0] * len(self.sources)
 
     def to_state_dict(self, circumstances: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint keeps.
+        """Return what a checkpoint keeps.
 
         Args:
-            circumstances: option -> value, of all that decides the sequence of samples or how it is shared out.
+            circumstances: option -> value, for all options that decide the sequence of samples, or how the processes
+                divide it.
         """
         sources = [
             {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn}
@@ -52,44 +53,46 @@ class MixturePosition:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], circumstances: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept; warns of what has changed since, and what it means for the order.
+        """Resume from what a checkpoint kept, and warn of what has changed since and what it does to the order.
 
         Args:
             state: from `to_state_dict`.
-            circumstances: as they are now.
+            circumstances: the same options as they are now.
         """
+        # Sources may have been added, removed or moved, so each is found again by its path and split.
         drawn, places = self._match_sources(state["sources"])
         position = {"position": state["position"], "drawn": drawn}
-        # Draws wait only where there are buckets; those of sources that are gone are gone with them.
+        # Draws wait only where there are buckets, and those of a removed source are dropped.
         waiting = [(p, places[s], n) for p, s, n in state.get("waiting", ()) if s in places]
         if circumstances[BUCKETS]:
             position["waiting"] = waiting
         self.state = position
-        # Whoever goes on learns whether samples of this pass may repeat.
+        # Someone who resumes with other options wants to know whether samples of this pass may repeat.
         before = state["circumstances"]
         changed = [name for name in circumstances if name in before and before[name] != circumstances[name]]
         if not changed:
             return
-        passed_over = bool(waiting) and not circumstances[BUCKETS]
-        reordered = passed_over or any(before.get(name) != circumstances[name] for name in DECIDE_THE_ORDER)
-        log.warning(
-            "going on at sample %d with %s; %s",
-            state["position"],
-            ", ".join(f"{name} {before[name]} -> {circumstances[name]}" for name in changed),
-            "the order is another one, and samples of this pass may repeat"
-            if reordered
-            else "no sample of this pass is repeated or lost",
-        )
+        drops_waiting = bool(waiting) and not circumstances[BUCKETS]
+        reordered = drops_waiting or any(before.get(name) != circumstances[name] for name in DECIDE_THE_ORDER)
+        consequence = "no sample of this pass is repeated or lost"
+        if reordered:
+            consequence = "the order is another one, and samples of this pass may repeat"
+        changes = ", ".join(f"{name} {before[name]} -> {circumstances[name]}" for name in changed)
+        log.warning("going on at sample %d with %s; %s", state["position"], changes, consequence)
 
     def _match_sources(self, kept: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, int]]:
-        """How many samples of each source were taken, and for each index of a kept source its index now."""
+        """Find the sources of a checkpoint among those of now.
+
+        Returns:
+            How many samples of each source of now were taken; and index in the checkpoint -> index now.
+        """
         drawn = [0] * len(self.sources)
         places: dict[int, int] = {}
         numbers = {(entry["path"], entry["split"]): number for number, entry in enumerate(kept)}
         for index, source in enumerate(self.sources):
             number = numbers.pop((source.path, source.split), None)
             if number is None:
-                log.warning("%s wasn't part of the mixture before: it is read from its beginning", source.path)
+                log.warning("%s wasn't part of the mixture before, so it is read from its beginning", source.path)
                 continue
             drawn[index], places[number] = kept[number]["drawn"], index
             if kept[number]["samples"] != self.samples[index]:

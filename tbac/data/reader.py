@@ -1,11 +1,13 @@
-"""From a batch plan to a batch: reading, decoding, dropout, collation; corrupt samples replaced and counted.
+"""Turns a batch plan into a batch: reads, decodes, drops conditions and collates; replaces and counts corrupt samples.
 
 Why this is written here: no library that this repository uses has an indexed, exactly resumable reader of tars.
-WebDataset's pipeline drops a corrupt sample, after which every later batch holds other samples. Here a plan says which
-samples a batch holds, and its position decides what replaces a corrupt one, so a batch is the same in every run.
+WebDataset's pipeline drops a corrupt sample, and then every later batch holds other samples. Here a plan says which
+samples a batch holds, and the position of a draw decides what replaces a corrupt one, so a batch is the same in every
+run.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +25,22 @@ from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch, Sample
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 1000  # at finding another sample in the place of a corrupt one
+ATTEMPTS = 1000  # to find another sample for the place of a corrupt one
 
 
 class NoSubstituteError(DataError):
-    """A corrupt sample whose place no other of its bucket could take."""
+    """There is no other sample of the same bucket for the place of a corrupt one."""
 
 
 @dataclass
 class Tally:
-    """Samples seen and refused by one reader, the latter also by kind."""
+    """Counts of one reader.
+
+    Attributes:
+        seen: samples that it has tried to read.
+        bad: those that it refused.
+        kinds: what was wrong -> how many were refused for it.
+    """
 
     seen: int = 0
     bad: int = 0
@@ -40,39 +48,40 @@ class Tally:
 
 
 def check_bad_share(share: float) -> None:
-    """Raise ValueError for a tolerated share of refused samples that isn't one."""
+    """Raise ValueError for a share of refused samples outside [0, 1]."""
     if not 0 <= share <= 1:
         raise ValueError(f"data.max_bad_share must be between 0 and 1, got {share}")
 
 
-def _alike(latents: Tensor, size: tuple[int, int]) -> bool:
-    """Whether latents (channel, height, width) have the aspect ratio of a size."""
+def _has_aspect_ratio(latents: Tensor, size: tuple[int, int]) -> bool:
+    """Whether latents (channel, height, width) have the aspect ratio of a (height, width)."""
     return latents.shape[1] * size[1] == latents.shape[2] * size[0]
 
 
 @dataclass(eq=False)
 class ShardReader(Dataset[Batch]):
-    """Batches by plan.
+    """Reads the batch that a plan describes.
 
-    What a batch holds depends on its plan alone. The place of a corrupt sample is taken by another sample of the same
-    source and pass, which its position decides.
+    What a batch holds depends on its plan alone. Another sample of the same source, chosen by the position of the draw,
+    takes the place of a corrupt one.
 
     Args:
-        shards: per source, its tars.
-        sizes: per source, the samples of each tar.
+        shards: for each source, its tars.
+        sizes: for each source, how many samples each tar has.
         seed: of dropout and of replacements.
-        collate: samples and the (height, width) of their targets to a batch.
-        size: (height, width) of targets in pixels, for plans that name none.
+        collate: joins samples, whose targets have a given (height, width), into a batch.
+        size: (height, width) of targets in pixels, for plans that give none.
         dropout: condition dropout; None keeps everything.
         use_latents: take cached latents instead of target images where there are any.
-        max_bad_share: greatest share of refused samples that is tolerated.
-        min_seen: the share is judged over multiples of this many samples, or of a pass where that is less.
-        reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, which
-            stays at least this many times what is kept; None decodes in full.
+        max_bad_share: greatest share of samples that may be refused.
+        min_seen: the number of samples that the share is taken of is rounded up to a multiple of this; at most the
+            number of samples of a pass.
+        reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, as long
+            as that is at least this many times what is kept; None decodes in full.
 
     Attributes:
-        tally: samples seen and refused.
-        tars: what reads them.
+        tally: how many samples were seen and refused.
+        tars: reads the samples of tars.
     """
 
     shards: Sequence[Sequence[Path]]
@@ -93,37 +102,40 @@ class ShardReader(Dataset[Batch]):
         self.min_seen = min(self.min_seen, sum(map(sum, self.sizes)))
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        batch = self.collate(self.samples(plan), plan.size or self.size)
+        batch = self.collate(self.read_samples(plan), plan.size or self.size)
         batch.positions = [draw.position for draw in plan.draws]
         batch.after = dict(plan.after)
         return batch
 
-    def samples(self, plan: BatchPlan) -> list[Sample]:
-        """The samples of a batch. A corrupt one whose bucket is too rare for a substitute is replaced by the others.
+    def read_samples(self, plan: BatchPlan) -> list[Sample]:
+        """Read the samples of a batch.
+
+        Where a bucket is so rare that nothing can take the place of a corrupt sample, the others of the batch repeat.
 
         Raises:
-            DataError: as `sample`.
+            DataError: when a shard is gone, too many samples are corrupt, or the batch has no usable sample.
         """
-        found: list[Sample] = []
+        samples: list[Sample] = []
         for draw in plan.draws:
             try:
-                found.append(self.sample(draw, plan.size))
+                samples.append(self.read_sample(draw, plan.size))
             except NoSubstituteError as error:
-                rare = error
-        if not found:
-            raise rare
-        return [found[i % len(found)] for i in range(len(plan.draws))]
+                last_error = error
+        if not samples:
+            raise last_error
+        return [samples[i % len(samples)] for i in range(len(plan.draws))]
 
-    def sample(self, draw: Draw, bucket: tuple[int, int] | None = None) -> Sample:
-        """The sample of a draw, or its replacement.
+    def read_sample(self, draw: Draw, bucket: tuple[int, int] | None = None) -> Sample:
+        """Read the sample of a draw, or one that takes its place.
 
         Args:
-            draw: which.
-            bucket: (height, width) that its target is cropped to; cached latents of another aspect ratio are passed by.
+            draw: says where the sample lies.
+            bucket: (height, width) that its target is cropped to; cached latents of another aspect ratio are replaced.
 
         Raises:
             DataError: when a shard is gone, too many samples are corrupt, or none of a source can be used.
         """
+        # The position of the draw decides which samples are tried in its place, so every run takes the same one.
         sizes = self.sizes[draw.source]
         substitutes = Random(f"substitute/{self.seed}/{draw.position}")
         shard, index = draw.shard, draw.sample
@@ -131,27 +143,34 @@ class ShardReader(Dataset[Batch]):
             path = self.shards[draw.source][shard]
             self.tally.seen += 1
             try:
-                sample = self._decode(path, index, bucket or self.size)
-                usable = bucket is None or sample.latents is None or _alike(sample.latents, bucket)
+                sample = self._read_and_decode(path, index, bucket or self.size)
+                usable = bucket is None or sample.latents is None or _has_aspect_ratio(sample.latents, bucket)
             except CorruptSampleError as error:
-                self._refuse(f"sample {index} of {path}", error)
+                self._count_refused(f"sample {index} of {path}", error)
                 usable = False
             if usable:
                 return self._drop_conditions(sample, draw)
-            # Any sample of the source may take the place: the position decides which, so every run takes the same.
+            # Any sample of the source may take the place; a shard is chosen by how many it holds, so all are as likely.
             shard = substitutes.choices(range(len(sizes)), sizes)[0]
             index = substitutes.randrange(sizes[shard])
+        # A rare bucket may have no other sample, which the rest of the batch can make up for.
         folder = self.shards[draw.source][0].parent
-        kind = NoSubstituteError if bucket else DataError
-        raise kind(f"{folder} gave no usable sample in {ATTEMPTS} attempts")
+        error_class = NoSubstituteError if bucket else DataError
+        raise error_class(f"{folder} gave no usable sample in {ATTEMPTS} attempts")
 
     def _drop_conditions(self, sample: Sample, draw: Draw) -> Sample:
-        """The sample after dropout, which its key and pass decide."""
+        """Return the sample after dropout, which depends on the seed, its key and the pass, not on the reader."""
         if self.dropout is None:
             return sample
         return self.dropout(sample, Random(f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"))
 
-    def _decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
+    def _read_and_decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
+        """Read and decode the sample at a place.
+
+        Raises:
+            CorruptSampleError: when it can't be read or decoded.
+            DataError: when the shard is gone.
+        """
         try:
             raw = self.tars.read(path, index)
         except FileNotFoundError:
@@ -164,20 +183,26 @@ class ShardReader(Dataset[Batch]):
                 f"the shard can't be read ({error.strerror or error})", "unreadable shard"
             ) from None
         except IndexError:
-            reason = self.tars.index(path).broken or "its manifest says more"
+            reason = self.tars.read_index(path).broken or "its manifest says more"
             raise CorruptSampleError(f"the shard holds fewer samples ({reason})", "unreadable shard") from None
         try:
             return decode_sample(raw, self.use_latents, size, self.reducing_gap)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{raw['__key__']!s}: {error}", error.kind) from None
 
-    def _refuse(self, what: str, why: CorruptSampleError) -> None:
+    def _count_refused(self, what: str, why: CorruptSampleError) -> None:
+        """Count and log a refused sample.
+
+        Raises:
+            DataError: when too many were refused.
+        """
         tally = self.tally
         tally.bad += 1
         tally.kinds[why.kind] += 1
         log.warning("skipped %s: %s (%d bad of %d)", what, str(why).split("\n")[0], tally.bad, tally.seen)
-        judged = -(-tally.seen // self.min_seen) * self.min_seen  # early on a few bad ones say little
-        if tally.bad > self.max_bad_share * judged:
+        # At the beginning a few bad samples say little about the share, so the number seen is rounded up.
+        rounded_up = math.ceil(tally.seen / self.min_seen) * self.min_seen
+        if tally.bad > self.max_bad_share * rounded_up:
             raise DataError(
                 f"{tally.bad} of {tally.seen} samples were corrupt or incomplete, more than "
                 f"data.max_bad_share={self.max_bad_share}; the log names each of them"

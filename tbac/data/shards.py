@@ -1,4 +1,4 @@
-"""The shards of a source: finding them, and what their manifest says of them."""
+"""Finds the shards of a source, and compares them with their manifest."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tbac.data.tars import TarIndex, ends_properly
+from tbac.data.tars import TarIndex, has_end_mark
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -43,7 +43,7 @@ class Source:
 
 
 def parse_source(fields: Mapping[str, Any]) -> Source:
-    """A `Source` from a config entry.
+    """Make a `Source` of an entry of the config.
 
     Raises:
         ValueError: for an entry without `path` or with an unknown field.
@@ -55,7 +55,7 @@ def parse_source(fields: Mapping[str, Any]) -> Source:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's `manifest.json`, or None when it has none.
+    """Read the `manifest.json` of a folder; None when it has none.
 
     Raises:
         DataError: when the file is there but isn't a manifest of a known version.
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def parse_manifest(content: bytes, file: Path) -> dict[str, Any]:
-    """The manifest that a file holds; the file's name is for messages.
+    """Parse the content of a manifest; `file` is its name, for messages.
 
     Raises:
         DataError: when it isn't a manifest of a known version.
@@ -82,20 +82,20 @@ def parse_manifest(content: bytes, file: Path) -> dict[str, Any]:
 
 
 class SourceShards:
-    """The tars of a source in the order of their names, and what is known of them.
+    """The tars of a source in the order of their names, and how many samples each holds.
 
-    The manifest is read once, when something is first asked of it.
+    The manifest is read once, when it is first needed.
 
     Args:
         source: where to look.
-        check_manifest: compare names and bytes with the manifest, and take its counts of samples; tars that it doesn't
-            list must end as tars do. False counts the samples of every tar.
-        folder: where the tars lie, when that isn't the source's path.
+        check_manifest: compare names and bytes with the manifest, and take its numbers of samples. Tars that it doesn't
+            list must have an end mark. False ignores it and counts the samples of every tar.
+        folder: that holds the tars, when it isn't the source's path.
 
     Attributes:
-        folder: where the tars lie.
+        folder: that holds the tars.
         tars: their paths.
-        samples: how many each of them holds.
+        samples: how many samples each of them holds.
 
     Raises:
         DataError: when the folder is absent or holds no tar of the split, or a tar isn't as the manifest says.
@@ -115,7 +115,7 @@ class SourceShards:
         if check_manifest and self.manifest is not None:
             listed = {k: v for k, v in self.manifest["shards"].items() if k.startswith(f"{source.split}-")}
         if check_manifest:
-            self._compare(listed)
+            self._check_against_manifest(listed)
         self.samples = [_count_samples(tar, listed) for tar in self.tars]
 
     @cached_property
@@ -135,18 +135,18 @@ class SourceShards:
 
     @property
     def manifest_digest(self) -> str:
-        """sha256 of the manifest, or "none"."""
+        """sha256 of the manifest, or "none" where there is none."""
         content = self._manifest_bytes
         return "none" if content is None else hashlib.sha256(content).hexdigest()
 
-    def _compare(self, listed: Mapping[str, Any]) -> None:
-        """Compare the tars with their entries of the manifest."""
+    def _check_against_manifest(self, listed: Mapping[str, Any]) -> None:
+        """Raise DataError for a tar that is absent, or isn't as its entry of the manifest says."""
         hint = "restore it, or read what is there with data.check_manifest=false"
         for name in sorted(set(listed) - {tar.name for tar in self.tars}):
             raise DataError(f"{self.folder / name} is in the manifest but absent; {hint}")
         for tar in self.tars:
             if tar.name not in listed:
-                if not ends_properly(tar):
+                if not has_end_mark(tar):
                     raise DataError(f"shard {tar} is truncated: it lacks the end mark of a tar; {hint}")
                 continue
             size, stated = tar.stat().st_size, listed[tar.name]["bytes"]
@@ -156,7 +156,7 @@ class SourceShards:
 
 
 def _count_samples(tar: Path, listed: Mapping[str, Any]) -> int:
-    """Samples of a tar by the manifest, or counted by reading the headers of one that it doesn't list."""
+    """Return the manifest's number of samples of a tar, or count those of a tar that it doesn't list."""
     if tar.name in listed:
         return int(listed[tar.name]["samples"])
     index = TarIndex(tar)

@@ -1,9 +1,9 @@
-"""Reading single samples of WebDataset tars, by an index of where their members lie.
+"""Reads single samples of WebDataset tars, with an index of where their members lie.
 
 Why this is written here: no library that this repository uses has an indexed reader of tars. WebDataset's goes through
-a tar from its beginning. To go on exactly where a run stopped, in a shuffled order that doesn't depend on the number of
-processes, sample n of a tar has to be read without those before it. Which members are one sample is WebDataset's own
-rule (`base_plus_ext`).
+a tar from its beginning. To resume exactly where a run stopped, in a shuffled order that doesn't depend on the number
+of processes, sample n of a tar has to be read without those before it. WebDataset itself (`base_plus_ext`) says which
+members form one sample.
 """
 
 import logging
@@ -17,18 +17,18 @@ from webdataset.tariterators import base_plus_ext
 
 log = logging.getLogger(__name__)
 Members = dict[str, tuple[int, int]]  # field -> offset and size of its bytes
-NOWHERE = (0, 0)  # place of a field that a sample has twice: nobody can say which one is meant; it reads as empty
+NOWHERE = (0, 0)  # place of a field that a sample has twice: nobody can say which one is meant, so it reads as empty
 
 
 class TarIndex:
     """The samples of one tar: consecutive members whose names agree up to the first dot, as WebDataset groups them.
 
     Attributes:
-        samples: key and members of each.
+        samples: key and members of each sample.
         broken: why the tar can't be read to its end, or None. The last sample before a break is left out, since
             nothing says that it is complete.
-        refused: what kind of members were passed over, and how many: links and devices, sparse files, names that lead
-            out of the archive, fields that a sample has twice.
+        refused: how many members of each kind were passed over: links, devices and sparse files, names that lead out of
+            the archive, fields that a sample has twice.
 
     Raises:
         OSError: when the file can't be opened.
@@ -41,11 +41,12 @@ class TarIndex:
         with path.open("rb") as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    while (member := tar.next()) is not None:
+                    for member in tar:
                         self._add(member)
             except (tarfile.TarError, EOFError) as error:
                 self.broken = str(error)
-        if self.broken is None and not ends_properly(path):
+        # tarfile doesn't mind a tar that was cut between two members.
+        if self.broken is None and not has_end_mark(path):
             self.broken = "it has no end mark"
         if self.broken is not None:
             self.samples = self.samples[:-1]
@@ -64,7 +65,7 @@ class TarIndex:
         if member.name.startswith("/") or ".." in member.name.split("/"):
             self.refused["a name that leads out of the archive"] += 1
             return
-        # Another key than that of the member before begins another sample.
+        # A sample ends where the next member has another key.
         if not self.samples or self.samples[-1][0] != key:
             self.samples.append((key, {}))
         members = self.samples[-1][1]
@@ -75,8 +76,8 @@ class TarIndex:
         members[field.lower()] = (member.offset_data, member.size)
 
 
-def ends_properly(tar: Path) -> bool:
-    """Whether a tar ends with its two blocks of zeros; one that was cut between two members doesn't."""
+def has_end_mark(tar: Path) -> bool:
+    """Whether a tar ends with two blocks of zeros, as all do unless they were cut short."""
     with tar.open("rb") as file:
         file.seek(0, 2)
         file.seek(-min(file.tell(), 1024), 2)
@@ -84,22 +85,26 @@ def ends_properly(tar: Path) -> bool:
 
 
 class TarReader:
-    """Reads samples of many tars; keeps the latest of them open.
+    """Reads samples of many tars, and keeps the tars that were used last open.
 
     Args:
-        keep: tars kept open, with their indices.
+        keep: how many tars stay open, each with its index.
     """
 
     def __init__(self, keep: int = 64) -> None:
         self.keep = keep
         self._open: OrderedDict[Path, tuple[int, TarIndex]] = OrderedDict()
 
-    def index(self, path: Path) -> TarIndex:
-        """The index of a tar."""
+    def read_index(self, path: Path) -> TarIndex:
+        """Return the index of a tar, read now or before."""
         return self._open_tar(path)[1]
 
     def read(self, path: Path, sample: int) -> dict[str, Any]:
-        """The fields of one sample, with `__key__` and `__url__`.
+        """Read the fields of one sample, and add `__key__` and `__url__`.
+
+        Args:
+            path: of the tar.
+            sample: its number in the tar, from 0.
 
         Raises:
             OSError: when the tar can't be read.
@@ -117,14 +122,16 @@ class TarReader:
             index = TarIndex(path)
             self._open[path] = (os.open(path, os.O_RDONLY), index)
             while len(self._open) > self.keep:
-                os.close(self._open.popitem(last=False)[1][0])
+                _, (descriptor, _) = self._open.popitem(last=False)
+                os.close(descriptor)
         self._open.move_to_end(path)
         return self._open[path]
 
     def close(self) -> None:
         """Close all tars."""
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        for descriptor, _ in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
     def __del__(self) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""Between decoding and collation: condition dropout, and target images to tensors."""
+"""What happens to a sample between decoding and collation: condition dropout, and cropping the target."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -14,14 +14,14 @@ from tbac.types import Sample
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Drop conditions at random, so that the model learns to be guided.
+    """Drops conditions at random, so that the model also learns to predict without them, as guidance needs.
 
-    At most one of the three happens to a sample. A dropped caption is "", a dropped image is black.
+    At most one of the three happens to a sample. A dropped caption becomes "", a dropped image becomes black.
 
     Args:
-        caption_drop_prob: only the caption.
-        image_drop_prob: only the input images; for samples without any this one is never drawn.
-        both_drop_prob: caption and input images; for samples without any this one is never drawn.
+        caption_drop_prob: probability that only the caption is dropped.
+        image_drop_prob: that only the input images are dropped; 0 for samples without any.
+        both_drop_prob: that caption and input images are dropped; 0 for samples without input images.
 
     Raises:
         ValueError: when a probability is outside [0, 1], or their sum above 1.
@@ -33,13 +33,15 @@ class ConditionDropout:
 
     def __post_init__(self) -> None:
         for name in ("caption_drop_prob", "image_drop_prob", "both_drop_prob"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
                 raise ValueError(f"stage.dropout.{name} must be between 0 and 1, got {value}")
-        if (total := self.caption_drop_prob + self.image_drop_prob + self.both_drop_prob) > 1:
+        total = self.caption_drop_prob + self.image_drop_prob + self.both_drop_prob
+        if total > 1:
             raise ValueError(f"the probabilities of stage.dropout sum to {total}; at most 1 is possible")
 
     def __call__(self, sample: Sample, rng: Random) -> Sample:
-        """The sample with what `rng` says dropped."""
+        """Return the sample after dropout; one number of `rng` decides which of the three happens."""
         draw = rng.random()
         caption = draw < self.caption_drop_prob
         image = both = False
@@ -48,19 +50,22 @@ class ConditionDropout:
             both = 0 <= draw < self.both_drop_prob
             image = 0 <= draw - self.both_drop_prob < self.image_drop_prob
         text = "" if caption or both else sample.text
-        sources = [black_like(i) for i in sample.sources] if image or both else sample.sources
+        sources = sample.sources
+        if image or both:
+            sources = [make_black_image(source.size) for source in sources]
         return replace(sample, text=text, sources=sources)
 
 
-def black_like(image: Image.Image) -> Image.Image:
-    """A black RGB image of the same size: the image condition of unconditional guidance."""
-    return Image.new("RGB", image.size)
+def make_black_image(size: tuple[int, int]) -> Image.Image:
+    """Make the black RGB image of a (width, height) that stands for "no input image" in guidance."""
+    return Image.new("RGB", size)
 
 
 def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """The largest central part of the aspect ratio of `size` (height, width), resized to it.
+    """Crop the largest central part that has the aspect ratio of `size` (height, width), and resize it to `size`.
 
-    Bicubic with antialiasing, as in SANA's trainer: Pillow's filter up to rounding, several times faster.
+    Resizing is bicubic with antialiasing, as in SANA's trainer. torch gives what Pillow gives, up to rounding, several
+    times faster.
 
     Returns:
         (height, width, 3), uint8.

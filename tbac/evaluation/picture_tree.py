@@ -67,7 +67,7 @@ def join_grid(pictures: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def records_of(root: Path) -> Path:
+def name_records_folder(root: Path) -> Path:
     """The folder beside a tree for what we note about it."""
     return root.with_name(f"{root.name}.records")
 
@@ -85,12 +85,12 @@ class Tree:
     def __init__(self, root: Path, settings: Mapping, overwrite: bool = False) -> None:
         self.root, self.overwrite = root, overwrite
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
-        self.records = records_of(root)
+        self.records = name_records_folder(root)
 
-    def _record(self, target: Target) -> Path:
+    def _name_record(self, target: Target) -> Path:
         return self.records / f"{target.path}.json"
 
-    def _expected(self, target: Target) -> dict:
+    def _describe_target(self, target: Target) -> dict:
         sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
         return {"prompt": target.prompt, "samples": list(target.samples), "images": sources, **self.settings}
 
@@ -100,11 +100,11 @@ class Tree:
         Raises:
             TreeError: when another one is, and `overwrite` is off.
         """
-        path, record = self.root / target.path, self._record(target)
+        path, record = self.root / target.path, self._name_record(target)
         if not path.is_file() or not is_readable(path):
             return False
         known = json.loads(record.read_text()) if record.is_file() else None
-        expected = self._expected(target)
+        expected = self._describe_target(target)
         if known == expected:
             return True
         if self.overwrite:
@@ -116,14 +116,14 @@ class Tree:
 
     def write(self, target: Target, pictures: Sequence[Image.Image]) -> None:
         """Write a target's samples, and then its record."""
-        path, record = self.root / target.path, self._record(target)
+        path, record = self.root / target.path, self._name_record(target)
         for file in (path, record):
             file.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         made = io.BytesIO()
         join_grid(pictures).save(made, format="PNG")
         write_whole(path, made.getvalue(), self.records)
-        write_whole(record, json.dumps(self._expected(target)).encode())
+        write_whole(record, json.dumps(self._describe_target(target)).encode())
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Verdict:
     reason: str = ""
 
 
-def relations(first: Detection, second: Detection) -> set[str]:
+def find_relations(first: Detection, second: Detection) -> set[str]:
     """Where `first` stands relative to `second`: any of `RELATIONS`; empty when too close to tell (GenEval)."""
     offset = [a - b for a, b in zip(first.center, second.center, strict=True)]
     sides = [first.box[i + 2] - first.box[i] + second.box[i + 2] - second.box[i] for i in (0, 1)]
@@ -91,7 +91,7 @@ def judge_geneval(
             return Verdict(False, f"expected {wanted['color']} {name} >= {count}, found {[d.color for d in found]}")
         if "position" in wanted:
             relation, target = wanted["position"]
-            if not all(relation in relations(a, b) for a in found for b in groups[target]):
+            if not all(relation in find_relations(a, b) for a in found for b in groups[target]):
                 return Verdict(False, f"expected {name} {relation} {metadata['include'][target]['class']}")
         groups.append(found)
     # Nothing more than that, where the prompt gives a number.

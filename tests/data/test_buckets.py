@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from data_prep.shards.latents import CachingOptions, cache_latents
 from data_prep.shards.writer import write_shards
-from tbac.data.buckets import Buckets, parse_buckets, read_sizes, sizes_file, target_sizes, write_sizes
+from tbac.data.buckets import Buckets, load_target_sizes, name_sizes_file, parse_buckets, read_sizes, write_sizes
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import decode_sample
 from tbac.data.order import BatchPlan, BucketedOrder, Draw, Mixture, ValidationOrder
@@ -53,10 +53,12 @@ def test_the_nearest_ratio_decides() -> None:
     sizes = rng.integers(64, 4096, (2000, 2))
     ratios = buckets.ratios.tolist()
     expected = [ratios.index(min(ratios, key=lambda ratio: abs(ratio - h / w))) for h, w in sizes]
-    assert buckets.nearest(sizes).tolist() == expected
-    assert buckets.nearest(np.array(buckets.sizes)).tolist() == list(range(40))
-    assert buckets.nearest(np.array(buckets.sizes) // 32).tolist() == list(range(40))  # so latents go where they were
-    assert buckets.sizes[int(buckets.nearest(np.zeros((1, 2)))[0])] == (512, 512)
+    assert buckets.find_nearest(sizes).tolist() == expected
+    assert buckets.find_nearest(np.array(buckets.sizes)).tolist() == list(range(40))
+    assert buckets.find_nearest(np.array(buckets.sizes) // 32).tolist() == list(
+        range(40)
+    )  # so latents go where they were
+    assert buckets.sizes[int(buckets.find_nearest(np.zeros((1, 2)))[0])] == (512, 512)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +105,14 @@ def pictures() -> list[tuple[str, dict[str, Any]]]:
 def test_sizes_are_those_of_the_decoded_pictures() -> None:
     write_shards(Path("a"), "train", pictures(), 100)
     tar = Path("a/train-000000.tar")
-    found, reader = target_sizes(tar), TarReader()
+    found, reader = load_target_sizes(tar), TarReader()
     for i, size in enumerate(found.tolist()):
         if i == 13:
             assert size == [0, 0]
             continue
         if i == 14:
             assert size == [6, 3]
-            assert target_sizes(tar, use_latents=False)[14].tolist() == [48, 24]
+            assert load_target_sizes(tar, use_latents=False)[14].tolist() == [48, 24]
             continue
         target = decode_sample(reader.read(tar, i)).target
         assert target is not None
@@ -127,12 +129,12 @@ def test_sizes_beside_a_shard_are_used_while_it_is_the_same(
     with monkeypatch.context() as patched:
         patched.setattr("tbac.data.buckets.read_sizes", None)
         for use, sizes in zip((True, False), expected, strict=True):
-            assert np.array_equal(target_sizes(tar, use), sizes)
+            assert np.array_equal(load_target_sizes(tar, use), sizes)
     write_shards(Path("a"), "train", pictures()[3:], 8)
-    assert np.array_equal(target_sizes(tar), read_sizes(tar))
+    assert np.array_equal(load_target_sizes(tar), read_sizes(tar))
     assert "train-000000.sizes.npz was written for another train-000000.tar" in caplog.text
-    sizes_file(tar).write_bytes(b"garbage")
-    assert len(target_sizes(tar)) == 0
+    name_sizes_file(tar).write_bytes(b"garbage")
+    assert len(load_target_sizes(tar)) == 0
     assert "can't be read" in caplog.text
 
 
@@ -141,7 +143,7 @@ def test_the_application_writes_sizes_beside_all_shards(capfd: pytest.CaptureFix
     status, text = run_app("data_prep.verify", capfd, "path=a", "processes=1", "samples=false", "write_sizes=true")
     assert status == 0, text
     for tar in Path("a").glob("*.tar"):
-        assert len(target_sizes(tar)) == len(read_sizes(tar))
+        assert len(load_target_sizes(tar)) == len(read_sizes(tar))
     assert sorted(p.name for p in Path("a").glob("*.npz")) == ["train-000000.sizes.npz", "train-000001.sizes.npz"]
     status, text = run_app("data_prep.verify", capfd, "path=.", "samples=false", "write_sizes=true")
     assert status == 1
@@ -284,10 +286,10 @@ def test_training_on_bucketed_latents_is_training_on_the_pictures(in_world: Path
     on_latents = losses(load_small_model(in_world), data_of("cached", GIVEN))
     assert on_latents == pytest.approx(on_images, rel=1e-5)
     assert len(set(on_images)) == 6
-    with pytest.raises(InstantiationException, match=r"were made with the buckets.*data\.buckets is another"):
+    with pytest.raises(InstantiationException, match=r"were made with the buckets.*data\.buckets isn't the same"):
         data_of("cached")
     cache_latents(Path("raw"), Path("squares"), autoencoder, digest, CachingOptions(24, batch_size=4))
-    with pytest.raises(InstantiationException, match=r"were made with no buckets, data\.buckets is another"):
+    with pytest.raises(InstantiationException, match=r"were made with no buckets, and data\.buckets isn't the same"):
         data_of("squares", GIVEN)
     Path("cached/manifest.json").unlink()  # without it nobody can say, until a batch holds two shapes
     blind = data_of("cached")
@@ -360,7 +362,7 @@ def cached_with_a_broken_caption(world: Path) -> ShardDataModule:
         Path("raw"), Path("cached"), autoencoder, compute_autoencoder_digest(denoiser), CachingOptions(24, buckets)
     )
     tar = Path("cached/train-000000.tar")
-    offset, size = TarReader().index(tar).samples[3][1]["txt"]
+    offset, size = TarReader().read_index(tar).samples[3][1]["txt"]
     with tar.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from data_prep.shards.verification import Facts, look_at
+from data_prep.shards.verification import Facts, examine_tar
 from tbac.data.order import Draw
 from tbac.data.reader import ShardReader
 from tests.helpers.pictures import FRAMES, encode_image, make_noise_image, make_png_of_size
@@ -78,7 +78,7 @@ def test_the_good_ones_are_trained_on_and_the_damaged_ones_counted_by_kind(tmp_p
     tars = sorted(tmp_path.glob("*.tar"))
     sizes = [1000] * SHARDS
     reader = ShardReader([tars], [sizes], seed=0, collate=lambda samples, size: samples, size=(8, 8), max_bad_share=0.2)
-    drawn = [reader.sample(Draw(n, 0, 0, *divmod(n, 1000))) for n in range(11_000)]
+    drawn = [reader.read_sample(Draw(n, 0, 0, *divmod(n, 1000))) for n in range(11_000)]
     texts = Counter(sample.text for sample in drawn)
     assert len(texts) == 10_000
     assert all(text.startswith("good ") for text in texts)
@@ -87,6 +87,6 @@ def test_the_good_ones_are_trained_on_and_the_damaged_ones_counted_by_kind(tmp_p
 
     facts = Facts()
     for tar in tars:
-        facts.add(look_at(tar, None, len))
+        facts.add(examine_tar(tar, None, len))
     assert facts.faults == kinds
     assert (facts.samples, facts.good) == (11_000, 10_000)

@@ -106,7 +106,7 @@ def test_a_manifest_is_read_once(model: UniImage, in_world: Path, monkeypatch: p
     monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), plain_read(path))[1])
     data = instantiate(compose_config("train", "run_dir=.", "stage=ti2i_pretrain").data)
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
-    data.manifest_digests()
+    data.compute_manifest_digests()
     manifests = [path for path in read if path.name == "manifest.json"]
     assert len(manifests) == len(data.sources) + len(data.val_sources)
 

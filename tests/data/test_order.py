@@ -86,8 +86,11 @@ def test_the_mixture_follows_the_weights_also_across_blocks() -> None:
     found = Counter(d.source for d in draws(order_of(batch_size=512), 4 * BLOCK))
     # Binomial: standard deviation 0.0034 of the share.
     assert abs(found[0] / sum(found.values()) - 0.75) < 0.014
-    middle = order_of().sources(BLOCK - 3, BLOCK + 3)
-    assert middle.tolist() == [*order_of().sources(BLOCK - 3, BLOCK), *order_of().sources(BLOCK, BLOCK + 3)]
+    middle = order_of().choose_sources(BLOCK - 3, BLOCK + 3)
+    assert middle.tolist() == [
+        *order_of().choose_sources(BLOCK - 3, BLOCK),
+        *order_of().choose_sources(BLOCK, BLOCK + 3),
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

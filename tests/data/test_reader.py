@@ -37,7 +37,7 @@ def test_dropout_depends_on_sample_and_pass_and_not_on_the_reader(tmp_path: Path
     assert texts[:40] != texts[40:]
     assert 0 < sum(text == "" for text in texts[:40]) < 40
     backwards = make_reader(source, seed=5, dropout=ConditionDropout(0.5))
-    assert [backwards.sample(Draw(7 + n, 0, 0, 1, n)).text for n in (9, 3)] == [texts[19], texts[13]]
+    assert [backwards.read_sample(Draw(7 + n, 0, 0, 1, n)).text for n in (9, 3)] == [texts[19], texts[13]]
 
 
 BROKEN: dict[str, dict[str, bytes | None]] = {

@@ -51,7 +51,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 def keys(source: Source, cache: str = "cache") -> list[str]:
     shards = SourceShards(source, folder=download_source(source, cache))
     reader = TarReader()
-    return [key for tar in shards.tars for key, _ in reader.index(tar).samples]
+    return [key for tar in shards.tars for key, _ in reader.read_index(tar).samples]
 
 
 def test_a_folder_behind_a_url_is_that_folder(server: str, tmp_path: Path) -> None:

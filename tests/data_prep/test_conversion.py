@@ -186,7 +186,7 @@ def samples(out: Path, split: str) -> list[Sample]:
     return [
         decode_sample(reader.read(tar, i))
         for tar in SourceShards(Source(str(out), split)).tars
-        for i in range(len(reader.index(tar).samples))
+        for i in range(len(reader.read_index(tar).samples))
     ]
 
 

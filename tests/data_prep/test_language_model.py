@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from data_prep.shapes.conversations import Conversation, Conversations, visible_part
+from data_prep.shapes.conversations import Conversation, Conversations, choose_window
 from data_prep.shapes.pretrain_mllm import Recipe, compute_states, make_config, pretrain_mllm
 from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, COLUMN_NAMES, GLYPHS, ROW_NAMES, sample_scene
 from data_prep.shapes.tokenizer import SPECIAL_TOKENS
@@ -107,7 +107,7 @@ def test_windows_show_what_is_inside_them() -> None:
     for side in (1, 2, CELLS):
         for _ in range(50):
             scene = sample_scene(rng)
-            part, cells, shown = visible_part(rng, scene, side)
+            part, cells, shown = choose_window(rng, scene, side)
             assert shown == side
             assert len(cells) == side * side
             assert part.items

@@ -24,7 +24,7 @@ class Lines:
     def __init__(self, path, upper=False):
         self.root, self.upper = Path(path), upper
 
-    def units(self):
+    def list_units(self):
         return ["captions.tsv"]
 
     def read(self, unit, scratch):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.datasets.rows import as_list, cut_into_units, read_rows
+from data_prep.datasets.rows import cut_into_units, read_rows, wrap_in_list
 from tbac.data.shards import DataError
 
 ROWS = [{"text": f"caf\xe9 {i}", "image": f"{i}.png"} for i in range(3)]
@@ -72,4 +72,4 @@ def test_units_hold_every_row_once() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [(None, []), ("", []), ("a", ["a"]), (["a", "b"], ["a", "b"])])
 def test_one_value_is_a_list_of_it(value: object, expected: list) -> None:
-    assert as_list(value) == expected
+    assert wrap_in_list(value) == expected

@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import render
 from data_prep.shards.writer import write_shards
-from tbac.evaluation.benchmarks.edits import scan_from_json
+from tbac.evaluation.benchmarks.edits import parse_scan
 from tbac.evaluation.detectors.template import TemplateDetector
 from tests.helpers.worlds import SIZES
 
@@ -80,7 +80,7 @@ def test_the_detector_reads_every_drawn_scene_exactly(tmp_path: Path) -> None:
     detector = TemplateDetector.from_world(tmp_path / "world.json")
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     for row in rows:
-        found, truth = detector(Image.open(tmp_path / row["image"])), scan_from_json(row["scene"])
+        found, truth = detector(Image.open(tmp_path / row["image"])), parse_scan(row["scene"])
         assert found.background == truth.background
         assert sorted((d.name, d.color, d.box) for d in found.detections) == sorted(
             (d.name, d.color, d.box) for d in truth.detections

@@ -10,12 +10,12 @@ from data_prep.shapes.language import (
     EDIT_TYPES,
     GENEVAL_TAGS,
     NUMBERS,
-    caption,
-    geneval_prompts,
-    long_caption,
-    plural,
+    make_plural,
+    sample_caption,
     sample_edit,
+    sample_geneval_prompts,
     sample_question,
+    write_long_caption,
 )
 from data_prep.shapes.scene import CELL_SIZE, COLORS, GLYPHS, Scene, render, sample_scene
 from tests.helpers.captions import parse_objects
@@ -27,7 +27,8 @@ def test_a_seed_gives_the_same_world() -> None:
     def draw(seed: int) -> list:
         rng = Random(seed)
         return [
-            (s := sample_scene(rng), caption(rng, s), sample_edit(rng, s), sample_question(rng, s)) for _ in range(50)
+            (s := sample_scene(rng), sample_caption(rng, s), sample_edit(rng, s), sample_question(rng, s))
+            for _ in range(50)
         ]
 
     assert draw(3) == draw(3)
@@ -55,7 +56,7 @@ def test_captions_tell_all_objects_and_only_these() -> None:
     rng = Random(0)
     forms = set()
     for scene in SCENES:
-        for text in (caption(rng, scene), long_caption(scene)):
+        for text in (sample_caption(rng, scene), write_long_caption(scene)):
             found = parse_objects(text)
             colored = any(color for color, _ in found)
             truth = Counter((i.color if colored else None, i.shape) for i in scene.items)
@@ -70,7 +71,7 @@ def test_relations_in_captions_hold() -> None:
     rng = Random(1)
     checked = 0
     for scene in SCENES:
-        text = caption(rng, scene)
+        text = sample_caption(rng, scene)
         for name in ("left of", "right of", "above", "below"):
             if f" {name} a " in text:
                 first, second = (parse_objects(part) for part in text.split(f" {name} ", 1))
@@ -112,7 +113,7 @@ def test_answers_are_true() -> None:
     asked = Counter()
     for scene in SCENES:
         question, answer = sample_question(rng, scene)
-        shape = next((s for s in GLYPHS if question.endswith((f" {s}?", f" {plural(s)}?"))), None)
+        shape = next((s for s in GLYPHS if question.endswith((f" {s}?", f" {make_plural(s)}?"))), None)
         items = [i for i in scene.items if i.shape == shape]
         if question.startswith("what color is the background"):
             expected = scene.background
@@ -136,7 +137,7 @@ def test_answers_are_true() -> None:
 
 @pytest.mark.parametrize("per_tag", [1, 20])
 def test_geneval_prompts_say_what_their_metadata_ask(per_tag: int) -> None:
-    rows = geneval_prompts(Random(0), per_tag)
+    rows = sample_geneval_prompts(Random(0), per_tag)
     assert Counter(r["tag"] for r in rows) == dict.fromkeys(GENEVAL_TAGS, per_tag)
     for row in rows:
         wanted = Counter({(e.get("color"), e["class"]): e["count"] for e in row["include"]})

@@ -8,10 +8,10 @@ from tbac.evaluation.rules import (
     GENEVAL_THRESHOLDS,
     Thresholds,
     aggregate_by_tag,
+    find_relations,
     is_same_answer,
     judge_edit,
     judge_geneval,
-    relations,
 )
 
 
@@ -209,7 +209,7 @@ def test_geneval(case: str) -> None:
     ],
 )
 def test_relations(x: float, y: float, expected: set[str]) -> None:
-    assert relations(at("a", x, y), at("b", 0, 0)) == expected
+    assert find_relations(at("a", x, y), at("b", 0, 0)) == expected
 
 
 def test_relations_are_antisymmetric() -> None:
@@ -217,7 +217,7 @@ def test_relations_are_antisymmetric() -> None:
     for x in range(-50, 51, 7):
         for y in range(-50, 51, 7):
             a, b = at("a", x, y), at("b", 0, 0)
-            assert {opposite[r] for r in relations(a, b)} == relations(b, a)
+            assert {opposite[r] for r in find_relations(a, b)} == find_relations(b, a)
 
 
 def test_overall_is_the_mean_of_tags_and_not_of_pictures() -> None:

@@ -31,7 +31,7 @@ class Brightness(PictureBenchmark):
     def list_targets(self):
         return [Target(f"{word}.png", word, f"a {word} picture") for word in self.words]
 
-    def group_of(self, target):
+    def find_group(self, target):
         return target.item
 
     def judge_picture(self, target, picture, judge):

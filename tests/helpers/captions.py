@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from data_prep.shapes.language import NUMBERS, OPENINGS, plural
+from data_prep.shapes.language import NUMBERS, OPENINGS, make_plural
 from data_prep.shapes.scene import COLORS, GLYPHS
 
 
@@ -13,7 +13,7 @@ def parse_objects(text: str) -> Counter:
         if opening and text.startswith(opening):
             text = text.removeprefix(opening)
     found: Counter = Counter()
-    names = {plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
+    names = {make_plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
     pattern = (
         rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
     )

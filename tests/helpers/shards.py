@@ -29,7 +29,7 @@ def read_samples(reader: ShardReader, passes: int = 1) -> list[Sample]:
         for i, size in enumerate(sizes)
         for n in range(size)
     ]
-    return [reader.sample(Draw(position, *place)) for position, place in enumerate(places)]
+    return [reader.read_sample(Draw(position, *place)) for position, place in enumerate(places)]
 
 
 def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from data_prep.shapes.parts import make_tokenizer
-from data_prep.shapes.pretrain_autoencoder import pixels_of
+from data_prep.shapes.pretrain_autoencoder import stack_pixels
 from data_prep.shapes.pretrain_mllm import make_config
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
 from tbac.app import to_plain
@@ -55,7 +55,7 @@ def build_small_world(folder: Path) -> None:
     write_benchmarks(world, folder / "benchmarks")
     frozen = FrozenAutoencoder(autoencoder)
     write_training_sets(
-        world, folder / "data", lambda images: frozen.encode(pixels_of(images)), compute_autoencoder_digest(denoiser)
+        world, folder / "data", lambda images: frozen.encode(stack_pixels(images)), compute_autoencoder_digest(denoiser)
     )
 
 

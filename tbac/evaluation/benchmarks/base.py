@@ -168,7 +168,7 @@ class PictureBenchmark(ABC):
     def list_targets(self) -> list[Target]:
         """Every picture."""
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """Tag, type, kind or category that a picture counts for."""
         return ""
 
@@ -184,7 +184,7 @@ class PictureBenchmark(ABC):
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Scores of all rows."""
 
-    def write_beside(self, root: Path) -> None:
+    def write_other_files(self, root: Path) -> None:
         """Write the files of the tree besides pictures, for benchmarks whose own scorer reads any."""
         return
 
@@ -197,7 +197,7 @@ class PictureBenchmark(ABC):
         if self.needs == "questions" and not hasattr(judge, "ask"):
             raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
 
-    def sampling_options(self) -> dict[str, Any]:
+    def build_sampling_options(self) -> dict[str, Any]:
         """How the pipeline draws its pictures; the seed and what is drawn together apart."""
         options = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         if self.image_guidance_scale is not None:
@@ -212,7 +212,7 @@ class PictureBenchmark(ABC):
             judge: see `needs`.
         """
         for target in self.list_targets():
-            picture, group = find_picture(target), self.group_of(target)
+            picture, group = find_picture(target), self.find_group(target)
             if picture is None:
                 yield Row(target.path, group, target.prompt, "missing", None, "the picture is missing")
                 continue
@@ -230,7 +230,7 @@ def open_picture(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def find_in_tree(root: Path) -> Callable[[Target], Image.Image | None]:
+def make_picture_finder(root: Path) -> Callable[[Target], Image.Image | None]:
     """What finds pictures in a tree: a target -> its picture; None when it isn't there or doesn't decode."""
 
     def find(target: Target) -> Image.Image | None:

@@ -49,14 +49,14 @@ class Edits(PictureBenchmark):
             {f"{i:04d}": (edit["instruction"], self.folder / edit["image"]) for i, edit in enumerate(self.edits)}
         )
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """The kind of edit."""
         return self.edits[int(target.item)]["kind"]
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """The edit rules on what the detector finds, with the colours of all objects before and after."""
         edit = self.edits[int(target.item)]
-        source, wanted = scan_from_json(edit["source"]), scan_from_json(edit["target"])
+        source, wanted = parse_scan(edit["source"]), parse_scan(edit["target"])
         colored = {detection.name for scan in (source, wanted) for detection in scan.detections}
         found = judge(picture, colored)
         # Only what the detector is sure enough of counts, for what appeared as for what should be gone.
@@ -84,7 +84,7 @@ def read_edits(path: str | Path) -> list[dict]:
     return read_rows(path, {"image": str, "instruction": str, "kind": str, "source": dict, "target": dict})
 
 
-def scan_from_json(value: Mapping[str, Any]) -> Scan:
+def parse_scan(value: Mapping[str, Any]) -> Scan:
     """A `Scan` from `{background, objects: [{name, color, box}]}`."""
     items = (Detection(o["name"], o["color"], tuple(o["box"]), 1.0) for o in value["objects"])
     return Scan(value["background"], tuple(items))

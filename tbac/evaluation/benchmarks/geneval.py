@@ -18,7 +18,7 @@ from tbac.evaluation.benchmarks.base import (
     list_judge_difference,
     read_rows,
 )
-from tbac.evaluation.picture_tree import Target, records_of
+from tbac.evaluation.picture_tree import Target, name_records_folder
 from tbac.evaluation.rules import EVERY, RELATIONS, aggregate_by_tag, judge_geneval
 from tbac.files import write_whole
 
@@ -46,11 +46,11 @@ class GenEval(PictureBenchmark):
         """`{i:05d}/samples/{k:05d}.png`."""
         return list_geneval_targets(self.prompts, self.samples)
 
-    def write_beside(self, root: Path) -> None:
+    def write_other_files(self, root: Path) -> None:
         """`{i:05d}/metadata.jsonl`."""
         write_geneval_metadata(self.prompts, root)
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """The tag of its prompt."""
         return self.prompts[int(target.item)]["tag"]
 
@@ -112,4 +112,4 @@ def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
     for i, row in enumerate(rows):
         folder = root / f"{i:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "metadata.jsonl", json.dumps(row).encode(), records_of(root))
+        write_whole(folder / "metadata.jsonl", json.dumps(row).encode(), name_records_folder(root))

@@ -179,7 +179,7 @@ class ImgEdit(PictureBenchmark):
         """`<key>.png`."""
         return list_edit_targets({key: (edit.instruction, edit.image) for key, edit in self.edits.items()})
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """The kind of edit."""
         return self.edits[target.item].kind
 

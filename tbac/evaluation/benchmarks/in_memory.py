@@ -58,7 +58,7 @@ def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence
             [target.prompt for target, _ in batch],
             image=inputs if any(inputs) else None,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **benchmark.sampling_options(),
+            **benchmark.build_sampling_options(),
         ).images
     # A target of several samples shows them as one grid.
     remaining = iter(drawn)

@@ -6,7 +6,7 @@ IMGEDIT = ("add", "adjust", "extract", "replace", "remove", "background", "style
 WISE = ("culture", "time", "space", "biology", "physics", "chemistry")
 
 
-def _row(names: tuple[str, ...], values: tuple[float, ...], overall: float) -> dict[str, float]:
+def _build_row(names: tuple[str, ...], values: tuple[float, ...], overall: float) -> dict[str, float]:
     return {"overall": overall, **dict(zip(names, values, strict=True))}
 
 
@@ -17,12 +17,12 @@ _TIIF = {
 
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "geneval": {
-        TBAC: _row(GENEVAL, (0.99, 0.94, 0.77, 0.92, 0.83, 0.75), 0.87),
+        TBAC: _build_row(GENEVAL, (0.99, 0.94, 0.77, 0.92, 0.83, 0.75), 0.87),
         "MetaQuery-L †": {"overall": 0.78},
         "MetaQuery-XL †": {"overall": 0.80},
         "BLIP3-o-8B": {"overall": 0.84},
-        "OpenUni-B-512": _row(GENEVAL, (0.99, 0.91, 0.74, 0.90, 0.77, 0.73), 0.84),
-        "BAGEL †": _row(GENEVAL, (0.98, 0.95, 0.84, 0.95, 0.78, 0.77), 0.88),
+        "OpenUni-B-512": _build_row(GENEVAL, (0.99, 0.91, 0.74, 0.90, 0.77, 0.73), 0.84),
+        "BAGEL †": _build_row(GENEVAL, (0.98, 0.95, 0.84, 0.95, 0.78, 0.77), 0.88),
     },
     "dpg": {
         TBAC: {"overall": 80.97},
@@ -33,13 +33,13 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "tiif_mini": {TBAC: _TIIF},
     "imgedit": {
         TBAC: {"overall": 3.25},
-        "BAGEL": _row(IMGEDIT, (3.56, 3.31, 1.70, 3.30, 2.62, 3.24, 4.49, 2.38, 4.17), 3.20),
-        "UniWorld-V1": _row(IMGEDIT, (3.82, 3.64, 2.27, 3.47, 3.24, 2.99, 4.21, 2.96, 2.74), 3.26),
-        "OmniGen2": _row(IMGEDIT, (3.57, 3.06, 1.77, 3.74, 3.20, 3.57, 4.81, 2.52, 4.68), 3.44),
+        "BAGEL": _build_row(IMGEDIT, (3.56, 3.31, 1.70, 3.30, 2.62, 3.24, 4.49, 2.38, 4.17), 3.20),
+        "UniWorld-V1": _build_row(IMGEDIT, (3.82, 3.64, 2.27, 3.47, 3.24, 2.99, 4.21, 2.96, 2.74), 3.26),
+        "OmniGen2": _build_row(IMGEDIT, (3.57, 3.06, 1.77, 3.74, 3.20, 3.57, 4.81, 2.52, 4.68), 3.44),
     },
     "wise": {
-        "MetaQuery-XL": _row(WISE, (0.56, 0.55, 0.62, 0.49, 0.63, 0.41), 0.55),
-        "OpenUni-L-512": _row(WISE, (0.51, 0.49, 0.64, 0.48, 0.63, 0.35), 0.52),
-        "BAGEL": _row(WISE, (0.44, 0.55, 0.68, 0.44, 0.60, 0.39), 0.52),
+        "MetaQuery-XL": _build_row(WISE, (0.56, 0.55, 0.62, 0.49, 0.63, 0.41), 0.55),
+        "OpenUni-L-512": _build_row(WISE, (0.51, 0.49, 0.64, 0.48, 0.63, 0.35), 0.52),
+        "BAGEL": _build_row(WISE, (0.44, 0.55, 0.68, 0.44, 0.60, 0.39), 0.52),
     },
 }

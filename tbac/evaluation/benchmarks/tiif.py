@@ -80,8 +80,12 @@ def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list
     Raises:
         BenchmarkFileError: naming file, line and field, or a type that isn't TIIF-Bench's.
     """
-    rows = _by_type(prompts, {"type": str, "short_description": str, "long_description": str})
-    asked = _by_type(questions, {"type": str, "yn_question_list": list, "yn_answer_list": list}) if questions else {}
+    rows = _read_rows_by_type(prompts, {"type": str, "short_description": str, "long_description": str})
+    asked = (
+        _read_rows_by_type(questions, {"type": str, "yn_question_list": list, "yn_answer_list": list})
+        if questions
+        else {}
+    )
     pairs = []
     for kind, own in rows.items():
         if questions and len(asked.get(kind, ())) != len(own):
@@ -102,7 +106,7 @@ def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list
     return pairs
 
 
-def _by_type(folder: str | Path, required: Mapping[str, type]) -> dict[str, list[dict]]:
+def _read_rows_by_type(folder: str | Path, required: Mapping[str, type]) -> dict[str, list[dict]]:
     folder = Path(folder).expanduser()
     files = sorted(folder.glob("*.jsonl"))
     if not files:
@@ -184,7 +188,7 @@ class TIIF(PictureBenchmark):
         """`<type>/<model>/{short,long}_description/<row>.png`."""
         return list_tiif_targets(self.pairs, self.model_name)
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """The type of its pair."""
         return self.pair_of[target.path].kind
 

@@ -36,7 +36,7 @@ Aesthetic Quality: is it pleasing as a picture?"""
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class WisePrompt:
     """A prompt of WISE: its number, text, what it means, and its category, a key of `SHARES`."""
 
     number: int
@@ -54,7 +54,7 @@ def find_category(name: str, subcategory: str) -> str:
     return ""
 
 
-def read_wise(path: str | Path) -> list[Knowledge]:
+def read_wise(path: str | Path) -> list[WisePrompt]:
     """Rows of WISE's JSON files, in the order of their numbers.
 
     Args:
@@ -88,7 +88,7 @@ def read_list(file: Path) -> list:
     return found
 
 
-def read_prompt(row: Any, origin: str) -> Knowledge:
+def read_prompt(row: Any, origin: str) -> WisePrompt:
     """A row of WISE's files; `origin` says where it stands, for messages."""
     needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
     for name, kind in needed.items():
@@ -97,10 +97,10 @@ def read_prompt(row: Any, origin: str) -> Knowledge:
     category = find_category(row["Category"], str(row.get("Subcategory", "")))
     if not category:
         raise BenchmarkFileError(f"{origin} has the category {row['Category']!r}; known are {', '.join(SHARES)}")
-    return Knowledge(row["prompt_id"], row["Prompt"], row["Explanation"], category)
+    return WisePrompt(row["prompt_id"], row["Prompt"], row["Explanation"], category)
 
 
-def list_wise_targets(rows: list[Knowledge]) -> list[Target]:
+def list_wise_targets(rows: list[WisePrompt]) -> list[Target]:
     """`<prompt_id>.png`."""
     return [Target(f"{row.number}.png", str(row.number), row.prompt) for row in rows]
 
@@ -121,7 +121,7 @@ def compute_wiscore(rated: Mapping[str, int]) -> float:
     return sum(weight * rated[name] for name, weight in WEIGHTS.items()) / 2
 
 
-def aggregate_wise(scores: Mapping[int, float], rows: list[Knowledge]) -> dict[str, float]:
+def aggregate_wise(scores: Mapping[int, float], rows: list[WisePrompt]) -> dict[str, float]:
     """Mean per category, and `overall`, weighted as WISE's prompts are: only where every category is there.
 
     Raises:
@@ -160,7 +160,7 @@ class WISE(PictureBenchmark):
         """`<prompt_id>.png`."""
         return list_wise_targets(self.prompts)
 
-    def group_of(self, target: Target) -> str:
+    def find_group(self, target: Target) -> str:
         """The category of its prompt."""
         return self.prompt_of[target.item].category
 

@@ -120,22 +120,22 @@ class Mask2FormerDetector:
         masks = resize_masks(made.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
         found, kept = find_instances(made.class_queries_logits[0].float(), masks, self.names)
         detections = tuple(
-            Detection(d.name, self.color(image, d, mask), d.box, d.score)
+            Detection(d.name, self.name_color(image, d, mask), d.box, d.score)
             if d.name in colored and d.score > self.thresholds.score
             else d
             for d, mask in zip(found, kept, strict=True)
         )
         return Scan("", detections)
 
-    def color(self, image: Image.Image, detection: Detection, mask: Tensor) -> str:
+    def name_color(self, image: Image.Image, detection: Detection, mask: Tensor) -> str:
         """The colour of an object, by CLIP on its box with everything outside of its mask in gray."""
         cut = Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255)
         alone = Image.composite(image, Image.new("RGB", image.size, BEHIND), cut).crop(detection.box)
         pixels = self.clip_processor(images=[alone], return_tensors="pt")["pixel_values"].to(self.device)
         features = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
-        return COLORS[int((normalize(features) @ self._classifier(detection.name)).argmax())]
+        return COLORS[int((normalize(features) @ self._compute_classifier(detection.name)).argmax())]
 
-    def _classifier(self, name: str) -> Tensor:
+    def _compute_classifier(self, name: str) -> Tensor:
         """(feature, colour): the mean of the templates' text features for each colour."""
         if name not in self._classifiers:
             columns = []

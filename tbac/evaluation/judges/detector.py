@@ -8,7 +8,7 @@ from PIL import Image
 
 from tbac.evaluation.detectors.base import Detection, Detector, Scan
 from tbac.evaluation.judges.base import JudgeError
-from tbac.evaluation.rules import RELATIONS, relations
+from tbac.evaluation.rules import RELATIONS, find_relations
 
 THIRDS = (("top", "middle", "bottom"), ("left", "center", "right"))
 
@@ -49,7 +49,7 @@ class DetectorJudge:
         asked = [line[: line.rindex("?") + 1] for line in question.splitlines() if "?" in line]
         return "\n".join("yes" if self._is_true(one, scan, size) else "no" for one in asked)
 
-    def _select(self, phrase: str, scan: Scan) -> list[Detection]:
+    def _select_detections(self, phrase: str, scan: Scan) -> list[Detection]:
         if phrase not in self._objects:
             raise JudgeError(f"no detector finds {phrase!r}")
         color, name = self._objects[phrase]
@@ -58,12 +58,12 @@ class DetectorJudge:
     def _is_true(self, question: str, scan: Scan, size: tuple[int, int]) -> bool:
         if match := re.fullmatch(r"is there an? (.+?)(?: at the (\w+) (\w+))?\?", question):
             place = match.groups()[1:]
-            return any(place in ((None, None), find_third(d, size)) for d in self._select(match[1], scan))
+            return any(place in ((None, None), find_third(d, size)) for d in self._select_detections(match[1], scan))
         if match := re.fullmatch(rf"is an? (.+) ({'|'.join(RELATIONS)}) an? (.+)\?", question):
-            first, second = self._select(match[1], scan), self._select(match[3], scan)
-            return any(match[2] in relations(a, b) for a in first for b in second if a is not b)
+            first, second = self._select_detections(match[1], scan), self._select_detections(match[3], scan)
+            return any(match[2] in find_relations(a, b) for a in first for b in second if a is not b)
         if match := re.fullmatch(r"is the number of (.+) (\d+)\?", question):
-            return len(self._select(match[1], scan)) == int(match[2])
+            return len(self._select_detections(match[1], scan)) == int(match[2])
         if match := re.fullmatch(r"is the background (\w+)\?", question):
             return scan.background == match[1]
         if match := re.fullmatch(r'does it say "(\w+)"(?: in (\w+))?\?', question):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import find_in_tree
+from tbac.evaluation.benchmarks.base import make_picture_finder
 from tbac.evaluation.benchmarks.geneval import GenEval, read_geneval
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.evaluation.detectors.base import Detection, Scan
@@ -50,7 +50,7 @@ def test_a_red_bench_is_right_and_a_doubtful_dog_wrong_in_memory_as_in_a_tree(tm
     tree = Tree(tmp_path / "tree", {})
     for target, picture in zip(benchmark.list_targets(), pictures, strict=True):
         tree.write(target, [picture])
-    in_tree = list(benchmark.judge_pictures(find_in_tree(tmp_path / "tree"), RealDetector()))
+    in_tree = list(benchmark.judge_pictures(make_picture_finder(tmp_path / "tree"), RealDetector()))
 
     assert in_memory.rows == in_tree
     assert [row.score for row in in_tree] == [1, 0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tbac.evaluation.benchmarks.wise import (
-    Knowledge,
+    WisePrompt,
     aggregate_wise,
     compute_wiscore,
     list_wise_targets,
@@ -56,7 +56,7 @@ def test_wiscore_and_its_weights() -> None:
     assert compute_wiscore({"consistency": 2, "realism": 2, "aesthetic quality": 2}) == pytest.approx(1)
     assert compute_wiscore({"consistency": 1, "realism": 0, "aesthetic quality": 2}) == pytest.approx(0.45)
     names = ("culture", "time", "space", "biology", "physics", "chemistry")
-    rows = [Knowledge(i, "p", "e", name) for i, name in enumerate(names)]
+    rows = [WisePrompt(i, "p", "e", name) for i, name in enumerate(names)]
     published = dict(enumerate((0.56, 0.55, 0.62, 0.49, 0.63, 0.41)))  # MetaQuery-XL: 0.55
     assert round(aggregate_wise(published, rows)["overall"], 2) == 0.55
     assert "overall" not in aggregate_wise({0: 1.0}, rows)

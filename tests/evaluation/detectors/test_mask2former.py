@@ -110,7 +110,7 @@ def test_colors_are_of_the_masked_crop(folders: tuple[str, str], monkeypatch: py
     mask = torch.zeros(30, 40, dtype=torch.bool)
     mask[10:20, 5:15] = True
     with torch.no_grad():
-        assert detector.color(picture, Detection("dog", "", (5, 5, 15, 20), 1.0), mask) in COLORS
+        assert detector.name_color(picture, Detection("dog", "", (5, 5, 15, 20), 1.0), mask) in COLORS
     pixels = np.asarray(seen[0])
     assert pixels.shape == (15, 10, 3)
     assert (pixels[:5] == 0x99).all()

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from data_prep.shapes.benchmarks import PAIR_TYPES, dense_questions, pair, pair_scene
-from data_prep.shapes.scene import COLORS, GLYPHS, Item, Scene, crowded_scene, render
+from data_prep.shapes.benchmarks import PAIR_TYPES, draw_pair_scene, list_dense_questions, write_pair
+from data_prep.shapes.scene import COLORS, GLYPHS, Item, Scene, draw_crowded_scene, render
 from tbac.evaluation.detectors.template import TemplateDetector
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.judges.detector import DetectorJudge
@@ -19,13 +19,13 @@ def judge(detector: TemplateDetector) -> DetectorJudge:
 def test_the_detector_says_yes_to_all_that_is_asked_of_true_pictures(judge: DetectorJudge) -> None:
     rng = Random(1)
     for _ in range(20):
-        scene = crowded_scene(rng)
-        questions = [question for _, question, _ in dense_questions(scene)]
+        scene = draw_crowded_scene(rng)
+        questions = [question for _, question, _ in list_dense_questions(scene)]
         assert set(judge.ask("\n".join(questions), [render(scene)]).split()) == {"yes"}
     for kind in PAIR_TYPES:
         for _ in range(10):
-            scene = pair_scene(rng, kind)
-            _, questions = pair(rng, kind, scene)
+            scene = draw_pair_scene(rng, kind)
+            _, questions = write_pair(rng, kind, scene)
             assert set(judge.ask("\n".join(questions), [render(scene)]).split()) == {"yes"}, questions
 
 

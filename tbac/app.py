@@ -1,7 +1,7 @@
-"""What the commands share: clear errors, finding models, run folders.
+"""What the commands share: clear error messages, opening models, run folders.
 
-Every command imports this first, so nothing here imports torch or a library of models before a config is checked:
-`--help` and a mistake in the config are answered at once.
+Every command imports this file first. It imports neither torch nor a model library at the top, so that `--help` and a
+mistake in the config are answered at once.
 """
 
 import ctypes
@@ -32,27 +32,29 @@ if TYPE_CHECKING:
     from tbac.sampling import UniImagePipeline
 
 log = logging.getLogger(__name__)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as soon as it is imported it warns of an optional package
-CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: applications run as files and as modules
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns that an optional package is missing
+CONF = str(Path(__file__).resolve().parent.parent / "conf")  # absolute: commands run as files and as modules
 USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
 
 
 def name_point(overrides: str, limit: int = 120) -> str:
-    """Name of the folder of a point of a sweep.
+    """Name the folder of one job of a sweep by its overrides.
 
     Args:
         overrides: `key=value,…` as Hydra joins them; those that don't belong to the experiment are left out.
-        limit: characters; a longer name is cut, and its digest added.
+        limit: longest name in characters; a longer one is cut, and its digest is appended.
     """
     parts = re.split(r",(?=[\w./@~+-]+=)", overrides)
-    groups = ("machine", "logger", "debug", "callbacks", "trainer", "hydra", "sweep", "parent_run_id", "resume")
-    kept = [part for part in parts if re.split(r"[.=/@]", part.lstrip("+~"))[0] not in groups]
-    name = re.sub(r"[/\s]", "_", ",".join(kept)) or "default"
-    return name if len(name) <= limit else f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+    ignored = ("machine", "logger", "debug", "callbacks", "trainer", "hydra", "sweep", "parent_run_id", "resume")
+    distinguishing = [part for part in parts if re.split(r"[.=/@]", part.lstrip("+~"))[0] not in ignored]
+    name = re.sub(r"[/\s]", "_", ",".join(distinguishing)) or "default"
+    if len(name) <= limit:
+        return name
+    return f"{name[: limit - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def split_words(*texts: str | None) -> list[str]:
-    """The words that a shell would see in these texts, one after the other; None has none."""
+    """Split texts into words as a shell would, and return the words of all texts in one list; None has no words."""
     words = []
     for text in texts:
         words += shlex.split(text or "")
@@ -64,7 +66,10 @@ OmegaConf.register_new_resolver("shell_words", split_words, replace=True)
 
 
 def report_user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """End in one message and exit status 1 for a user's mistake; TBAC_TRACEBACK=1 shows where it was noticed."""
+    """Decorate a command: a user's mistake ends it with one message and exit status 1.
+
+    With TBAC_TRACEBACK=1 in the environment the traceback is shown instead.
+    """
 
     @wraps(main)
     def guarded(cfg: DictConfig) -> Any:
@@ -82,14 +87,14 @@ def report_user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfi
 
 
 def find_cause(error: BaseException) -> BaseException:
-    """The error that a configuration library wrapped."""
+    """Return the error that Hydra wrapped in one of its own."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def quiet_libraries() -> None:
-    """Silence notices that no user can act on."""
+    """Silence warnings of libraries that no user can act on."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*Grad strides do not match.*")
@@ -101,7 +106,7 @@ def quiet_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, as PyTorch's CUDA allocator does.
+    """Let the C library keep the memory that a step frees for the next step, as PyTorch's CUDA allocator does.
 
     By default glibc returns large blocks to the system, which hands them out again page by page; a training step on a
     CPU spends a fifth of its time on that. Other C libraries are left alone.
@@ -109,17 +114,18 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL("libc.so.6").mallopt
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 2**28)):  # MMAP_MAX, TRIM, ARENA_MAX, TOP_PAD
+    # The numbers of M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX and M_TOP_PAD in glibc's malloc.h.
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 2**28)):
         mallopt(parameter, value)
 
 
 def get_run_folder() -> Path:
-    """The run folder that Hydra made."""
+    """Return the run folder that Hydra made."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
-    """The config as built-in types, interpolations resolved or as they are written."""
+    """Convert a config to built-in types, with interpolations resolved or left as they are written."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
@@ -135,7 +141,7 @@ def pick_device(name: str) -> "torch.device":
 
 
 def read_opening_options(cfg: DictConfig) -> dict[str, Any]:
-    """Where a command finds a model's parts and how it holds them: the options of conf/opening/, for `open_model`."""
+    """Read the options of conf/opening/ as arguments of `open_model`: where the parts lie, and in which type."""
     connector = instantiate(cfg.connector) if cfg.connector else None
     names = [name for name in ("device", "dtype", "quantization", "mllm", "denoiser") if name in cfg]
     return {name: cfg[name] for name in names} | {"connector": connector}
@@ -154,15 +160,15 @@ def open_model(
 
     Args:
         path: the folder or file.
-        device: where the model is put; `auto` is CUDA where there is one.
-        dtype: of all weights.
-        quantization: of the MLLM: `nf4`, `int8`, or None for what a checkpoint was trained with.
-        mllm: where to take the MLLM from instead of the place that the file names.
-        denoiser: the same for the autoencoder.
-        connector: the user's own, where the model was trained with one.
+        device: the device that the model is moved to; `auto` is CUDA if there is one, and the CPU otherwise.
+        dtype: type of all weights.
+        quantization: quantisation of the MLLM: `nf4`, `int8`, or None for the one that a checkpoint was trained with.
+        mllm: folder or hub id of the MLLM, instead of the one that the file names.
+        denoiser: folder or hub id with the autoencoder, instead of the one that the file names.
+        connector: the user's own connector, if the model was trained with one.
 
     Raises:
-        ValueError: when nothing usable is there.
+        ValueError: when there is no model at `path`, or it can't be opened.
     """
     from tbac.models import UniImage
     from tbac.sampling import UniImagePipeline

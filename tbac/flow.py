@@ -29,7 +29,7 @@ class NoisyLatents:
 
 
 def check_scheme(scheme: str, shift: float) -> None:
-    """Raise ValueError for options that `sample_sigma` can't draw from."""
+    """Raise ValueError for options that `sample_sigma` doesn't accept."""
     if scheme not in SCHEMES:
         raise ValueError(f"flow.scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
     if shift <= 0:
@@ -46,9 +46,9 @@ def sample_sigma(
     """Draw noise levels in float32.
 
     Args:
-        batch_size: how many.
+        batch_size: number of noise levels.
         generator: source of randomness, on `device`.
-        device: where the result lives.
+        device: device of the result.
         scheme: `uniform` over the 1000 steps 1/1000 ... 1 (the released recipe), or `logit_normal` (continuous; SD3).
         shift: the flow shift of SD3 and SANA, `s * sigma / (1 + (s - 1) * sigma)`; 1 changes nothing.
 
@@ -60,25 +60,26 @@ def sample_sigma(
     """
     check_scheme(scheme, shift)
     if scheme == "uniform":
-        u = torch.rand(batch_size, generator=generator, device=device)
-        sigma = (NUM_TIMESTEPS - (u * NUM_TIMESTEPS).floor()) / NUM_TIMESTEPS
+        uniform = torch.rand(batch_size, generator=generator, device=device)
+        sigma = (NUM_TIMESTEPS - (uniform * NUM_TIMESTEPS).floor()) / NUM_TIMESTEPS
     else:
         sigma = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def compute_timestep(sigma: Tensor) -> Tensor:
-    """The denoiser's timestep, `1000 * sigma`, in float32; what rounding alone keeps from a whole number becomes one.
+    """Compute the denoiser's timestep, `1000 * sigma`, in float32.
 
-    A sigma of the training grid is a whole number over 1000, and in float32 ten of the thousand don't come back whole.
+    The sigmas of the training grid are n / 1000. For ten of these thousand, rounding in float32 makes 1000 * sigma miss
+    the whole number n, so a timestep that is this close to a whole number becomes that number.
     """
     timestep = NUM_TIMESTEPS * sigma.float()
-    whole = timestep.round()
-    return torch.where((timestep - whole).abs() < 2e-4, whole, timestep)
+    nearest = timestep.round()
+    return torch.where((timestep - nearest).abs() < 2e-4, nearest, timestep)
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyLatents:
-    """Walk from `latents` towards `noise` by `sigma`.
+    """Mix latents with noise: the point at `sigma` on the straight path from `latents` to `noise`.
 
     Args:
         latents: (batch, channel, height, width).
@@ -91,7 +92,13 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> NoisyLatents:
 
 
 def compute_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The latents at the end of the straight path through `noisy` along `velocity`; shapes as in `NoisyLatents`."""
+    """Compute the latents at the end of the straight path that goes through `noisy` with `velocity`.
+
+    Args:
+        noisy: (batch, channel, height, width).
+        velocity: the same shape.
+        sigma: (batch,), the noise level of `noisy`.
+    """
     return noisy - sigma.to(noisy.dtype).view(-1, 1, 1, 1) * velocity
 
 

@@ -1,4 +1,4 @@
-"""What travels between the rooms of the library: samples, batches and conditions."""
+"""What the parts of the library hand to each other: samples, batches and conditions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,13 +35,13 @@ class Batch:
     """Samples of one training step, collated.
 
     Attributes:
-        prompt: what the model's prompt code made of texts and input images: a mapping of tensors.
+        prompt: the model's inputs, made of texts and input images: a mapping of tensors.
         keys: `__key__` of each sample.
         pixels: target images (batch, 3, height, width), uint8, or None where latents are given.
         latents: scaled latents (batch, channel, height, width), or None.
         texts: captions after dropout, for logs.
-        positions: numbers of the draws that gave the samples, unique within a stage; in validation, within the pass.
-        after: state of the training order once all processes have used their batches of this step.
+        positions: each sample's number in the sequence of draws, unique within a stage; in validation, within one pass.
+        after: state of the training order when all processes have used their batches of this step.
     """
 
     prompt: Any
@@ -56,20 +56,23 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`; the prompt says itself which of its own stay."""
-        return self._each(
+        """Return the batch with its tensors on `device`; the prompt decides which of its tensors stay on the CPU."""
+        return self._change_tensors(
             lambda tensor: tensor.to(device, non_blocking=non_blocking),
             self.prompt.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to the device don't wait."""
-        # Page-locked memory is written as it lies, so a tensor that repeats its rows has to hold them first.
-        pinned = {k: v.contiguous().pin_memory() if isinstance(v, Tensor) else v for k, v in self.prompt.items()}
-        return self._each(lambda tensor: tensor.pin_memory(), type(self.prompt)(pinned))
+        """Return the batch in page-locked memory, from which it can be copied to a device without waiting."""
+        pinned = {}
+        for name, value in self.prompt.items():
+            # A tensor that was made by `expand` repeats its rows without storing them, and can't be pinned like that.
+            pinned[name] = value.contiguous().pin_memory() if isinstance(value, Tensor) else value
+        return self._change_tensors(lambda tensor: tensor.pin_memory(), type(self.prompt)(pinned))
 
-    def _each(self, change: Callable[[Tensor], Tensor], prompt: Any) -> "Batch":
-        pixels, latents = (None if t is None else change(t) for t in (self.pixels, self.latents))
+    def _change_tensors(self, change: Callable[[Tensor], Tensor], prompt: Any) -> "Batch":
+        pixels = None if self.pixels is None else change(self.pixels)
+        latents = None if self.latents is None else change(self.latents)
         return replace(self, prompt=prompt, pixels=pixels, latents=latents)
 
 
@@ -78,8 +81,8 @@ class Condition:
     """One cross-attention context per denoiser block.
 
     Attributes:
-        states: (tap, batch, query, channel); entry i is the context of block i. Where the prompt's own states are part
-            of the context, its tokens follow the queries.
+        states: (tap, batch, query, channel); entry i is the context of block i. With `ladder.prompt_context` the tokens
+            of the prompt follow the queries.
         mask: (batch, query), 1 where a query takes part, or None when all do.
         reference: scaled latents (batch, channel, height, width) of the input images, 0 where there is none; or None.
     """
@@ -89,8 +92,9 @@ class Condition:
     reference: Tensor | None = None
 
     def __getitem__(self, rows: Any) -> "Condition":
-        """The condition of some rows of the batch."""
-        mask, reference = (None if t is None else t[rows] for t in (self.mask, self.reference))
+        """Return the condition of some rows of the batch."""
+        mask = None if self.mask is None else self.mask[rows]
+        reference = None if self.reference is None else self.reference[rows]
         return Condition(self.states[:, rows], mask, reference)
 
     @staticmethod
@@ -98,8 +102,10 @@ class Condition:
         """Join conditions along the batch."""
         joined: dict[str, Tensor | None] = {}
         for name in ("mask", "reference"):
-            parts = [getattr(c, name) for c in conditions if getattr(c, name) is not None]
+            parts = [getattr(condition, name) for condition in conditions]
+            parts = [part for part in parts if part is not None]
             if parts and len(parts) != len(conditions):
                 raise ValueError(f"either all conditions carry a {name} or none does")
             joined[name] = torch.cat(parts) if parts else None
-        return Condition(torch.cat([c.states for c in conditions], dim=1), **joined)
+        states = torch.cat([condition.states for condition in conditions], dim=1)
+        return Condition(states, **joined)

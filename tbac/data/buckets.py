@@ -90,8 +90,7 @@ def parse_buckets(value: str | Sequence[Sequence[int]] | None, image_size: int) 
             raise ValueError(f"data.buckets=sana needs a stage.image_size that 16 divides, got {image_size}")
         unit = image_size // 16
         return Buckets(tuple((height * unit, width * unit) for height, width in SANA))
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    if not is_list or not value or not all(map(_is_size, value)):
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not all(map(_is_size, value)):
         raise ValueError(f"data.buckets must be null, sana, or a list of [height, width] in pixels; got {value!r}")
     return Buckets(tuple((height, width) for height, width in value))
 

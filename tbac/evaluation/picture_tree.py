@@ -1,8 +1,8 @@
-"""Trees of pictures, exactly as a benchmark's own scorer reads them.
+"""Trees of pictures, exactly as a benchmark's published scorer reads them.
 
 A target is one file of the tree: one sample of a prompt, or a grid of several. A sample's seed follows from the base
-seed, the prompt and its number alone, so pictures don't depend on the number of processes or the order. Files appear
-whole or not at all. What we note about them lies beside the tree, in `<tree>.records/`, never inside.
+seed, the prompt and its number alone, so pictures don't depend on the order or the number of processes. Files appear
+whole or not at all. The records of how they were made lie beside the tree, in `<tree>.records/`, never inside.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ class Target:
 
     Attributes:
         path: in the tree, with forward slashes.
-        item: what it belongs to: the targets of one item have one prompt and are drawn together.
+        item: of the benchmark; all targets of an item have the same prompt and are drawn together.
         prompt: what to draw.
-        samples: numbers of the samples that it shows: one, or four as a grid of two by two.
+        samples: numbers of the samples that it shows: one, or four in a grid of two by two.
         images: input pictures, for edits.
     """
 
@@ -37,11 +37,11 @@ class Target:
 
 
 class TreeError(ValueError):
-    """A tree that holds something else than what is to be made."""
+    """A tree holds another picture in the place of one that should be made."""
 
 
 def derive_seed(seed: int, prompt: str, sample: int) -> int:
-    """Seed of a sample's noise, in [0, 2^63)."""
+    """Derive the seed of a sample's noise, in [0, 2^63)."""
     text = json.dumps([seed, prompt, sample])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -57,29 +57,30 @@ def is_readable(path: Path) -> bool:
 
 
 def join_grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture as it is; four as rows of two."""
+    """Join pictures into rows of two; a single picture stays as it is."""
     if len(pictures) == 1:
         return pictures[0]
     width, height = pictures[0].size
-    whole = Image.new("RGB", (2 * width, height * -(-len(pictures) // 2)))
+    num_rows = (len(pictures) + 1) // 2
+    grid = Image.new("RGB", (2 * width, num_rows * height))
     for i, picture in enumerate(pictures):
-        whole.paste(picture, (i % 2 * width, i // 2 * height))
-    return whole
+        grid.paste(picture, (i % 2 * width, i // 2 * height))
+    return grid
 
 
 def name_records_folder(root: Path) -> Path:
-    """The folder beside a tree for what we note about it."""
+    """Name the folder beside a tree that holds the records of its pictures."""
     return root.with_name(f"{root.name}.records")
 
 
 class Tree:
-    """A folder of targets that are made now, or were made before with the same settings.
+    """A folder of pictures that are made now, or were made before with the same settings.
 
     Args:
-        root: the benchmark's tree.
+        root: folder of the tree.
         settings: what the pictures depend on besides prompt, sample and input pictures: sampling options, seed, digest
-            of the checkpoint. A picture made with others is refused.
-        overwrite: make such pictures anew instead.
+            of the checkpoint. A picture that was made with other settings is refused.
+        overwrite: make such a picture again instead.
     """
 
     def __init__(self, root: Path, settings: Mapping, overwrite: bool = False) -> None:
@@ -91,47 +92,49 @@ class Tree:
         return self.records / f"{target.path}.json"
 
     def _describe_target(self, target: Target) -> dict:
+        """Collect everything that the picture of a target depends on, as its record keeps it."""
         sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
         return {"prompt": target.prompt, "samples": list(target.samples), "images": sources, **self.settings}
 
     def is_made(self, target: Target) -> bool:
-        """Whether this very picture is there.
+        """Whether the picture of a target is there, made with these settings.
 
         Raises:
-            TreeError: when another one is, and `overwrite` is off.
+            TreeError: when it was made with other settings, or by something else, and `overwrite` is off.
         """
         path, record = self.root / target.path, self._name_record(target)
         if not path.is_file() or not is_readable(path):
             return False
-        known = json.loads(record.read_text()) if record.is_file() else None
+        recorded = json.loads(record.read_text()) if record.is_file() else None
         expected = self._describe_target(target)
-        if known == expected:
+        if recorded == expected:
             return True
         if self.overwrite:
             return False
-        if known is None:
+        if recorded is None:
             raise TreeError(f"{path} wasn't made here; give another folder, or overwrite=true")
-        changed = [f"{k} {known.get(k)} -> {v}" for k, v in expected.items() if known.get(k) != v]
+        changed = [f"{k} {recorded.get(k)} -> {v}" for k, v in expected.items() if recorded.get(k) != v]
         raise TreeError(f"{path} was made otherwise ({', '.join(changed)}); give another folder, or overwrite=true")
 
     def write(self, target: Target, pictures: Sequence[Image.Image]) -> None:
-        """Write a target's samples, and then its record."""
+        """Write a target's samples as one picture, and then its record."""
         path, record = self.root / target.path, self._name_record(target)
         for file in (path, record):
             file.parent.mkdir(parents=True, exist_ok=True)
+        # Between the two writes there must never be an old record beside a new picture.
         record.unlink(missing_ok=True)
-        made = io.BytesIO()
-        join_grid(pictures).save(made, format="PNG")
-        write_whole(path, made.getvalue(), self.records)
+        png = io.BytesIO()
+        join_grid(pictures).save(png, format="PNG")
+        write_whole(path, png.getvalue(), self.records)
         write_whole(record, json.dumps(self._describe_target(target)).encode())
 
 
 @dataclass(frozen=True)
 class Work:
-    """An item of which something is to be made.
+    """An item with pictures that are still to be made.
 
     Attributes:
-        targets: all of its targets.
+        targets: all targets of the item.
         missing: those that aren't made yet.
     """
 
@@ -140,20 +143,20 @@ class Work:
 
 
 def list_pending(tree: Tree, targets: Sequence[Target], rank: int = 0, world_size: int = 1) -> list[Work]:
-    """What is left to do for one of several processes.
+    """List the items that one of several processes still has to draw something for.
 
     Raises:
-        TreeError: as `Tree.is_made`.
+        TreeError: when a picture was made with other settings.
     """
     items: dict[str, list[Target]] = {}
     for target in targets:
         items.setdefault(target.item, []).append(target)
-    # Whole items are shared out, since all samples of an item are drawn together.
+    # Each process gets whole items, since all samples of an item are drawn together.
     work = []
-    for of_item in list(items.values())[rank::world_size]:
-        missing = [target for target in of_item if not tree.is_made(target)]
+    for item_targets in list(items.values())[rank::world_size]:
+        missing = [target for target in item_targets if not tree.is_made(target)]
         if missing:
-            work.append(Work(of_item, missing))
+            work.append(Work(item_targets, missing))
     return work
 
 
@@ -161,15 +164,15 @@ Draw = Callable[[str, Sequence[Path], Sequence[int]], Sequence[Image.Image]]
 
 
 def generate(tree: Tree, work: Sequence[Work], draw: Draw, seed: int) -> Iterator[Target]:
-    """Make what is pending, and yield each target when it is written.
+    """Draw what is missing, and yield each target when it is written.
 
-    All samples of an item are drawn together and those of others apart, whatever is missing: what else is in a batch
-    would change the last bits, since prompts are padded to the longest.
+    A batch holds all samples of one item and no others, even where only some are missing. Other samples in the batch
+    would change the last bits of a picture, since prompts are padded to the longest one.
 
     Args:
-        tree: where they go.
-        work: from `pending`.
-        draw: prompt, input pictures and a seed for each sample -> pictures.
+        tree: gets the pictures.
+        work: from `list_pending`.
+        draw: takes a prompt, input pictures and a seed for each sample, and returns the pictures.
         seed: base of each sample's seed.
     """
     for item in work:

@@ -1,4 +1,4 @@
-"""What counts as right: GenEval's rules, the edit rules and answer matching, as pure functions over detections."""
+"""Rules that decide what is right: GenEval's, those for edits, and for answers; pure functions of detections."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 from tbac.evaluation.detectors.base import Detection, Scan
 
-POSITION_MARGIN = 0.1  # of the summed box sides, as GenEval
-POSITION_SINE = 0.5  # least share of the offset along an axis, as GenEval
+POSITION_MARGIN = 0.1  # share of the summed box sides that an offset must exceed, as in GenEval
+POSITION_SINE = 0.5  # least share of the offset that must lie along an axis, as in GenEval
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -17,9 +17,9 @@ class Thresholds:
     """Which detections count.
 
     Attributes:
-        score: the score that a detection must exceed,
-        counting: and the one for prompts with the tag `counting`.
-        most: detections of one class, the best ones.
+        score: that a detection must exceed.
+        counting: that it must exceed for prompts with the tag `counting`.
+        most: how many detections of one class count, the best ones.
     """
 
     score: float = 0.0
@@ -27,7 +27,7 @@ class Thresholds:
     most: int = 10**6
 
     def apply(self, detections: Sequence[Detection], tag: str) -> list[Detection]:
-        """Those that count for a prompt with this tag, the best first."""
+        """Select the detections that count for a prompt with this tag, the best of each class first."""
         least = self.counting if tag == "counting" else self.score
         by_name: dict[str, list[Detection]] = {}
         for detection in sorted(detections, key=lambda d: -d.score):
@@ -50,51 +50,66 @@ class Verdict:
 
 
 def find_relations(first: Detection, second: Detection) -> set[str]:
-    """Where `first` stands relative to `second`: any of `RELATIONS`; empty when too close to tell (GenEval)."""
+    """Find where `first` stands relative to `second`, as GenEval does.
+
+    Returns:
+        Any of `RELATIONS`; empty when the objects are too close to tell.
+    """
     offset = [a - b for a, b in zip(first.center, second.center, strict=True)]
     sides = [first.box[i + 2] - first.box[i] + second.box[i + 2] - second.box[i] for i in (0, 1)]
-    clear = [math.copysign(max(abs(o) - POSITION_MARGIN * side, 0.0), o) for o, side in zip(offset, sides, strict=True)]
-    if all(abs(c) < 1e-3 for c in clear):
+    clear = [_shrink(distance, POSITION_MARGIN * side) for distance, side in zip(offset, sides, strict=True)]
+    if all(abs(distance) < 1e-3 for distance in clear):
         return set()
     length = math.hypot(*offset)
     x, y = clear[0] / length, clear[1] / length
-    named = ((x < -POSITION_SINE, "left of"), (x > POSITION_SINE, "right of"), (y < -POSITION_SINE, "above"))
-    return {name for holds, name in (*named, (y > POSITION_SINE, "below")) if holds}
+    holds = {
+        "left of": x < -POSITION_SINE,
+        "right of": x > POSITION_SINE,
+        "above": y < -POSITION_SINE,
+        "below": y > POSITION_SINE,
+    }
+    return {relation for relation, is_true in holds.items() if is_true}
+
+
+def _shrink(distance: float, margin: float) -> float:
+    """Bring a signed distance nearer to 0 by a margin, and not beyond."""
+    return math.copysign(max(abs(distance) - margin, 0.0), distance)
 
 
 def judge_geneval(
     detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds = EVERY
 ) -> Verdict:
-    """GenEval's rules for one picture.
+    """Judge one picture by GenEval's rules.
 
-    Every entry of `include` needs at least `count` objects of its class, of its colour where it has one, standing in
-    its relation to the objects of the entry it points at where it has a position; no entry of `exclude` may reach its
-    count.
+    Every entry of `include` needs at least `count` objects of its class. Where it has a colour, they must have it;
+    where it has a position, they must stand in this relation to the objects of the entry that it points at. No entry of
+    `exclude` may reach its count.
 
     Args:
-        detections: what a detector found.
+        detections: of a detector.
         metadata: a row of GenEval's `evaluation_metadata.jsonl`.
-        thresholds: which detections count; GenEval's own are `GENEVAL_THRESHOLDS`.
+        thresholds: which detections count; GenEval uses `GENEVAL_THRESHOLDS`.
     """
-    # What counts, by class, the most certain first.
+    # Entries ask for objects of a class, and take the most certain ones first.
     by_class: dict[str, list[Detection]] = {}
     for detection in thresholds.apply(detections, metadata.get("tag", "")):
         by_class.setdefault(detection.name, []).append(detection)
-    # Every wanted entry; a position points back at the objects of an earlier one.
+    # The objects of each entry are kept, since a later entry may say where it stands relative to them.
     groups: list[list[Detection]] = []
     for wanted in metadata.get("include", ()):
         name, count = wanted["class"], wanted["count"]
-        found = by_class.get(name, [])[:count]
-        if len(found) < count:
-            return Verdict(False, f"expected {name} >= {count}, found {len(found)}")
-        if "color" in wanted and sum(d.color == wanted["color"] for d in found) < count:
-            return Verdict(False, f"expected {wanted['color']} {name} >= {count}, found {[d.color for d in found]}")
+        objects = by_class.get(name, [])[:count]
+        if len(objects) < count:
+            return Verdict(False, f"expected {name} >= {count}, found {len(objects)}")
+        colors = [detection.color for detection in objects]
+        if "color" in wanted and colors.count(wanted["color"]) < count:
+            return Verdict(False, f"expected {wanted['color']} {name} >= {count}, found {colors}")
         if "position" in wanted:
             relation, target = wanted["position"]
-            if not all(relation in find_relations(a, b) for a in found for b in groups[target]):
+            if not all(relation in find_relations(a, b) for a in objects for b in groups[target]):
                 return Verdict(False, f"expected {name} {relation} {metadata['include'][target]['class']}")
-        groups.append(found)
-    # Nothing more than that, where the prompt gives a number.
+        groups.append(objects)
+    # A prompt that gives a number is also wrong when there are more.
     for banned in metadata.get("exclude", ()):
         if len(by_class.get(banned["class"], [])) >= banned["count"]:
             return Verdict(False, f"expected {banned['class']} < {banned['count']}")
@@ -102,7 +117,10 @@ def judge_geneval(
 
 
 def aggregate_by_tag(rows: Sequence[tuple[str, bool]]) -> dict[str, float]:
-    """Share of right pictures per tag, and `overall`, the mean over tags, as GenEval reports it.
+    """Compute the share of right pictures per tag, and `overall`, the mean over tags, as GenEval reports it.
+
+    Args:
+        rows: tag of a picture, and whether it is right.
 
     Raises:
         ValueError: without any row.
@@ -122,8 +140,8 @@ class EditVerdict:
     """How an edit went.
 
     Attributes:
-        happened: all that should appear is there, and all that should go is gone.
-        kept: share of what should stay that stayed; additional objects count against it.
+        happened: whether everything that should appear is there, and everything that should go is gone.
+        kept: share of the objects that should stay and stayed; objects that nobody asked for lower it.
     """
 
     happened: bool
@@ -135,18 +153,18 @@ class EditVerdict:
         return self.kept if self.happened else 0.0
 
 
-def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, tolerance: float = 4.0) -> EditVerdict:
+def judge_edit(source: Scan, target: Scan, edited: Scan, anywhere: bool = False, tolerance: float = 4.0) -> EditVerdict:
     """Compare an edited picture with what it should be.
 
     Args:
         source: objects before the edit.
         target: objects as they should be after it.
-        found: what a detector reads from the edited picture.
+        edited: what a detector reads from the edited picture.
         anywhere: an added object may stand at any place.
         tolerance: greatest distance in pixels, per axis, at which an object is still at its place.
     """
-    # Each object that is found stands for at most one that is wanted; what is left in the end is too much.
-    left = list(found.detections)
+    # Each object of the picture can be only one of the objects that should be there; the rest are too many.
+    left = list(edited.detections)
 
     def take(wanted: Detection, free: bool = False) -> bool:
         for candidate in left:
@@ -159,20 +177,20 @@ def judge_edit(source: Scan, target: Scan, found: Scan, anywhere: bool = False, 
     def is_in(item: Detection, scan: Scan) -> bool:
         return any((item.name, item.color, item.center) == (d.name, d.color, d.center) for d in scan.detections)
 
-    # What should have stayed takes its objects first, then what should have appeared, then what should be gone.
+    # Objects that should stay are looked for first: an object like them must not pass for one that was added.
     stayed = [take(d) for d in target.detections if is_in(d, source)]
     appeared = [take(d, anywhere) for d in target.detections if not is_in(d, source)]
     gone = [not take(d) for d in source.detections if not is_in(d, target)]
     happened = all(appeared) and all(gone)
-    # The background is part of the edit, or part of what stays.
+    # The background is either what the edit changes, or one of the things that should stay.
     if source.background != target.background:
-        happened = happened and found.background == target.background
+        happened = happened and edited.background == target.background
     else:
-        stayed.append(found.background == target.background)
+        stayed.append(edited.background == target.background)
     total = len(stayed) + len(left)
     return EditVerdict(happened, sum(stayed) / total if total else 1.0)
 
 
 def is_same_answer(given: str, expected: str) -> bool:
-    """Equal apart from case, surrounding space and a final full stop."""
+    """Whether two answers are equal apart from case, surrounding space and a final full stop."""
     return given.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower()

@@ -1,4 +1,4 @@
-"""Detectors: a picture in, a list of `Detection`s out."""
+"""Detectors: they get a picture, and return a `Scan` with what they found in it."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class Scan:
 
 
 class Detector(Protocol):
-    """What the rules look through."""
+    """What the rules for pictures need."""
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
-        """Read one picture; objects whose name is in `colored` need their colour."""
+        """Read one picture; at least objects whose name is in `colored` get their colour."""
         ...

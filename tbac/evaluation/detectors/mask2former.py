@@ -1,10 +1,11 @@
 """GenEval's detector for real pictures: Mask2Former finds objects, CLIP names their colours.
 
-Masks are made at the picture's full resolution by the steps of the original (mmdetection's Mask2Former head), since the
-library's own post-processing works on small masks and drops boxes.
+Masks are made at the picture's full resolution in the same steps as in the original (mmdetection's Mask2Former head),
+since transformers' post-processing works on small masks and drops boxes.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
 MAX_DETECTIONS = 100  # of all classes, before any threshold
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-BEHIND = "#999"  # what stands in for the background of an object whose colour is asked for
+BEHIND = "#999"  # gray that replaces the background of an object before CLIP names its colour
 GENEVAL_NAMES = {  # COCO's name -> GenEval's, where they differ
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -37,47 +38,56 @@ GENEVAL_NAMES = {  # COCO's name -> GenEval's, where they differ
 
 
 def resize_masks(logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Mask logits (query, h, w) of a padded input, at the resolution (height, width) of the picture.
+    """Resize mask logits to the resolution of the picture.
 
     Args:
-        logits: at the model's resolution.
-        padded: height and width of the model's input.
-        resized: of the part of it that holds the picture.
-        size: of the picture.
+        logits: (query, height, width), at the resolution of the model's output.
+        padded: (height, width) of the model's input.
+        resized: (height, width) of the part of the input that holds the picture; the rest is padding.
+        size: (height, width) of the picture.
+
+    Returns:
+        (query, height, width).
     """
-    whole = interpolate(logits[None], padded, mode="bilinear", align_corners=False)
-    inside = whole[..., : resized[0], : resized[1]]
-    return interpolate(inside, size, mode="bilinear", align_corners=False)[0]
+    with_padding = interpolate(logits[None], padded, mode="bilinear", align_corners=False)
+    without_padding = with_padding[..., : resized[0], : resized[1]]
+    return interpolate(without_padding, size, mode="bilinear", align_corners=False)[0]
 
 
 def find_instances(classes: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Detection], Tensor]:
-    """Detections without colours, the best first, and their masks (detection, height, width).
+    """Find the objects in the model's output.
 
-    A detection is a query and a class; its score is the class's probability times the mean of the mask's probabilities
-    within the mask. Those with an empty mask are left out.
+    A detection is a pair of a query and a class. Its score is the probability of the class times the mean probability
+    of the pixels within the mask. Detections with an empty mask are left out.
 
     Args:
-        classes: logits (query, class + 1), the last one for no object.
+        classes: logits (query, class + 1); the last one means "no object".
         masks: logits (query, height, width), at the resolution of the picture.
         names: of the classes.
+
+    Returns:
+        The detections, without colours, the best first; and their masks (detection, height, width).
     """
+    # One query may stand for several classes, so the best pairs are chosen among all of them.
     probabilities = classes.softmax(-1)[:, :-1]
     best = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
     queries = best.indices // probabilities.shape[1]
     labels = (best.indices % probabilities.shape[1]).tolist()
+    # A mask that is uncertain about its pixels lowers the score of its class.
     inside = masks > 0
     certainty = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
     scores = best.values * certainty[queries]
-    found, kept = [], []
+    # The box is the smallest one around the mask; without a mask there is none.
+    detections, kept_masks = [], []
     for index in scores.argsort(descending=True).tolist():
         mask = inside[queries[index]]
         if not mask.any():
             continue
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
-        found.append(Detection(names[labels[index]], "", box, scores[index].item()))
-        kept.append(mask)
-    return found, torch.stack(kept) if kept else inside[:0]
+        detections.append(Detection(names[labels[index]], "", box, scores[index].item()))
+        kept_masks.append(mask)
+    return detections, torch.stack(kept_masks) if kept_masks else inside[:0]
 
 
 class Mask2FormerDetector:
@@ -113,22 +123,23 @@ class Mask2FormerDetector:
         """Read one picture; only objects whose name is in `colored` get a colour. The background has no name."""
         image = image.convert("RGB")
         inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
-        made = self.segmenter(**inputs)
+        outputs = self.segmenter(**inputs)
+        # The processor pads the picture; its mask tells which part of the input is the picture.
         padded = tuple(inputs["pixel_values"].shape[-2:])
-        seen = inputs["pixel_mask"][0]
-        resized = int(seen[:, 0].sum()), int(seen[0].sum())
-        masks = resize_masks(made.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
-        found, kept = find_instances(made.class_queries_logits[0].float(), masks, self.names)
-        detections = tuple(
-            Detection(d.name, self.name_color(image, d, mask), d.box, d.score)
-            if d.name in colored and d.score > self.thresholds.score
-            else d
-            for d, mask in zip(found, kept, strict=True)
-        )
-        return Scan("", detections)
+        pixel_mask = inputs["pixel_mask"][0]
+        resized = int(pixel_mask[:, 0].sum()), int(pixel_mask[0].sum())
+        masks = resize_masks(outputs.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
+        instances, instance_masks = find_instances(outputs.class_queries_logits[0].float(), masks, self.names)
+        # CLIP takes most of the time, so it only looks at objects whose colour matters and that count at all.
+        detections = []
+        for detection, mask in zip(instances, instance_masks, strict=True):
+            if detection.name in colored and detection.score > self.thresholds.score:
+                detection = replace(detection, color=self.name_color(image, detection, mask))
+            detections.append(detection)
+        return Scan("", tuple(detections))
 
     def name_color(self, image: Image.Image, detection: Detection, mask: Tensor) -> str:
-        """The colour of an object, by CLIP on its box with everything outside of its mask in gray."""
+        """Name the colour of an object, with CLIP on its box, in which everything outside of its mask is gray."""
         cut = Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255)
         alone = Image.composite(image, Image.new("RGB", image.size, BEHIND), cut).crop(detection.box)
         pixels = self.clip_processor(images=[alone], return_tensors="pt")["pixel_values"].to(self.device)
@@ -136,7 +147,11 @@ class Mask2FormerDetector:
         return COLORS[int((normalize(features) @ self._compute_classifier(detection.name)).argmax())]
 
     def _compute_classifier(self, name: str) -> Tensor:
-        """(feature, colour): the mean of the templates' text features for each colour."""
+        """Compute for each colour the mean of the templates' text features, or return it if that was done before.
+
+        Returns:
+            (feature, colour).
+        """
         if name not in self._classifiers:
             columns = []
             for color in COLORS:

@@ -15,13 +15,13 @@ from tbac.evaluation.detectors.base import Detection, Scan
 
 
 class TemplateDetector:
-    """Nearest palette colour per pixel, connected components, best overlap with a glyph.
+    """Finds the nearest palette colour of each pixel, then connected components, then the glyph that overlaps best.
 
     Args:
         colors: name -> (red, green, blue) in 0..255 of object colours.
         backgrounds: the same for background colours.
         glyphs: name -> boolean mask (height, width), all of one size.
-        min_overlap: least intersection over union of a component with a glyph that counts as that object.
+        min_overlap: least intersection over union with a glyph at which a component counts as that object.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TemplateDetector:
         masks = [np.asarray(g, bool) for g in glyphs.values()]
         if len({m.shape for m in masks}) != 1:
             raise ValueError(f"glyphs must have one size, got {sorted({m.shape for m in masks})}")
-        # One pixel of margin lets a glyph slide by one pixel against the component.
+        # With one pixel of margin, a glyph can be moved by one pixel against the component.
         self.glyphs = np.stack([np.pad(m, 1) for m in masks])
 
     @classmethod
@@ -50,12 +50,13 @@ class TemplateDetector:
         return cls(world["colors"], world["backgrounds"], glyphs)
 
     def _classify(self, component: np.ndarray) -> tuple[int, float]:
-        """Index of the glyph with the greatest overlap over shifts by up to one pixel, and that overlap."""
+        """Find the glyph that overlaps a component best, moved by up to one pixel; returns index and overlap."""
         height, width = self.glyphs.shape[1:]
         canvas = np.zeros((height + 2, width + 2), bool)
         h, w = component.shape
         if h > height or w > width:
             return 0, 0.0
+        # The component is put in the middle, then every glyph is compared with it at nine shifts.
         top, left = (height + 2 - h) // 2, (width + 2 - w) // 2
         canvas[top : top + h, left : left + w] = component
         best = (0, 0.0)
@@ -71,13 +72,15 @@ class TemplateDetector:
         return best
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
-        """Read one picture of any mode; its pixels are taken as they are, without resizing. Every colour is told."""
+        """Read one picture of any mode, without resizing it. All objects get their colour, whatever `colored` says."""
+        # The nearest colour of the palette tells for each pixel which object colour or background it has.
         pixels = np.asarray(image.convert("RGB"), np.float32)
         distance = ((pixels[:, :, None] - self.palette) ** 2).sum(-1)
         nearest = distance.argmin(-1)
         num_colors = len(self.color_names)
         counts = np.bincount(nearest.ravel(), minlength=len(self.palette))[num_colors:]
-        found = []
+        # Touching pixels of one colour are one object, if they look like a glyph.
+        detections = []
         for index, color in enumerate(self.color_names):
             labels, _ = ndimage.label(nearest == index)
             for label, region in enumerate(ndimage.find_objects(labels), start=1):
@@ -85,5 +88,5 @@ class TemplateDetector:
                 if overlap >= self.min_overlap:
                     rows, columns = region
                     box = (columns.start, rows.start, columns.stop, rows.stop)
-                    found.append(Detection(self.object_names[glyph], color, box, overlap))
-        return Scan(self.background_names[int(counts.argmax())], tuple(found))
+                    detections.append(Detection(self.object_names[glyph], color, box, overlap))
+        return Scan(self.background_names[int(counts.argmax())], tuple(detections))

@@ -1,7 +1,7 @@
-"""Judges: a question about pictures in, a reply in words out.
+"""Judges: they get a question about pictures, and reply in words.
 
-A reply is read by the rules of a benchmark alone. A judge that has none raises `JudgeError`; whoever scores counts that
-and shows it.
+Only a benchmark knows how to read the reply. A judge that has no reply raises `JudgeError`, and the picture is then
+reported as failed.
 """
 
 import re
@@ -12,39 +12,40 @@ from PIL import Image
 
 
 class JudgeError(RuntimeError):
-    """There is no reply to a question."""
+    """A judge gave no usable reply to a question."""
 
 
 class Judge(Protocol):
-    """What scorers ask.
+    """What benchmarks ask questions about their pictures.
 
     Attributes:
         identity: who replies, and what the replies depend on besides question and pictures.
-        slow: whether it is worth while to keep its replies.
+        slow: whether its replies should be kept, so that nothing is asked twice.
     """
 
     identity: str
     slow: bool
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
-        """The reply to a question about pictures.
+        """Reply to a question about pictures.
 
         Raises:
-            JudgeError: when there is none.
+            JudgeError: when there is no reply.
         """
         ...
 
 
 def read_yes_or_no(reply: str) -> bool | None:
-    """Whether a reply begins with "yes" or "no"; None when with neither."""
-    found = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
-    return None if found is None else found[1].lower() == "yes"
+    """Whether a reply begins with "yes" rather than "no"; None when it begins with neither."""
+    match = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
+    return None if match is None else match[1].lower() == "yes"
 
 
 def read_yes_or_no_lines(reply: str, count: int) -> list[bool] | None:
-    """The answers to several questions, a line for each; None when there are more or fewer.
+    """Read the answers to several questions, one in each line; None when there are more or fewer than `count`.
 
-    Lines that begin with neither word are passed over, as TIIF-Bench's scorer does.
+    Lines that begin with neither word are ignored, as TIIF-Bench's scorer does.
     """
-    answers = [answer for line in reply.splitlines() if (answer := read_yes_or_no(line)) is not None]
-    return answers if len(answers) == count else None
+    answers = [read_yes_or_no(line) for line in reply.splitlines()]
+    usable = [answer for answer in answers if answer is not None]
+    return usable if len(usable) == count else None

@@ -1,4 +1,4 @@
-"""What slow judges and detectors found out before, so that scoring goes on where it stopped."""
+"""Keeps what slow judges and detectors have said, so that scoring resumes where it stopped."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from tbac.evaluation.rules import EVERY, Thresholds
 
 
 class Cache:
-    """What was found out about pictures, in a file of JSON lines, so that scoring goes on where it stopped.
+    """Values that were computed from pictures, in a file of JSON lines.
 
     Args:
-        file: made where there is none; a line that was torn when writing was cut off is passed over.
+        file: made when it is absent. A line that was cut off, as a process that is killed leaves it, is ignored.
     """
 
     def __init__(self, file: Path) -> None:
@@ -32,28 +32,29 @@ class Cache:
                 continue
 
     def get(self, about: Sequence[Any], images: Sequence[Image.Image], find_out: Callable[[], Any]) -> Any:
-        """The value, from the file if it was found out before.
+        """Return a value from the file, or compute it and write it there.
 
         Args:
-            about: what else than the pixels it depends on.
-            images: pictures.
-            find_out: gives the value; what it raises isn't kept.
+            about: everything besides the pictures that the value depends on.
+            images: the pictures that it depends on.
+            find_out: computes the value; an error that it raises isn't kept.
         """
         pixels = [hashlib.sha256(f"{i.mode}{i.size}".encode() + i.tobytes()).hexdigest() for i in images]
         key = hashlib.sha256(json.dumps([about, pixels]).encode()).hexdigest()
         if key not in self._known:
             self._known[key] = find_out()
+            # The newline before it ends a line that an earlier process left unfinished.
             with self.file.open("a") as file:
                 file.write(f"\n{json.dumps({'key': key, 'value': self._known[key]})}\n")
         return self._known[key]
 
 
 class CachedJudge:
-    """A judge whose replies are kept; what failed is asked again.
+    """A judge whose replies are kept; a question that failed is asked again the next time.
 
     Args:
-        judge: who is asked.
-        cache: where replies are kept.
+        judge: that is asked.
+        cache: that keeps the replies.
     """
 
     slow = False
@@ -62,7 +63,7 @@ class CachedJudge:
         self.judge, self.cache, self.identity = judge, cache, judge.identity
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
-        """The reply, as it was given before or now."""
+        """Return the reply that was kept, or ask for it now."""
         return self.cache.get([self.identity, question], images, lambda: self.judge.ask(question, images))
 
 
@@ -70,8 +71,8 @@ class CachedDetector:
     """A detector whose scans are kept.
 
     Args:
-        detector: who looks; its `identity` says what its scans depend on besides the picture.
-        cache: where scans are kept.
+        detector: reads the pictures; its `identity` says what its scans depend on besides the picture.
+        cache: that keeps the scans.
     """
 
     def __init__(self, detector: Any, cache: Cache) -> None:
@@ -79,12 +80,13 @@ class CachedDetector:
         self.thresholds: Thresholds = getattr(detector, "thresholds", EVERY)
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
-        """The scan, as it was made before or now."""
+        """Return the scan that was kept, or make it now."""
 
-        def look() -> dict[str, Any]:
+        def scan_image() -> dict[str, Any]:
             scan = self.detector(image, colored)
             return {"background": scan.background, "detections": [asdict(d) for d in scan.detections]}
 
-        found = self.cache.get([self.identity, sorted(colored)], [image], look)
-        detections = (Detection(**{**d, "box": tuple(d["box"])}) for d in found["detections"])
-        return Scan(found["background"], tuple(detections))
+        kept = self.cache.get([self.identity, sorted(colored)], [image], scan_image)
+        # JSON has no tuples, so boxes come back as lists.
+        detections = (Detection(**{**d, "box": tuple(d["box"])}) for d in kept["detections"])
+        return Scan(kept["background"], tuple(detections))

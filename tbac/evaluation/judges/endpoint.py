@@ -19,15 +19,15 @@ TEMPORARY = (408, 409, 429)  # statuses, besides 5xx, after which another try ma
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint, at temperature 0.
 
-    Address and key come from OPENAI_BASE_URL and OPENAI_API_KEY. What fails for the moment (no connection, no answer in
-    time, status 408, 409, 429 or 5xx) is tried again, each time after a longer wait; so is a reply without text. This
-    is the only loop of tries: the client's own is turned off, since it knows nothing of replies without text.
+    Address and key come from OPENAI_BASE_URL and OPENAI_API_KEY. A temporary failure (no connection, no answer in time,
+    status 408, 409, 429 or 5xx) is tried again, each time after a longer wait, and so is a reply without text. The
+    client of the openai package could retry as well, but it accepts replies without text, so that is turned off.
 
     Args:
         model: name of the model, as the endpoint knows it.
-        max_retries: further tries after the first.
+        max_retries: how often it is tried again after the first time.
         timeout: seconds that each try may take.
-        max_tokens: longest reply.
+        max_tokens: length of the longest reply.
 
     Raises:
         ValueError: when address or key isn't set.
@@ -46,13 +46,18 @@ class EndpointJudge:
         self.identity = f"{model} at {self._client.base_url} (temperature 0, max_tokens {max_tokens})"
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
-        """The endpoint's reply."""
+        """Ask the endpoint for a reply.
+
+        Raises:
+            JudgeError: when no try brought a text.
+        """
         from openai import OpenAIError
 
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         for image in images:
             url = f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
             content.append({"type": "image_url", "image_url": {"url": url}})
+        # Try until there is a text; the last problem is what the error tells.
         problem, wait = "", 0.0
         for number in range(self.max_retries + 1):
             time.sleep(wait)
@@ -73,7 +78,7 @@ class EndpointJudge:
         raise JudgeError(problem)
 
     def _complete(self, content: list[dict[str, Any]]) -> Any:
-        """What one try brings: a text, if the endpoint keeps to the protocol."""
+        """Ask once; returns a text if the endpoint keeps to the protocol."""
         answer = self._client.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
@@ -103,7 +108,7 @@ def read_requested_wait(error: Exception) -> float:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+    """Encode a picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from tbac.models.prompt import ANSWER_SYSTEM
 
 @dataclass(eq=False)
 class QwenJudge:
-    """A Qwen2.5-VL of one's own, greedily.
+    """A Qwen2.5-VL on this machine, which decodes greedily.
 
     Attributes:
         mllm: folder or hub id, with tokenizer and image processor.
@@ -21,8 +21,8 @@ class QwenJudge:
         dtype: of the weights.
         quantization: of the decoder layers: `nf4`, `int8`, or None.
         image_pixels: area that each picture is resized to.
-        max_text_tokens: longest question.
-        max_new_tokens: longest reply.
+        max_text_tokens: length of the longest question.
+        max_new_tokens: length of the longest reply.
 
     Raises:
         ValueError: when there are no such weights.
@@ -49,12 +49,16 @@ class QwenJudge:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device)
-        # All that replies depend on: kept ones of other settings aren't taken for these.
+        # Replies that were kept are used again only if everything that they depend on is the same.
         names = ("dtype", "quantization", "image_pixels", "max_new_tokens")
         self.identity = f"{self.mllm} ({ {name: getattr(self, name) for name in names} })"
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
-        """The model's reply."""
+        """Generate a reply.
+
+        Raises:
+            JudgeError: when it is empty.
+        """
         inputs = self.prompt([question], [list(images)], system=ANSWER_SYSTEM, ending="", padding_side="left")
         tokens = self.model.generate(dict(inputs.to(self.device)), self.max_new_tokens)
         reply = self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()

@@ -19,12 +19,12 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ProjectedCondition:
-    """A condition as the blocks' cross-attentions read it: what sampling computes once instead of at every step.
+    """Keys and values of all blocks' cross-attention, which sampling computes once instead of at every step.
 
     Attributes:
         keys_values: per block keys and values, each (batch, head, query, head channel).
-        mask: as in `Condition`.
-        reference: as in `Condition`.
+        mask: (batch, query), 1 where a query takes part, or None when all do.
+        reference: scaled latents (batch, channel, height, width) of the input images, or None.
     """
 
     keys_values: tuple[KeyValue, ...]
@@ -35,18 +35,19 @@ class ProjectedCondition:
         return len(self.keys_values)
 
     def __getitem__(self, rows: Any) -> "ProjectedCondition":
-        """The condition of some rows of the batch."""
+        """Return the condition of some rows of the batch."""
         pairs = tuple((key[rows], value[rows]) for key, value in self.keys_values)
-        mask, reference = (None if t is None else t[rows] for t in (self.mask, self.reference))
+        mask = None if self.mask is None else self.mask[rows]
+        reference = None if self.reference is None else self.reference[rows]
         return ProjectedCondition(pairs, mask, reference)
 
 
 class LadderCrossAttention:
-    """SANA's cross-attention, which takes a context or the keys and values made of one."""
+    """SANA's cross-attention, which accepts a context, or keys and values that were computed from one before."""
 
     @staticmethod
     def project(attention: Attention, context: Tensor) -> KeyValue:
-        """Keys and values (batch, head, query, head channel) of a context (batch, query, channel)."""
+        """Compute keys and values (batch, head, query, head channel) of a context (batch, query, channel)."""
         key, value = attention.to_k(context), attention.to_v(context)
         if attention.norm_k is not None:
             key = attention.norm_k(key)
@@ -74,12 +75,13 @@ class LadderCrossAttention:
 
 
 class SharedSelfAttention:
-    """The first block's self-attention, run once for branches that still are the same.
+    """Runs the first block's self-attention once for all guidance branches.
 
-    Guidance branches differ by their contexts alone, which the first block reads after its self-attention.
+    Branches differ only in their contexts, and the first block reads these after its self-attention: until then all
+    branches are equal.
 
     Args:
-        processor: the library's own.
+        processor: the attention processor that this one calls.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -89,8 +91,8 @@ class SharedSelfAttention:
     def __call__(self, attn: Attention, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if self.branches == 1:
             return self.processor(attn, hidden_states, *arguments, **options)
-        once = hidden_states[: len(hidden_states) // self.branches]
-        return self.processor(attn, once, *arguments, **options).repeat(self.branches, 1, 1)
+        one_branch = hidden_states[: len(hidden_states) // self.branches]
+        return self.processor(attn, one_branch, *arguments, **options).repeat(self.branches, 1, 1)
 
 
 class LadderDenoiser(nn.Module):
@@ -99,10 +101,10 @@ class LadderDenoiser(nn.Module):
     With all contexts equal the result is the stock forward's, bit for bit.
 
     Args:
-        transformer: the pre-trained or freshly made transformer; its parameters are used as they are.
-        references: also read latents of input images, by a patch embedding of their own that is added to that of the
-            noisy latents. It starts at zero, so that the denoiser starts out as it was (the added input channels of
-            InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800).
+        transformer: the pre-trained or freshly made transformer; its parameters are used, not copied.
+        references: also read latents of input images, through a second patch embedding whose output is added to that of
+            the noisy latents. It starts at zero, so that at first the denoiser predicts what it did without (like the
+            added input channels of InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800).
     """
 
     def __init__(self, transformer: SanaTransformer2DModel, references: bool = False) -> None:
@@ -118,7 +120,8 @@ class LadderDenoiser(nn.Module):
         self.reference_embed: nn.Conv2d | None = None
         if references:
             config = transformer.config
-            width, patch = config.num_attention_heads * config.attention_head_dim, config.patch_size
+            patch = config.patch_size
+            width = config.num_attention_heads * config.attention_head_dim
             self.reference_embed = nn.Conv2d(config.in_channels, width, patch, patch)
             for parameter in self.reference_embed.parameters():
                 nn.init.zeros_(parameter)
@@ -134,19 +137,19 @@ class LadderDenoiser(nn.Module):
         self._run_block = torch.compile(_run_block, **options)
 
     def project(self, condition: Condition) -> ProjectedCondition:
-        """Keys and values of every block's cross-attention.
+        """Compute keys and values of every block's cross-attention.
 
         Raises:
             ValueError: when the number of contexts isn't the number of blocks.
         """
         pairs = tuple(
             LadderCrossAttention.project(block.attn2, context)
-            for block, context in zip(self.transformer.transformer_blocks, self._contexts(condition), strict=True)
+            for block, context in zip(self.transformer.transformer_blocks, self._embed_contexts(condition), strict=True)
         )
         return ProjectedCondition(pairs, condition.mask, condition.reference)
 
-    def _contexts(self, condition: Condition) -> Tensor:
-        """(block, batch, query, width) of `condition.states`."""
+    def _embed_contexts(self, condition: Condition) -> Tensor:
+        """Project `condition.states` to the transformer's width: (block, batch, query, width)."""
         if condition.states.shape[0] != self.num_blocks:
             raise ValueError(f"{condition.states.shape[0]} contexts for {self.num_blocks} denoiser blocks")
         return self.transformer.caption_norm(self.transformer.caption_projection(condition.states))
@@ -163,8 +166,8 @@ class LadderDenoiser(nn.Module):
         Args:
             noisy_latents: (batch, channel, height, width).
             timestep: (batch,), 1000 * sigma; or (1,) for all.
-            condition: one context per block, or the keys and values made of them; rows (branch * batch).
-            branches: guidance branches that read the same latents; each takes the timestep (1,).
+            condition: one context per block, or what `project` made of it; rows (branch * batch).
+            branches: number of guidance branches that share the latents; with more than one, the timestep is (1,).
 
         Returns:
             (branch * batch, channel, height, width).
@@ -173,15 +176,17 @@ class LadderDenoiser(nn.Module):
             ValueError: when the number of contexts isn't the number of blocks.
         """
         model = self.transformer
-        contexts = self._contexts(condition) if isinstance(condition, Condition) else condition.keys_values
+        contexts = self._embed_contexts(condition) if isinstance(condition, Condition) else condition.keys_values
         height, width = noisy_latents.shape[-2:]
         patch = model.config.patch_size
         rows, columns = height // patch, width // patch
 
+        # Patches are embedded once for all branches, which read the same latents.
         hidden = model.patch_embed(noisy_latents.to(model.dtype)).repeat(branches, 1, 1)
         reference = None if self.reference_embed is None else condition.reference
         if reference is not None:
             hidden = hidden + self._embed_reference(reference, noisy_latents)
+        # The timestep modulates every block, and the output layer.
         batch = len(hidden)
         modulation, embedded = model.time_embed(timestep, batch_size=len(timestep), hidden_dtype=hidden.dtype)
         modulation, embedded = modulation.expand(batch, -1), embedded.expand(batch, -1)
@@ -189,8 +194,10 @@ class LadderDenoiser(nn.Module):
         if condition.mask is not None:
             mask = ((1 - condition.mask.to(hidden.dtype)) * -10000.0).unsqueeze(1)
 
-        self._first_attention.branches = branches if reference is None else 1  # references may differ
-        for block in model.transformer_blocks:  # without gradient nothing needs what the activation overwrites
+        # References may differ between branches, and then the first block's self-attention differs too.
+        self._first_attention.branches = branches if reference is None else 1
+        # Without gradient the activation may overwrite its input, which saves memory.
+        for block in model.transformer_blocks:
             block.ff.nonlinearity.inplace = not torch.is_grad_enabled()
         for block, context in zip(model.transformer_blocks, contexts, strict=True):
             arguments = block, hidden, context, mask, modulation, rows, columns
@@ -199,13 +206,14 @@ class LadderDenoiser(nn.Module):
             else:
                 hidden = self._run_block(*arguments)
 
+        # Project tokens to patches, and put the patches together to latents.
         hidden = model.norm_out(hidden, embedded, model.scale_shift_table)
         hidden = model.proj_out(hidden)
         hidden = hidden.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return hidden.reshape(batch, -1, rows * patch, columns * patch)
 
     def _embed_reference(self, reference: Tensor, noisy_latents: Tensor) -> Tensor:
-        """(branch * batch, token, width), to be added to the embedded patches.
+        """Embed reference latents as (branch * batch, token, width), to be added to the embedded patches.
 
         Raises:
             ValueError: for a reference of another height or width than the noisy latents.
@@ -229,12 +237,12 @@ def _run_block(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """One block with its own context."""
+    """Run one block with its own context."""
     return block(hidden, None, context, mask, modulation, rows, columns)
 
 
 def load_transformer(folder: Path) -> SanaTransformer2DModel:
-    """SANA's transformer in float32, from a denoiser folder.
+    """Load SANA's transformer in float32 from a denoiser folder.
 
     Raises:
         ValueError: when tensors are missing, unexpected or have another shape, by name.

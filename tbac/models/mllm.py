@@ -1,11 +1,11 @@
 """The frozen multimodal LLM: prompt once without gradient, queries with it, taps out, answering.
 
-Attention is causal and the queries come last, so nothing of the prompt depends on them. The prompt runs once without
-gradient and leaves its keys and values; the query rows then run with gradient against these, which are only read. The
-prompt is padded on the right, so its pass needs no mask and stays on the causal fast path; what all prompts begin with,
-the system message, runs once for good. Nothing above the deepest tap runs, and nothing above it need be in memory: the
-whole model is read when a question is to be answered. The layers are called part by part (projections, norms, MLP),
-never through the library's cache.
+Attention is causal and the queries come last, so the prompt doesn't depend on them. The prompt runs once without
+gradient, and its keys and values are kept; the queries then run with gradient and attend to them. The prompt is padded
+on the right, so its pass needs no mask and attention stays on the fast causal kernels. The system message, with which
+all prompts begin, runs only once. Layers above the deepest tap don't run and needn't be in memory: the whole model is
+read when a question has to be answered. The layers are called part by part (projections, norms, MLP), not through the
+library's cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,15 +29,15 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the query pass needs of a prompt.
+    """What the query pass reads of a prompt.
 
     Attributes:
         keys: per layer (batch, key-value head, token, head channel), rotated.
         values: the same, not rotated.
         mask: (batch, token), True for real tokens.
         next_position: (batch,), rotary position of the first query on all three axes.
-        states: (tap, batch, token, hidden) at the layers that were asked for, without the tokens that all prompts
-            begin with; or None.
+        states: (tap, batch, token, hidden), the prompt's own states at the requested layers, without the tokens that
+            all prompts begin with; or None.
         states_mask: (batch, token) of `states`, True for real tokens.
     """
 
@@ -51,15 +51,17 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences that lie one after another in a row of tokens, and how they become a rectangle for batched attention.
+    """How to turn segments of a row of tokens into a rectangle (segment, longest) for batched attention, and back.
+
+    The last three attributes are None when all segments are equally long: then a reshape is enough.
 
     Attributes:
-        count: of segments.
+        count: number of segments.
         longest: tokens of the longest segment.
-        places: (segment * longest,): the token that each place of the rectangle takes; the room that a short segment
-            leaves repeats its first token. None when all are equally long, so that the row only has to be folded.
-        back: (token,): each token's place in the rectangle; None likewise.
-        mask: (segment, 1, 1, longest), True for a segment's own tokens; None likewise.
+        places: (segment * longest,), index of the token at each place of the rectangle; a shorter segment is filled up
+            with its first token.
+        back: (token,), each token's place in the rectangle.
+        mask: (segment, 1, 1, longest), True for real tokens, False for the filling.
     """
 
     count: int
@@ -70,16 +72,17 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> "Segments":
-        """Segments of these `lengths` (segment,), which are on the CPU; what comes of them goes to `device`."""
+        """Build it from the segments' `lengths` (segment,), which are on the CPU; its tensors are put on `device`."""
         longest = int(lengths.max())
         if bool((lengths == longest).all()):
             return cls(len(lengths), longest)
-        starts, steps = lengths.cumsum(0) - lengths, torch.arange(longest)
-        own = steps < lengths[:, None]
-        places = starts[:, None] + torch.where(own, steps, 0)
-        back = torch.arange(own.numel())[own.flatten()]
-        moved = (send(t, device) for t in (places.flatten(), back, own[:, None, None]))
-        return cls(len(lengths), longest, *moved)
+        starts = lengths.cumsum(0) - lengths
+        steps = torch.arange(longest)
+        real = steps < lengths[:, None]
+        places = starts[:, None] + torch.where(real, steps, 0)
+        back = torch.arange(real.numel())[real.flatten()]
+        tensors = (places.flatten(), back, real[:, None, None])
+        return cls(len(lengths), longest, *(send(tensor, device) for tensor in tensors))
 
     def fold(self, row: Tensor) -> Tensor:
         """(token, …) -> (segment, longest, …)."""
@@ -93,14 +96,14 @@ class Segments:
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`, without waiting for it: a copy from ordinary memory would wait for a GPU."""
+    """Copy a tensor to `device` without waiting: a copy from memory that isn't pinned would wait for the GPU."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def check_mllm(config: Qwen2_5_VLConfig) -> None:
-    """Raise ValueError when the split pass isn't exact for this config."""
+    """Raise ValueError when running prompt and queries apart would give another result than one pass of both."""
     text = config.text_config
     if text.use_sliding_window or text.attention_dropout:
         raise ValueError("the MLLM must use neither sliding-window attention nor attention dropout")
@@ -111,13 +114,13 @@ class FrozenMLLM(nn.Module):
 
     Args:
         model: the whole model with its language head, or its body, which may lack the layers above the deepest tap.
-        read_full_model: reads the whole model, for answering; needed where `model` is a body.
-        num_layers: decoder layers of the whole model; default: those of `model`.
-        prompt_embeddings: word embeddings (token, hidden) that prompts are read with instead of the model's own, which
-            answering keeps; the released weights need this, since training them shrank the table.
+        read_full_model: reads the whole model, for answering; needed when `model` is only a body.
+        num_layers: decoder layers of the whole model; None = as many as `model` has.
+        prompt_embeddings: word embeddings (token, hidden) for prompts, instead of the model's own, with which it still
+            answers. The released weights need this, since weight decay shrank the table in their training.
 
     Raises:
-        ValueError: when it uses sliding windows or attention dropout, with which the split pass isn't exact.
+        ValueError: when the model uses sliding windows or attention dropout.
     """
 
     prompt_embeddings: Tensor | None
@@ -158,7 +161,7 @@ class FrozenMLLM(nn.Module):
     def compile_layers(self, **options: Any) -> None:
         """Compile the layers of vision tower, prompt and queries; `options` are those of `torch.compile`.
 
-        In the prompt pass attention stays as it is, on the causal fast path; what surrounds it is compiled.
+        In the prompt pass only what surrounds attention is compiled, so that attention stays on the causal kernels.
         """
         self._run_query_layer = torch.compile(_run_query_layer, **options)
         self._run_projections = torch.compile(_project, **options)
@@ -166,25 +169,25 @@ class FrozenMLLM(nn.Module):
         self._run_vision_layer = torch.compile(_run_vision_layer, **options)
 
     def load_full_model(self) -> Qwen2_5_VLForConditionalGeneration:
-        """The model with all its layers and its language head, read now if it hasn't been.
+        """Return the model with all its layers and its language head, and read it first if that hasn't been done.
 
         Raises:
-            ValueError: when it can't be read, since this model was made from its body alone.
+            ValueError: when this object was made from the body alone, with nothing to read the rest from.
         """
         if isinstance(self.model, Qwen2_5_VLModel):
             if self._read_full_model is None:
                 raise ValueError("this model was built without the MLLM's language head, so it can't answer")
             device = self.body.get_input_embeddings().weight.device
-            del self.model  # its memory is needed for the whole one
+            del self.model  # frees the memory of the body before the whole model is read
             self.model = self._read_full_model().to(device).eval().requires_grad_(False)
         return self.model
 
     def get_prompt_table(self) -> Tensor:
-        """The word embeddings (token, hidden) that prompts are read with."""
+        """Return the word embeddings (token, hidden) that prompts are read with."""
         return self.body.get_input_embeddings().weight if self.prompt_embeddings is None else self.prompt_embeddings
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Token embeddings with image features put in their places: (batch, token, hidden)."""
+        """Embed tokens and put image features in the places of image tokens: (batch, token, hidden)."""
         embeddings = nn.functional.embedding(inputs["input_ids"], self.get_prompt_table())
         if inputs.get("pixel_values") is not None:
             places = inputs["input_ids"] == self.model.config.image_token_id
@@ -193,18 +196,18 @@ class FrozenMLLM(nn.Module):
         return embeddings
 
     def encode_images(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
-        """Features of images (merged patch, hidden), in order.
+        """Compute the features of images: (merged patch, hidden), in the order of the images.
 
-        The layers of the vision tower are called part by part, as those of the language model are: the library runs
-        the attention of each window by itself, which on a GPU is a thousand launches for one image; here all windows
-        of a layer, and all whole images, are one batch (`Segments`).
+        The library runs the attention of each window by itself, which on a GPU is a thousand kernel launches for one
+        image. So the layers of the vision tower are called part by part here, and attention runs on all windows of a
+        layer, or on all whole images, as one batch (`Segments`).
 
         Args:
             pixel_values: (patch, patch channel).
-            grids: (image, 3): patches in time, height and width. On the CPU nothing waits for the device.
+            grids: (image, 3), patches in time, height and width; on the CPU, so that nothing waits for the device.
         """
         visual, device = self.body.visual, pixel_values.device
-        # Windows and lengths follow from the grids alone, so they are worked out where the grids are.
+        # Windows and lengths follow from the grids alone, so they are computed on the grids' device.
         order, window_ends = get_vision_window_index(
             grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
         )
@@ -226,7 +229,7 @@ class FrozenMLLM(nn.Module):
         return visual.merger(hidden)[order.argsort()]
 
     def compute_positions(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Rotary positions (3, batch, token) for time, height and width: given, or found from the images' grids."""
+        """Return rotary positions (3, batch, token) for time, height and width, computed where `inputs` have none."""
         if inputs.get("position_ids") is not None:
             return inputs["position_ids"]
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -241,10 +244,10 @@ class FrozenMLLM(nn.Module):
 
         Args:
             inputs: `input_ids` and `attention_mask` (batch, token); with images also `pixel_values` (patch, patch
-                channel) and `image_grid_thw` (image, 3). `position_ids` and `shared_ids`, which the prompt code adds to
-                inputs padded on the right, save work and a wait for the device.
-            depth: how many layers the queries will pass.
-            layers: ascending tap indices at which the prompt's own states are wanted; at most `depth`.
+                channel) and `image_grid_thw` (image, 3). With `position_ids` and `shared_ids`, which `PromptProcessor`
+                adds to inputs padded on the right, it is faster and doesn't wait for the device.
+            depth: number of layers that the queries will pass through.
+            layers: ascending tap indices at which the prompt's own states are returned; at most `depth`.
         """
         inputs = pad_right(inputs)
         shared_ids = tuple(inputs["shared_ids"].tolist()) if "shared_ids" in inputs else ()
@@ -268,30 +271,32 @@ class FrozenMLLM(nn.Module):
             embeddings: (batch, token, hidden).
             positions: (3, batch, token).
             mask: (batch, token), True for real tokens.
-            shared: of `read_shared`.
-            depth: how many layers the queries will pass.
-            layers: ascending tap indices at which the prompt's own states are wanted; at most `depth`.
+            shared: what `read_shared` returned.
+            depth: number of layers that the queries will pass through.
+            layers: ascending tap indices at which the prompt's own states are returned; at most `depth`.
         """
-        known = shared[0][0].shape[2] if shared else 0
-        hidden = embeddings[:, known:]
-        rotary = self.body.language_model.rotary_emb(hidden, positions[:, :, known:])
-        causal: dict[str, Any] = (
-            {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])} if known else {"is_causal": True}
-        )
+        # The shared tokens have run already, so only what follows them runs here.
+        num_shared = shared[0][0].shape[2] if shared else 0
+        hidden = embeddings[:, num_shared:]
+        rotary = self.body.language_model.rotary_emb(hidden, positions[:, :, num_shared:])
+        causal: dict[str, Any] = {"is_causal": True}
+        if num_shared:
+            # There are more keys than queries, and the last query may look at the last key.
+            causal = {"attn_mask": causal_lower_right(hidden.shape[1], mask.shape[1])}
         keys, values = [], []
         states = {0: hidden}
         decoder = self.body.language_model.layers[:depth]
         for index, layer in enumerate(decoder):
+            # Without a tap at the last layer's output only its keys and values are needed: the queries read no more.
             last = index + 1 == len(decoder) and depth not in layers
             if last:
                 key, value = _project_last(layer, hidden, rotary)
             else:
                 query, key, value = self._run_projections(layer, hidden, rotary)
-            if known:
-                key, value = (
-                    torch.cat([first.expand(len(own), -1, -1, -1), own], dim=2)
-                    for first, own in zip(shared[index], (key, value), strict=True)
-                )
+            if num_shared:
+                shared_key, shared_value = shared[index]
+                key = torch.cat([shared_key.expand(len(key), -1, -1, -1), key], dim=2)
+                value = torch.cat([shared_value.expand(len(value), -1, -1, -1), value], dim=2)
             keys.append(key)
             values.append(value)
             if not last:
@@ -299,40 +304,44 @@ class FrozenMLLM(nn.Module):
                 hidden = self._run_rest(layer, hidden, attended)
                 if index + 1 in layers:
                     states[index + 1] = hidden
+        # The queries go on behind the largest position: an image's positions don't grow with its number of tokens.
         next_position = positions.masked_fill(~mask, 0).amax(dim=(0, 2)) + 1
         if not layers:
             return Prefix(keys, values, mask, next_position)
+        # In Hugging Face's `hidden_states` the last one comes after the final norm.
         if self.num_layers in layers:
             states[self.num_layers] = self.body.language_model.norm(hidden)
-        return Prefix(keys, values, mask, next_position, torch.stack([states[i] for i in layers]), mask[:, known:])
+        tapped = torch.stack([states[i] for i in layers])
+        return Prefix(keys, values, mask, next_position, tapped, mask[:, num_shared:])
 
     def read_shared(self, ids: tuple[int, ...], depth: int) -> list[KeyValue]:
-        """Keys and values of the tokens that every prompt begins with, of the first `depth` layers; computed once.
+        """Return keys and values of the tokens that every prompt begins with, for each of the first `depth` layers.
 
-        Without such tokens the list is empty. They stay ordinary tensors even when inference mode first asks for them,
-        since training reads them too.
+        They are computed once and kept. Without such tokens the list is empty.
         """
         if not ids:
             return []
         table = self.get_prompt_table()
-        kind = table.device.type
-        mixed = None
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            mixed = torch.get_autocast_dtype(kind)
-        wanted = (ids, depth, table.device, table.dtype, mixed)
-        if self._constants is None or self._constants[0] != wanted:
+        # Kept values are used again only for the same tokens and depth, on the same device, in the same precision.
+        device_type = table.device.type
+        autocast_dtype = None
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            autocast_dtype = torch.get_autocast_dtype(device_type)
+        circumstances = (ids, depth, table.device, table.dtype, autocast_dtype)
+        if self._constants is None or self._constants[0] != circumstances:
+            # Training can't read inference tensors, so these are ordinary ones even when sampling asks for them first.
             with torch.inference_mode(False), torch.no_grad():
                 tokens = torch.tensor([ids], device=table.device)
                 hidden = nn.functional.embedding(tokens, table)
                 positions = torch.arange(len(ids), device=table.device).expand(3, 1, -1)
                 rotary = self.body.language_model.rotary_emb(hidden, positions)
-                found = []
+                keys_values = []
                 for layer in self.body.language_model.layers[:depth]:
                     query, key, value = _project(layer, hidden, rotary)
-                    found.append((key, value))
+                    keys_values.append((key, value))
                     attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
                     hidden = _finish_layer(layer, hidden, attended)
-            self._constants = (wanted, found)
+            self._constants = (circumstances, keys_values)
         return self._constants[1]
 
     def read_queries(self, queries: Tensor, prefix: Prefix, layers: Sequence[int]) -> Tensor:
@@ -340,7 +349,7 @@ class FrozenMLLM(nn.Module):
 
         Args:
             queries: (query, hidden), the same for every prompt.
-            prefix: of `read_prefix()` with a depth of at least the deepest tap.
+            prefix: what `read_prefix()` returned for a depth of at least the deepest tap.
             layers: ascending tap indices: 0 = the queries themselves, k = after layer k, the last after the final norm.
 
         Returns:
@@ -348,18 +357,20 @@ class FrozenMLLM(nn.Module):
         """
         batch, count = prefix.mask.shape[0], queries.shape[0]
         language_model = self.body.language_model
+        # Each query sees the real tokens of its prompt, and the queries up to itself.
         steps = torch.arange(count, device=queries.device)
         positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)
         causal = (steps[:, None] >= steps).expand(batch, 1, count, count)
         mask = torch.cat([prefix.mask[:, None, None, :].expand(batch, 1, count, -1), causal], dim=-1)
+        # `_run_query_layer` makes rows of the heads that share keys and values, and each row needs its mask.
         config = self.model.config.text_config
         mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
-        # Attention would turn a mask of booleans into numbers again in every layer.
+        # A boolean mask would be converted to numbers in every layer, so it is converted once.
         bias = torch.zeros(mask.shape, dtype=prefix.keys[0].dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
         hidden = queries.to(language_model.embed_tokens.weight.dtype).expand(batch, -1, -1)
         rotary = language_model.rotary_emb(hidden, positions)
-        wanted = set(layers)
+        tapped = set(layers)
         states = {0: hidden}
         for index in range(max(layers)):
             arguments = language_model.layers[index], hidden, rotary, prefix.keys[index], prefix.values[index], bias
@@ -367,16 +378,18 @@ class FrozenMLLM(nn.Module):
                 hidden = checkpoint(self._run_query_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._run_query_layer(*arguments)
-            if index + 1 in wanted:
+            if index + 1 in tapped:
                 states[index + 1] = hidden
-        if self.num_layers in wanted:
+        # In Hugging Face's `hidden_states` the last one comes after the final norm.
+        if self.num_layers in tapped:
             states[self.num_layers] = language_model.norm(hidden)
         return torch.stack([states[tap] for tap in layers])
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-        """Greedy token ids (batch, new token) of the untouched model; `inputs` are padded on the left."""
+        """Generate token ids (batch, new token) greedily with the untouched model; `inputs` are padded on the left."""
         model = self.load_full_model()
+        # The library keeps the rotary offset of its last prompt here, and would use it for the next one.
         model.model.rope_deltas = None
         kinds = (inputs["input_ids"] == model.config.image_token_id).int()
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -388,10 +401,10 @@ class FrozenMLLM(nn.Module):
 
 
 def pad_vision_mlps(visual: nn.Module, multiple: int = 8) -> None:
-    """Widen the MLPs of a vision tower by channels that are zero, to a multiple that a GPU's fast products accept.
+    """Widen the MLPs of a vision tower with zero channels, up to a multiple that a GPU's fast matrix products need.
 
-    Qwen2.5-VL's are 3,420 wide, which no aligned product of bfloat16 takes. The new channels are silu(0) * 0 = 0, so
-    the result is the same.
+    Qwen2.5-VL's MLPs are 3,420 wide, which isn't aligned for bfloat16. The new channels are silu(0) * 0 = 0, so the
+    result is the same.
     """
     for block in visual.blocks:
         mlp = block.mlp
@@ -412,8 +425,8 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def pad_right(inputs: Any) -> Any:
-    """Inputs padded on the right; those with `position_ids` are so already."""
-    if inputs.get("position_ids") is not None:
+    """Move the padding of inputs to the right."""
+    if inputs.get("position_ids") is not None:  # made by `PromptProcessor` only for inputs padded on the right
         return inputs
     mask = inputs["attention_mask"].long()
     leading = (mask.cumsum(1) == 0).sum(1, keepdim=True)
@@ -423,35 +436,40 @@ def pad_right(inputs: Any) -> Any:
 
 
 def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised, projected and rotated (query, key, value), each (batch, head, token, head channel)."""
+    """Normalise, project and rotate: query, key and value, each (batch, head, token, head channel)."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
-    query, key, value = (
-        _heads(attention, projection(normed)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    query = _split_heads(attention, attention.q_proj(normed))
+    key = _split_heads(attention, attention.k_proj(normed))
+    value = _split_heads(attention, attention.v_proj(normed))
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     return query.to(value.dtype), key.to(value.dtype), value  # under autocast the rotary tables are float32
 
 
 def _project_last(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Key and value alone, as of `_project`: nothing of a prompt asks in its last layer."""
+    """Compute key and value as `_project` does, without a query.
+
+    The last layer of a prompt needs only keys and values, because its output isn't used.
+    """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
-    key, value = (_heads(attention, projection(normed)) for projection in (attention.k_proj, attention.v_proj))
-    return apply_rotary_pos_emb(key, key, *rotary)[1].to(value.dtype), value
+    key = _split_heads(attention, attention.k_proj(normed))
+    value = _split_heads(attention, attention.v_proj(normed))
+    _, key = apply_rotary_pos_emb(key, key, *rotary)
+    return key.to(value.dtype), value
 
 
-def _heads(attention: Any, projected: Tensor) -> Tensor:
+def _split_heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _run_query_layer(
     layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, bias: Tensor
 ) -> Tensor:
-    """One layer of the query pass, against the prompt's keys and values, which are only read.
+    """Run one layer of the query pass: the queries attend to the prompt's keys and values and to each other.
 
-    Heads that share keys and values become rows of one head, so that these are read once; `bias` has a row for each,
-    0 where it may look and minus infinity where not.
+    Query heads that share keys and values become rows of one head, so that keys and values are read once. `bias` has
+    a row for each of these rows: 0 where it may look, and minus infinity elsewhere.
     """
     query, key, value = _project(layer, hidden, rotary)
     heads, tokens = query.shape[1:3]
@@ -462,18 +480,19 @@ def _run_query_layer(
 
 
 def _run_vision_layer(block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-    """One layer of the vision tower on (token, hidden); attention stays within each segment."""
+    """Run one layer of the vision tower on (token, hidden); attention stays within each segment."""
     attention = block.attn
     projected = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
     query, key, value = projected.unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
-    query, key, value = (segments.fold(part.to(value.dtype)).transpose(1, 2) for part in (query, key, value))
+    parts = (query.to(value.dtype), key.to(value.dtype), value)  # under autocast the rotary tables are float32
+    query, key, value = (segments.fold(part).transpose(1, 2) for part in parts)
     attended = scaled_dot_product_attention(query, key, value, attn_mask=segments.mask, scale=attention.scaling)
     hidden = hidden + attention.proj(segments.unfold(attended.transpose(1, 2).flatten(2)))
     return hidden + block.mlp(block.norm2(hidden))
 
 
 def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Output projection, residual, MLP, residual."""
+    """Finish a decoder layer after attention: output projection, residual, MLP, residual."""
     hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

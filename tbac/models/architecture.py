@@ -1,4 +1,4 @@
-"""The configs of all parts, read and checked before any weight is."""
+"""Reading and checking the configs of all parts, before any weight is read."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from tbac.models.taps import TapPlan, resolve_taps
 
 @dataclass(frozen=True)
 class Architecture:
-    """Configs of all parts; with no weights behind them.
+    """Configs of all parts, without weights.
 
     Attributes:
         mllm: `Qwen2_5_VLConfig`.
@@ -32,7 +32,7 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: ArchitectureConfig | None) -> "Architecture":
-        """From the options of a model that is made without reading any file.
+        """Take the configs from the options of a model whose weights are made at random.
 
         Raises:
             ValueError: when a part is missing, or has an argument that its class doesn't take.
@@ -52,46 +52,47 @@ class Architecture:
     def from_pretrained(
         cls, mllm: str, denoiser: str, prefix: str = "model.", known: ArchitectureConfig | None = None
     ) -> "Architecture":
-        """Read only the configs of two folders or hub ids.
+        """Read the configs of two folders or hub ids.
 
         Args:
             mllm: folder or hub id of the MLLM.
             denoiser: folder or hub id with `transformer/`, `vae/` and `scheduler/`.
-            prefix: of their options' names in messages.
+            prefix: what stands before the options' names in messages.
             known: configs of transformer and scheduler that are used instead of those of `denoiser`.
 
         Raises:
             ValueError: naming the folder or hub id that can't be found, and how to give a local path.
         """
-        found: dict[str, Any] = {}
+        # What a checkpoint or an export says of its own transformer and scheduler comes first.
+        configs: dict[str, Any] = {}
         if known is not None and known.transformer is not None:
             check_arguments(SanaTransformer2DModel, known.transformer, "model.architecture.transformer")
-            found["transformer"] = dict(known.transformer)
+            configs["transformer"] = dict(known.transformer)
         if known is not None and known.scheduler is not None:
-            found["scheduler"] = dict(known.scheduler)
-        # All that can't be read is named at once, with one message per option.
+            configs["scheduler"] = dict(known.scheduler)
+        # Every option that can't be read is named in one error, so that the user can mend them all at once.
         problems: dict[str, str] = {}
-        unreachable = False  # asking a hub that doesn't answer takes long, so it is asked once
+        unreachable = False  # a hub that doesn't answer takes long to give up, so it is asked only once
         for part, option, source, path in (
             ("mllm", f"{prefix}mllm", mllm, "config.json"),
             ("transformer", f"{prefix}denoiser", denoiser, "transformer/config.json"),
             ("autoencoder", f"{prefix}denoiser", denoiser, "vae/config.json"),
             ("scheduler", f"{prefix}denoiser", denoiser, "scheduler/scheduler_config.json"),
         ):
-            if part in found or option in problems:
+            if part in configs or option in problems:
                 continue
             try:
-                found[part] = read_config(option, source, path, local_only=unreachable)
+                configs[part] = read_config(option, source, path, local_only=unreachable)
             except ValueError as error:
                 unreachable = unreachable or isinstance(error, HubUnreachableError)
                 problems[option] = str(error)
         if problems:
             raise ValueError("; ".join(problems.values()))
-        check_scheduler(found["scheduler"])
-        # What begins with an underscore is the library's note of its version, not an argument.
-        transformer = {k: v for k, v in found["transformer"].items() if not k.startswith("_")}
-        autoencoder = {k: v for k, v in found["autoencoder"].items() if not k.startswith("_")}
-        return cls(Qwen2_5_VLConfig(**found["mllm"]), transformer, autoencoder, found["scheduler"])
+        check_scheduler(configs["scheduler"])
+        # diffusers adds keys such as `_class_name`, which aren't arguments of the constructors.
+        transformer = {k: v for k, v in configs["transformer"].items() if not k.startswith("_")}
+        autoencoder = {k: v for k, v in configs["autoencoder"].items() if not k.startswith("_")}
+        return cls(Qwen2_5_VLConfig(**configs["mllm"]), transformer, autoencoder, configs["scheduler"])
 
     @property
     def num_layers(self) -> int:
@@ -116,11 +117,12 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], place: str) -> Non
 
 
 def read_architecture(config: ModelConfig, opened: bool = False) -> Architecture:
-    """The configs of all parts.
+    """Read the configs of all parts.
 
     Args:
-        config: of the model.
-        opened: whether it comes out of a checkpoint or an export, and so knows its own transformer and scheduler.
+        config: options of the model.
+        opened: whether the options come from a checkpoint or an export, which hold the configs of their transformer
+            and scheduler.
     """
     if config.random_init:
         return Architecture.from_config(config.architecture)
@@ -129,11 +131,11 @@ def read_architecture(config: ModelConfig, opened: bool = False) -> Architecture
 
 
 def check_config(config: ModelConfig, opened: bool = False) -> tuple[Architecture, TapPlan]:
-    """Check on configs alone, before any weight is read, that the parts of a model are there and fit.
+    """Check that the parts of a model exist and fit each other, by their configs alone.
 
     Args:
-        config: of the model.
-        opened: as in `read_architecture`.
+        config: options of the model.
+        opened: whether the options come from a checkpoint or an export.
 
     Returns:
         The configs of all parts, and which layer feeds which block.
@@ -150,6 +152,6 @@ def check_config(config: ModelConfig, opened: bool = False) -> tuple[Architectur
 
 
 def check_channels(denoiser: int, autoencoder: int) -> None:
-    """Raise ValueError when the latents of autoencoder and denoiser differ in channels."""
+    """Raise ValueError when denoiser and autoencoder have latents of different numbers of channels."""
     if denoiser != autoencoder:
         raise ValueError(f"the denoiser reads latents of {denoiser} channels but the autoencoder makes {autoencoder}")

@@ -16,8 +16,8 @@ class FrozenAutoencoder(nn.Module):
     """A deep-compression autoencoder that never trains.
 
     Args:
-        model: the autoencoder; latents are multiplied by its config's `scaling_factor`. What of it is on the meta
-            device is read when it is first used.
+        model: the autoencoder; latents are multiplied by its config's `scaling_factor`. A half of it (encoder or
+            decoder) that is on the meta device is read when it is first used.
         read: `encoder` or `decoder` -> its tensors by their names in `model`; needed with a model on the meta device.
     """
 
@@ -38,8 +38,9 @@ class FrozenAutoencoder(nn.Module):
         files = WeightFiles(folder)
         with init_empty_weights(include_buffers=False):
             model = AutoencoderDC.from_config(AutoencoderDC.load_config(folder))
-        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if wrong := sorted(set(own.items()) ^ set(files.read_shapes().items())):
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        wrong = sorted(set(expected.items()) ^ set(files.read_shapes().items()))
+        if wrong:
             raise ValueError(f"{folder}: the autoencoder's weights don't fit its config, such as {wrong[0][0]}")
 
         def read(part: str) -> dict[str, Tensor]:
@@ -52,7 +53,7 @@ class FrozenAutoencoder(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or cast what has been read; the rest follows when it is used."""
+        """Move or cast the tensors that have been read; the others get device and type when they are read."""
         return super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
 
     @property
@@ -61,7 +62,7 @@ class FrozenAutoencoder(nn.Module):
         return 2 ** (len(self.model.config.encoder_block_out_channels) - 1)
 
     def load_part(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
-        """`encoder` or `decoder`, read now if it hasn't been."""
+        """Return `encoder` or `decoder`, and read its weights first if that hasn't been done."""
         part = getattr(self.model, name)
         if self._read is not None and next(part.parameters()).is_meta:
             tensors = {k.removeprefix(f"{name}."): v.to(device) for k, v in self._read(name).items()}
@@ -71,7 +72,7 @@ class FrozenAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to scaled latents (batch, channel, height / f, width / f).
+        """Encode pixels as scaled latents (batch, channel, height / compression, width / compression).
 
         Args:
             pixels: (batch, 3, height, width) in [-1, 1]; or uint8 in [0, 255].
@@ -83,7 +84,7 @@ class FrozenAutoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pixels (batch, 3, height, width) clamped to [-1, 1]."""
+        """Decode scaled latents to pixels (batch, 3, height, width), clamped to [-1, 1]."""
         weight = next(self.load_part("decoder", latents.device).parameters())
         pixels = self.model.decode(latents.to(weight.dtype) / self.model.config.scaling_factor).sample
         return pixels.float().clamp(-1, 1)

@@ -23,7 +23,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool, notes: Mapping[str, Any]) -> str:
-    """`README.md` of an export.
+    """Write the text of an export's `README.md`.
 
     Args:
         config: its `config.json`.
@@ -31,6 +31,7 @@ def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool
         standalone: whether the frozen parts are in the folder.
         notes: more rows for the table, such as the stage and its steps.
     """
+    # The hub reads this block to file the model under its kind and its base models.
     data = ModelCardData(
         library_name="tbac",
         pipeline_tag="any-to-any",
@@ -39,7 +40,10 @@ def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool
         tags=["text-to-image", "image-to-image", "ladder-side-diffusion-tuning"],
     )
     taps = config["taps"]
-    blocks = [taps["layers"][i] for i in taps["assignment"]] if not taps["mixed"] else f"mixes of {taps['layers']}"
+    blocks = [taps["layers"][i] for i in taps["assignment"]]
+    if taps["mixed"]:
+        blocks = f"mixes of {taps['layers']}"
+    # The table says what the model is made of, and by which digests its frozen parts are known.
     rows = {
         "MLLM": config["mllm"],
         "denoiser": config["denoiser"],

@@ -1,4 +1,4 @@
-"""Exported folders: `model.safetensors`, `config.json`, a model card, and the frozen parts if asked."""
+"""Reading and writing exported folders: tensors, `config.json`, a model card and, if asked for, the frozen parts."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ MLLM, DENOISER = "mllm", "denoiser"  # folders of the frozen parts within a stan
 
 
 def find_export(source: str | Path) -> Path:
-    """The local folder of an export, downloaded from the hub where `source` is a hub id and no folder."""
+    """Return the local folder of an export; one that `source` names by its hub id is downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir() or not is_hub_id(str(source)):
         return folder
@@ -32,15 +32,16 @@ def find_export(source: str | Path) -> Path:
 
 
 def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
-    """The model that an exported folder holds.
+    """Read the model that an exported folder holds.
 
     Args:
-        folder: of `write_export`.
-        connector: the user's own, where the model was trained with one.
+        folder: what `write_export` wrote.
+        connector: the user's own connector, if the model was trained with one.
 
     Raises:
         ValueError: when it isn't an export, or its config or its tensors can't be read.
     """
+    # Is it an export, and one of a format that this version reads?
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not an exported model: it has no config.json")
@@ -48,15 +49,18 @@ def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
         values = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} isn't JSON ({error})") from None
-    known = values.pop("format", None) if isinstance(values, dict) else None
-    if known not in (FORMAT, OLD_FORMAT):
-        raise ValueError(f"{file}: format must be {FORMAT!r}, got {known!r}")
+    file_format = values.pop("format", None) if isinstance(values, dict) else None
+    if file_format not in (FORMAT, OLD_FORMAT):
+        raise ValueError(f"{file}: format must be {FORMAT!r}, got {file_format!r}")
+    # Digests and version aren't options of the model, so they are taken out before the options are read.
     digests = values.pop("frozen_digests", None)
     if not isinstance(digests, dict):
         raise ValueError(f"{file}: frozen_digests must be a mapping, got {digests!r}")
     values.pop("tbac_version", None)
-    config = ModelConfig.from_dict(convert_old(values) if known == OLD_FORMAT else values, str(file), connector)
-    # A standalone folder holds the frozen parts itself.
+    if file_format == OLD_FORMAT:
+        values = convert_old(values)
+    config = ModelConfig.from_dict(values, str(file), connector)
+    # A standalone folder names its own subfolders, wherever it lies now.
     mllm = str(folder / MLLM) if config.mllm == MLLM else config.mllm
     denoiser = str(folder / DENOISER) if config.denoiser == DENOISER else config.denoiser
     state = read_state(folder)
@@ -65,12 +69,12 @@ def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
 
 
 def convert_old(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an export of format 1, which had sources and the denoiser's config in mappings of their own."""
+    """Convert the config of an export of format 1, in which `mllm` and `denoiser` were mappings, to today's keys."""
     if not isinstance(values.get("mllm"), Mapping) or not isinstance(values.get("denoiser"), Mapping):
         return dict(values)
     mllm, denoiser = values["mllm"], values["denoiser"]
-    kept = {name: value for name, value in values.items() if name != "scheduler"}
-    return kept | {
+    unchanged = {name: value for name, value in values.items() if name != "scheduler"}
+    return unchanged | {
         "mllm": mllm.get("source"),
         "denoiser": denoiser.get("source"),
         "reference_latents": denoiser.get("references", False),
@@ -79,7 +83,7 @@ def convert_old(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an exported folder.
+    """Read the tensors of an exported folder.
 
     Raises:
         ValueError: when they can't be read.
@@ -96,8 +100,8 @@ def write_export(
     """Write an exported folder.
 
     Args:
-        saved: what it shall hold.
-        folder: made where it doesn't exist.
+        saved: the model that is written.
+        folder: is made if it doesn't exist.
         standalone: also copy the frozen parts' files, so that the folder loads without network.
         notes: more rows for the model card.
     """
@@ -105,13 +109,13 @@ def write_export(
     config, state = saved.config, dict(saved.state)
     if saved.prompt_embeddings is not None:
         state[PROMPT_EMBEDDINGS] = saved.prompt_embeddings
-    # Folders are to be found from everywhere.
+    # Sources become absolute paths, so that they are found from any working directory.
     mllm, denoiser = make_absolute(config.mllm), make_absolute(config.denoiser)
     if standalone:
         copy_files(locate_folder("mllm", config.mllm, MLLM_FILES), folder / MLLM, MLLM_FILES)
         copy_files(locate_folder("denoiser", config.denoiser, DENOISER_FILES), folder / DENOISER, AUTOENCODER_FILES)
         mllm, denoiser = MLLM, DENOISER
-    # The table of word embeddings is in the export itself.
+    # The table of word embeddings is among the tensors, so the folder that it came from isn't named.
     written = replace(config, mllm=mllm, denoiser=denoiser, prompt_embeddings=None)
     values = {
         "format": FORMAT,
@@ -119,6 +123,7 @@ def write_export(
         **written.to_dict(),
         "frozen_digests": dict(saved.frozen_digests or {}),
     }
+    # safetensors stores contiguous tensors on the CPU only.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -127,6 +132,6 @@ def write_export(
 
 
 def make_absolute(source: str) -> str:
-    """A folder's absolute path, so that it is found from everywhere; a hub id as it is."""
+    """Make a folder's path absolute, so that it is found from any working directory; a hub id is returned as it is."""
     folder = Path(source).expanduser()
     return str(folder.resolve()) if source and folder.is_dir() else source

@@ -1,11 +1,11 @@
 """The ladder: learnable queries, and connectors that turn tapped states into one context per denoiser block.
 
-A connector is made by a callable that takes `num_taps`, `hidden_size` and `channels`, and is a module that turns states
-(tap, batch, token, hidden) into contexts (tap, batch, token, channel). Two attributes of its class say how it may be
-used; both are False where it has none:
+A connector is a module that turns states (tap, batch, token, hidden) into contexts (tap, batch, token, channel). It is
+made by a callable that takes `num_taps`, `hidden_size` and `channels`. Two attributes of its class, False where they
+are missing, say how it may be used:
 
-- `per_token`: it reads each token apart from the others, so the prompt's tokens may follow the queries.
-- `per_tap`: it has weights of its own for each tap, so a learned mix is taken of its contexts and not of its input.
+- `per_token`: each token is projected apart from the others, so the prompt's tokens may follow the queries.
+- `per_tap`: each tap has its own weights, so a learned mix is computed from the contexts and not from the states.
 """
 
 import math
@@ -79,10 +79,10 @@ class PerTapMLP(nn.ModuleList):
 
 
 def build_connector(config: LadderConfig, num_taps: int, hidden_size: int, channels: int) -> nn.Module:
-    """The connector that a config names.
+    """Build the connector that a config names.
 
     Raises:
-        ValueError: for one of the user's own that doesn't take these sizes or isn't a module.
+        ValueError: for a user's connector that doesn't take these sizes or isn't a module.
     """
     if config.connector == "shared_mlp":
         return ConnectorMLP(hidden_size, channels)
@@ -103,7 +103,7 @@ class Ladder(nn.Module):
     """Queries and connectors.
 
     Args:
-        plan: taps and which block reads which.
+        plan: the taps, and which block reads which.
         num_queries: number of learnable queries.
         hidden_size: width of the MLLM.
         channels: caption channels of the denoiser.
@@ -128,11 +128,11 @@ class Ladder(nn.Module):
             self.mix_logits = nn.Parameter(torch.zeros(plan.num_blocks, len(plan.layers)))
 
     def compute_mix_weights(self) -> Tensor:
-        """(block, candidate), rows sum to 1: the share of each candidate layer in each block's tap."""
+        """Compute the share of each candidate layer in each block's tap: (block, candidate), rows sum to 1."""
         return self.mix_logits.softmax(dim=-1)
 
     def forward(self, taps: Tensor) -> Tensor:
-        """Contexts from tapped states.
+        """Turn tapped states into contexts.
 
         Args:
             taps: (tap, batch, query, hidden), in the order of `plan.layers`.
@@ -151,5 +151,6 @@ class Ladder(nn.Module):
         return contexts[list(self.plan.assignment)]
 
     def _mix(self, states: Tensor) -> Tensor:
-        """(tap, batch, query, width) -> (block, batch, query, width)."""
+        """Mix taps for each block: (tap, batch, query, width) -> (block, batch, query, width)."""
+        # k = block, t = tap, b = batch, q = query, w = width
         return torch.einsum("kt,tbqw->kbqw", self.compute_mix_weights().to(states.dtype), states)

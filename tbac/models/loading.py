@@ -1,6 +1,6 @@
-"""The one builder of a model's parts: from base models, from bare configs, or from what training has saved.
+"""The builder of a model's parts: from base models, at random from configs alone, or from what training has saved.
 
-Everything that can be wrong is checked on configs, which are small, before any weight is read.
+Configs are small, so everything that can be wrong is checked on them before any weight is read.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ from tbac.models.taps import TapPlan
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a model is made of: what a checkpoint or an exported folder needs to make it again.
+    """What a model is made of: what a checkpoint or an exported folder needs to build it again.
 
     Attributes:
         config: all its options, with the taps resolved.
-        digests: of the frozen parts' files (`mllm`, `autoencoder`) and of `prompt_embeddings` where there are any;
-            empty with weights that were never read.
+        digests: digests of the frozen parts (`mllm`, `autoencoder`), and of `prompt_embeddings` if there are any; empty
+            when the weights were made at random.
     """
 
     config: ModelConfig
@@ -55,7 +55,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """What never trains, and what it is known by."""
+    """The parts that never train, and the digests that they are known by."""
 
     mllm: FrozenMLLM
     autoencoder: FrozenAutoencoder
@@ -64,16 +64,18 @@ class FrozenParts:
 
 
 def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
-    """Build what a config describes.
+    """Build the parts that a config describes.
 
     Args:
         config: all options.
-        saved: what training has made of the model. Its ladder and denoiser then take no memory yet: whoever calls this
-            loads `saved.state` into them. Without it they start from the base model, or from noise with `random_init`.
+        saved: what training has made of the model. Ladder and denoiser are then left on the meta device, without
+            memory, and the caller loads `saved.state` into them. Without it they start from the base model, or from
+            noise with `random_init`.
 
     Raises:
         ValueError: for anything that doesn't fit, before a weight is read.
     """
+    from_base = saved is None and not config.random_init
     parts, plan = check_config(config, opened=saved is not None)
     with torch.random.fork_rng(devices=[]):
         # The ladder comes first, so that the seed alone decides its weights.
@@ -82,13 +84,12 @@ def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
             ladder = Ladder(plan, config.num_queries, parts.hidden_size, parts.caption_channels, config.ladder)
         frozen = build_random_frozen(config, parts) if config.random_init else load_frozen(config, parts, plan, saved)
         with init_empty_weights(include_buffers=False) if saved else nullcontext():
-            from_base = saved is None and not config.random_init
-            transformer = (
-                load_transformer(locate_folder("model.denoiser", config.denoiser, DENOISER_FILES))
-                if from_base
-                else SanaTransformer2DModel(**parts.transformer)
-            )
+            if from_base:
+                transformer = load_transformer(locate_folder("model.denoiser", config.denoiser, DENOISER_FILES))
+            else:
+                transformer = SanaTransformer2DModel(**parts.transformer)
             denoiser = LadderDenoiser(transformer, config.reference_latents)
+    # Phrases need the tokenizer and the word embeddings of a real MLLM.
     if from_base and config.query_phrases is not None:
         assert frozen.prompt is not None
         start_queries(ladder, config.query_phrases, frozen.prompt, frozen.mllm.get_prompt_table())
@@ -99,18 +100,19 @@ def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
 def resolve_config(
     config: ModelConfig, parts: Architecture, plan: TapPlan, transformer: SanaTransformer2DModel
 ) -> ModelConfig:
-    """The config as a file keeps it: the taps resolved, and what can't be read from the frozen parts alone."""
+    """Complete a config for checkpoints and exports: resolved taps, and the configs of transformer and scheduler."""
     if config.random_init:
         return replace(config, taps=plan)
-    own = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    return replace(config, taps=plan, architecture=ArchitectureConfig(transformer=own, scheduler=parts.scheduler))
+    arguments = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    architecture = ArchitectureConfig(transformer=arguments, scheduler=parts.scheduler)
+    return replace(config, taps=plan, architecture=architecture)
 
 
 def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: SavedModel | None) -> FrozenParts:
-    """The MLLM up to the deepest tap, the autoencoder, and tokenizer and image processor.
+    """Load the MLLM up to the deepest tap, the autoencoder, the tokenizer and the image processor.
 
     Raises:
-        ValueError: when they can't be read, or aren't those that a saved model was trained on.
+        ValueError: when one can't be read, or isn't the one that a saved model was trained on.
     """
     prefix = "" if saved else "model."
     mllm_folder = locate_folder(f"{prefix}mllm", config.mllm, MLLM_FILES)
@@ -118,7 +120,7 @@ def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: 
     table = saved.prompt_embeddings if saved else None
     if table is None:
         table = read_prompt_embeddings(config.prompt_embeddings)
-    # The digests are compared first, since reading the weights takes much longer.
+    # Digests are compared before the weights are loaded, which takes much longer.
     digests = compute_digests(mllm_folder, denoiser_folder, plan.deepest, table)
     if saved is not None and saved.frozen_digests is not None:
         check_frozen(saved.frozen_digests, digests, saved.origin)
@@ -130,7 +132,7 @@ def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: 
 
 
 def load_prompt_processor(folder: Path, config: ModelConfig, picture_size: tuple[int, int]) -> PromptProcessor:
-    """Tokenizer and image processor of an MLLM's folder, with a model's options."""
+    """Load tokenizer and image processor from an MLLM's folder."""
     return PromptProcessor.from_pretrained(
         folder,
         image_pixels=config.image_pixels,
@@ -142,15 +144,15 @@ def load_prompt_processor(folder: Path, config: ModelConfig, picture_size: tuple
 
 
 def compute_reference_size(parts: Architecture, autoencoder: FrozenAutoencoder) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that a denoiser makes by default."""
+    """Compute height and width in pixels of the pictures that a denoiser makes by default."""
     side = parts.transformer["sample_size"] * autoencoder.compression
     return side, side
 
 
 def build_random_frozen(config: ModelConfig, parts: Architecture) -> FrozenParts:
-    """The frozen parts with fresh weights in the config's type, on the default device; no tokenizer."""
+    """Build the frozen parts with random weights, without a tokenizer."""
     dtype, usual = DTYPES[config.dtype], torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype)  # AutoencoderDC takes no type
     try:
         autoencoder = AutoencoderDC(**parts.autoencoder)
     finally:
@@ -160,6 +162,7 @@ def build_random_frozen(config: ModelConfig, parts: Architecture) -> FrozenParts
 
 
 def start_queries(ladder: Ladder, phrases: Sequence[str], prompt: PromptProcessor, table: Tensor) -> None:
-    """Set each query to the sum of its phrase's word embeddings, as the words read within a sentence."""
+    """Set each query to the sum of the word embeddings of its phrase."""
+    # With a space before it, a phrase gets the tokens that it has within a sentence.
     sums = [table[prompt.tokenize_text(f" {phrase}")].float().sum(0) for phrase in phrases]
     ladder.queries.data.copy_(torch.stack(sums))

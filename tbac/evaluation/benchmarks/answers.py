@@ -52,10 +52,11 @@ class Answers:
             rows = self.questions[start : start + self.batch_size]
             pictures = [[open_picture(self.folder / row["image"])] for row in rows]
             answers += model.answer([row["question"] for row in rows], pictures, max_new_tokens=MAX_NEW_TOKENS)
-        right = [is_same_answer(said, row["answer"]) for said, row in zip(answers, self.questions, strict=True)]
+        pairs = zip(answers, self.questions, strict=True)
+        right = [is_same_answer(answer, row["answer"]) for answer, row in pairs]
         return AnswerScores(sum(right) / len(right), answers)
 
 
 def read_questions(path: str | Path) -> list[dict]:
-    """Rows with `image` (file beside the list), `question` and `answer`."""
+    """Read rows with `image` (a file beside the list), `question` and `answer`."""
     return read_rows(path, {"image": str, "question": str, "answer": str})

@@ -1,8 +1,8 @@
 """What every benchmark shares.
 
-A benchmark is a dataclass. Its fields are the options that its YAML in `conf/benchmark/` may set, and it reads its
-files when it is made, so that a wrong file is named before a model is loaded. A YAML names the class by `_target_`; to
-add a benchmark, derive from `PictureBenchmark` and write such a YAML.
+A benchmark is a dataclass. Its fields are the options that its YAML in `conf/benchmark/` may set. It reads its files
+when it is built, so that a wrong file is reported before a model is loaded. To add a benchmark, derive a class from
+`PictureBenchmark`, and write a YAML that names it by `_target_`.
 """
 
 import json
@@ -21,20 +21,21 @@ Needs = Literal["detector", "questions", "nothing"]
 
 
 class BenchmarkFileError(ValueError):
-    """A benchmark file of the wrong form; the message names file, line and field."""
+    """A benchmark file has the wrong form; the message names file, line and field."""
 
 
 def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[dict], str] | None = None) -> list[dict]:
-    """Rows of a JSON-lines file.
+    """Read the rows of a JSON-lines file.
 
     Args:
         path: the file.
-        required: field -> type of every row.
+        required: field that every row must have -> its type.
         check: returns what is wrong with a row, or "".
 
     Raises:
-        BenchmarkFileError: when the file is absent, empty, or a row isn't of the form.
+        BenchmarkFileError: when the file is absent or empty, or a row has the wrong form.
     """
+    # A path that someone typed may be wrong, and so may be the kind of file.
     path = Path(path).expanduser()
     if not path.is_file():
         raise BenchmarkFileError(f"benchmark file {path} doesn't exist")
@@ -43,6 +44,7 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
         lines = path.read_text().splitlines()
     except UnicodeDecodeError:
         raise BenchmarkFileError(f"{path} is not UTF-8 text; JSON lines are expected") from None
+    # Each row is checked now, since a fault that only shows up after hours of drawing is expensive.
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -50,13 +52,14 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BenchmarkFileError(f"{path}:{number} is not JSON ({error})") from None
-        # The fields that every row needs come first, so that `check` may rely on them.
+        # The required fields are checked first, so that `check` may rely on them.
         if not isinstance(row, dict):
             raise BenchmarkFileError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
         for name, kind in required.items():
             if not isinstance(row.get(name), kind):
                 raise BenchmarkFileError(f"{path}:{number} needs {name!r} as {kind.__name__}, got {row.get(name)!r}")
-        if check and (problem := check(row)):
+        problem = check(row) if check else ""
+        if problem:
             raise BenchmarkFileError(f"{path}:{number}: {problem}")
         rows.append(row)
     if not rows:
@@ -66,12 +69,12 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
 
 @dataclass(frozen=True)
 class PictureVerdict:
-    """What a judge's reply, or a detector's scan, says about one picture.
+    """What a benchmark concludes about one picture from a judge's reply or a detector's scan.
 
     Attributes:
         score: in [0, 1]; None where the benchmark has no score.
-        reason: what is wrong.
-        details: what the benchmark's averages need besides.
+        reason: what is wrong with the picture.
+        details: whatever else `summarize` needs.
     """
 
     score: float | None
@@ -81,16 +84,16 @@ class PictureVerdict:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of a benchmark, and what scoring found out about it.
+    """One picture of a benchmark, and its score.
 
     Attributes:
         picture: its path in the tree.
         group: tag, type, kind or category that it counts for.
-        prompt: what it was to show.
+        prompt: what it should show.
         state: `scored`; `missing`, when it isn't there or can't be read; `failed`, when the judge gave no usable reply.
         score: in [0, 1]; None unless it was scored.
-        reason: what is wrong.
-        details: what the benchmark's averages need besides.
+        reason: what is wrong with it.
+        details: whatever else `summarize` needs.
     """
 
     picture: str
@@ -107,10 +110,10 @@ class Summary:
     """What a benchmark reports.
 
     Attributes:
-        scores: name -> value; the most important one first.
-        protocol: how they were reached.
-        differences: why published numbers were reached in another way; empty where they were reached in this one.
-        notes: further sentences.
+        scores: name -> value, the most important one first.
+        protocol: how they were computed.
+        differences: how that differs from the way in which published numbers were computed; empty if it doesn't.
+        notes: further sentences for the report.
     """
 
     scores: Mapping[str, float]
@@ -126,20 +129,20 @@ class Summary:
 
 @dataclass(kw_only=True, eq=False)
 class PictureBenchmark(ABC):
-    """A benchmark of pictures: which ones it wants, how one is judged, and what the scores of all are.
+    """A benchmark of pictures: it lists the pictures to draw, judges each of them, and summarizes the scores.
 
     Attributes:
         name: of its folder of pictures and of its scores in MLflow.
-        title: what a report calls it.
-        num_inference_steps: of the solver.
+        title: its name in a report.
+        num_inference_steps: steps of the solver.
         guidance_scale: of the text.
-        image_guidance_scale: of the input pictures; for benchmarks of edits alone.
+        image_guidance_scale: of the input pictures; only for benchmarks of edits.
         seed: base of every sample's seed.
-        batch_size: pictures that are drawn together where they are drawn in memory.
+        batch_size: how many pictures are drawn together when they are drawn in memory.
         needs: what judges its pictures: a `detector`, a judge that answers `questions`, or `nothing`.
 
     Raises:
-        ValueError: for an option that can't be used; for a file of the wrong form.
+        ValueError: for an option that can't be used, or a file of the wrong form.
     """
 
     needs: ClassVar[Needs]
@@ -162,19 +165,19 @@ class PictureBenchmark(ABC):
 
     @abstractmethod
     def read_files(self) -> None:
-        """Read the files that the options name, into attributes of one's own."""
+        """Read the files that the options name, into further attributes."""
 
     @abstractmethod
     def list_targets(self) -> list[Target]:
-        """Every picture."""
+        """List every picture to draw."""
 
     def find_group(self, target: Target) -> str:
-        """Tag, type, kind or category that a picture counts for."""
+        """Find the tag, type, kind or category that a picture counts for."""
         return ""
 
     @abstractmethod
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """The verdict on one picture.
+        """Judge one picture.
 
         Raises:
             JudgeError: when the judge gives no usable reply.
@@ -182,14 +185,14 @@ class PictureBenchmark(ABC):
 
     @abstractmethod
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Scores of all rows."""
+        """Compute the scores of all rows."""
 
     def write_other_files(self, root: Path) -> None:
-        """Write the files of the tree besides pictures, for benchmarks whose own scorer reads any."""
+        """Write the files other than pictures that the benchmark's published scorer expects in the tree, if any."""
         return
 
     def check_judge(self, judge: Any) -> None:
-        """Raise ValueError where the judge is of the wrong kind, or something that judging needs isn't given."""
+        """Raise ValueError when the judge is of the wrong kind, or an option that judging needs isn't set."""
         if self.needs == "detector" and not callable(judge):
             raise ValueError(
                 f"{self.title} needs a detector, judge=template or judge=mask2former; got {type(judge).__name__}"
@@ -198,7 +201,7 @@ class PictureBenchmark(ABC):
             raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
 
     def build_sampling_options(self) -> dict[str, Any]:
-        """How the pipeline draws its pictures; the seed and what is drawn together apart."""
+        """Build the options that the pipeline draws the pictures with, all but seed and batch size."""
         options = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         if self.image_guidance_scale is not None:
             options["image_guidance_scale"] = self.image_guidance_scale
@@ -208,8 +211,8 @@ class PictureBenchmark(ABC):
         """Judge every picture.
 
         Args:
-            find_picture: a target -> its picture, or None where there is none.
-            judge: see `needs`.
+            find_picture: returns the picture of a target, or None where there is none.
+            judge: a detector or a judge, whichever `needs` names.
         """
         for target in self.list_targets():
             picture, group = find_picture(target), self.find_group(target)
@@ -225,25 +228,25 @@ class PictureBenchmark(ABC):
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture file, decoded."""
+    """Open and decode a picture file."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def make_picture_finder(root: Path) -> Callable[[Target], Image.Image | None]:
-    """What finds pictures in a tree: a target -> its picture; None when it isn't there or doesn't decode."""
+    """Make a function that opens the picture of a target in a tree; None when it is absent or can't be decoded."""
 
-    def find(target: Target) -> Image.Image | None:
+    def find_picture(target: Target) -> Image.Image | None:
         try:
             return open_picture(root / target.path)
         except (OSError, SyntaxError, ValueError):
             return None
 
-    return find
+    return find_picture
 
 
 def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
-    """`<key>.png`, as ImgEdit's scorer reads them.
+    """List the targets `<key>.png`, as ImgEdit's scorer reads them.
 
     Args:
         edits: key -> instruction and source picture.
@@ -251,11 +254,11 @@ def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
     return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
 
 
-def list_count_difference(found: int, published: int, what: str) -> list[str]:
-    """Why a number of items isn't that of the published benchmark: one sentence or none."""
-    return [] if found == published else [f"{found} {what} instead of {published}"]
+def list_count_difference(count: int, published: int, what: str) -> list[str]:
+    """Say that a count isn't that of the published benchmark; empty when it is."""
+    return [] if count == published else [f"{count} {what} instead of {published}"]
 
 
 def list_judge_difference(judge_name: str, word: str, published: str) -> list[str]:
-    """Why the judge isn't that of published numbers, whose name holds `word`: one sentence or none."""
+    """Say that the judge isn't the published one, which is known by a `word` in its name; empty when it is."""
     return [] if word in judge_name.lower() else [f"judged by {judge_name} instead of {published}"]

@@ -1,4 +1,4 @@
-"""DPG-Bench: dense prompts, questions that depend on one another, and how their answers become a score."""
+"""DPG-Bench: dense prompts, with yes/no questions that depend on one another."""
 
 import csv
 from collections import defaultdict
@@ -29,13 +29,13 @@ Mode = Literal["official", "fixed"]
 
 @dataclass(frozen=True)
 class Question:
-    """A proposition of a dense prompt.
+    """One thing that a dense prompt says, as a question about the picture.
 
     Attributes:
         number: within its prompt, from 1.
-        text: asked of the picture; "yes" is right.
-        parents: questions that must be right for this one to count.
-        category: such as `entity - whole`; what stands before the dash is its broad category.
+        text: the question, to which "yes" is right.
+        parents: numbers of the questions that must be right for this one to count as right.
+        category: such as `entity - whole`; the words before the dash are its broad category.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Question:
 
 
 def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list[Question]]:
-    """Questions of each prompt, by its `item_id`, from `dpg_bench.csv`.
+    """Read the questions of each prompt, by its `item_id`, from `dpg_bench.csv`.
 
     Args:
         path: the file.
@@ -63,8 +63,10 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     absent = needed - set(rows[0] if rows else ())
     if absent:
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(absent))}")
+    # Line 1 of the file is its header, which messages have to count.
     questions: dict[str, list[Question]] = defaultdict(list)
-    for line, row in enumerate(rows[1:] if mode == "official" else rows, start=3 if mode == "official" else 2):
+    first = 1 if mode == "official" else 0
+    for line, row in enumerate(rows[first:], start=2 + first):
         try:
             number = int(row["proposition_id"])
             parents = tuple(int(d) for d in row["dependency"].split(",") if int(d) != 0)
@@ -81,24 +83,29 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
 def apply_dependencies(
     right: Mapping[int, bool], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> dict[int, bool]:
-    """Answers, of which those are wrong that depend on a wrong one.
+    """Mark the answers as wrong that depend on a wrong one.
 
     Args:
         right: number of a question -> whether it was answered "yes".
         questions: of this prompt.
         mode: `official` goes through the questions once in the order of the file, so a chain breaks where a question
-            stands before the one it depends on; `fixed` follows chains whatever the order.
+            stands before the one that it depends on. `fixed` follows chains in any order.
+
+    Returns:
+        Number of a question -> whether it counts as right.
 
     Raises:
-        KeyError: when a parent isn't among the questions, in `official`, whose scorer then drops the picture.
-        ValueError: for the same, or questions that depend on each other in a circle, in `fixed`.
+        KeyError: in `official`, when a parent isn't among the questions; its scorer then drops the picture.
+        ValueError: in `fixed`, when a parent isn't among the questions, or they depend on each other in a circle.
     """
+    # The official scorer changes answers while it reads them, so the order of the questions matters.
     if mode == "official":
-        left = dict(right)
+        corrected = dict(right)
         for question in questions:
-            if any(not left[parent] for parent in question.parents):
-                left[question.number] = False
-        return left
+            if any(not corrected[parent] for parent in question.parents):
+                corrected[question.number] = False
+        return corrected
+    # A question holds if its parents do, whose parents are asked first.
     parents = {q.number: q.parents for q in questions}
     decided: dict[int, bool] = {}
 
@@ -119,12 +126,12 @@ class DenseScore:
     """Result of DPG-Bench.
 
     Attributes:
-        overall: mean over prompts of the mean over pictures of the share of right questions, in percent.
+        overall: share of right questions in percent, averaged over the pictures of a prompt, and then over prompts.
         categories: broad category -> share of right questions, in percent.
         prompts: number of prompts that count.
-        dropped: prompts that the official scorer drops without a word.
+        dropped: prompts that the official scorer silently drops.
         missing: prompts without any picture; they count as wrong in `fixed`, and not at all in `official`.
-        mode: whose rules these are.
+        mode: the rules that were applied.
     """
 
     overall: float
@@ -138,9 +145,9 @@ class DenseScore:
 def aggregate_dense(
     answers: Mapping[str, Sequence[Mapping[int, bool]]], questions: Mapping[str, Sequence[Question]], mode: Mode
 ) -> DenseScore:
-    """Aggregate the answers.
+    """Compute DPG-Bench's scores from the answers.
 
-    In `official`, categories count the last picture of each prompt alone, without dependencies. In `fixed` they count
+    In `official`, categories count only the last picture of each prompt, without dependencies. In `fixed` they count
     all pictures, with dependencies, as the overall score does.
 
     Args:
@@ -156,7 +163,7 @@ def aggregate_dense(
     dropped, missing = [], []
     for item, asked in questions.items():
         pictures = answers.get(item, ())
-        # A prompt without any picture is wrong in `fixed`, and as if it weren't there in `official`.
+        # Leaving out a prompt without a picture, as `official` does, would reward a model for failing on hard ones.
         if not pictures:
             missing.append(item)
             if mode == "fixed":
@@ -164,21 +171,21 @@ def aggregate_dense(
                 for question in asked:
                     by_category[question.category].append(False)
             continue
-        # So is, in `official`, one whose questions depend on a question that isn't there.
+        # The official scorer drops a prompt whose questions depend on a question that isn't there.
         try:
             kept = [apply_dependencies(picture, asked, mode) for picture in pictures]
         except KeyError:
             dropped.append(item)
             continue
         scores.append(sum(sum(right.values()) / len(right) for right in kept) / len(kept))
-        # Categories count other pictures than the score does, in `official`.
+        # In `official` the categories don't count the same pictures as the overall score.
         counted = [pictures[-1]] if mode == "official" else kept
         for picture in counted:
             for question in asked:
                 by_category[question.category].append(bool(picture[question.number]))
     if not scores:
         raise ValueError("no prompt of DPG-Bench has a picture that could be scored")
-    # A broad category is what stands before the dash.
+    # Reports show the broad categories, the words before the dash.
     broad: dict[str, list[bool]] = defaultdict(list)
     for category, results in by_category.items():
         broad[category.split("-")[0].strip()] += results
@@ -192,8 +199,8 @@ class DPG(PictureBenchmark):
 
     Attributes:
         file: folder of prompts, or a text file of them.
-        questions: DPG-Bench's `dpg_bench.csv`; None where pictures are only made.
-        mode: whose rules give `overall`: `official` keeps the quirks of the official scorer, `fixed` doesn't.
+        questions: DPG-Bench's `dpg_bench.csv`; None when pictures are only drawn.
+        mode: rules for `overall`: `official` keeps the quirks of the official scorer, `fixed` doesn't.
     """
 
     needs: ClassVar[Needs] = "questions"
@@ -218,11 +225,11 @@ class DPG(PictureBenchmark):
             raise ValueError(f"{self.questions} has no question about {len(absent)} prompts, such as {absent[0]}")
 
     def list_targets(self) -> list[Target]:
-        """`<stem>.png`."""
+        """List the targets `<stem>.png`."""
         return list_dpg_targets(self.prompts)
 
     def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that can't be asked, or without questions."""
+        """Raise ValueError for a judge that answers no questions, or when there are none to ask."""
         super().check_judge(judge)
         if not self.questions:
             raise ValueError("benchmark.questions is needed for scoring: DPG-Bench's dpg_bench.csv")
@@ -233,11 +240,12 @@ class DPG(PictureBenchmark):
         A question without a usable reply fails the picture, but the others are still asked, so that a judge whose
         replies are kept has them when scoring goes on.
         """
+        # The questions of `fixed` include those of `official`, so each is asked only once.
         questions = self.questions_by_mode["fixed"][target.item]
         answers: list[dict[str, bool]] = []
         failure = ""
         for quarter in cut_quarters(picture):
-            of_quarter: dict[str, bool] = {}
+            quarter_answers: dict[str, bool] = {}
             for question in questions:
                 try:
                     reply = judge.ask(YES_OR_NO.format(question=question.text), [quarter])
@@ -248,28 +256,29 @@ class DPG(PictureBenchmark):
                 if answer is None:
                     failure = f"{question.text} {reply}"
                 else:
-                    of_quarter[str(question.number)] = answer
-            answers.append(of_quarter)
+                    quarter_answers[str(question.number)] = answer
+            answers.append(quarter_answers)
         if failure:
             raise JudgeError(failure)
+        # The score of a single picture is for the report; `summarize` computes the benchmark's from the answers.
         wrong = []
         for question in questions:
-            if not all(of_quarter[str(question.number)] for of_quarter in answers):
+            if not all(quarter_answers[str(question.number)] for quarter_answers in answers):
                 wrong.append(question.text)
-        share = mean(mean(of_quarter.values()) for of_quarter in answers)
+        share = mean(mean(quarter_answers.values()) for quarter_answers in answers)
         return PictureVerdict(float(share), f"not in all: {', '.join(wrong)}", {"answers": answers})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Scores of both modes; `overall` is that of `benchmark.mode`."""
+        """Compute the scores of both modes; `overall` is that of `benchmark.mode`."""
         stems = {target.path: target.item for target in self.list_targets()}
         failed = {stems[row.picture] for row in rows if row.state == "failed"}
         answers = {stems[row.picture]: read_answers(row) for row in rows if row.state == "scored"}
         scores: dict[str, float] = {}
         notes: list[str] = []
-        # The asked mode comes first, so that its `overall` leads the report; the other one stands beside it.
+        # The mode that was asked for comes first, so that its `overall` leads the report.
         for mode in (self.mode, "fixed" if self.mode == "official" else "official"):
             try:
-                result = self._score_by_rules_of(mode, answers, failed)
+                result = self._compute_scores(mode, answers, failed)
             except ValueError as error:
                 notes.append(f"No score by the {mode} rules: {error}")
                 continue
@@ -278,34 +287,39 @@ class DPG(PictureBenchmark):
             else:
                 scores |= {f"overall, {mode} rules": result.overall}
             if result.dropped:
-                notes.append(f"The {mode} rules drop {len(result.dropped)} prompts without a word.")
+                notes.append(f"The {mode} rules silently drop {len(result.dropped)} prompts.")
         if not scores:
             raise ValueError(" ".join(notes))
         if failed:
             notes.append(f"{len(failed)} prompts without usable replies are in no mean.")
-        # What differs from how published numbers were reached.
+        # Whoever compares with published numbers has to know what was done in another way.
         differences = list_count_difference(len(self.prompts), 1065, "prompts")
         differences += list_judge_difference(judge_name, "mplug", "mPLUG-large")
         if self.mode == "fixed":
             differences.append("scored by the fixed rules; benchmark.mode=official keeps the official scorer's quirks")
         return Summary(scores, f"{len(self.prompts)} prompts of {self.file}, {self.mode} rules", differences, notes)
 
-    def _score_by_rules_of(
+    def _compute_scores(
         self, mode: Mode, answers: Mapping[str, Sequence[Mapping[int, bool]]], failed: set[str]
     ) -> DenseScore:
-        """The score of the prompts that have usable replies, by the questions that this mode knows."""
-        known = self.questions_by_mode[mode]
-        questions = {item: known[item] for item in known if item in self.prompts and item not in failed}
-        asked: dict[str, list[dict[int, bool]]] = {}
+        """Compute the scores of the prompts with usable replies, from the questions that this mode reads."""
+        questions_of = self.questions_by_mode[mode]
+        questions = {item: asked for item, asked in questions_of.items() if item in self.prompts and item not in failed}
+        answers_of_mode: dict[str, list[dict[int, bool]]] = {}
         for item, pictures in answers.items():
             if item in questions:
-                numbers = [question.number for question in questions[item]]
-                asked[item] = [{number: picture[number] for number in numbers} for picture in pictures]
-        return aggregate_dense(asked, questions, mode)
+                answers_of_mode[item] = [_select_answers(picture, questions[item]) for picture in pictures]
+        return aggregate_dense(answers_of_mode, questions, mode)
+
+
+def _select_answers(picture: Mapping[int, bool], questions: Sequence[Question]) -> dict[int, bool]:
+    """Select the answers about a picture to some of the questions."""
+    return {question.number: picture[question.number] for question in questions}
 
 
 def read_answers(row: Row) -> list[dict[int, bool]]:
-    """The answers about each quarter of a scored picture: number of a question -> whether it was "yes"."""
+    """Read the answers about each quarter of a scored picture: number of a question -> whether it was "yes"."""
+    # JSON has no numbers as keys, so they were kept as text.
     pictures = []
     for answers in row.details["answers"]:
         pictures.append({int(number): answer for number, answer in answers.items()})
@@ -313,7 +327,7 @@ def read_answers(row: Row) -> list[dict[int, bool]]:
 
 
 def list_dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
-    """`<stem>.png`, four samples in a grid, as DPG-Bench's scorer cuts them apart.
+    """List the targets `<stem>.png`, each a grid of four samples, as DPG-Bench's scorer cuts them apart.
 
     Args:
         prompts: stem of the prompt's file -> prompt.
@@ -322,7 +336,7 @@ def list_dpg_targets(prompts: Mapping[str, str]) -> list[Target]:
 
 
 def cut_quarters(grid: Image.Image) -> list[Image.Image]:
-    """The four pictures of a grid, row by row."""
+    """Cut a grid into its four pictures, row by row."""
     width, height = grid.width // 2, grid.height // 2
     places = [(x, y) for y in (0, height) for x in (0, width)]
     return [grid.crop((x, y, x + width, y + height)) for x, y in places]

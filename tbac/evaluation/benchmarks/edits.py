@@ -1,4 +1,4 @@
-"""Edits that an exact detector can judge: the edit happened, and the rest stayed."""
+"""Edits that an exact detector can judge: whether the edit happened, and whether the rest stayed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,30 +44,30 @@ class Edits(PictureBenchmark):
         self.folder = Path(self.file).expanduser().parent
 
     def list_targets(self) -> list[Target]:
-        """`{i:04d}.png`."""
+        """List the targets `{i:04d}.png`."""
         return list_edit_targets(
             {f"{i:04d}": (edit["instruction"], self.folder / edit["image"]) for i, edit in enumerate(self.edits)}
         )
 
     def find_group(self, target: Target) -> str:
-        """The kind of edit."""
+        """Find the kind of edit."""
         return self.edits[int(target.item)]["kind"]
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """The edit rules on what the detector finds, with the colours of all objects before and after."""
+        """Apply the rules for edits to what the detector finds, with the colours of all objects before and after."""
         edit = self.edits[int(target.item)]
         source, wanted = parse_scan(edit["source"]), parse_scan(edit["target"])
         colored = {detection.name for scan in (source, wanted) for detection in scan.detections}
-        found = judge(picture, colored)
-        # Only what the detector is sure enough of counts, for what appeared as for what should be gone.
+        scan = judge(picture, colored)
+        # Objects that the detector isn't sure of count neither as added nor as still there.
         thresholds: Thresholds = getattr(judge, "thresholds", EVERY)
-        counted = thresholds.apply(found.detections, "")
-        found = Scan(found.background, tuple(d for d in found.detections if d in counted))
-        verdict = judge_edit(source, wanted, found, edit.get("anywhere", False))
+        counted = thresholds.apply(scan.detections, "")
+        edited = Scan(scan.background, tuple(d for d in scan.detections if d in counted))
+        verdict = judge_edit(source, wanted, edited, edit.get("anywhere", False))
         return PictureVerdict(verdict.score, details={"happened": verdict.happened, "kept": verdict.kept})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Means over all edits, and the share that happened by kind of edit; a missing picture has 0 everywhere."""
+        """Average over all edits, and by kind of edit the share that happened; a missing picture counts as 0."""
         happened = [bool(row.details.get("happened", False)) for row in rows]
         by_kind = aggregate_by_tag([(row.group, done) for row, done in zip(rows, happened, strict=True)])
         scores = {
@@ -80,11 +80,11 @@ class Edits(PictureBenchmark):
 
 
 def read_edits(path: str | Path) -> list[dict]:
-    """Rows with `image` (file beside the list), `instruction`, `kind`, and `source` and `target` scans."""
+    """Read rows with `image` (a file beside the list), `instruction`, `kind`, and the scans `source` and `target`."""
     return read_rows(path, {"image": str, "instruction": str, "kind": str, "source": dict, "target": dict})
 
 
 def parse_scan(value: Mapping[str, Any]) -> Scan:
-    """A `Scan` from `{background, objects: [{name, color, box}]}`."""
+    """Make a `Scan` of `{background, objects: [{name, color, box}]}`."""
     items = (Detection(o["name"], o["color"], tuple(o["box"]), 1.0) for o in value["objects"])
     return Scan(value["background"], tuple(items))

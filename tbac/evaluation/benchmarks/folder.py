@@ -1,4 +1,4 @@
-"""One's own prompts: pictures without a score."""
+"""Prompts of your own, whose pictures get no score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tbac.evaluation.picture_tree import Target
 
 @dataclass(kw_only=True, eq=False)
 class Folder(PictureBenchmark):
-    """One's own prompts: pictures and a sheet of them, without a score.
+    """Prompts of your own: their pictures are drawn and shown on a sheet, without a score.
 
     Attributes:
         file: a folder of text files, or a text file of prompts.
@@ -31,24 +31,27 @@ class Folder(PictureBenchmark):
         self.prompts = read_prompt_folder(self.file)
 
     def list_targets(self) -> list[Target]:
-        """`<name>.png`, or `<name>_<k>.png` with several samples."""
+        """List the targets `<name>.png`, or `<name>_<k>.png` with several samples."""
         return list_folder_targets(self.prompts, self.samples)
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """It is there; nothing else is asked."""
+        """Return a verdict without a score: the picture is there, and nothing else matters."""
         return PictureVerdict(None)
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """How many pictures are there."""
-        there = sum(row.state == "scored" for row in rows)
-        return Summary({"pictures": float(there)}, f"{len(self.prompts)} prompts of {self.file}", ["no score"])
+        """Count the pictures that are there."""
+        count = sum(row.state == "scored" for row in rows)
+        return Summary({"pictures": float(count)}, f"{len(self.prompts)} prompts of {self.file}", ["no score"])
 
 
 def read_prompt_folder(path: str | Path) -> dict[str, str]:
-    """Name -> prompt: the lines of a text file, by their numbers, or the text files of a folder, by their stems.
+    """Read prompts from the lines of a text file, or from the text files of a folder.
+
+    Returns:
+        Name -> prompt; the name is the number of the line, or the file's name without `.txt`.
 
     Raises:
-        ValueError: when there is nothing, or no text in it.
+        ValueError: when there is no such file or folder, no prompt in it, or an empty one.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -58,7 +61,8 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
         prompts = {f"{i:05d}": line for i, line in enumerate(lines)}
     else:
         raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")
-    if empty := [name for name, text in prompts.items() if not text]:
+    empty = [name for name, text in prompts.items() if not text]
+    if empty:
         raise ValueError(f"benchmark.file={path}: {empty[0]}.txt is empty; it must hold a prompt")
     if not prompts:
         raise ValueError(f"benchmark.file={path} holds no prompt")
@@ -66,6 +70,10 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
 
 
 def list_folder_targets(prompts: Mapping[str, str], samples: int = 1) -> list[Target]:
-    """`<name>.png`, or `<name>_<k>.png` with several samples."""
-    names = [(name, f"{name}_{k}.png" if samples > 1 else f"{name}.png", k) for name in prompts for k in range(samples)]
-    return [Target(path, name, prompts[name], (k,)) for name, path, k in names]
+    """List the targets `<name>.png`, or `<name>_<k>.png` with several samples."""
+    targets = []
+    for name, prompt in prompts.items():
+        for k in range(samples):
+            path = f"{name}_{k}.png" if samples > 1 else f"{name}.png"
+            targets.append(Target(path, name, prompt, (k,)))
+    return targets

@@ -1,4 +1,4 @@
-"""GenEval: 553 prompts with the objects that must be seen; four samples each."""
+"""GenEval: 553 prompts, each with the objects that must be seen; four samples of each."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ from tbac.files import write_whole
 
 @dataclass(kw_only=True, eq=False)
 class GenEval(PictureBenchmark):
-    """GenEval's rules over a file in the format of its `evaluation_metadata.jsonl`.
+    """Judges pictures by GenEval's rules, for prompts in the format of its `evaluation_metadata.jsonl`.
 
     Attributes:
         file: the prompts.
-        samples: pictures of each prompt; published numbers are of 4.
+        samples: pictures of each prompt; published numbers have 4.
     """
 
     needs: ClassVar[Needs] = "detector"
@@ -43,27 +43,27 @@ class GenEval(PictureBenchmark):
         self.prompts = read_geneval(self.file)
 
     def list_targets(self) -> list[Target]:
-        """`{i:05d}/samples/{k:05d}.png`."""
+        """List the targets `{i:05d}/samples/{k:05d}.png`."""
         return list_geneval_targets(self.prompts, self.samples)
 
     def write_other_files(self, root: Path) -> None:
-        """`{i:05d}/metadata.jsonl`."""
+        """Write `{i:05d}/metadata.jsonl`."""
         write_geneval_metadata(self.prompts, root)
 
     def find_group(self, target: Target) -> str:
-        """The tag of its prompt."""
+        """Find the tag of its prompt."""
         return self.prompts[int(target.item)]["tag"]
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """GenEval's rules on what the detector finds, with the colours that this prompt asks for."""
+        """Apply GenEval's rules to what the detector finds, with the colours that this prompt asks for."""
         row = self.prompts[int(target.item)]
         colored = {wanted["class"] for wanted in row["include"] if "color" in wanted}
         scan = judge(picture, colored)
-        correct = judge_geneval(scan.detections, row, getattr(judge, "thresholds", EVERY))
-        return PictureVerdict(float(correct.correct), correct.reason)
+        verdict = judge_geneval(scan.detections, row, getattr(judge, "thresholds", EVERY))
+        return PictureVerdict(float(verdict.correct), verdict.reason)
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Share of right pictures per tag, and their mean; a missing picture is wrong."""
+        """Compute the share of right pictures per tag, and the mean of these; a missing picture is wrong."""
         scores = aggregate_by_tag([(row.group, bool(row.score)) for row in rows])
         differences = list_count_difference(len(self.prompts), 553, "prompts")
         differences += list_count_difference(self.samples, 4, "samples per prompt")
@@ -73,12 +73,12 @@ class GenEval(PictureBenchmark):
 
 
 def read_geneval(path: str | Path) -> list[dict]:
-    """Rows of GenEval's `evaluation_metadata.jsonl`: `tag`, `prompt`, `include`, optional `exclude`."""
+    """Read the rows of GenEval's `evaluation_metadata.jsonl`: `tag`, `prompt`, `include`, and perhaps `exclude`."""
     return read_rows(path, {"tag": str, "prompt": str, "include": list}, describe_problem)
 
 
 def describe_problem(row: dict) -> str:
-    """What is wrong with a row of GenEval's file, or ""."""
+    """Describe what is wrong with a row of GenEval's file; "" when nothing is."""
     for part in ("include", "exclude"):
         entries = row.get(part, [])
         if not isinstance(entries, list):
@@ -88,7 +88,7 @@ def describe_problem(row: dict) -> str:
                 return f"{part}[{index}] needs a 'class', got {entry!r}"
             if not isinstance(entry.get("count"), int) or entry["count"] < 1:
                 return f"{part}[{index}] needs a positive whole 'count', got {entry.get('count')!r}"
-            # A position points back at an entry whose objects are known by then.
+            # A position is judged relative to objects of an earlier entry, so it must point at one.
             if "position" in entry:
                 position = entry["position"]
                 if not (isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS):
@@ -99,7 +99,7 @@ def describe_problem(row: dict) -> str:
 
 
 def list_geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:
-    """`{i:05d}/samples/{k:05d}.png`, as GenEval's `evaluate_images.py` reads them."""
+    """List the targets `{i:05d}/samples/{k:05d}.png`, as GenEval's `evaluate_images.py` reads them."""
     return [
         Target(f"{i:05d}/samples/{k:05d}.png", f"{i:05d}", row["prompt"], (k,))
         for i, row in enumerate(rows)
@@ -108,7 +108,7 @@ def list_geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Targ
 
 
 def write_geneval_metadata(rows: Sequence[Mapping], root: Path) -> None:
-    """`{i:05d}/metadata.jsonl` with each prompt's row."""
+    """Write the row of each prompt into `{i:05d}/metadata.jsonl`."""
     for i, row in enumerate(rows):
         folder = root / f"{i:05d}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""ImgEdit: edits of nine kinds, and from a judge's replies to scores by kind."""
+"""ImgEdit: edits of nine kinds, which a judge rates; scores are averages by kind."""
 
 import json
 from collections import defaultdict
@@ -24,12 +24,12 @@ from tbac.evaluation.benchmarks.base import (
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
 
-PLACEHOLDER = "<edit_prompt>"  # in the judge's prompts: where the instruction stands
-NUM_KINDS = 9  # of the published macro mean
+PLACEHOLDER = "<edit_prompt>"  # marks the place of the instruction in the judge's prompts
+NUM_KINDS = 9  # that the published macro mean is over
 
 
 def read_score(reply: str) -> float | None:
-    """Mean of the ratings in a reply, to two decimals; None when it holds none.
+    """Read the mean of the ratings in a reply, rounded to two decimals; None when there are none.
 
     A rating is a line `<name>: <whole number>` with exactly one colon and space, as the official scorer reads it.
     """
@@ -48,9 +48,9 @@ class EditScores:
     Attributes:
         macro: mean over kinds, each rounded to two decimals: the published number.
         micro: mean over edits.
-        by_kind: kind -> mean, to two decimals.
-        scored: edits with a score.
-        unscored: edits without a reply, or with one that holds no rating; they are in no mean.
+        by_kind: kind -> mean, rounded to two decimals.
+        scored: number of edits with a score.
+        unscored: keys of edits without a reply, or with one that holds no rating; no mean counts them.
     """
 
     macro: float
@@ -66,18 +66,20 @@ class EditScores:
 
 
 def aggregate_edits(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> EditScores:
-    """Aggregate replies.
+    """Compute ImgEdit's scores from the judge's replies.
 
     Args:
         replies: key of an edit -> what the judge said, or None when it failed.
         kinds: key -> kind, of every edit of the benchmark.
 
     Raises:
-        ValueError: for a reply to an unknown edit, or when none has a score.
+        ValueError: for a reply to an unknown edit, or when no reply holds a rating.
     """
+    # A reply to another benchmark's edit means that files were mixed up.
     unknown = sorted(replies.keys() - kinds.keys())
     if unknown:
         raise ValueError(f"replies to edits that the benchmark doesn't have: {', '.join(unknown[:5])}")
+    # The official scorer ignores edits without a rating, and a report has to say how many there were.
     by_kind: dict[str, list[float]] = defaultdict(list)
     unscored = []
     for key, kind in kinds.items():
@@ -89,9 +91,12 @@ def aggregate_edits(replies: Mapping[str, str | None], kinds: Mapping[str, str])
             by_kind[kind].append(score)
     if not by_kind:
         raise ValueError("no reply of the judge holds a rating")
+    # Kinds are rounded before they are averaged, as published numbers are.
     means = {kind: round(sum(scores) / len(scores), 2) for kind, scores in by_kind.items()}
-    every = [score for scores in by_kind.values() for score in scores]
-    return EditScores(sum(means.values()) / len(means), sum(every) / len(every), means, len(every), unscored)
+    macro = sum(means.values()) / len(means)
+    all_scores = [score for scores in by_kind.values() for score in scores]
+    micro = sum(all_scores) / len(all_scores)
+    return EditScores(macro, micro, means, len(all_scores), unscored)
 
 
 @dataclass(frozen=True)
@@ -104,14 +109,14 @@ class EditItem:
 
 
 def read_imgedit(path: str | Path, images: str | Path) -> dict[str, EditItem]:
-    """Edits by key, from ImgEdit's single-turn file.
+    """Read ImgEdit's single-turn file; returns key -> edit.
 
     Args:
         path: JSON: key -> `id` (the picture, relative to `images`), `prompt`, `edit_type`.
         images: folder of the source pictures.
 
     Raises:
-        BenchmarkFileError: naming file, key and field, or a picture that isn't there.
+        BenchmarkFileError: when a field or a picture is missing; the message names file, key and field.
     """
     rows = _read_object(path)
     items = {}
@@ -120,16 +125,17 @@ def read_imgedit(path: str | Path, images: str | Path) -> dict[str, EditItem]:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise BenchmarkFileError(f"{path}: edit {key!r} needs {name!r} as str")
         items[key] = EditItem(row["edit_type"], row["prompt"], Path(images).expanduser() / row["id"])
-    if absent := [item.image for item in items.values() if not item.image.is_file()]:
+    absent = [item.image for item in items.values() if not item.image.is_file()]
+    if absent:
         raise BenchmarkFileError(f"{len(absent)} pictures of {path} aren't there, such as {absent[0]}")
     return items
 
 
 def read_judge_prompts(path: str | Path, kinds: set[str]) -> dict[str, str]:
-    """Kind -> what the judge is told, with `<edit_prompt>` for the instruction.
+    """Read the judge's prompts; returns kind -> prompt, in which `<edit_prompt>` marks the place of the instruction.
 
     Raises:
-        BenchmarkFileError: when one of `kinds` has none, or one without the placeholder.
+        BenchmarkFileError: when one of `kinds` has no prompt, or a prompt doesn't have the placeholder.
     """
     prompts = _read_object(path)
     for kind in sorted(kinds):
@@ -139,6 +145,7 @@ def read_judge_prompts(path: str | Path, kinds: set[str]) -> dict[str, str]:
 
 
 def _read_object(path: str | Path) -> dict:
+    """Read a JSON file that holds an object with at least one entry."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise BenchmarkFileError(f"benchmark file {file} doesn't exist")
@@ -157,8 +164,8 @@ class ImgEdit(PictureBenchmark):
 
     Attributes:
         file: ImgEdit's `basic_edit.json`.
-        images: folder that its `id` is relative to.
-        questions: its `prompts.json`; None where pictures are only made.
+        images: folder that the `id` of each edit is relative to.
+        questions: ImgEdit's `prompts.json`; None when pictures are only drawn.
     """
 
     needs: ClassVar[Needs] = "questions"
@@ -170,27 +177,27 @@ class ImgEdit(PictureBenchmark):
     title: str = "ImgEdit"
 
     def read_files(self) -> None:
-        """Read the edits, and what the judge is told about each kind."""
+        """Read the edits, and the judge's prompt for each kind."""
         self.edits = read_imgedit(self.file, self.images)
         kinds = {edit.kind for edit in self.edits.values()}
         self.judge_prompts = read_judge_prompts(self.questions, kinds) if self.questions else {}
 
     def list_targets(self) -> list[Target]:
-        """`<key>.png`."""
+        """List the targets `<key>.png`."""
         return list_edit_targets({key: (edit.instruction, edit.image) for key, edit in self.edits.items()})
 
     def find_group(self, target: Target) -> str:
-        """The kind of edit."""
+        """Find the kind of edit."""
         return self.edits[target.item].kind
 
     def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that can't be asked, or without its prompts."""
+        """Raise ValueError for a judge that answers no questions, or when its prompts aren't given."""
         super().check_judge(judge)
         if not self.judge_prompts:
             raise ValueError("benchmark.questions is needed for scoring: ImgEdit's prompts.json")
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """The judge sees the source and the edited picture."""
+        """Ask the judge to rate the edit; it sees the source and the edited picture."""
         edit = self.edits[target.item]
         text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
         reply = judge.ask(text, [open_picture(edit.image), picture])
@@ -200,7 +207,7 @@ class ImgEdit(PictureBenchmark):
         return PictureVerdict(score / 5, reply, {"reply": reply})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Macro and micro mean and kinds; edits without a rating are in no mean, as in the official scorer."""
+        """Compute the means over kinds, over edits and by kind; none counts unrated edits, as in the official scorer."""
         items = {target.path: target.item for target in self.list_targets()}
         replies = {items[row.picture]: row.details.get("reply") for row in rows}
         result = aggregate_edits(replies, {key: edit.kind for key, edit in self.edits.items()})

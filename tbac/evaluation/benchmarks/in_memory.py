@@ -1,4 +1,4 @@
-"""A benchmark on a model that is loaded, without a tree of pictures: what a demo and a sweep score with."""
+"""Scores a loaded model with a benchmark, without writing a tree of pictures, as the demo and sweeps do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Scored:
 
     Attributes:
         pictures: in the order of the benchmark's targets.
-        rows: what the judge found out about each.
-        summary: what follows from all of them.
+        rows: score of each picture.
+        summary: scores of all of them.
     """
 
     pictures: Sequence[Image.Image]
@@ -32,7 +32,7 @@ def score_in_memory(pipeline: Any, benchmark: PictureBenchmark, judge: Any) -> S
 
     Args:
         pipeline: a `UniImagePipeline`.
-        benchmark: says what is drawn and how, and what is right.
+        benchmark: lists what is drawn, and judges it.
         judge: of the kind that the benchmark needs.
     """
     benchmark.check_judge(judge)
@@ -44,9 +44,9 @@ def score_in_memory(pipeline: Any, benchmark: PictureBenchmark, judge: Any) -> S
 
 
 def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence[Target]) -> list[Image.Image]:
-    """The pictures of targets, in batches of the benchmark's `batch_size`.
+    """Draw the pictures of targets, in batches of the benchmark's `batch_size`.
 
-    A sample's noise is that of the same sample in a tree; only what else is in its batch differs.
+    A sample has the same noise as in a tree of pictures; only the other samples of its batch may differ.
     """
     samples = [(target, sample) for target in targets for sample in target.samples]
     drawn: list[Image.Image] = []
@@ -60,6 +60,6 @@ def draw_in_memory(pipeline: Any, benchmark: PictureBenchmark, targets: Sequence
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **benchmark.build_sampling_options(),
         ).images
-    # A target of several samples shows them as one grid.
+    # A target of several samples is one picture, a grid of them.
     remaining = iter(drawn)
     return [join_grid(list(islice(remaining, len(target.samples)))) for target in targets]

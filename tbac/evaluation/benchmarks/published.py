@@ -1,4 +1,4 @@
-"""Published numbers that a report stands beside, as their papers and repositories give them; † = rewritten prompts."""
+"""Published numbers that reports show beside ours, from the papers and repositories; † means rewritten prompts."""
 
 TBAC = "TBAC-UniImage-3B"
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -7,6 +7,7 @@ WISE = ("culture", "time", "space", "biology", "physics", "chemistry")
 
 
 def _build_row(names: tuple[str, ...], values: tuple[float, ...], overall: float) -> dict[str, float]:
+    """Build name -> score, `overall` first."""
     return {"overall": overall, **dict(zip(names, values, strict=True))}
 
 

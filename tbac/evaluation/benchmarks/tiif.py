@@ -1,4 +1,4 @@
-"""TIIF-Bench: pairs of a short and a long prompt, yes/no questions, and its averages."""
+"""TIIF-Bench: pairs of a short and a long prompt, with yes/no questions about their pictures."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -55,11 +55,11 @@ class Pair:
     """A short and a long prompt of the same content.
 
     Attributes:
-        kind: its type, such as `2d_spatial_relation`.
-        row: its line in the file of that type, from 0: the name of its pictures.
+        kind: type of the pair, such as `2d_spatial_relation`.
+        row: number of its line in the file of that type, from 0, which also names its pictures.
         prompts: length -> prompt.
-        questions: that both pictures are asked.
-        answers: the right ones.
+        questions: about the pictures of both prompts.
+        answers: whether the right answer to each question is yes.
     """
 
     kind: str
@@ -70,16 +70,17 @@ class Pair:
 
 
 def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list[Pair]:
-    """Pairs in the order of files and lines.
+    """Read the pairs in the order of files and lines.
 
     Args:
         prompts: folder of `*.jsonl` with `type`, `short_description`, `long_description`.
         questions: folder of `*.jsonl` that have `yn_question_list` and `yn_answer_list` as well, in the same order;
-            None where nothing is to be scored.
+            None when nothing will be scored.
 
     Raises:
-        BenchmarkFileError: naming file, line and field, or a type that isn't TIIF-Bench's.
+        BenchmarkFileError: when a file has the wrong form, or a type isn't one of TIIF-Bench's.
     """
+    # A prompt and its questions lie in two files, and belong together by their type and their place in it.
     rows = _read_rows_by_type(prompts, {"type": str, "short_description": str, "long_description": str})
     asked = (
         _read_rows_by_type(questions, {"type": str, "yn_question_list": list, "yn_answer_list": list})
@@ -87,22 +88,23 @@ def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list
         else {}
     )
     pairs = []
-    for kind, own in rows.items():
-        if questions and len(asked.get(kind, ())) != len(own):
+    for kind, rows_of_kind in rows.items():
+        if questions and len(asked.get(kind, ())) != len(rows_of_kind):
             raise BenchmarkFileError(
                 f"{questions} has questions for {len(asked.get(kind, ()))} prompts of type {kind!r}, {prompts} has "
-                f"{len(own)} such prompts"
+                f"{len(rows_of_kind)} such prompts"
             )
-        for number, row in enumerate(own):
+        for number, row in enumerate(rows_of_kind):
             question = asked[kind][number] if questions else {"yn_question_list": [], "yn_answer_list": []}
-            texts, answers = question["yn_question_list"], question["yn_answer_list"]
-            said = [str(answer).strip().lower() for answer in answers]
-            if len(texts) != len(said) or not set(said) <= {"yes", "no"}:
+            texts = question["yn_question_list"]
+            # Some files say "Yes" and some "yes"; anything else would silently count as no.
+            answers = [str(answer).strip().lower() for answer in question["yn_answer_list"]]
+            if len(texts) != len(answers) or not set(answers) <= {"yes", "no"}:
                 raise BenchmarkFileError(
                     f"{questions}: type {kind!r}, row {number}: yn_answer_list must hold yes or no for each question"
                 )
             described = {length: row[f"{length}_description"] for length in LENGTHS}
-            pairs.append(Pair(kind, number, described, texts, [answer == "yes" for answer in said]))
+            pairs.append(Pair(kind, number, described, texts, [answer == "yes" for answer in answers]))
     return pairs
 
 
@@ -113,29 +115,33 @@ def _read_rows_by_type(folder: str | Path, required: Mapping[str, type]) -> dict
         raise BenchmarkFileError(f"TIIF-Bench's folder {folder} has no *.jsonl file")
     rows: dict[str, list[dict]] = defaultdict(list)
     for file in files:
-        for row in read_rows(
-            file, required, lambda row: "" if row["type"] in TYPES else f"unknown type {row['type']!r}"
-        ):
+        for row in read_rows(file, required, _describe_unknown_type):
             rows[row["type"]].append(row)
     return rows
 
 
+def _describe_unknown_type(row: Mapping[str, str]) -> str:
+    """Describe what is wrong with the type of a row; "" when nothing is."""
+    return "" if row["type"] in TYPES else f"unknown type {row['type']!r}"
+
+
 def name_picture(pair: Pair, length: str, model_name: str) -> str:
-    """`<type>/<model>/{short,long}_description/<row>.png`."""
+    """Name a picture: `<type>/<model>/{short,long}_description/<row>.png`."""
     return f"{pair.kind}/{model_name}/{length}_description/{pair.row}.png"
 
 
 def list_tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
-    """Every picture of every pair."""
+    """List both pictures of every pair."""
     paths = [(name_picture(pair, length, model_name), pair.prompts[length]) for pair in pairs for length in LENGTHS]
     return [Target(path, path, prompt) for path, prompt in paths]
 
 
 def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
-    """Averages of one prompt length.
+    """Compute the averages for one prompt length.
 
     A sub-attribute is the mean of its types. `basic` and `advanced` are means of all their types, so that `text` and
-    `style` weigh as one type each; `overall` is the mean of the nine sub-attributes. What has no type here is left out.
+    `style` each weigh as much as one type. `overall` is the mean of the nine sub-attributes. A mean leaves out the
+    types that aren't given.
 
     Args:
         by_type: type -> share of right answers.
@@ -148,12 +154,15 @@ def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
         raise ValueError(f"types of TIIF-Bench are needed, got {', '.join(unknown) or 'none'}")
     levels, subs = {}, {}
     for level, groups in GROUPS.items():
-        own = [by_type[kind] for kinds in groups.values() for kind in kinds if kind in by_type]
-        if own:
-            levels[level] = mean(own)
+        # A level weighs its types alike, so it isn't the mean of its sub-attributes.
+        level_shares: list[float] = []
         for name, kinds in groups.items():
-            if found := [by_type[kind] for kind in kinds if kind in by_type]:
-                subs[name] = mean(found)
+            shares = [by_type[kind] for kind in kinds if kind in by_type]
+            level_shares += shares
+            if shares:
+                subs[name] = mean(shares)
+        if level_shares:
+            levels[level] = mean(level_shares)
     return {"overall": mean(subs.values()), **levels, **subs}
 
 
@@ -163,9 +172,9 @@ class TIIF(PictureBenchmark):
 
     Attributes:
         file: folder of test prompts.
-        questions: folder of eval prompts; None where pictures are only made.
-        model_name: folder of the pictures within each type.
-        published: pairs that published numbers are of.
+        questions: folder of eval prompts; None when pictures are only drawn.
+        model_name: name of the folder of the pictures within each type.
+        published: how many pairs published numbers are averages of.
     """
 
     needs: ClassVar[Needs] = "questions"
@@ -177,7 +186,7 @@ class TIIF(PictureBenchmark):
     title: str = "TIIF-Bench"
 
     def read_files(self) -> None:
-        """Read the pairs; each picture belongs to one of them."""
+        """Read the pairs, and note which of them each picture belongs to."""
         self.pairs = read_pairs(self.file, self.questions)
         self.pair_of: dict[str, Pair] = {}
         for pair in self.pairs:
@@ -185,15 +194,15 @@ class TIIF(PictureBenchmark):
                 self.pair_of[name_picture(pair, length, self.model_name)] = pair
 
     def list_targets(self) -> list[Target]:
-        """`<type>/<model>/{short,long}_description/<row>.png`."""
+        """List the targets `<type>/<model>/{short,long}_description/<row>.png`."""
         return list_tiif_targets(self.pairs, self.model_name)
 
     def find_group(self, target: Target) -> str:
-        """The type of its pair."""
+        """Find the type of its pair."""
         return self.pair_of[target.path].kind
 
     def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that can't be asked, or without questions."""
+        """Raise ValueError for a judge that answers no questions, or when there are none to ask."""
         super().check_judge(judge)
         if not self.questions:
             raise ValueError("benchmark.questions is needed for scoring: TIIF-Bench's folder of eval prompts")
@@ -206,15 +215,15 @@ class TIIF(PictureBenchmark):
         answers = read_yes_or_no_lines(reply, len(pair.questions))
         if answers is None:
             raise JudgeError(f"{len(pair.questions)} questions were answered with: {reply}")
-        right = [a == b for a, b in zip(answers, pair.answers, strict=True)]
-        wrong = ", ".join(q for q, ok in zip(pair.questions, right, strict=True) if not ok)
-        return PictureVerdict(float(mean(right)), wrong, {"right": sum(right), "asked": len(right)})
+        right = [given == expected for given, expected in zip(answers, pair.answers, strict=True)]
+        wrong = [question for question, is_right in zip(pair.questions, right, strict=True) if not is_right]
+        return PictureVerdict(float(mean(right)), ", ".join(wrong), {"right": sum(right), "asked": len(right)})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Averages of both lengths; a missing picture answers nothing right, a failed one isn't counted."""
+        """Average over both lengths; a missing picture has no right answer, and a failed one isn't counted."""
         scores: dict[str, float] = {}
         for length in LENGTHS:
-            # Right answers out of all that were asked, by type.
+            # Questions of a type count alike, whichever picture they are about.
             right: dict[str, int] = defaultdict(int)
             asked: dict[str, int] = defaultdict(int)
             for row in rows:
@@ -229,7 +238,7 @@ class TIIF(PictureBenchmark):
         if not scores:
             raise ValueError("no picture of TIIF-Bench could be scored")
         overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]
-        # What differs from how published numbers were reached.
+        # Whoever compares with published numbers has to know what was done in another way.
         differences = list_count_difference(len(self.pairs), self.published, "pairs")
         absent = [name for groups in GROUPS.values() for name in groups if f"{name}, short" not in scores]
         if absent:

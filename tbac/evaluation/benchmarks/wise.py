@@ -1,4 +1,4 @@
-"""WISE: prompts that need world knowledge, a judge's three ratings, and WiScore."""
+"""WISE: prompts that need knowledge of the world; a judge gives three ratings, which become the WiScore."""
 
 import json
 import re
@@ -37,7 +37,14 @@ Aesthetic Quality: is it pleasing as a picture?"""
 
 @dataclass(frozen=True)
 class WisePrompt:
-    """A prompt of WISE: its number, text, what it means, and its category, a key of `SHARES`."""
+    """A prompt of WISE.
+
+    Attributes:
+        number: its `prompt_id`.
+        prompt: the text.
+        explanation: what the picture should show.
+        category: a key of `SHARES`.
+    """
 
     number: int
     prompt: str
@@ -46,7 +53,7 @@ class WisePrompt:
 
 
 def find_category(name: str, subcategory: str) -> str:
-    """Key of `SHARES` for a row's category and subcategory."""
+    """Find the key of `SHARES` for a row's category and subcategory; "" when there is none."""
     for word in (subcategory, name):
         for known in SHARES:
             if known in word.lower() or (known == "culture" and "cultural" in word.lower()):
@@ -55,13 +62,13 @@ def find_category(name: str, subcategory: str) -> str:
 
 
 def read_wise(path: str | Path) -> list[WisePrompt]:
-    """Rows of WISE's JSON files, in the order of their numbers.
+    """Read the rows of WISE's JSON files, in the order of their numbers.
 
     Args:
-        path: a file, or the folder of its three files.
+        path: a file, or the folder of the three files.
 
     Raises:
-        BenchmarkFileError: naming file, row and field.
+        BenchmarkFileError: when a file is absent or has the wrong form; the message names file, row and field.
     """
     path = Path(path).expanduser()
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -73,23 +80,23 @@ def read_wise(path: str | Path) -> list[WisePrompt]:
             rows.append(read_prompt(row, f"{file}: prompt {index}"))
     numbers = [row.number for row in rows]
     if len(set(numbers)) != len(numbers):
-        raise BenchmarkFileError(f"{path}: the number {max(numbers, key=numbers.count)} stands twice as prompt_id")
+        raise BenchmarkFileError(f"{path}: several prompts have the prompt_id {max(numbers, key=numbers.count)}")
     return sorted(rows, key=lambda row: row.number)
 
 
 def read_list(file: Path) -> list:
-    """The list that a JSON file holds."""
+    """Read a JSON file that holds a list."""
     try:
-        found = json.loads(file.read_text())
+        rows = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
-    if not isinstance(found, list):
-        raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(found).__name__}")
-    return found
+    if not isinstance(rows, list):
+        raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(rows).__name__}")
+    return rows
 
 
 def read_prompt(row: Any, origin: str) -> WisePrompt:
-    """A row of WISE's files; `origin` says where it stands, for messages."""
+    """Read a row of WISE's files; `origin` tells where it stands, for messages."""
     needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
     for name, kind in needed.items():
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
@@ -101,28 +108,32 @@ def read_prompt(row: Any, origin: str) -> WisePrompt:
 
 
 def list_wise_targets(rows: list[WisePrompt]) -> list[Target]:
-    """`<prompt_id>.png`."""
+    """List the targets `<prompt_id>.png`."""
     return [Target(f"{row.number}.png", str(row.number), row.prompt) for row in rows]
 
 
 def read_ratings(reply: str) -> dict[str, int] | None:
-    """The three ratings of a reply, each 0, 1 or 2; None unless all are there."""
-    found = {}
+    """Read the three ratings of a reply, each 0, 1 or 2; None unless all are there."""
+    ratings = {}
     for name in WEIGHTS:
         match = re.search(rf"{name}\W*[:=]\W*([012])\b", reply, re.IGNORECASE)
         if match is None:
             return None
-        found[name] = int(match[1])
-    return found
+        ratings[name] = int(match[1])
+    return ratings
 
 
 def compute_wiscore(rated: Mapping[str, int]) -> float:
-    """WiScore of one picture, in [0, 1]."""
+    """Compute the WiScore of one picture, in [0, 1]."""
     return sum(weight * rated[name] for name, weight in WEIGHTS.items()) / 2
 
 
 def aggregate_wise(scores: Mapping[int, float], rows: list[WisePrompt]) -> dict[str, float]:
-    """Mean per category, and `overall`, weighted as WISE's prompts are: only where every category is there.
+    """Compute the mean per category and, if every category is there, `overall`: their mean weighted by `SHARES`.
+
+    Args:
+        scores: number of a prompt -> WiScore of its picture.
+        rows: all prompts.
 
     Raises:
         ValueError: without any score.
@@ -134,8 +145,10 @@ def aggregate_wise(scores: Mapping[int, float], rows: list[WisePrompt]) -> dict[
     if not by_category:
         raise ValueError("no picture of WISE has ratings")
     means = {name: mean(by_category[name]) for name in SHARES if name in by_category}
-    overall = {"overall": sum(SHARES[n] * v for n, v in means.items())} if len(means) == len(SHARES) else {}
-    return overall | means
+    if len(means) < len(SHARES):
+        return means
+    overall = sum(SHARES[name] * value for name, value in means.items())
+    return {"overall": overall, **means}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -152,31 +165,31 @@ class WISE(PictureBenchmark):
     title: str = "WISE"
 
     def read_files(self) -> None:
-        """Read the prompts; each picture is named by a number."""
+        """Read the prompts; the number of a prompt names its picture."""
         self.prompts = read_wise(self.file)
         self.prompt_of = {str(prompt.number): prompt for prompt in self.prompts}
 
     def list_targets(self) -> list[Target]:
-        """`<prompt_id>.png`."""
+        """List the targets `<prompt_id>.png`."""
         return list_wise_targets(self.prompts)
 
     def find_group(self, target: Target) -> str:
-        """The category of its prompt."""
+        """Find the category of its prompt."""
         return self.prompt_of[target.item].category
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """The judge is told what the prompt means."""
+        """Ask the judge for three ratings, after telling it what the prompt means."""
         prompt = self.prompt_of[target.item]
         text = INSTRUCTION.format(prompt=prompt.prompt, explanation=prompt.explanation)
         reply = judge.ask(text, [picture])
-        rated = read_ratings(reply)
-        if rated is None:
+        ratings = read_ratings(reply)
+        if ratings is None:
             raise JudgeError(f"no three ratings in: {reply}")
-        said = ", ".join(f"{name} {value}" for name, value in rated.items())
-        return PictureVerdict(compute_wiscore(rated), said, {"ratings": rated})
+        listed = ", ".join(f"{name} {value}" for name, value in ratings.items())
+        return PictureVerdict(compute_wiscore(ratings), listed, {"ratings": ratings})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """WiScore by category and overall; a missing picture has 0, one without ratings isn't counted."""
+        """Average WiScore by category and overall; a missing picture has 0, and one without ratings isn't counted."""
         numbers = {target.path: int(target.item) for target in self.list_targets()}
         counted = {numbers[row.picture]: row.score or 0.0 for row in rows if row.state != "failed"}
         differences = list_count_difference(len(self.prompts), NUM_PROMPTS, "prompts")

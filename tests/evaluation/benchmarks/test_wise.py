@@ -71,7 +71,7 @@ def test_wiscore_and_its_weights() -> None:
         ("{}", "must hold a list"),
         (json.dumps([{"prompt_id": 1}]), "needs 'Prompt' as str"),
         (json.dumps([row(1, "sports")]), "has the category 'sports'"),
-        (json.dumps([row(1, "time"), row(1, "time")]), "the number 1 stands twice"),
+        (json.dumps([row(1, "time"), row(1, "time")]), "several prompts have the prompt_id 1"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: str, words: str) -> None:

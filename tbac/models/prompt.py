@@ -1,7 +1,7 @@
-"""Prompts as the model reads them: chat template, truncation, image preprocessing, padding, rotary positions.
+"""From texts and images to model inputs: chat template, truncation, image preprocessing, padding, rotary positions.
 
-Token ids, masks, pixels and grids are those of the released processor. The text is never allowed to carry control
-tokens: look-alikes of special tokens in it are spelled out as plain text.
+Token ids, masks, pixels and grids equal those of the released processor, except that a user's text can't contain
+control tokens: text that looks like a special token is read as plain text.
 """
 
 import re
@@ -29,14 +29,16 @@ ON_CPU = ("image_grid_thw", "shared_ids")
 class PromptInputs(BatchFeature):
     """`input_ids`, `attention_mask` (batch, token); with images `pixel_values` and `image_grid_thw` (image, 3).
 
-    Padded on the right also `position_ids` (3, batch, token), the rotary positions, and `shared_ids`, the tokens of the
-    system message that all prompts begin with: found here, on the CPU, so that a step needn't wait for the device.
-    Where references are made also `reference_pixels` (batch, 3, height, width) in [-1, 1], the first input image of
-    each prompt or zeros, and `has_reference` (batch,); neither without any image.
+    Inputs that are padded on the right also have `position_ids` (3, batch, token), the rotary positions, and
+    `shared_ids`, the tokens of the system message that all prompts begin with. Both are computed here, on the CPU, so
+    that a training step needn't wait for the device.
+
+    If the model reads references and there is any image, they also have `reference_pixels` (batch, 3, height, width) in
+    [-1, 1], the first input image of each prompt or zeros, and `has_reference` (batch,).
     """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":
-        """The same inputs on `device`; what is read on the CPU stays there."""
+        """Return the inputs on `device`, except for those that are read on the CPU."""
         moved = {k: v if k in ON_CPU else v.to(device, non_blocking=non_blocking) for k, v in self.items()}
         return PromptInputs(moved)
 
@@ -50,9 +52,9 @@ class PromptProcessor:
         image_pixels: area in pixels that each input image is resized to, with sides rounded as Qwen does.
         max_text_tokens: longer texts are cut to this many tokens.
         system_prompt: system message of generation prompts.
-        spell_words: after words in double quotes their letters follow one by one, so that words which are to be drawn
-            are read as letters, however the tokenizer cuts them.
-        reference_size: (height, width) in pixels of references; None makes none.
+        spell_words: add the letters of words in double quotes one by one, so that the model sees the letters that it
+            shall draw, however the tokenizer cuts the words.
+        reference_size: (height, width) in pixels of references; None if the model reads none.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class PromptProcessor:
         return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
 
     def process_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """`pixel_values` and `image_grid_thw` of images of any size and mode.
+        """Compute `pixel_values` and `image_grid_thw` of images of any size and mode.
 
         Raises:
             ValueError: for an image more than 200 times as long as it is wide, which Qwen's resizing doesn't accept.
@@ -101,11 +103,18 @@ class PromptProcessor:
         return dict(self.image_processor(images=[i.convert("RGB") for i in images], size=size, return_tensors="pt"))
 
     def tokenize_text(self, text: str, before: str = "", after: str = "") -> list[int]:
-        """Token ids of plain text, cut to `max_text_tokens`; special-token look-alikes stay text.
+        """Turn text into token ids, cut to `max_text_tokens`; what looks like a special token is read as plain text.
 
-        As released, a long text is cut by tokens, turned into text again, and read within the plain markup around it.
+        As in the release, a long text is cut after so many tokens, decoded, and tokenized again together with the
+        markup around it.
+
+        Args:
+            text: the user's text.
+            before: markup that is tokenized together with the start of the text.
+            after: markup that is tokenized together with the end of the text.
         """
-        if not (text.isascii() and len(text) <= self.max_text_tokens):  # else it can't have more tokens than letters
+        # A token is at least one byte, so a short ASCII text can't have too many tokens and needn't be counted.
+        if not (text.isascii() and len(text) <= self.max_text_tokens):
             ids = self._tokenize_plain(text)
             if len(ids) > self.max_text_tokens:
                 text = self.tokenizer.decode(ids[: self.max_text_tokens], clean_up_tokenization_spaces=False)
@@ -118,7 +127,7 @@ class PromptProcessor:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _build_sequence(self, text: str, image_tokens: Sequence[int], system: str, ending: str) -> list[int]:
-        """One conversation by the tokenizer's own chat template, with the text spliced in as plain tokens."""
+        """Build the token ids of one conversation: the chat template with the text in it as plain tokens."""
         key = (tuple(image_tokens), system, ending)
         if key not in self._frames:
             if len(self._frames) > 4096:  # edits have as many as there are sizes of input images
@@ -130,7 +139,7 @@ class PromptProcessor:
     def _build_frame(
         self, image_tokens: Sequence[int], system: str, ending: str
     ) -> tuple[list[int], str, str, list[int]]:
-        """What is around the text: ids, markup that is read together with the text on either side, ids."""
+        """Build what surrounds the text: ids, markup just before the text, markup just after it, ids."""
         marker = "\x00"
         content: list[dict[str, str]] = [{"type": "image"} for _ in image_tokens]
         content.append({"type": "text", "text": marker})
@@ -142,14 +151,17 @@ class PromptProcessor:
         for count, piece in zip(image_tokens, pieces[1:], strict=True):
             rendered += IMAGE_PAD * count + piece
         before, after = (rendered + ending).split(marker)
-        # Markup next to the text ("user\n") is read together with it, since a token may span both.
-        head, near, far, tail = *self._split(before, last=True), *self._split(after, last=False)
+        # Markup next to the text ("user\n") is tokenized together with it, since one token may cover both.
+        head, near = self._split(before, last=True)
+        far, tail = self._split(after, last=False)
         return self._tokenize_markup(head), near, far, self._tokenize_markup(tail)
 
     def _split(self, markup: str, last: bool) -> tuple[str, str]:
-        """Markup before and after the end of its last special token, or the start of its first."""
-        found = list(self._special.finditer(markup))
-        place = (found[-1].end() if last else found[0].start()) if found else 0
+        """Split markup behind its last special token, or before its first one."""
+        matches = list(self._special.finditer(markup))
+        place = 0
+        if matches:
+            place = matches[-1].end() if last else matches[0].start()
         return markup[:place], markup[place:]
 
     def __call__(
@@ -166,10 +178,10 @@ class PromptProcessor:
         Args:
             texts: one per sample.
             images: per sample a list of input images, or None; None = no images at all.
-            system: system message; None = the generation prompt's.
-            ending: markup after the generation prompt; the queries follow it.
+            system: system message; None = that of generation prompts.
+            ending: markup after the assistant's header; the queries follow it.
             padding_side: `right` for conditioning, `left` for answering.
-            reference_size: (height, width) of references where they are made; None = the size given at the start.
+            reference_size: (height, width) of references; None = the size given to the constructor.
 
         Raises:
             ValueError: when the numbers of texts and of image lists differ, or a text isn't a string.
@@ -177,66 +189,72 @@ class PromptProcessor:
         images = [None] * len(texts) if images is None else images
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(images)} lists of images; give one list (or None) per text")
-        if bad := [t for t in texts if not isinstance(t, str)]:
-            raise ValueError(f"prompts must be strings, got {type(bad[0]).__name__}")
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"prompts must be strings, got {type(text).__name__}")
+        if system is None:
+            system = self.system_prompt
         conditioning = padding_side == "right"
         if self.spell_words and conditioning:
             texts = [spell_quoted_words(text) for text in texts]
+        # All images of the batch are processed in one call; each becomes some number of image tokens in its prompt.
         vision = self.process_images([image for group in images for image in group or ()])
         grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
+        # Each prompt takes the counts of its own images from the list of all.
         sequences, start = [], 0
         for text, group in zip(texts, images, strict=True):
             end = start + len(group or ())
-            sequences.append(
-                self._build_sequence(text, counts[start:end], self.system_prompt if system is None else system, ending)
-            )
+            sequences.append(self._build_sequence(text, counts[start:end], system, ending))
             start = end
         ids, mask = self._pad(sequences, padding_side)
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **vision}
+        # What training would otherwise wait for the device to compute, and the images that the denoiser reads itself.
         if conditioning:
             data["position_ids"] = self._compute_positions(sequences, ids.shape[1], grids.tolist())
-            shared = self.find_shared_ids(self.system_prompt if system is None else system)
-            data["shared_ids"] = torch.tensor(shared, dtype=torch.long)
+            data["shared_ids"] = torch.tensor(self.find_shared_ids(system), dtype=torch.long)
             if self.reference_size and any(images):
-                data |= make_references(
-                    [group[0] if group else None for group in images], reference_size or self.reference_size
-                )
+                first_images = [group[0] if group else None for group in images]
+                data |= make_references(first_images, reference_size or self.reference_size)
         return PromptInputs(data)
 
     def find_shared_ids(self, system: str) -> tuple[int, ...]:
-        """Tokens that every prompt begins with: the system message and the opening of the user's."""
+        """Find the tokens that every prompt begins with: the system message, and how the user's message is opened."""
         if system in self._shared:
             return self._shared[system]
-        text, picture = (self._build_sequence("", tokens, system, "") for tokens in ((), (1,)))
-        different = (i for i, (a, b) in enumerate(zip(text, picture, strict=False)) if a != b)
-        # What follows the last special token may be read together with a text, so it isn't shared.
-        shared = text[: next(different)]
+        # Prompts with and without an image agree up to the first place where they differ.
+        without_image = self._build_sequence("", (), system, "")
+        with_image = self._build_sequence("", (1,), system, "")
+        pairs = enumerate(zip(without_image, with_image, strict=False))
+        agreeing = without_image[: next(i for i, (a, b) in pairs if a != b)]
+        # What follows the last special token may be tokenized together with a text, so it isn't shared.
         special = set(self.tokenizer.all_special_ids)
-        self._shared[system] = tuple(shared[: max(i for i, token in enumerate(shared) if token in special) + 1])
+        last_special = max(i for i, token in enumerate(agreeing) if token in special)
+        self._shared[system] = tuple(agreeing[: last_special + 1])
         return self._shared[system]
 
     def _compute_positions(self, sequences: list[list[int]], width: int, grids: list[list[int]]) -> Tensor:
-        """Rotary positions (3, batch, token) for time, height and width (Qwen2.5-VL's M-RoPE); 0 on padding.
+        """Compute rotary positions (3, batch, token) for time, height and width (Qwen2.5-VL's M-RoPE); 0 on padding.
 
-        Text counts up on all three axes; an image's merged patches count along their own; what follows an image begins
-        after its largest position.
+        Text counts up on all three axes at once. An image's merged patches have the row as height and the column as
+        width. What follows an image begins after the largest position in it.
         """
         merge = self.image_processor.merge_size
-        left = iter(grids)
+        remaining_grids = iter(grids)
         positions = torch.zeros(3, len(sequences), width, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             place = start = 0
             while place < len(sequence):
                 if sequence[place] == self._image_token:
-                    time, height, width_ = next(left)
-                    axes = torch.meshgrid(
-                        torch.zeros(time, dtype=torch.long), *(torch.arange(n // merge) for n in (height, width_)),
-                        indexing="ij",
-                    )  # fmt: skip
+                    # An image: its tokens go row by row. Frames of a single image all have time 0.
+                    time, height, width_ = next(remaining_grids)
+                    frames = torch.zeros(time, dtype=torch.long)
+                    rows, columns = torch.arange(height // merge), torch.arange(width_ // merge)
+                    axes = torch.meshgrid(frames, rows, columns, indexing="ij")
                     block = start + torch.stack([axis.flatten() for axis in axes])
                     start += max(height, width_) // merge
                 else:
+                    # Text: up to the next image, or to the end.
                     end = place
                     while end < len(sequence) and sequence[end] != self._image_token:
                         end += 1
@@ -258,17 +276,22 @@ class PromptProcessor:
 
 
 def spell_quoted_words(text: str) -> str:
-    """The text with the letters of each word in double quotes after it: `"LT"` becomes `"LT" (L T)`."""
+    """Add the letters of each word in double quotes after it: `"LT"` becomes `"LT" (L T)`."""
 
-    def with_letters(found: re.Match) -> str:
-        letters = " ".join(c for c in found[1] if not c.isspace())
-        return f"{found[0]} ({letters})" if letters else found[0]
+    def add_letters(quoted: re.Match) -> str:
+        letters = " ".join(character for character in quoted[1] if not character.isspace())
+        return f"{quoted[0]} ({letters})" if letters else quoted[0]
 
-    return re.sub(r'"([^"]*)"', with_letters, text)
+    return re.sub(r'"([^"]*)"', add_letters, text)
 
 
 def make_references(images: Sequence[Image.Image | None], size: tuple[int, int]) -> dict[str, Tensor]:
-    """`reference_pixels` and `has_reference`: the largest central part of that shape, resized; zeros for None."""
+    """Make `reference_pixels` and `has_reference` of the inputs.
+
+    Args:
+        images: one per prompt, or None, which becomes zeros.
+        size: (height, width) in pixels; the largest central part of that shape is cut out of an image and resized.
+    """
     height, width = size
     pixels = torch.zeros(len(images), 3, height, width)
     for row, image in enumerate(images):

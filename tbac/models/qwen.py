@@ -1,4 +1,4 @@
-"""Reading a Qwen2.5-VL: up to the deepest tap, or whole, in a chosen type or quantisation."""
+"""Loading a Qwen2.5-VL up to the deepest tap, or the whole of it, in a chosen type or quantisation."""
 
 import copy
 import logging
@@ -26,15 +26,15 @@ def load_mllm(
     quantization: str | None = None,
     prompt_embeddings: Tensor | None = None,
 ) -> FrozenMLLM:
-    """Read an MLLM's word embeddings, vision tower and first `depth` layers; the rest is read when it has to answer.
+    """Load an MLLM's word embeddings, vision tower and first `depth` layers; the rest is read when it has to answer.
 
     Args:
-        folder: with config and weights.
-        config: of the whole model; it stays as it is.
+        folder: folder with config and weights.
+        config: config of the whole model; it isn't changed.
         depth: the deepest tap.
-        dtype: of the weights.
-        quantization: `nf4` or `int8`, of the decoder layers.
-        prompt_embeddings: the table that prompts are read with instead of the model's own.
+        dtype: type of the weights.
+        quantization: quantisation of the decoder layers: `nf4`, `int8`, or None.
+        prompt_embeddings: word embeddings for prompts, instead of the model's own.
 
     Raises:
         ValueError: when tensors are missing or have another shape, by name.
@@ -46,26 +46,29 @@ def load_mllm(
         with _no_report():
             return _keep_layout(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options))
 
+    # A config with fewer layers makes the library leave the others on disk.
     truncated = copy.deepcopy(config)
     truncated.text_config.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         truncated.text_config.layer_types = text.layer_types[:depth]
     with _no_report():
         model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
-    if wrong := sorted(loaded["missing_keys"]) + sorted(str(k[0]) for k in loaded["mismatched_keys"]):
+    # The library fills what is missing with random numbers and only warns.
+    wrong = sorted(loaded["missing_keys"]) + sorted(str(mismatch[0]) for mismatch in loaded["mismatched_keys"])
+    if wrong:
         raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
     table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
     return FrozenMLLM(_keep_layout(model), read_full_model, text.num_hidden_layers, table)
 
 
 def open_mllm(option: str, source: str, dtype: str, quantization: str | None = None) -> tuple[Path, FrozenMLLM]:
-    """A whole MLLM that only answers, and its folder.
+    """Load a whole MLLM that only answers; returns its folder and the model.
 
     Args:
-        option: what the user calls it, for messages.
+        option: name of the user's option that gives `source`, for messages.
         source: folder or hub id.
-        dtype: of its weights.
-        quantization: of its decoder layers: `nf4`, `int8`, or None.
+        dtype: type of the weights.
+        quantization: quantisation of the decoder layers: `nf4`, `int8`, or None.
 
     Raises:
         ValueError: for anything that doesn't fit or isn't there.
@@ -92,7 +95,7 @@ def _keep_layout(model: Any) -> Any:
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Keep the library from reporting tensors that aren't needed here; what is missing is raised by name."""
+    """Silence the library's report of unused tensors, such as those of the layers that aren't loaded."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

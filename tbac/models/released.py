@@ -1,8 +1,8 @@
-"""The released checkpoint: its tensors, every one accounted for, as a UniImage.
+"""Reading the released checkpoint as a UniImage; it accounts for every tensor.
 
-The release saves everything in one file: the whole MLLM with the query rows at the end of its embedding table, the
-connector, SANA's transformer and the autoencoder. What trains is taken; what is frozen must equal the base models, and
-then is dropped; the embedding table, which weight decay has changed, is kept for reading prompts.
+The release saves everything together: the whole MLLM with the queries as last rows of its embedding table, the
+connector, SANA's transformer and the autoencoder. The trained tensors are taken. The frozen ones must equal those of
+the base models and are then left out. The embedding table, which weight decay has changed, is kept for reading prompts.
 """
 
 import json
@@ -37,9 +37,9 @@ class Accounting:
     """What became of the tensors of a released checkpoint.
 
     Attributes:
-        used: taken into the model.
-        dropped: equal to the base model's, bit for bit, and left there.
-        unused_rows: rows of the embedding table behind the queries, which nothing reads.
+        used: names of those that were taken into the model.
+        dropped: names of those that were left out, since they equal the base model's bit for bit.
+        unused_rows: number of rows of the embedding table behind the queries, which are never read.
     """
 
     used: tuple[str, ...]
@@ -59,7 +59,7 @@ def read_released(
         checkpoint: folder with the release's `config.json` and safetensors.
         mllm: folder or hub id of the Qwen2.5-VL that it was trained on.
         denoiser: folder or hub id of the SANA that it was trained on.
-        image_pixels: area of each input image; the release has it in its code.
+        image_pixels: area of each input image, which the release has in its code and not in its config.
 
     Raises:
         ValueError: when the folder isn't such a checkpoint, or a tensor is missing, unexpected, of another shape, or
@@ -81,7 +81,7 @@ def read_released(
     mllm_folder = locate_folder("mllm", mllm, MLLM_FILES)
     denoiser_folder = locate_folder("denoiser", denoiser, DENOISER_FILES)
 
-    # What the checkpoint must hold, by the base models: every tensor of its own and every frozen one.
+    # The base models say which tensors the checkpoint must hold: those that were trained and those that are frozen.
     with init_empty_weights(include_buffers=False):
         transformer = SanaTransformer2DModel(**parts.transformer)
         ladder = Ladder(plan, num_queries, parts.hidden_size, parts.caption_channels, config.ladder)
@@ -94,27 +94,28 @@ def read_released(
         **{AUTOENCODER + k: v for k, v in base_vae.read_shapes().items()},
         **{make_released_name(k): v for k, v in base_shapes.items() if strip_mllm_prefix(k) != "lm_head.weight"},
     }
+    # The table's number of rows may differ, so it is checked apart from the others.
     expected.pop(TABLE, None)
     rows = check_names(folder, files.read_shapes(), expected, vocabulary + num_queries, parts.hidden_size)
 
-    # The frozen tensors are those of the base models, and are left there.
+    # Frozen tensors must equal those of the base models, from which they will be read.
     dropped = [
         *check_frozen_tensors(folder, files, base_mllm, {make_released_name(n): n for n in base_shapes}, mllm),
         *check_frozen_tensors(folder, files, base_vae, {AUTOENCODER + n: n for n in base_vae.file_of}, denoiser),
     ]
-    # What has trained is taken; the queries are the rows of the embedding table behind the vocabulary.
+    # Trained tensors get this project's names; the queries are the rows behind the vocabulary.
     taken = files.read(lambda name: name == TABLE or name.startswith((CONNECTOR, TRANSFORMER)))
     table = taken[TABLE].float()
-    own = {"ladder.queries": table[vocabulary : vocabulary + num_queries].clone()}
+    state = {"ladder.queries": table[vocabulary : vocabulary + num_queries].clone()}
     for prefix, place in ((CONNECTOR, "ladder.connector."), (TRANSFORMER, "denoiser.transformer.")):
-        own |= {place + k.removeprefix(prefix): v.float() for k, v in taken.items() if k.startswith(prefix)}
+        state |= {place + k.removeprefix(prefix): v.float() for k, v in taken.items() if k.startswith(prefix)}
     table = table[:vocabulary].clone()
-    model = UniImage.from_saved(SavedModel(replace(config, taps=plan), None, own, str(folder), table))
+    model = UniImage.from_saved(SavedModel(replace(config, taps=plan), None, state, str(folder), table))
     return model, Accounting(tuple(sorted(taken)), tuple(sorted(dropped)), rows - vocabulary - num_queries)
 
 
 def read_released_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of the release, checked.
+    """Read and check the release's `config.json`.
 
     Raises:
         ValueError: when it isn't there, isn't the release's, or lacks what is needed.
@@ -137,7 +138,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
 
 
 def make_released_name(name: str) -> str:
-    """The release's name (the layout of transformers 4.51) of an MLLM tensor of any version."""
+    """Make the name that an MLLM tensor has in the release (the layout of transformers 4.51)."""
     name = strip_mllm_prefix(name)
     return MLLM + (name if name.startswith("visual.") else f"model.{name}")
 
@@ -149,7 +150,15 @@ def check_names(
     needed_rows: int,
     hidden_size: int,
 ) -> int:
-    """Refuse what is missing, unexpected or misshapen, by name; returns the rows of the embedding table."""
+    """Raise ValueError for missing, unexpected or misshapen tensors; return the number of rows of the embedding table.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        found: shapes of the checkpoint's tensors, by name.
+        expected: shapes that they must have, without the embedding table.
+        needed_rows: rows that the embedding table must have at least.
+        hidden_size: width of the embedding table.
+    """
     table = found.get(TABLE)
     problems = [f"missing {name}" for name in sorted({*expected, TABLE}) if name not in found]
     problems += [f"unexpected {name}" for name in sorted(found) if name not in expected and name != TABLE]
@@ -170,12 +179,24 @@ def check_names(
 def check_frozen_tensors(
     folder: Path, files: WeightFiles, base: WeightFiles, base_name_of: Mapping[str, str], source: str
 ) -> list[str]:
-    """Names of the frozen tensors, all of which equal the base model's; one that differs is refused by name."""
+    """Compare frozen tensors with the base model's and return their names.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        files: the checkpoint's tensors.
+        base: the base model's tensors.
+        base_name_of: name in the checkpoint -> name in the base model.
+        source: the base model, for messages.
+
+    Raises:
+        ValueError: naming the tensors that differ.
+    """
     equal: list[str] = []
     different: list[str] = []
     for name, base_name in sorted(base_name_of.items()):
         if name == TABLE or name not in files.file_of:
             continue
+        # The checkpoint may have been saved in another type; in one of the two types they must be equal.
         ours, theirs = files.read_tensor(name), base.read_tensor(base_name)
         same = torch.equal(ours, theirs.to(ours.dtype)) or torch.equal(ours.to(theirs.dtype), theirs)
         (equal if same else different).append(name)

@@ -1,7 +1,7 @@
-"""What training has made of a model, as training checkpoints hold it and exported folders do, read and checked.
+"""Reading and checking what training has made of a model, from a training checkpoint.
 
-Files are opened as safetensors or with `weights_only`. What they say of the model is read into `ModelConfig`; nothing
-that they name is imported or called.
+Files are opened as safetensors or with `weights_only`. The options in them are read into `ModelConfig` as plain data:
+nothing that a file names is imported or called.
 """
 
 import pickle
@@ -18,21 +18,21 @@ from tbac.models.weights import WeightFiles, compute_autoencoder_digest, compute
 
 FACTS = "tbac"
 PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
-# What checkpoints of before version 2 named in place of a resolved plan; both are only ever compared.
+# Names in checkpoints from before version 2. They are only compared with, never imported.
 OLD_MODEL = "tbac.models.loading.load_model"
 OLD_TAP_RULE = "tbac.models.taps.TapRule"
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What training has made of a model.
+    """A trained model as a checkpoint or an exported folder holds it.
 
     Attributes:
         config: all options, with the taps resolved.
-        frozen_digests: what the frozen parts are known by; None where they have been compared by other means.
+        frozen_digests: digests of the frozen parts; None if these have already been compared in another way.
         state: tensors of queries, connector and denoiser, by name.
-        origin: file or folder, for messages.
-        prompt_embeddings: the table (token, hidden) that prompts are read with, where it is stored with the weights.
+        origin: file or folder that it was read from, for messages.
+        prompt_embeddings: word embeddings (token, hidden) for prompts, if they are stored with the weights.
     """
 
     config: ModelConfig
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"checkpoint {file} doesn't exist")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # read when used
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # tensors are read on use
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None
@@ -67,12 +67,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_saved_model(checkpoint: Mapping[str, Any], origin: str, connector: Connector | None = None) -> SavedModel:
-    """The model that a training checkpoint holds.
+    """Take the model out of a training checkpoint.
 
     Args:
-        checkpoint: of `read_checkpoint`.
+        checkpoint: what `read_checkpoint` returned.
         origin: its file or run folder, for messages.
-        connector: the user's own, where the model was trained with one.
+        connector: the user's own connector, if the model was trained with one.
 
     Raises:
         ValueError: when it doesn't say what the model is made of, or names something that isn't an option.
@@ -82,7 +82,7 @@ def read_saved_model(checkpoint: Mapping[str, Any], origin: str, connector: Conn
     if not isinstance(values, Mapping):
         raise ValueError(f"{origin} doesn't say what its model is made of")
     if values.get("_target_") == OLD_MODEL:
-        # Before version 2 the config was that of the YAML, and the architecture was read from the denoiser's folder.
+        # Before version 2 a checkpoint held the config of the YAML, without the architecture of its denoiser.
         values = resolve_old_taps(values, facts.get("taps"), state)
         config = replace(ModelConfig.from_dict(values, origin, connector), architecture=None)
     else:
@@ -91,12 +91,12 @@ def read_saved_model(checkpoint: Mapping[str, Any], origin: str, connector: Conn
 
 
 def resolve_old_taps(values: Mapping[str, Any], taps: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The model's config of a checkpoint of before version 2, as one of today.
+    """Convert the model's config in a checkpoint from before version 2 to today's keys.
 
     Args:
-        values: as it was composed, with a tap rule.
-        taps: the plan beside it, which had no number of blocks.
-        state: the checkpoint's tensors.
+        values: the config, with the name of a tap rule.
+        taps: the resolved plan that was stored beside it, without the number of blocks.
+        state: the checkpoint's tensors, which show the number of blocks.
     """
     known = {key: value for key, value in values.items() if key not in ("_target_", "_convert_")}
     rule = known.get("taps")
@@ -107,30 +107,30 @@ def resolve_old_taps(values: Mapping[str, Any], taps: Any, state: Mapping[str, T
     return known
 
 
-def check_frozen(known: Mapping[str, str], own: Mapping[str, str], origin: str) -> None:
-    """Compare the frozen parts that something was trained on with those at hand.
+def check_frozen(trained_on: Mapping[str, str], present: Mapping[str, str], origin: str) -> None:
+    """Compare the frozen parts that a model was trained on with those that it would run on now.
 
     Args:
-        known: digests of what it was trained on.
-        own: digests of what is at hand.
-        origin: what was trained, for messages.
+        trained_on: digests of the former.
+        present: digests of the latter.
+        origin: file or folder of the trained model, for messages.
 
     Raises:
         ValueError: naming the part that differs.
     """
-    for part in sorted({*known, *own}):
-        if known.get(part) != own.get(part):
+    for part in sorted({*trained_on, *present}):
+        if trained_on.get(part) != present.get(part):
             raise ValueError(
-                f"{origin} was trained on another {part} (digest {known.get(part, 'none')[:12]}…) than this model's "
-                f"({own.get(part, 'none')[:12]}…)"
+                f"{origin} was trained on another {part} (digest {trained_on.get(part, 'none')[:12]}…) than this "
+                f"model's ({present.get(part, 'none')[:12]}…)"
             )
 
 
 def read_prompt_embeddings(folder: str | None) -> Tensor | None:
-    """The table that an exported folder reads prompts with, as stored.
+    """Read the word embeddings for prompts that an exported folder holds.
 
     Raises:
-        ValueError: when the folder has none.
+        ValueError: when it holds none.
     """
     if folder is None:
         return None
@@ -142,7 +142,7 @@ def read_prompt_embeddings(folder: str | None) -> Tensor | None:
 
 
 def compute_digests(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:
-    """What the frozen parts are known by."""
+    """Compute the digests that the frozen parts are known by."""
     digests = {"mllm": compute_mllm_digest(mllm, depth), "autoencoder": compute_autoencoder_digest(denoiser)}
     if prompt_embeddings is not None:
         digests["prompt_embeddings"] = compute_digest([(PROMPT_EMBEDDINGS, prompt_embeddings)])

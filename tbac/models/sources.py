@@ -1,4 +1,4 @@
-"""Where a part of the model lies: a hub id or a folder, and its files."""
+"""Finding the files of a model's part, which the user names by a hub id or a folder."""
 
 import json
 import shutil
@@ -18,11 +18,21 @@ DENOISER_FILES = tuple(
 
 
 class HubUnreachableError(ValueError):
-    """A file that isn't cached, while the hub doesn't answer."""
+    """A file isn't cached, and the hub doesn't answer."""
 
 
 def read_config(option: str, source: str, path: str, local_only: bool = False) -> dict[str, Any]:
-    """A JSON file of a local folder or a hub repository; with `local_only` the hub isn't asked."""
+    """Read a JSON file of a local folder or a hub repository.
+
+    Args:
+        option: name of the user's option that gives `source`, for messages.
+        source: folder or hub id.
+        path: of the file within it.
+        local_only: look for files of the hub in the cache only.
+
+    Raises:
+        ValueError: when there is no such file, or it isn't JSON.
+    """
     folder = Path(source).expanduser()
     hint = f"give a local folder with {option}=/path/to/folder"
     if folder.is_dir():
@@ -47,15 +57,15 @@ def read_config(option: str, source: str, path: str, local_only: bool = False) -
 
 
 def locate_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
-    """The folder of a local path or of a hub repository, downloaded where it isn't cached.
+    """Return the folder that a source names; a hub repository that isn't cached is downloaded.
 
     Args:
-        option: what the user calls it, for messages.
+        option: name of the user's option that gives `source`, for messages.
         source: folder or hub id.
-        patterns: files that are wanted of a hub repository.
+        patterns: files that are downloaded of a hub repository.
 
     Raises:
-        ValueError: when the hub doesn't give it.
+        ValueError: when it can't be downloaded.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -70,9 +80,9 @@ def locate_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy what matches `patterns` from one folder to another, bytes unchanged."""
+    """Copy the files that match `patterns` from one folder to another."""
     for pattern in patterns:
         for file in source.glob(pattern):
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)

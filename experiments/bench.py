@@ -25,28 +25,30 @@ def main(cfg: DictConfig) -> None:
     check(options)
     out = Path(cfg.out)
     report = bench(options, out)
+    # A part that failed has an error in place of its table, or beside the part of it that was measured.
     texts = {}
     for part in options["parts"]:
-        found = report[part]
-        texts[part] = "\n\n".join(found[key] for key in ("table", "error") if key in found)
-        found.pop("table", None)
+        result = report[part]
+        texts[part] = "\n\n".join(result[key] for key in ("table", "error") if key in result)
+        result.pop("table", None)
     # Utilisation needs three parts, which may have run at different times.
     if all("line" in report.get(part, {}) for part in ("flops", "rates", "training")):
         texts["training"] += "\n\n" + utilisation(report["flops"], report["rates"], report["training"])
     tables = [f"## {part.replace('_', ' ').capitalize()}\n\n{text}" for part, text in texts.items()]
+    # The first paragraph says how the numbers were taken.
+    if options["isolate"]:
+        rounds = f"steps in each of {options['turns']} turns"
+    else:
+        rounds = "rounds, each side once in every round"
     facts = (
-        f"{report['device']}, {report['precision']}; medians of {options['repeats']} "
-        + (
-            f"steps in each of {options['turns']} turns"
-            if options["isolate"]
-            else "rounds, each side once in every round"
-        )
-        + "; latents cached on all sides unless a table says otherwise."
+        f"{report['device']}, {report['precision']}; medians of {options['repeats']} {rounds}; "
+        "latents cached on all sides unless a table says otherwise."
     )
     text = "\n\n".join(["# The release's way against ours", facts, *tables]) + "\n"
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report.md").write_text(text)
     print(text)
+    # The results of the other parts are kept; the exit status says that some are missing.
     failed = [part for part in options["parts"] if "error" in report[part]]
     if failed:
         raise ValueError(f"{', '.join(failed)} failed; the others' results are in {out}, and the same command goes on")

@@ -1,6 +1,7 @@
-"""Parameters, memory by kind, FLOPs by part, time, and what fits: the sums behind `plan.py`.
+"""Parameters, memory by kind, FLOPs by part, time, and the batches that fit: what `plan.py` computes.
 
-Nothing is read or allocated: the real modules run on tensors without memory. Memory is per device and at its peak.
+No weights are read and no memory is taken: the real modules run on tensors without data. Memory means the peak of one
+device.
 """
 
 from collections.abc import Sequence
@@ -17,24 +18,25 @@ from tbac.app import to_plain
 from tbac.models import UniImage
 
 GIB = 1024**3
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: a scale per 64
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0}
-SHARDED = ("fsdp", "fsdp2", "deepspeed_stage_3")
+# Bytes of one weight; nf4 has a float32 scale for every 64 weights.
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0}  # two moments of every trained weight
+SHARDED = ("fsdp", "fsdp2", "deepspeed_stage_3")  # strategies that divide the trained weights among the devices
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run may choose; names as in the configs.
+    """The choices of a run that decide how much memory it needs; the names are those of the configs.
 
     Attributes:
         optimizer: `adamw` or `adamw8bit`.
-        quantization: of the MLLM's layers, or None.
-        checkpointing: of denoiser and query pass.
+        quantization: how the MLLM's layers are quantized (`int8`, `nf4`), or None.
+        checkpointing: whether the denoiser and the query pass compute their activations again in the backward pass.
         ema: whether averaged weights are kept.
-        strategy: Lightning's name; the `fsdp` ones shard what trains over the devices.
-        devices: GPUs in all.
-        mixed: bf16 autocast, or float32 throughout.
-        cached: latents come from the shards.
+        strategy: Lightning's name; those in `SHARDED` divide the trained weights among the devices.
+        devices: GPUs of all nodes together.
+        mixed: True for bf16 autocast, False for float32 throughout.
+        cached: whether latents come from the shards, so that no encoder is needed.
     """
 
     optimizer: str
@@ -48,9 +50,18 @@ class Setting:
 
     @property
     def label(self) -> str:
-        sharded = self.strategy if self.strategy in SHARDED else ""
-        words = [sharded, self.optimizer, self.quantization or "", "checkpointing" if self.checkpointing else ""]
-        return ", ".join([w for w in words if w] + ([] if self.ema else ["no average"]))
+        """What a table calls this setting, such as `fsdp, adamw, nf4, checkpointing`."""
+        words = []
+        if self.strategy in SHARDED:
+            words.append(self.strategy)
+        words.append(self.optimizer)
+        if self.quantization:
+            words.append(self.quantization)
+        if self.checkpointing:
+            words.append("checkpointing")
+        if not self.ema:
+            words.append("no average")
+        return ", ".join(words)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -58,14 +69,14 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def build_on_meta(model_config: dict[str, Any]) -> UniImage:
-    """The model on the meta device."""
+    """Build the model on torch's meta device, where tensors have shapes but no data."""
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True))
     return model
 
 
 def count_parts(model: UniImage) -> dict[str, int]:
-    """Parameters of every part; tied tables are counted once."""
+    """Count the parameters of every part; a table that input and output embeddings share is counted once."""
     mllm = model.mllm.body
     layers = mllm.language_model
     embeddings = count_parameters(layers.embed_tokens)
@@ -81,26 +92,40 @@ def count_parts(model: UniImage) -> dict[str, int]:
 
 
 def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activations, batch: int) -> dict[str, float]:
-    """Peak bytes on each device, by kind.
+    """Estimate the peak memory of each device in bytes, by kind.
 
-    Weights are what training reads: the MLLM up to the deepest tap, the autoencoder's decoder for sample pictures, its
-    encoder where latents aren't cached. Gradients and activations are both counted whole, though the one grows while
-    the other shrinks; DDP holds gradients a second time in its buckets.
+    The frozen weights are those that training uses: the MLLM up to the deepest tap, the autoencoder's decoder for
+    sample pictures, and its encoder where latents aren't cached. Gradients and activations are both counted in full,
+    although the backward pass frees activations while it makes gradients, so this is slightly too much. DDP holds the
+    gradients a second time, in its buckets.
+
+    Args:
+        model: on the meta device.
+        dtype: of the frozen weights, a key of `BYTES`.
+        setting: the choices of the run.
+        kept: activations, as `measure_activations` returns them.
+        batch: samples on one device.
     """
     mllm, size = model.mllm.body, BYTES[dtype]
+    # Of the MLLM only the layers up to the deepest tap run, and only their linear layers are quantized.
     deep = mllm.language_model.layers[: model.ladder.plan.deepest]
     linear = sum(count_parameters(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
     rest = sum(count_parameters(layer) for layer in deep) - linear
     frozen = linear * BYTES[setting.quantization or dtype] + rest * size
     frozen += (count_parameters(mllm.language_model.embed_tokens) + count_parameters(mllm.visual)) * size
     autoencoder = model.autoencoder.model
-    frozen += (
-        count_parameters(autoencoder.decoder) + (0 if setting.cached else count_parameters(autoencoder.encoder))
-    ) * size
+    frozen += count_parameters(autoencoder.decoder) * size
+    if not setting.cached:
+        frozen += count_parameters(autoencoder.encoder) * size
+    # What trains is held in float32; a sharding strategy leaves each device its share.
     trained = count_parameters(model.ladder) + count_parameters(model.denoiser)
     share = setting.devices if setting.strategy in SHARDED else 1
-    copies = kept.fixed / share + (2 * kept.fixed / model.denoiser.num_blocks if share > 1 else 0)
-    buckets = 4.0 * trained if setting.strategy.startswith("ddp") and setting.devices > 1 else 0.0
+    # Autocast copies the trained weights; where they are sharded, two whole blocks are gathered at a time.
+    copies = kept.fixed / share
+    if share > 1:
+        copies += 2 * kept.fixed / model.denoiser.num_blocks
+    ddp = setting.strategy.startswith("ddp") and setting.devices > 1
+    buckets = 4.0 * trained if ddp else 0.0
     return {
         "frozen weights": frozen,
         "trained weights": 4.0 * trained / share,
@@ -114,64 +139,48 @@ def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activat
 
 
 def compute_largest_batch(limit: float, fixed: float, each: float) -> int:
-    """Samples that fit into `limit` bytes beside what is there whatever the batch."""
+    """Compute how many samples of `each` bytes fit into `limit` bytes, of which `fixed` are taken at any batch size."""
     return max(0, int((limit - fixed) // each))
 
 
 def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
-    """Everything about one stage; `cfg` is `conf/plan.yaml` with that stage."""
+    """Report the FLOPs, memory, time and largest batches of one stage.
+
+    Args:
+        cfg: `conf/plan.yaml`, composed with that stage.
+        model: on the meta device.
+    """
     options = to_plain(cfg)
     check_options(options)
     model_config, dtype, stage = options["model"], options["model"]["dtype"], options["stage"]
-    machine, overhead = options["machine"], options["overhead_gib"] * GIB
-    setting = Setting(
-        optimizer=read_optimizer_name(options),
-        quantization=model_config["quantization"],
-        checkpointing=bool(model_config["denoiser_checkpointing"] and model_config["query_checkpointing"]),
-        ema=bool(stage["ema_decay"]),
-        strategy=str(machine["strategy"]),
-        devices=max(1, machine["devices"]) * int(machine["num_nodes"]),
-        mixed=machine["precision"] == "bf16-mixed",
-        cached=options["cached_latents"],
-    )
-    side = stage["image_size"] // model.autoencoder.compression
+    setting = read_setting(options)
+    # Most of the numbers follow from the two kinds of prompt, and how often the stage sees an input image.
     text = Case("text", options["text_tokens"], 1)
-    edit = Case(
-        "image + text", options["text_tokens"] + options["image_tokens"] + 2, 1, round(options["image_tokens"] ** 0.5)
-    )
-    share, k = options["edit_share"][stage["name"]], stage["noise_samples_per_prompt"]
-    flops: dict[str, float] = {}
-    for case, weight in ((text, 1 - share), (edit, share)):
-        if weight:
-            for part, value in count_sample_flops(model_config, case, side).items():
-                flops[part] = flops.get(part, 0.0) + weight * value * (k if part == "denoiser" else 1)
-    flops["autoencoder"] = 0.0 if setting.cached else count_autoencoder_flops(model_config, stage["image_size"])
+    image_tokens = options["image_tokens"]
+    edit = Case("image + text", options["text_tokens"] + image_tokens + 2, 1, round(image_tokens**0.5))
+    edit_share = options["edit_share"][stage["name"]]
+    # Time follows from the FLOPs of an average sample.
+    flops = count_stage_flops(options, {text: 1 - edit_share, edit: edit_share}, model.autoencoder.compression)
     total = sum(flops.values())
     rate = options["utilisation"] * options["peak_tflops"] * 1e12 / total
     samples = stage["steps"] * stage["batch_size"] * setting.devices
-    kept = measure_activations(model_config, edit if share else text, side, setting.mixed)
-    kept = replace(kept, denoiser=k * kept.denoiser, block_inputs=k * kept.block_inputs)
-    memory = estimate_memory(model, dtype, setting, kept, stage["batch_size"])
     hours = samples / (rate * setting.devices) / 3600
-    choices = [
-        setting,
-        *(
-            replace(setting, optimizer=o, quantization=q, checkpointing=c, ema=e, strategy=strategy)
-            for strategy, o, q, c, e in (
-                (setting.strategy, "adamw", None, False, True),
-                (setting.strategy, "adamw", None, True, True),
-                (setting.strategy, "adamw", None, True, False),
-                (setting.strategy, "adamw8bit", None, True, False),
-                (setting.strategy, "adamw8bit", "nf4", True, False),
-                ("fsdp", "adamw", None, False, True),
-                ("fsdp", "adamw", "nf4", True, True),
-            )
-        ),
-    ]
+    # Memory must hold the longest prompts; the denoiser runs once for each noise sample of a prompt.
+    longest = edit if edit_share else text
+    side = stage["image_size"] // model.autoencoder.compression
+    kept = measure_activations(model_config, longest, side, setting.mixed)
+    noises = stage["noise_samples_per_prompt"]
+    kept = replace(kept, denoiser=noises * kept.denoiser, block_inputs=noises * kept.block_inputs)
+    memory = estimate_memory(model, dtype, setting, kept, stage["batch_size"])
+    overhead = options["overhead_gib"] * GIB
+    # The batches that fit, with this setting and with others that one might try.
     fits = {}
-    for choice in dict.fromkeys(choices):
-        one, two = (sum(estimate_memory(model, dtype, choice, kept, b).values()) + overhead for b in (0, 1))
-        fits[choice.label] = {str(gb): compute_largest_batch(gb * 1e9, one, two - one) for gb in options["memory_gb"]}
+    for choice in list_settings(setting):
+        empty, one = (sum(estimate_memory(model, dtype, choice, kept, batch).values()) for batch in (0, 1))
+        fixed = empty + overhead
+        fits[choice.label] = {
+            str(gb): compute_largest_batch(gb * 1e9, fixed, one - empty) for gb in options["memory_gb"]
+        }
     return {
         "stage": stage["name"],
         "setting": {**asdict(setting), "batch": stage["batch_size"], "image_size": stage["image_size"]},
@@ -188,15 +197,73 @@ def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     }
 
 
+def read_setting(options: dict[str, Any]) -> Setting:
+    """Read from a config what decides how much memory a run needs."""
+    model_config, machine = options["model"], options["machine"]
+    return Setting(
+        optimizer=read_optimizer_name(options),
+        quantization=model_config["quantization"],
+        checkpointing=bool(model_config["denoiser_checkpointing"] and model_config["query_checkpointing"]),
+        ema=bool(options["stage"]["ema_decay"]),
+        strategy=str(machine["strategy"]),
+        devices=max(1, machine["devices"]) * int(machine["num_nodes"]),
+        mixed=machine["precision"] == "bf16-mixed",
+        cached=options["cached_latents"],
+    )
+
+
+def list_settings(setting: Setting) -> list[Setting]:
+    """List a setting and others that one would try to need less memory, each once."""
+    same = setting.strategy
+    others = (
+        # strategy, optimizer, quantization, checkpointing, ema
+        (same, "adamw", None, False, True),
+        (same, "adamw", None, True, True),
+        (same, "adamw", None, True, False),
+        (same, "adamw8bit", None, True, False),
+        (same, "adamw8bit", "nf4", True, False),
+        ("fsdp", "adamw", None, False, True),
+        ("fsdp", "adamw", "nf4", True, True),
+    )
+    names = ("strategy", "optimizer", "quantization", "checkpointing", "ema")
+    settings = [setting]
+    for values in others:
+        settings.append(replace(setting, **dict(zip(names, values, strict=True))))
+    return list(dict.fromkeys(settings))
+
+
+def count_stage_flops(options: dict[str, Any], shares: dict[Case, float], compression: int) -> dict[str, float]:
+    """Count the FLOPs of an average sample of a stage, by part.
+
+    Args:
+        options: `conf/plan.yaml` with that stage.
+        shares: kind of prompt -> its share of the samples.
+        compression: pixels of a side for one latent.
+    """
+    model_config, stage = options["model"], options["stage"]
+    flops: dict[str, float] = {}
+    for case, share in shares.items():
+        if not share:
+            continue
+        for part, value in count_sample_flops(model_config, case, stage["image_size"] // compression).items():
+            times = stage["noise_samples_per_prompt"] if part == "denoiser" else 1
+            flops[part] = flops.get(part, 0.0) + share * times * value
+    flops["autoencoder"] = 0.0
+    if not options["cached_latents"]:
+        flops["autoencoder"] = count_autoencoder_flops(model_config, stage["image_size"])
+    return flops
+
+
 def read_optimizer_name(options: dict[str, Any]) -> str:
-    """The optimizer's name, by what its config calls."""
+    """Read the optimizer's name: the function that its config calls, without the module."""
     return str(options["optim"]["_target_"]).rsplit(".", 1)[-1]
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for what the planner can't count."""
-    if (name := read_optimizer_name(options)) not in OPTIMIZER_BYTES:
-        raise ValueError(f"optim must be one of {', '.join(OPTIMIZER_BYTES)}, got {name!r}")
+    """Raise ValueError for options that the planner can't count with."""
+    optimizer, stage = read_optimizer_name(options), options["stage"]["name"]
+    if optimizer not in OPTIMIZER_BYTES:
+        raise ValueError(f"optim must be one of {', '.join(OPTIMIZER_BYTES)}, got {optimizer!r}")
     if not 0 < options["utilisation"] <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {options['utilisation']}")
     if options["machine"]["precision"] not in ("bf16-mixed", "32-true"):
@@ -204,16 +271,16 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("text_tokens", "peak_tflops"):
         if options[name] <= 0:
             raise ValueError(f"{name} must be positive, got {options[name]}")
-    if (name := options["stage"]["name"]) not in options["edit_share"]:
-        raise ValueError(f"edit_share has no entry for stage {name}")
+    if stage not in options["edit_share"]:
+        raise ValueError(f"edit_share has no entry for stage {stage}")
 
 
 def plan_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[str, Any]:
-    """Parameters, and every stage.
+    """Count the model's parameters, and report every stage.
 
     Args:
         model_config: `model` of `conf/plan.yaml`.
-        stages: `conf/plan.yaml` with each stage.
+        stages: `conf/plan.yaml`, composed with each stage.
     """
     model = build_on_meta(to_plain(model_config))
     parts = count_parts(model)

@@ -1,4 +1,4 @@
-"""What one training step costs, found by running it on tensors without memory: FLOPs and activations."""
+"""What one training step costs in FLOPs and activations, counted while it runs on tensors without data."""
 
 import math
 from collections.abc import Callable
@@ -25,9 +25,9 @@ class Case:
 
     Attributes:
         name: `text` or `image + text`.
-        tokens: of the prompt, image tokens included.
-        batch: prompts.
-        side: merged patches along a side of the input image, 0 without one.
+        tokens: length of the prompt, image tokens included.
+        batch: number of prompts.
+        side: image tokens along one side of the input image; 0 if there is no image.
     """
 
     name: str
@@ -37,7 +37,15 @@ class Case:
 
 
 def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device: str | None = None) -> PromptInputs:
-    """Random prompts of one length; their first `shared` tokens are the same. On the model's device by default."""
+    """Make random prompts of equal length.
+
+    Args:
+        model: that will read them.
+        case: how many prompts of which length, and the size of their image.
+        shared: how many tokens all prompts begin with in common.
+        seed: of tokens and pixels.
+        device: the model's if None.
+    """
     generator = torch.Generator().manual_seed(seed)
     config = model.mllm.model.config
     vocabulary = min(config.text_config.vocab_size, config.image_token_id) - 8
@@ -45,7 +53,9 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
     ids[:, :shared] = ids[:1, :shared].clone()
     data: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "shared_ids": ids[0, :shared].clone()}
     positions = torch.arange(case.tokens).expand(3, case.batch, -1)
-    if side := case.side:
+    # An image takes the place of the tokens after the shared ones, and gives its tokens positions in two dimensions.
+    side = case.side
+    if side:
         ids[:, shared] = config.vision_start_token_id
         ids[:, shared + 1 : shared + 1 + side**2] = config.image_token_id
         vision = config.vision_config
@@ -60,16 +70,18 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
 
 
 def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: int) -> dict[str, float]:
-    """FLOPs of one training sample by part, a multiply-add being two; backward passes included, nothing checkpointed.
+    """Count the FLOPs of one training sample by part, with the backward passes; a multiply-add is two FLOPs.
+
+    Nothing is checkpointed. What it takes to encode target images is counted by `count_autoencoder_flops`.
 
     Args:
-        model_config: of `conf/model/*.yaml`, resolved.
-        case: the prompt; its batch doesn't matter.
-        latent_side: of the latents.
+        model_config: one of `conf/model/*.yaml`, resolved.
+        case: the prompt; its batch size is ignored.
+        latent_side: side of the latents.
 
     Returns:
-        `vision`, `prefix`, `queries`, `ladder`, `denoiser`, and `reference` where the input image's latents are read;
-        what encodes target images online is `count_autoencoder_flops`.
+        `vision`, `prefix`, `queries`, `ladder`, `denoiser`, and `reference` where the denoiser reads the latents of
+        the input image.
     """
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
@@ -79,11 +91,13 @@ def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: in
     counted: dict[str, float] = {}
 
     def count(name: str, work: Callable[[], Any]) -> Any:
+        """Do some work, and add its FLOPs to those of a part."""
         with _make_flop_counter() as counter:
-            made = work()
+            result = work()
         counted[name] = counted.get(name, 0.0) + float(counter.get_total_flops())
-        return made
+        return result
 
+    # The vision tower is counted apart; the prefix pass then runs without pixels.
     counted["vision"] = 0.0
     if case.side:
         with torch.no_grad():
@@ -91,10 +105,12 @@ def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: in
         inputs = PromptInputs({k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")})
     prefix = count("prefix", lambda: model.mllm.read_prefix(inputs, plan.deepest, model.ladder.prompt_layers))
     taps = count("queries", lambda: model.mllm.read_queries(model.ladder.queries, prefix, plan.layers))
+    # Each part reads a detached copy of what the part before made, so that its backward pass can be counted alone.
     both = taps.detach() if prefix.states is None else torch.cat([taps.detach(), prefix.states], dim=2)
     tapped = both.requires_grad_()
     states = count("ladder", lambda: model.ladder(tapped))
     read = states.detach().requires_grad_()
+    # The denoiser, with the loss of one noise sample.
     latents, noise = (torch.randn(1, model.latent_channels, latent_side, latent_side, device="meta") for _ in range(2))
     path = interpolate(latents, noise, torch.rand(1, device="meta"))
     reference = None
@@ -104,16 +120,17 @@ def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: in
             counted["reference"] = count_autoencoder_flops(model_config, latent_side * model.autoencoder.compression)
     condition = Condition(read, None, reference)
     predicted = count("denoiser", lambda: model.predict_velocity(path.noisy, path.sigma, condition))
+    # The backward passes, from the loss down; the states of the prompt's own tokens pass no gradient to the MLLM.
     count("denoiser", lambda: compute_velocity_loss(predicted, path.velocity).backward())
     count("ladder", lambda: states.backward(read.grad))
     assert tapped.grad is not None
-    of_queries = tapped.grad[:, :, : taps.shape[2]]
-    count("queries", lambda: taps.backward(of_queries))
+    query_gradient = tapped.grad[:, :, : taps.shape[2]]
+    count("queries", lambda: taps.backward(query_gradient))
     return counted
 
 
 def count_autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
-    """FLOPs of encoding one target image of `image_size` pixels a side."""
+    """Count the FLOPs of encoding one target image of `image_size` pixels a side."""
     with torch.device("meta"):
         model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32"))
         pixels = torch.randn(1, 3, image_size, image_size)
@@ -123,15 +140,15 @@ def count_autoencoder_flops(model_config: dict[str, Any], image_size: int) -> fl
 
 
 def _count_convolution(out_shape: list[int], w_shape: list[int]) -> int:
-    """FLOPs of a convolution, grouped or not."""
+    """Count the FLOPs of a convolution, grouped or not."""
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
 def _count_convolution_backward(
     grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_: Any
 ) -> int:
-    """FLOPs of its backward pass; the library's own count takes a depthwise convolution for a dense one."""
-    output_mask = rest[-1]
+    """Count the FLOPs of a convolution's backward pass, which torch counts as if a depthwise one were dense."""
+    output_mask = rest[-1]  # whether gradients of input, weight and bias are wanted
     return _count_convolution(grad_out_shape, w_shape) * sum(bool(wanted) for wanted in output_mask[:2])
 
 
@@ -143,17 +160,17 @@ def _make_flop_counter() -> FlopCounterMode:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a step keeps for its backward pass.
+    """Bytes that a step keeps for its backward pass; all but `fixed` are per sample.
 
     Attributes:
-        fixed: whatever the batch: copies of weights that autocast makes.
-        queries: per sample, of the MLLM's query pass and the ladder.
-        denoiser: per sample.
-        query_inputs: per sample, of the query pass when it is checkpointed: the inputs of its layers.
-        block_inputs: per sample, of the denoiser when it is checkpointed.
-        cache: per sample, keys and values of the prompt.
-        num_layers: layers of the query pass, of which a checkpointed pass keeps one's activations at a time.
-        num_blocks: the denoiser's.
+        fixed: the copies of weights that autocast makes, which don't depend on the batch.
+        queries: activations of the MLLM's query pass and of the ladder, without checkpointing.
+        denoiser: activations of the denoiser, without checkpointing.
+        query_inputs: what the checkpointed query pass keeps: the inputs of its layers.
+        block_inputs: what the checkpointed denoiser keeps: the inputs of its blocks.
+        cache: keys and values of the prompt.
+        num_layers: layers of the query pass; a checkpointed pass holds the activations of one at a time.
+        num_blocks: blocks of the denoiser; a checkpointed pass holds the activations of one at a time.
     """
 
     fixed: float
@@ -166,34 +183,45 @@ class Activations:
     num_blocks: int
 
     def per_sample(self, rerun_denoiser: bool, rerun_queries: bool) -> float:
-        """Bytes of activations per sample; the cache is apart."""
-        queries = self.query_inputs + self.queries / self.num_layers if rerun_queries else self.queries
-        denoiser = self.block_inputs + self.denoiser / self.num_blocks if rerun_denoiser else self.denoiser
+        """Bytes of activations per sample, without the cache.
+
+        Args:
+            rerun_denoiser: whether the denoiser is checkpointed.
+            rerun_queries: whether the query pass is checkpointed.
+        """
+        queries, denoiser = self.queries, self.denoiser
+        if rerun_queries:
+            queries = self.query_inputs + self.queries / self.num_layers
+        if rerun_denoiser:
+            denoiser = self.block_inputs + self.denoiser / self.num_blocks
         return queries + denoiser
 
 
 def measure_activations(model_config: dict[str, Any], case: Case, latent_side: int, mixed: bool) -> Activations:
-    """Bytes kept for the backward pass, measured on fake tensors with autocast as in training.
+    """Measure the bytes that are kept for the backward pass, on torch's fake tensors.
 
     Args:
-        model_config: of `conf/model/*.yaml`, resolved.
-        case: the prompt; its batch doesn't matter.
-        latent_side: of the latents.
-        mixed: bf16 autocast; otherwise float32 throughout.
+        model_config: one of `conf/model/*.yaml`, resolved.
+        case: the prompt; its batch size is ignored.
+        latent_side: side of the latents.
+        mixed: True for bf16 autocast, False for float32 throughout.
     """
-    found = {}
+    # Two batch sizes: the difference is what one sample keeps, the rest is kept at any batch size.
+    saved = {}
     for batch in (2, 3):
         with FakeTensorMode():
             model = UniImage.from_config(
                 instantiate(model_config, random_init=True, dtype="bfloat16" if mixed else "float32", compile=False)
             )
-            found[batch] = _measure_saved_bytes(model, replace(case, batch=batch), latent_side, mixed)
-    two, three = found[2], found[3]
+            saved[batch] = _measure_saved_bytes(model, replace(case, batch=batch), latent_side, mixed)
+    two, three = saved[2], saved[3]
     each = {name: three[name] - two[name] for name in two}
+    # What checkpointing keeps follows from the shapes: (layer, query, hidden) and (block, patch, channel).
     plan, count = model.ladder.plan, model.ladder.queries.shape[0]
     size = 2 if mixed else 4
     width = model.denoiser.transformer.config.num_attention_heads * model.denoiser.transformer.config.attention_head_dim
     patches = (latent_side // model.denoiser.transformer.config.patch_size) ** 2
+    # The cache holds keys and values of the prompt, for the layers up to the deepest tap.
     text = model.mllm.model.config.text_config
     heads = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     return Activations(
@@ -209,12 +237,18 @@ def measure_activations(model_config: dict[str, Any], case: Case, latent_side: i
 
 
 def _measure_saved_bytes(model: UniImage, case: Case, latent_side: int, mixed: bool) -> dict[str, float]:
-    """Bytes saved for backward by query pass with ladder, and by the denoiser."""
-    counted = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}  # of the model: not saved anew
+    """Measure what the forward pass saves for the backward pass, in bytes.
+
+    Returns:
+        `queries`: by the query pass and the ladder; `denoiser`: by the denoiser.
+    """
+    # Weights are there anyway, so saving one costs nothing; and every other tensor counts once.
+    counted = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     totals = {"queries": 0.0, "denoiser": 0.0}
     part = "queries"
 
     def keep(tensor: Tensor) -> Tensor:
+        """Count a tensor as autograd saves it."""
         storage = tensor.untyped_storage()
         if storage not in counted:
             counted.add(storage)
@@ -228,6 +262,7 @@ def _measure_saved_bytes(model: UniImage, case: Case, latent_side: int, mixed: b
             "position_ids": torch.zeros(3, case.batch, case.tokens, dtype=torch.long),
         }
     )
+    # The step as training takes it. The cache is left out here, because `Activations` counts it apart.
     precision = torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
     with precision, saved_tensors_hooks(keep, lambda tensor: tensor):
         prefix = model.mllm.read_prefix(inputs, model.ladder.plan.deepest)

@@ -19,15 +19,17 @@ from tbac.app import CONF, report_user_errors, to_plain
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
+    """Format the report as Markdown tables: losses of the stages, GenEval's scores after each, all other scores."""
     lines = ["| stage | steps | val loss first | val loss last |", "| --- | ---: | ---: | ---: |"]
     for stage in report["stages"]:
         first, last = stage["val_loss_first"], stage["val_loss_last"]
         lines.append(f"| {stage['name']} | {stage['steps']} | {first:.4f} | {last:.4f} |")
+    # A row for each stage, and one for the model before training.
     tags = list(report["geneval"]["untrained"])
     lines += ["", "| GenEval rules, after | " + " | ".join(tags) + " |", "| --- |" + " ---: |" * len(tags)]
     for name, scores in report["geneval"].items():
         lines.append(f"| {name} | " + " | ".join(f"{scores[t]:.2f}" for t in tags) + " |")
+    # Everything that is measured once, of the finished model.
     edits = report["edit_by_kind"]
     lines += ["", "| score | value |", "| --- | ---: |"]
     rows = {

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Raise ValueError for what can be refused before a weight is read."""
+    """Raise ValueError for options that can be seen to be wrong before a weight is read."""
     from tbac.models.card import is_hub_id
 
     out = Path(cfg.out)
@@ -27,7 +27,7 @@ def check_options(cfg: DictConfig) -> None:
 
 
 def read_facts(checkpoint: str) -> dict[str, Any]:
-    """Rows of the model card that only a training checkpoint knows."""
+    """Read the rows of the model card that only a training checkpoint knows."""
     if (Path(checkpoint).expanduser() / "config.json").is_file():
         return {}
     from tbac.models.saved import FACTS, read_checkpoint

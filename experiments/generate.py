@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: one a line, or JSON lines with `prompt`.
+    """Read the prompts of a file: one a line, or JSON lines with `prompt`.
 
     Raises:
         ValueError: naming file and line, when it isn't of that form.
@@ -46,7 +46,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def read_image(path: str) -> Image.Image:
-    """An RGB image, upright as its EXIF says.
+    """Open an image as RGB, turned upright as its EXIF data says.
 
     Raises:
         ValueError: when the file is absent or not an image.

@@ -16,31 +16,35 @@ from tbac.app import CONF, get_run_folder, report_user_errors
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Format the report as text: parameters first, then a table each for FLOPs, memory, time and largest batches."""
     counted = report["parameters"] | {name: report[name] for name in ("total", "trained", "frozen")}
     lines = [f"{name:16s} {value:>15,d}  {value / 1e6:>9.1f} M" for name, value in counted.items()]
     text = ["\n".join([*lines, f"taps             {report['taps']}"])]
     stages = report["stages"]
     names = [stage["stage"] for stage in stages]
 
-    def table(title: str, rows: list[tuple[str, list[Any]]]) -> str:
+    def format_stages(title: str, rows: list[tuple[str, list[Any]]]) -> str:
+        """A table with a column for each stage."""
         return format_table([title, *names], [[name, *values] for name, values in rows])
 
-    def flops_of_part(part: str) -> list[str]:
+    def list_teraflops(part: str) -> list[str]:
         return [f"{stage['flops_per_sample'].get(part, 0.0) / 1e12:.2f}" for stage in stages]
 
-    def memory_of_kind(kind: str) -> list[str]:
+    def list_gib(kind: str) -> list[str]:
         return [f"{stage['memory_gib'][kind]:.2f}" for stage in stages]
 
+    # A stage without input images has no FLOPs for them, so the parts of all stages are listed.
     parts = dict.fromkeys(part for s in stages for part in s["flops_per_sample"])
-    tera = [(part, flops_of_part(part)) for part in parts]
-    text.append(table("TFLOP per sample", [*tera, ("in all", [f"{s['flops'] / 1e12:.2f}" for s in stages])]))
-    kinds = stages[0]["memory_gib"]
-    gib = [(kind, memory_of_kind(kind)) for kind in kinds]
-    batches = ("batch per GPU", [s["setting"]["batch"] for s in stages])
-    text.append(table("GiB per GPU", [batches, *gib, ("in all", [f"{s['memory_total_gib']:.2f}" for s in stages])]))
+    flops = [(part, list_teraflops(part)) for part in parts]
+    flops.append(("in all", [f"{s['flops'] / 1e12:.2f}" for s in stages]))
+    text.append(format_stages("TFLOP per sample", flops))
+    # Memory is that of the batch which the stage sets.
+    memory: list[tuple[str, list[Any]]] = [("batch per GPU", [s["setting"]["batch"] for s in stages])]
+    memory += [(kind, list_gib(kind)) for kind in stages[0]["memory_gib"]]
+    memory.append(("in all", [f"{s['memory_total_gib']:.2f}" for s in stages]))
+    text.append(format_stages("GiB per GPU", memory))
     text.append(
-        table(
+        format_stages(
             "recipe",
             [
                 ("GPUs", [s["setting"]["devices"] for s in stages]),
@@ -52,9 +56,10 @@ def format_report(report: dict[str, Any]) -> str:
             ],
         )
     )
+    # What fits depends on the setting and on the GPU.
     for stage in stages:
         sizes = list(next(iter(stage["largest_batch"].values())))
-        rows = [[label, *found.values()] for label, found in stage["largest_batch"].items()]
+        rows = [[label, *batches.values()] for label, batches in stage["largest_batch"].items()]
         text.append(format_table([f"largest batch, {stage['stage']}", *(f"{gb} GB" for gb in sizes)], rows))
     return "\n\n".join(text)
 

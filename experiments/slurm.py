@@ -18,21 +18,21 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from submitit.core.utils import FailedJobError
 
 TRAIN = Path(__file__).with_name("train.py")
-OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # what the file says to Hydra alone
+OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # keys of the file that only Hydra's launcher understands
 
 
 def build_job_parameters(launcher: Mapping[str, Any], log_file: Path) -> dict[str, Any]:
-    """What submitit's executor is told about a job.
+    """Build the parameters of a job for submitit's executor.
 
     Args:
         launcher: `conf/hydra/launcher/slurm.yaml`, resolved.
-        log_file: where all processes write, also those of later turns; `%j` in it is the job's number.
+        log_file: where all processes write, also after the job was requeued; `%j` in it is the job's number.
     """
     options = {name: value for name, value in launcher.items() if name not in OF_THE_LAUNCHER}
     options["stderr_to_stdout"] = True
     options["srun_args"] = ["--output", str(log_file), "--open-mode=append", *options["srun_args"]]
     options["additional_parameters"] = {**options["additional_parameters"], "output": str(log_file)}
-    # submitit knows some options of every kind of cluster; the names of the others say whose they are
+    # Submitit shares some options between all kinds of clusters; those of SLURM alone get a prefix.
     shared = {field.name for field in fields(BaseQueueConf)}
     return {name if name in shared else f"slurm_{name}": value for name, value in options.items()}
 

@@ -1,4 +1,4 @@
-"""The configs of the stages of one run."""
+"""Composes the configs of the stages of one run, and says whether the run is finished."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")
 
 
 def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:
-    """The config of each stage of this run, composed as for a job of its own.
+    """Compose the config of each stage of this run, just as for a job that trains that stage alone.
 
     Raises:
         ValueError: when stages disagree in what belongs to the whole run.
@@ -34,7 +34,7 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
 
 
 def is_finished(stages: Sequence[DictConfig], folder: Path) -> bool:
-    """Whether a run has nothing left to do in its folder."""
+    """Whether the run in this folder has taken all steps of its last stage and has kept the last checkpoint."""
     file = folder / "report.json"
     if not (stages[0].resume == "auto" and file.is_file()):
         return False

@@ -1,4 +1,4 @@
-"""A run of one or several stages: from their configs to what `report.json` holds."""
+"""Run the training of one or several stages: from their configs to `report.json`."""
 
 import json
 import logging
@@ -46,11 +46,11 @@ class Start:
 
     Attributes:
         stage: index of the first stage that is run.
-        saved: the model whose weights it starts with; None starts with new ones.
-        resumed: the checkpoint that the first stage goes on from, exactly; None begins the stage.
-        optimizer_state: by parameter name, for a first stage that keeps the optimizer's state.
-        history: reports of the stages before.
-        first_step: optimizer steps of the run before, when it begins with another stage than its first.
+        saved: the model whose weights it starts with; None for new weights.
+        resumed: the checkpoint that training resumes in the middle of that stage; None begins the stage anew.
+        optimizer_state: parameter name -> state, for a first stage that keeps the optimizer's state.
+        history: reports of the stages that are already over.
+        first_step: optimizer steps that those stages took.
     """
 
     stage: int = 0
@@ -62,10 +62,21 @@ class Start:
 
 
 def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
-    """Run the stages that the configs describe, one after the other; returns what `report.json` holds."""
+    """Run the stages that the configs describe, one after the other.
+
+    Args:
+        configs: of each stage; what isn't in `PER_STAGE` is the same in all.
+        folder: the run folder.
+
+    Returns:
+        what `report.json` holds.
+
+    Raises:
+        ValueError: for an option that can't be used, before a weight is loaded.
+    """
     cfg = configs[0]
     seed_everything(cfg.seed)
-    # Everything that can be wrong without a model is looked at before one is read.
+    # Everything that can be checked without the model is checked before it is loaded, which may take minutes.
     stages = [build_stage(c) for c in configs]
     model_config: ModelConfig = instantiate(cfg.model)
     start = find_start(cfg, stages, model_config, folder)
@@ -84,12 +95,13 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     module = LadderTuningModule(model, stages[start.stage], cfg.seed, facts)
     module.first_step = start.first_step
 
-    # One logger for all stages; one process alone opens its store.
+    # All stages share one logger, and only the first process opens it, so that nothing is logged twice.
     logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
         log_run([logger.logger], collect_config(stages), collect_run_facts() | digests)
 
+    # Each stage has a trainer of its own, which the transition asks for when the stage begins.
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
         trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
         if cfg.logger and not logger:
@@ -105,7 +117,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
 
 
 def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Name the last checkpoint of each stage, and write `report.json`."""
+    """Add the last checkpoint of each stage to its report, and write `report.json`; returns what the file holds."""
     for done in reports:
         done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
     report = reports[0] if len(reports) == 1 else {"stages": reports}
@@ -115,7 +127,7 @@ def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 
 def build_stage(cfg: DictConfig) -> Stage:
-    """The stage that a config describes."""
+    """Build the stage that a config describes."""
     names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
     return Stage(
         optimizer=instantiate(cfg.optim),
@@ -130,7 +142,7 @@ def build_stage(cfg: DictConfig) -> Stage:
 
 
 def collect_config(stages: Sequence[Stage]) -> dict[str, Any]:
-    """The config of the first stage, and of several ones what each has of its own."""
+    """Collect what is logged as the run's config: that of the first stage, and where later stages differ from it."""
     config = dict(stages[0].config)
     if len(stages) > 1:
         config["stages"] = {stage.name: {key: stage.config[key] for key in PER_STAGE} for stage in stages}
@@ -138,14 +150,14 @@ def collect_config(stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def try_schedules(configs: Sequence[DictConfig], stages: Sequence[Stage], data: StagedDataModule) -> None:
-    """Make each stage's schedule for an optimizer of nothing, so that one that doesn't fit is named now."""
+    """Make the schedule of each stage for a dummy optimizer, so that a wrong one is an error now, not hours later."""
     for cfg, stage, source in zip(configs, stages, data.stages, strict=True):
         total_steps = stage.count_steps(source.batch_size * stage.accumulate)
         stage.scheduler(torch.optim.SGD([torch.zeros(1)], lr=cfg.stage.lr), total_steps=total_steps)
 
 
 def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConfig, folder: Path) -> Start:
-    """Where a run begins: in the middle of a stage, with the next one, or with the first.
+    """Find where a run begins: in the middle of a stage, with the stage after it, or with the first.
 
     Raises:
         ValueError: for a checkpoint that can't be read, is of another stage, or lacks what a stage begins with.
@@ -161,7 +173,7 @@ def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConf
     steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
     if not stages[index].is_over(steps, position, progress["stale"]) or index + 1 == len(stages):
         return Start(index, saved, resumed=checkpoint, history=progress["history"])
-    # This checkpoint is its stage's last: the next stage begins with its weights.
+    # The checkpoint is the last of its stage, so the next stage begins, with its weights.
     losses = {"val_loss_first": progress["first"], "val_loss_last": progress["last"]}
     history = [*progress["history"], {"name": stages[index].name, "steps": steps, **losses}]
     state = read_optimizer_state(checkpoint)
@@ -169,7 +181,16 @@ def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConf
 
 
 def find_first_start(init: str | None, stage: Stage, connector: Any) -> Start:
-    """A start of the first stage with the weights of a checkpoint, run folder or exported folder, or with new ones."""
+    """Find the weights that the first stage starts with.
+
+    Args:
+        init: a checkpoint, run folder or exported folder; None for new weights.
+        stage: the first stage.
+        connector: a connector from outside the package, or None.
+
+    Raises:
+        ValueError: when the stage keeps the optimizer's state and `init` has none.
+    """
     if init is None:
         return Start()
     folder = Path(init).expanduser()
@@ -183,24 +204,24 @@ def find_first_start(init: str | None, stage: Stage, connector: Any) -> Start:
 
 
 def find_init(cfg: DictConfig) -> str | None:
-    """Checkpoint that this stage starts from, or None for the first stage.
+    """Find the checkpoint that this stage starts from; None for the first stage.
 
     Raises:
         ValueError: when a previous stage is needed and has left no checkpoint.
     """
     if cfg.init or not cfg.stage.previous:
         return cfg.init
-    found = find_newest_checkpoint(RUNS, cfg.stage.previous)
-    if found is None:
+    newest = find_newest_checkpoint(RUNS, cfg.stage.previous)
+    if newest is None:
         raise ValueError(
             f"stage {cfg.stage.name} starts from a checkpoint of {cfg.stage.previous}, and there is none under "
             f"{RUNS}/; run that stage first (make stage1, make stage2), or give init=PATH"
         )
-    return str(found)
+    return str(newest)
 
 
 def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """Checkpoint that this run goes on from, or None for a fresh start.
+    """Find the checkpoint that this run resumes, and read it; None for a fresh start.
 
     Raises:
         ValueError: when one was named and can't be read.

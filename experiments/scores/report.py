@@ -41,15 +41,15 @@ Part = str | Table | Picture
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is about.
+    """What a report says.
 
     Attributes:
-        name: of the benchmark; published numbers are looked up by it.
-        title: of the report.
-        summary: scores, and how they were reached.
-        rows: every picture.
-        checkpoint: whose scores they are.
-        judge: who judged.
+        name: name of the benchmark, by which published numbers are looked up.
+        title: title of the report.
+        summary: the scores and how they were computed.
+        rows: one for every picture.
+        checkpoint: the checkpoint that was scored.
+        judge: name of the judge.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Findings:
 
 
 def render_markdown(title: str, parts: Sequence[Part]) -> str:
-    """The report for a text file."""
+    """Render the report as Markdown, which shows the pictures beside it."""
     lines = [f"# {title}"]
     for part in parts:
         if isinstance(part, Table):
@@ -74,7 +74,7 @@ def render_markdown(title: str, parts: Sequence[Part]) -> str:
 
 
 def render_html(title: str, parts: Sequence[Part], folder: Path) -> str:
-    """The report as one file that holds its pictures."""
+    """Render the report as one HTML file that contains its pictures."""
     style = (
         "body{font-family:sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .6em;text-align:right}"
         "img{max-width:100%}"
@@ -97,7 +97,7 @@ def render_html(title: str, parts: Sequence[Part], folder: Path) -> str:
 
 
 def build_score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Table:
-    """Ours above what is published."""
+    """Build a table with our scores in its first row, and the published ones of other models below."""
     digits = 3 if max(scores.values()) <= 5 else 2
 
     def cells(values: Mapping[str, float], digits: int) -> list[str]:
@@ -109,7 +109,7 @@ def build_score_table(name: str, scores: Mapping[str, float], checkpoint: str) -
 
 
 def draw_sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
-    """Pictures with their prompts, and what is wrong with them."""
+    """Draw a sheet of pictures, each with its prompt and the reason for its score."""
     images = [open_picture(root / row.picture) for row in rows]
     captions = [shorten(row.prompt, PROMPT, placeholder=" …") for row in rows]
     for i, row in enumerate(rows):
@@ -119,7 +119,7 @@ def draw_sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
 
 
 def sort_by_prompt(rows: Sequence[Row]) -> list[Row]:
-    """Pictures that were scored, those of the best prompts first; the samples of a prompt stay together."""
+    """Sort the scored pictures by the mean score of their prompt, best first; samples of a prompt stay together."""
     scored = [row for row in rows if row.state == "scored" and row.score is not None]
     prompts: dict[str, list[float]] = {}
     for row in scored:
@@ -172,7 +172,7 @@ def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
 
 
 def choose_sheets(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
-    """Heading, file name and pictures of each sheet; those without scores, where there are none, have one."""
+    """Choose heading, file name and pictures of each sheet: best and worst prompts, or one sheet without scores."""
     ordered = sort_by_prompt(rows)
     most = min(SHOWN, -(-len(ordered) // 2))
     sheets = [("Of the best prompts", "best", ordered[:most]), ("Of the worst prompts", "worst", ordered[::-1][:most])]

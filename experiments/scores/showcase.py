@@ -1,4 +1,4 @@
-"""What a demo shows in a world that is there: three stages of training, scores after each, pictures and answers."""
+"""Runs the demo in a world that is built already: trains three stages, scores after each, draws and answers."""
 
 import logging
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ class Benchmarks:
 
 
 def run_showcase(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
-    """Train, score, draw and answer in the world that is there; returns the report."""
+    """Train, score, draw and answer; returns the report."""
     out = Path(cfg.out)
     benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
     untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], get_run_folder()).model))
     pipeline = UniImagePipeline(untrained)
-    # What holds before training: how well the detector reads, and what the MLLM answers.
+    # Before training: how well the detector reads pictures, and what the MLLM answers.
     reading = measure_reading(benchmarks.detector, benchmarks.answers, pipeline)
     before = benchmarks.answers.score(pipeline.model)
     geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}
@@ -92,7 +92,7 @@ def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
 
 
 def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str, run: ParentRun) -> dict[str, float]:
-    """GenEval's rules on the model as it is now."""
+    """Score the model as it is now by GenEval's rules, and log the scores under `name`."""
     folder = get_run_folder() / name
     scores = score_with_sheet(pipeline, benchmarks.geneval, benchmarks.detector, folder)
     run.log_file(folder / "geneval.png")
@@ -102,25 +102,25 @@ def score_geneval(pipeline: UniImagePipeline, benchmarks: Benchmarks, name: str,
 
 
 def score_suites(cfg: DictConfig, model: Path) -> dict[str, float]:
-    """Scores of the further suites, in percent, each with a report of its own in `<out>/<suite>/`."""
+    """Score the model by each of `cfg.suites`, which writes a report to `<out>/<suite>/`; returns percentages."""
     scores: dict[str, float] = {}
     for name in cfg.suites:
-        found = score_checkpoint(name, model, Path(cfg.out) / name, cfg.tracking_uri)
-        scores |= {f"{found.title}: {key}": found.scores[key] for key in cfg.suites[name] if key in found.scores}
+        suite = score_checkpoint(name, model, Path(cfg.out) / name, cfg.tracking_uri)
+        scores |= {f"{suite.title}: {key}": suite.scores[key] for key in cfg.suites[name] if key in suite.scores}
     return scores
 
 
 def compose_training(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
-    """The config of `experiments/train.py` for one stage on the shapes world."""
+    """Compose the config of `experiments/train.py` for one stage on the shapes world."""
     chosen = [f"stage={stage}", "world=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
     return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
 
 
 def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline) -> dict[str, float]:
-    """Share of held-out scenes of which the detector reads every object and the background right.
+    """Measure in what share of held-out scenes the detector reads every object and the background right.
 
     Returns:
-        `ground_truth`: of the pictures themselves; `reconstructed`: of what the autoencoder makes of them.
+        `ground_truth`: for the pictures themselves; `reconstructed`: for what the autoencoder makes of them.
     """
     pictures = [open_picture(answers.folder / row["image"]) for row in answers.questions]
     truths = [name_objects(parse_scan(row["scene"])) for row in answers.questions]
@@ -134,7 +134,7 @@ def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline)
 
 
 def name_objects(scan: Any) -> tuple:
-    """What a scan says, with places rounded to 4 pixels."""
+    """List background and objects of a scan in a form that can be compared; places are rounded to 4 pixels."""
     objects = sorted((d.name, d.color, round(d.center[0] / 4), round(d.center[1] / 4)) for d in scan.detections)
     return scan.background, objects
 
@@ -142,7 +142,7 @@ def name_objects(scan: Any) -> tuple:
 def draw_contact_sheet(
     pipeline: UniImagePipeline, benchmarks: Benchmarks, answers: Sequence[str], seed: int, path: Path
 ) -> None:
-    """Pictures of every tag with their prompts, edits beside their sources, and answered questions."""
+    """Draw pictures of every tag with their prompts, edits beside their sources, and answered questions."""
     geneval, edits = benchmarks.geneval, benchmarks.edits
     # Some prompts of each tag.
     by_tag: dict[str, list[str]] = {}

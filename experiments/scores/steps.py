@@ -1,4 +1,4 @@
-"""The steps of a benchmark on a checkpoint: draw the tree of pictures, judge it, report."""
+"""Scores a checkpoint by a benchmark in steps: generate the tree of pictures, judge them, report."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ class CheckpointScores:
 
 
 def run_benchmark(cfg: DictConfig) -> CheckpointScores:
-    """Do what a config of `evaluate.py` asks for; without the step `report` there are no scores to return.
+    """Run the steps that a config of `evaluate.py` asks for; the scores are empty unless `report` is one of them.
 
     Raises:
         ValueError: for options or files of the benchmark that can't be used, before a model is loaded.
@@ -54,14 +54,14 @@ def run_benchmark(cfg: DictConfig) -> CheckpointScores:
 
 
 def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) -> CheckpointScores:
-    """All steps of a benchmark with the options of its YAML, on the CPU."""
+    """Run all steps of a benchmark on the CPU, with the options of its YAML."""
     chosen = [f"benchmark={name}", f"checkpoint='{checkpoint}'", f"out='{out.absolute()}'", "overwrite=true"]
     fixed = [f"tracking_uri='{tracking_uri}'", "device=cpu", "rank=0", "world_size=1"]
     return run_benchmark(compose("evaluate", [*chosen, *fixed]))
 
 
 def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str, float]:
-    """Ask the questions; there are no steps."""
+    """Ask the benchmark's questions, and write the share of right answers to `report.json`."""
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
     (out / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
@@ -71,7 +71,7 @@ def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str
 
 
 def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mapping[str, float]:
-    """The steps that are asked for, in their order; returns the scores if one of them is `report`."""
+    """Run the steps that are asked for, in their order; returns the scores if one of them is `report`."""
     name = benchmark.name
     root, results = out / name, out / f"{name}.results.jsonl"
     # The judge is made first, so that a wrong one is named before anything is drawn.
@@ -89,7 +89,7 @@ def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mappin
 
 
 def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
-    """The judge of this benchmark; what is slow keeps what it found in `<benchmark>.judged.jsonl`."""
+    """Make the benchmark's judge; a slow one keeps its replies in `<benchmark>.judged.jsonl`, so that none is lost."""
     judge = instantiate(cfg.judge)
     if benchmark.needs == "questions":
         judge = answer_by_detection(judge)
@@ -101,12 +101,12 @@ def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
 
 
 def name_judge(cfg: DictConfig, judge: Any) -> str:
-    """Who judged."""
+    """Name the judge for the report."""
     return getattr(judge, "identity", cfg.judge._target_) if judge is not None else "nobody"
 
 
 def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
-    """Make this process's share of the tree."""
+    """Draw this process's share of the pictures into the tree at `root`."""
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     options = benchmark.build_sampling_options()
     targets = benchmark.list_targets()
@@ -130,7 +130,7 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
 
 
 def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
-    """All that the tree's pictures depend on besides their prompts; others aren't mixed with them."""
+    """Describe all that the pictures depend on besides their prompts, so that a tree doesn't mix different ones."""
     drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
     settings = benchmark.build_sampling_options() | {
         "seed": benchmark.seed,
@@ -166,7 +166,7 @@ def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, resul
 
 
 def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Path]) -> None:
-    """Add the scores and the report to the run that made the checkpoint, or to a run of their own."""
+    """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
     name = cfg.benchmark.name
     folder = Path(cfg.checkpoint).expanduser().absolute()
     noted = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]

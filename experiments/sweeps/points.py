@@ -1,4 +1,4 @@
-"""The points of a sweep: where they are, what was varied, what they reached."""
+"""Reads the points of a sweep: their folders, what was varied, what they reported."""
 
 import json
 from dataclasses import dataclass, field
@@ -35,36 +35,36 @@ class Point:
 
     @property
     def group(self) -> str:
-        """What it shares with the points that differ in the seed alone."""
+        """Its choices without the seed, as text; points that differ only in the seed have the same."""
         return " ".join(f"{k.split('.')[-1]}={v}" for k, v in self.choices.items() if k != SEED)
 
     @property
     def run_id(self) -> str | None:
-        """Its MLflow run."""
+        """The id of its MLflow run, if it was logged."""
         file = self.folder / "mlflow_run_id"
         return file.read_text().strip() if file.is_file() else None
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """What is reported of each of its stages."""
+        """The report of each of its stages."""
         return self.report.get("stages", [self.report])
 
     @property
     def checkpoint(self) -> Path:
-        """Of the end of its training."""
+        """The checkpoint from the end of its training."""
         return self.folder / "checkpoints" / Path(self.stages[-1]["checkpoint"]).name
 
 
 def read_choices(name: str) -> dict[str, list[str]]:
-    """What a committed sweep varies: key -> values.
+    """Read what a committed sweep varies: key -> values.
 
     Raises:
         ValueError: for a name that isn't a sweep's, or one that varies nothing.
     """
     file = Path(CONF) / "sweep" / f"{name}.yaml"
     if not file.is_file():
-        found = ", ".join(sorted(f.stem for f in file.parent.glob("*.yaml")))
-        raise ValueError(f"name={name} isn't a sweep; conf/sweep/ has {found}")
+        sweeps = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        raise ValueError(f"name={name} isn't a sweep; conf/sweep/ has {sweeps}")
     config = OmegaConf.load(file)
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     if not params:
@@ -73,7 +73,12 @@ def read_choices(name: str) -> dict[str, list[str]]:
 
 
 def read_points(folder: Path, keys: list[str]) -> list[Point]:
-    """The finished points under a sweep's folder."""
+    """Read the finished points below a sweep's folder.
+
+    Args:
+        folder: of the sweep.
+        keys: what the sweep varies; a folder that doesn't set all of them belongs to something else.
+    """
     points = []
     for file in sorted(folder.glob("*/report.json")):
         overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text())

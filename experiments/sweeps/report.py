@@ -1,4 +1,4 @@
-"""What a sweep found, as Markdown with plots beside it."""
+"""Writes the report of a sweep: Markdown, with plots beside it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ LADDER, BASELINE = "last_n", "final"
 
 
 def group_points(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points that differ in the seed alone, together; the best group first."""
+    """Group the points that differ only in their seed; the best group comes first."""
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda p: p.seed):
         groups.setdefault(point.group, []).append(point)
@@ -27,14 +27,14 @@ def _average_overall(points: Sequence[Point]) -> float:
 
 
 def describe_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
+    """Format mean and standard deviation over seeds."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 def tabulate(groups: Mapping[str, Sequence[Point]]) -> str:
-    """GenEval's scores and the validation loss, a row per group."""
+    """Tabulate GenEval's scores and the validation loss, a row per group."""
     tags = [tag for tag in next(iter(groups.values()))[0].scores["geneval"] if tag != "overall"]
     rows = []
     for name, points in groups.items():
@@ -49,7 +49,7 @@ def tabulate(groups: Mapping[str, Sequence[Point]]) -> str:
 
 
 def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
-    """What further suites say, a row per group; nothing where there are none."""
+    """Tabulate the scores of further suites, a row per group; an empty text if no suite was asked for."""
     names = list(next(iter(groups.values()))[0].scores.get("suites", {}))
     if not names:
         return ""
@@ -65,13 +65,16 @@ def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
 
 
 def compare_ladder(points: Sequence[Point]) -> str:
-    """Whether the ladder beats the final state, seed by seed, at equal other choices."""
+    """Compare the ladder with the final state, seed by seed, where all other choices are equal."""
     # A pair is two points that differ in their taps alone.
     by_choice: dict[tuple, dict[str, Point]] = {}
     for point in points:
         others = tuple(sorted((key, value) for key, value in point.choices.items() if key != "taps"))
         by_choice.setdefault(others, {})[point.choices.get("taps", "")] = point
-    pairs = [(found[LADDER], found[BASELINE]) for found in by_choice.values() if {LADDER, BASELINE} <= found.keys()]
+    pairs = []
+    for by_taps in by_choice.values():
+        if LADDER in by_taps and BASELINE in by_taps:
+            pairs.append((by_taps[LADDER], by_taps[BASELINE]))
     if not pairs:
         return ""
     scores = [ladder.scores["geneval"]["overall"] - final.scores["geneval"]["overall"] for ladder, final in pairs]
@@ -127,7 +130,7 @@ def draw_plots(
     histories: Mapping[Path, Mapping[str, Any]],
     out: Path,
 ) -> list[tuple[str, str]]:
-    """Draw what there is to draw into `out`; returns title and file name of each plot."""
+    """Draw every plot that there is data for into `out`; returns title and file name of each."""
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for group, members in groups.items():
         runs[group] = [histories[point.folder] for point in members]
@@ -157,19 +160,19 @@ def draw_plots(
 
 
 def measure_tap_norms(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Tap -> its mean gradient norm in each run."""
-    found: dict[str, list[float]] = {}
+    """Collect the mean gradient norm of each tap in each run."""
+    norms: dict[str, list[float]] = {}
     for run in runs:
         for metric in sorted(run):
             name = metric.removeprefix("guard/norm/")
             if name.startswith("tap_") or name.endswith("_context"):
                 short = name.removeprefix("tap_").removesuffix("_context").replace("block_", "b")
-                found.setdefault(short, []).append(mean(value for _, value in run[metric]))
-    return found
+                norms.setdefault(short, []).append(mean(value for _, value in run[metric]))
+    return norms
 
 
 def measure_added_losses(points: Sequence[Point]) -> dict[str, list[float]]:
-    """Tap -> what leaving it out adds to the validation loss, in each run."""
+    """Compute what leaving out each tap adds to the validation loss, in each run."""
     prefix = "b" if points[0].scores["mix"] else ""
     added: dict[str, list[float]] = {}
     for name in points[0].scores["without"]:

@@ -71,21 +71,21 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
 
 
 def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
-    """What the further suites say, each by its own name."""
-    found: dict[str, float] = {}
+    """Score the point by further suites; returns `<suite>: <score>` -> value."""
+    suite_scores: dict[str, float] = {}
     for name in cfg.suites:
         if name == "edits":
             scores = score_in_memory(pipeline, instantiate(cfg.edits), detector).summary.scores
         else:
             scores = score_checkpoint(name, point.checkpoint, point.folder / name, cfg.tracking_uri).scores
-        # Of a benchmark that isn't listed above, the score that it names first.
+        # A benchmark that isn't in SUITE_SCORES is represented by the score that it lists first.
         wanted = SUITE_SCORES.get(name) or [next(iter(scores))]
-        found |= {f"{name}: {key}": scores[key] for key in wanted if key in scores}
-    return found
+        suite_scores |= {f"{name}: {key}": scores[key] for key in wanted if key in scores}
+    return suite_scores
 
 
 def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:
-    """Numbers of the first rows of each tag."""
+    """Choose the first `count` rows of each tag; returns their indices."""
     numbers: dict[str, list[int]] = {}
     for number, tag in enumerate(tags):
         numbers.setdefault(tag, []).append(number)
@@ -93,7 +93,7 @@ def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:
 
 
 def open_data(config: Mapping[str, Any]) -> ShardDataModule:
-    """The data that a checkpoint was trained on.
+    """Open the data that a checkpoint was trained on.
 
     What a checkpoint says is data: its options are handed to our own class, whatever class it names.
     """
@@ -110,10 +110,10 @@ def drop_class(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
-    """Validation loss, as training computes it, and without each tap."""
+    """Measure the validation loss as training computes it, and once more without each tap."""
     data = open_data(read_checkpoint(checkpoint)[FACTS]["config"])
     data.bind(model.prompt)
-    # Without a tap means that the blocks which it feeds read zeros; where taps are mixed, each block has its own mix.
+    # Leaving out a tap means that the blocks which it feeds read zeros. Where taps are mixed, a block is left out.
     plan = model.ladder.plan
     blocks: dict[int, list[int]] = {}
     for block in range(plan.num_blocks):
@@ -140,5 +140,5 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
 
 
 def open_grid(point: Point) -> list[Image.Image]:
-    """Its pictures of the fixed prompts."""
+    """Open the point's pictures of the fixed prompts."""
     return [Image.open(file).convert("RGB") for file in sorted((point.folder / "grid").glob("*.png"))]

@@ -112,12 +112,12 @@ class Faults:
         """What becomes of the weights when the step is taken, as the release takes it before it decides."""
         others = [o for o in overrides if not o.startswith("callbacks.guard")]
         run = self.train(f"{name}_release", "~callbacks.guard", *others, fault=fault)
-        read_job_state = run.end()["current_model_state"]
+        read_job_state = run.read_checkpoint()["current_model_state"]
         broken = sum(not bool(v.isfinite().all()) for v in read_job_state.values())
         if broken:
             return f"the step is taken: {broken} of {len(read_job_state)} tensors NaN or infinite"
         calm = self.reference(*others)
-        return f"the step is taken: validation loss {run.loss():.3f} instead of {calm.loss():.3f}"
+        return f"the step is taken: validation loss {run.read_loss():.3f} instead of {calm.read_loss():.3f}"
 
     def rejected(self, name: str, fault: str, title: str, left_out: list[int], *overrides: str) -> Row:
         """A fault whose steps are rejected: equal to a run that leaves them out."""
@@ -128,7 +128,7 @@ class Faults:
         ours = f"{count} step{'s' * (count > 1)} rejected, the rest as if never drawn"
         if "back from step" in run.text:
             ours += f"; {run.text.count('back from step')} times back to the newest checkpoint"
-        samples = _compare_samples(run.drawn(), reference.drawn())
+        samples = _compare_samples(run.list_drawn_keys(), reference.list_drawn_keys())
         released = self.release(name, *overrides, fault=fault)
         return Row(title, released, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
@@ -137,7 +137,7 @@ class Faults:
         again = self.train(name, *overrides)
         reference = self.reference(*overrides)
         equal = again.status == 0 and end_identically(again, reference)
-        samples = _compare_samples(again.kept(), reference.kept())
+        samples = _compare_samples(again.list_kept_keys(), reference.list_kept_keys())
         return Row(title, release, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
     # the rows
@@ -182,8 +182,8 @@ class Faults:
         moments, writing, run = random.Random(self.seed), 0, Run(self.root / "kill_9")
         for kill in range(self.kills):
             process = self.start(run, *overrides)
-            seen = run.batches()
-            while run.batches() == seen and process.poll() is None:
+            seen = run.count_batches()
+            while run.count_batches() == seen and process.poll() is None:
                 time.sleep(0.01)
             if kill % 2:
                 time.sleep(moments.uniform(0, 1.5))
@@ -203,7 +203,7 @@ class Faults:
         """What restoring nothing but weights repeats, measured."""
         run = self.train("weights_only", "trainer.max_steps=12")
         again = self.train("weights_only_again", f"init={run.folder}", "resume=null", "trainer.max_steps=12")
-        repeated = len(set(run.kept()) & set(again.kept()))
+        repeated = len(set(run.list_kept_keys()) & set(again.list_kept_keys()))
         return (
             f"restores weights alone: moments, schedule and position start anew (measured: of 12 + 12 steps' "
             f"{2 * 12 * BATCH} samples {repeated} are drawn twice)"
@@ -282,7 +282,7 @@ class Faults:
             process = self.start(run, *machine, f"stage.batch_size={BATCH // 2}", *slow)
             job = self.finish(run, process).text.partition("submitted job ")[2].partition(";")[0]
             log = run.folder / f"slurm-{job}.log"
-            wait_until(lambda: run.batches() >= 16)
+            wait_until(lambda: run.count_batches() >= 16)
             other = ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 2"]
             subprocess.run(other, check=True, capture_output=True)
             wait_until(lambda: read_job_state(job) == "PENDING")
@@ -291,7 +291,7 @@ class Faults:
             ended = read_job_state(job)
         reference = self.reference(*PAIR, "machine.num_workers=0")
         equal = end_identically(run, reference)
-        samples = _compare_samples(run.kept(), reference.kept())
+        samples = _compare_samples(run.list_kept_keys(), reference.list_kept_keys())
         stopped = re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())
         ours = (
             f"two-node job saved after step {stopped[1]}, back in its queue, {ended.lower()}"

@@ -1,4 +1,4 @@
-"""What a training run has left in its folder, and whether two runs ended the same."""
+"""Reads what a training run has left in its folder, and compares how two runs ended."""
 
 import json
 from dataclasses import dataclass
@@ -17,44 +17,45 @@ class Run:
     text: str = ""
     seconds: float = 0.0
 
-    def end(self) -> dict[str, Any]:
-        """What its newest whole checkpoint holds."""
+    def read_checkpoint(self) -> dict[str, Any]:
+        """Read its newest checkpoint that is whole."""
         from tbac.training.checkpoints import find_newest_readable  # lightning, which --help doesn't need
 
-        found = find_newest_readable(self.folder)
-        assert found is not None, f"{self.folder} has no checkpoint"
-        return found[1]
+        newest = find_newest_readable(self.folder)
+        assert newest is not None, f"{self.folder} has no checkpoint"
+        _, checkpoint = newest
+        return checkpoint
 
-    def loss(self) -> float:
+    def read_loss(self) -> float:
         """The last validation loss."""
         return float(json.loads((self.folder / "report.json").read_text())["val_loss_last"])
 
-    def kept(self) -> list[str]:
-        """Keys in the order in which the weights that were kept saw them."""
-        return [key for line in self._lineage() if not line["rejected"] for key in line["keys"]]
+    def list_kept_keys(self) -> list[str]:
+        """The keys of all samples that shaped the weights, in order; those of rejected steps are left out."""
+        return [key for line in self._read_lineage() if not line["rejected"] for key in line["keys"]]
 
-    def drawn(self) -> list[str]:
-        """The same with those of rejected steps."""
-        return [key for line in self._lineage() for key in line["keys"]]
+    def list_drawn_keys(self) -> list[str]:
+        """The keys of all samples that were drawn, in order, with those of rejected steps."""
+        return [key for line in self._read_lineage() for key in line["keys"]]
 
-    def batches(self) -> int:
-        """Batches that were logged so far, those of all processes and of all starts."""
-        return sum(len(file.read_text().splitlines()) for file in self._logs())
+    def count_batches(self) -> int:
+        """How many batches were logged so far, by all processes, in all attempts."""
+        return sum(len(file.read_text().splitlines()) for file in self._list_logs())
 
-    def _logs(self) -> list[Path]:
+    def _list_logs(self) -> list[Path]:
         return sorted((self.folder / "sample_log").glob("*.jsonl"))
 
-    def _lineage(self) -> list[dict[str, Any]]:
-        """Lines that weren't undone: going on from an earlier position undoes all from there on."""
+    def _read_lineage(self) -> list[dict[str, Any]]:
+        """The logged lines that count: resuming at an earlier position cancels what was logged after it."""
         lines: list[dict[str, Any]] = []
-        for file in self._logs():
-            own: list[dict[str, Any]] = []
+        for file in self._list_logs():
+            of_process: list[dict[str, Any]] = []
             for text in file.read_text().splitlines():
                 line = json.loads(text)
-                while own and own[-1]["positions"][0] >= line["positions"][0]:
-                    own.pop()
-                own.append(line)
-            lines += own
+                while of_process and of_process[-1]["positions"][0] >= line["positions"][0]:
+                    of_process.pop()
+                of_process.append(line)
+            lines += of_process
         return sorted(lines, key=lambda line: line["positions"][0])
 
 
@@ -75,5 +76,5 @@ def are_identical(one: Any, other: Any) -> bool:
 
 def end_identically(one: Run, other: Run) -> bool:
     """Whether weights, average, moments, schedule and data position at the end agree in every bit."""
-    first, second = one.end(), other.end()
+    first, second = one.read_checkpoint(), other.read_checkpoint()
     return all(are_identical(first[part], second[part]) for part in PARTS)

@@ -22,7 +22,7 @@ TRAIN = Path(__file__).parent / "train.py"
 
 
 def build_world_if_missing(cfg: DictConfig) -> None:
-    """Build the shapes world where the sweep trains on it and it isn't there, so that a fresh clone can begin here."""
+    """Build the shapes world if the sweep trains on it and it is missing, so that a sweep runs in a fresh clone."""
     world = compose("shapes")
     mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
     if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
@@ -33,7 +33,7 @@ def build_world_if_missing(cfg: DictConfig) -> None:
 
 
 def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
-    """Train every point that isn't finished."""
+    """Train every point that isn't finished yet, each as a child of the parent run."""
     command = [
         sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
         f"parent_run_id={parent_run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", *cfg.overrides,
@@ -45,7 +45,7 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
-    # What is asked for must exist, before anything is built or trained.
+    # A wrong name is an error before anything is built or trained.
     choices = read_choices(cfg.name)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))

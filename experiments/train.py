@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
-    """Submit these stages instead of training here."""
+    """Submit a SLURM job that trains these stages."""
     from experiments.slurm import submit
     from experiments.training_run import find_init
     from tbac.models.saved import read_checkpoint
 
     folder = get_run_folder().absolute()
-    init = find_init(configs[0])  # settled now, so that all processes start from the same
+    # The checkpoint to start from is chosen now, so that all processes of the job take the same.
+    init = find_init(configs[0])
     if init and Path(init).is_file():
         read_checkpoint(init)
     arguments = [o for o in overrides if o.split("=")[0] != "init"]
@@ -42,9 +43,10 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
 
 @contextmanager
 def act_as_only_run() -> Iterator[None]:
-    """Let Lightning start the other processes of this point of a sweep as if it were the only one, and clean up.
+    """Give this process the arguments of this run alone, and restore them afterwards.
 
-    It starts them with this process's own arguments, which would begin the whole sweep again in each of them.
+    Lightning starts the other processes of a run with the arguments of this one. In a multirun these would begin the
+    whole sweep again in each of them.
     """
     from torch import distributed
 
@@ -60,7 +62,8 @@ def act_as_only_run() -> Iterator[None]:
         sys.argv = arguments
         if distributed.is_initialized():
             distributed.destroy_process_group()
-        for name in set(os.environ) - set(environment):  # the rank and the address of this point
+        # Lightning has set rank and address, which the next run of the sweep must choose anew.
+        for name in set(os.environ) - set(environment):
             del os.environ[name]
 
 
@@ -76,11 +79,11 @@ def main(cfg: DictConfig) -> None:
     if is_finished(configs, get_run_folder()):
         log.info("finished before; give stage.steps=… for more steps")
         return
-    # What trains takes seconds to import: only once the configs are known to fit together.
+    # Lightning and diffusers take seconds to import, so the configs are checked before.
     from experiments.training_run import train
     from tbac.training.strategies import read_process_rank
 
-    if read_process_rank():  # the others say only what is wrong
+    if read_process_rank():  # all processes but the first log only warnings
         logging.getLogger().setLevel(logging.WARNING)
     with act_as_only_run():
         report = train(configs, get_run_folder())

@@ -1,4 +1,4 @@
-"""What a caption says, read by a grammar that is not the one that wrote it."""
+"""Reads captions by a grammar of its own, so that a test doesn't compare the caption writer with itself."""
 
 import re
 from collections import Counter
@@ -8,15 +8,15 @@ from data_prep.shapes.scene import COLORS, GLYPHS
 
 
 def parse_objects(text: str) -> Counter:
-    """Objects that a caption names: (colour or None, shape) -> count, read with a grammar of its own."""
+    """Count the objects that a caption names: (colour or None, shape) -> count."""
     for opening in sorted(OPENINGS, key=len, reverse=True):
         if opening and text.startswith(opening):
             text = text.removeprefix(opening)
-    found: Counter = Counter()
+    objects: Counter = Counter()
     names = {make_plural(s): s for s in GLYPHS} | {s: s for s in GLYPHS}
     pattern = (
         rf"\b(a|{'|'.join(NUMBERS[2:])}) (?:({'|'.join(COLORS)}) )?({'|'.join(sorted(names, key=len, reverse=True))})\b"
     )
     for count, color, shape in re.findall(pattern, text):
-        found[color or None, names[shape]] += 1 if count == "a" else NUMBERS.index(count)
-    return found
+        objects[color or None, names[shape]] += 1 if count == "a" else NUMBERS.index(count)
+    return objects

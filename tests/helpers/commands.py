@@ -1,4 +1,4 @@
-"""The commands, run in the process of the test."""
+"""Runs the commands in the process of the test."""
 
 import importlib
 import sys
@@ -10,9 +10,15 @@ FEW = ["world=shapes", "debug=few_steps", "stage.steps=2"]  # a training of two 
 
 
 def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run an application in this process; returns exit status and what it printed.
+    """Run a command in this process.
 
-    `name` is that of its module, in `experiments` unless it begins with `data_prep.`.
+    Args:
+        name: its module, in `experiments` unless the name begins with `data_prep.`.
+        capfd: captures what it prints.
+        arguments: its overrides.
+
+    Returns:
+        its exit status, and all that it printed.
     """
     module = importlib.import_module(name if name.startswith("data_prep.") else f"experiments.{name}")
     GlobalHydra.instance().clear()
@@ -30,7 +36,7 @@ def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tu
 
 
 def run_to_message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The text of a failing run, checked to be a message instead of a traceback."""
+    """Run a command that must fail with a message, not a traceback; returns what it printed."""
     status, text = run_app(name, capfd, *arguments)
     assert status != 0, text
     assert "Traceback" not in text
@@ -38,7 +44,7 @@ def run_to_message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str
 
 
 def run_to_success(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The text of a run that succeeds."""
+    """Run a command that must succeed; returns what it printed."""
     status, text = run_app(name, capfd, *arguments)
     assert status == 0, text
     return text

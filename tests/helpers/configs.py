@@ -1,4 +1,4 @@
-"""Configs of the repository."""
+"""Composes the configs of the repository."""
 
 import copy
 from functools import cache
@@ -19,5 +19,5 @@ def _compose_once(name: str, overrides: tuple[str, ...]) -> Any:
 
 
 def compose_config(name: str, *overrides: str) -> Any:
-    """A config of the repository; composed once in a session, and each test has a copy of its own."""
+    """Compose a config of the repository; that is done once in a session, and every caller gets a copy."""
     return copy.deepcopy(_compose_once(name, overrides))

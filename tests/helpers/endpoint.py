@@ -19,7 +19,11 @@ def make_completion(content: Any) -> dict:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers one request after the other as it is told; the last answer stays."""
+    """Answers requests with `answers`, one after the other; the last one is repeated.
+
+    An answer is the body of a reply (a text, or what is written as JSON), a pair of HTTP status and body, or the word
+    "nothing", at which the client waits in vain.
+    """
 
     def __init__(self) -> None:
         self.answers: list[Any] = []
@@ -56,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that the environment names, and clients that wait hardly at all between tries."""
+    """Run a server, point the environment's variables to it, and let clients try again almost at once."""
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")

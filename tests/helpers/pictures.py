@@ -1,4 +1,4 @@
-"""Pictures, and prompts of every kind."""
+"""Makes pictures, and prompts of every kind."""
 
 import io
 import struct
@@ -12,14 +12,14 @@ from tbac.data.decoding import ORIENTATION
 
 
 def make_noise_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """A picture of coloured noise."""
+    """Make a picture of coloured noise, of size (width, height)."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 def make_prompt_cases() -> dict[str, tuple[list[str], list[list[Image.Image] | None] | None]]:
-    """Prompts of every kind: unequal texts, one image each, several images, and mixtures."""
+    """Make prompts of every kind: texts of unequal length, one image each, several images, and mixtures."""
     texts = ["a red circle", "", "three green squares and a letter L at the top left on a black background"]
     one, two = [make_noise_image(1)], [make_noise_image(2), make_noise_image(3, (48, 20))]
     return {
@@ -37,7 +37,7 @@ def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def make_png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size and whose data is a few bytes."""
+    """Make a PNG whose header promises a size and whose data is only a few bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

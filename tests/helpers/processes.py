@@ -1,8 +1,8 @@
-"""Commands in processes of their own that don't import everything anew.
+"""Starts commands in separate processes without the seconds that imports take.
 
-One process has imported what a training needs; each command is a fork of it (multiprocessing's forkserver). So it has
-its own environment, arguments, process group and exit status, and is signalled and killed like any other process, but
-begins at once instead of after seven seconds of imports.
+One process has imported what training needs, and each command is forked from it (multiprocessing's forkserver). A
+command has a separate environment, process group and exit status, and can be signalled and killed like any other
+process.
 """
 
 import importlib
@@ -84,13 +84,14 @@ def _run_in_child(module: str, arguments: list[str], output: Path, variables: di
     if "LOCAL_RANK" in variables:
         from lightning.pytorch.utilities import rank_zero_only
 
-        rank_zero_only.rank = int(variables["LOCAL_RANK"])  # which Lightning reads when it is imported
+        # Lightning reads the rank when it is imported, which was before the fork.
+        rank_zero_only.rank = int(variables["LOCAL_RANK"])
     sys.argv = [f"{module}.py", *arguments]
     importlib.import_module(module).main()
 
 
 def make_rank_variables(count: int) -> list[dict[str, str]]:
-    """What a launcher sets for each of some processes that train together on this machine."""
+    """Make the variables that a launcher sets for each of `count` processes that train together on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

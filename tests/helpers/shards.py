@@ -1,4 +1,4 @@
-"""Shards that are written, read and damaged."""
+"""Writes, reads and damages shards."""
 
 import io
 import tarfile
@@ -14,14 +14,15 @@ from tests.helpers.pictures import make_noise_image
 
 
 def make_reader(*sources: Source, check_manifest: bool = True, **options: Any) -> ShardReader:
-    """A reader whose batches are lists of samples."""
-    found = [SourceShards(source, check_manifest) for source in sources]
+    """Make a reader whose batches are lists of samples."""
+    shards = [SourceShards(source, check_manifest) for source in sources]
     usual = {"seed": 0, "collate": lambda samples, size: samples, "size": (8, 8)}
-    return ShardReader([f.tars for f in found], [f.samples for f in found], **(usual | options))
+    tars, samples = [part.tars for part in shards], [part.samples for part in shards]
+    return ShardReader(tars, samples, **(usual | options))
 
 
 def read_samples(reader: ShardReader, passes: int = 1) -> list[Sample]:
-    """All samples in the order of the shards, some passes of them."""
+    """Read all samples in the order of the shards, `passes` times."""
     places = [
         (k, p, i, n)
         for p in range(passes)
@@ -33,7 +34,7 @@ def read_samples(reader: ShardReader, passes: int = 1) -> list[Sample]:
 
 
 def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
-    """Rewrite a tar with the contents of some members replaced, or left out (None)."""
+    """Rewrite a tar: the contents of the given members are replaced, those whose content is None are left out."""
     with tarfile.open(tar) as old:
         members = [(m.name, old.extractfile(m).read()) for m in old]  # type: ignore[union-attr]
     with tarfile.open(tar, "w") as new:
@@ -46,7 +47,7 @@ def break_members(tar: Path, broken: dict[str, bytes | None]) -> None:
 
 
 def write_mixed_sizes(folder: str, count: int = 24) -> None:
-    """Text-to-image shards `train` of pictures of five sizes."""
+    """Write text-to-image shards of the split `train` whose pictures have five sizes."""
     sides = [(24, 24), (40, 20), (20, 40), (64, 30), (90, 100)]
     samples = [
         (f"s{i:03d}", {"png": make_noise_image(i, sides[i % 5]), "txt": f"a {'red' if i % 2 else 'blue'} circle"})

@@ -1,4 +1,4 @@
-"""The Python files of the repository as they are parsed: what each imports, by file."""
+"""Parses the Python files of the repository, and lists what each imports."""
 
 import ast
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ CODE = ("tbac", "experiments", "data_prep")
 
 
 def list_files(*folders: str, root: Path = ROOT) -> list[Path]:
-    """The Python files below some folders, in order."""
+    """List the Python files below some folders, in order."""
     return [file for folder in folders for file in sorted((root / folder).rglob("*.py"))]
 
 
@@ -38,23 +38,23 @@ def _walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def list_imports(file: Path) -> list[str]:
-    """Dotted names of what a file imports, also inside functions; `from a import b` gives `a.b`."""
-    found: list[str] = []
+    """List the dotted names that a file imports, also inside functions; `from a import b` gives `a.b`."""
+    names: list[str] = []
     for node in _walk_what_runs(parse(file)):
         if isinstance(node, ast.Import):
-            found.extend(alias.name for alias in node.names)
+            names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative imports hide the direction"
-            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
+            names.extend(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
             argument = node.args[0]
             if isinstance(argument, ast.Constant):
-                found.append(argument.value)
-    return found
+                names.append(argument.value)
+    return names
 
 
 def find_file(name: str, root: Path = ROOT) -> str | None:
-    """The file of this repository that a dotted name of `list_imports` comes from, as a path below the root."""
+    """Find the file of this repository that a dotted name of `list_imports` comes from, as a path below the root."""
     parts = name.split(".")
     for length in (len(parts), len(parts) - 1):
         path = "/".join(parts[:length])
@@ -65,16 +65,16 @@ def find_file(name: str, root: Path = ROOT) -> str | None:
 
 
 def list_arrows(root: Path = ROOT) -> dict[str, set[str]]:
-    """File -> files of this repository that it imports, for the files outside tests."""
+    """List for each file outside tests the files of this repository that it imports."""
     arrows: dict[str, set[str]] = {}
     for file in list_files(*CODE, root=root):
-        found = {find_file(name, root) for name in list_imports(file)}
-        arrows[file.relative_to(root).as_posix()] = {path for path in found if path is not None}
+        imported = {find_file(name, root) for name in list_imports(file)}
+        arrows[file.relative_to(root).as_posix()] = {path for path in imported if path is not None}
     return arrows
 
 
 def find_circle(arrows: dict[str, set[str]]) -> list[str]:
-    """Some files that import each other, in order, the first one again at the end; none if there is no circle."""
+    """Find files that import each other in a circle; the first one stands again at the end. Empty if there is none."""
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""What can be counted of how the code reads (STYLE.md, rules 16 and 18)."""
+"""Counts what can be counted of how the code reads (STYLE.md, rules 16 and 18)."""
 
 import ast
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def list_nested_comprehensions(file: Path) -> list[int]:
-    """Lines of the comprehensions that are inside another."""
-    found = set()
+    """List the lines of comprehensions that are inside another."""
+    places = set()
     for outer in ast.walk(parse(file)):
         if isinstance(outer, COMPREHENSIONS):
             inner = (node for node in ast.walk(outer) if node is not outer and isinstance(node, COMPREHENSIONS))
-            found |= {(node.lineno, node.col_offset) for node in inner}
-    return [line for line, _ in sorted(found)]
+            places |= {(node.lineno, node.col_offset) for node in inner}
+    return [line for line, _ in sorted(places)]
 
 
 def list_functions(file: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Functions and methods with their names, those of a class as `Class.method`."""
+    """List functions and methods with their names; a method is named `Class.method`."""
 
     def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
         for child in ast.iter_child_nodes(node):
@@ -36,7 +36,7 @@ def list_functions(file: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.Asyn
 
 
 def count_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Arguments that a caller gives: not `self`, and `*rest` and `**options` as one each."""
+    """Count the arguments that a caller gives: without `self`, and `*rest` and `**options` as one each."""
     arguments = function.args
     names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     rest = [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
@@ -44,5 +44,5 @@ def count_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def count_lines(file: Path) -> int:
-    """Lines that aren't blank."""
+    """Count the lines that aren't blank."""
     return sum(bool(line.strip()) for line in file.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A module, its data and a trainer, all small; and the commands of trainings in processes of their own."""
+"""Makes a small module, its data and its trainer, and starts trainings in separate processes."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.helpers.configs import compose_config
 from tests.helpers.processes import Command, start_command
 
 TRAIN = [sys.executable, "-m", "experiments.train"]
-STEPS = 6  # of BASE
+STEPS = 6  # steps of a training with the overrides BASE
 BASE = [
     "stage=ti2i_pretrain", "stage.previous=null", "debug=few_steps",
     f"stage.steps={STEPS}", "stage.val_every=4", "stage.ema_decay=0.5", "callbacks=audit",
@@ -65,21 +65,23 @@ def make_data(model: UniImage, *overrides: str) -> Any:
 
 
 def train_and_list_losses(model: UniImage, data: Any, steps: int = 6) -> list[float]:
-    """The loss of each step of a training on bound data."""
-    module, found = make_module(model, steps=steps), []
+    """Train on data that is bound to the model's prompts; returns the loss of each step."""
+    module = make_module(model, steps=steps)
+    losses: list[float] = []
     inner = module.training_step
 
     def step(batch: Any, batch_idx: int) -> Any:
         loss = inner(batch, batch_idx)
-        found.append(loss.item())
+        losses.append(loss.item())
         return loss
 
     module.training_step = step  # type: ignore[method-assign]
     make_trainer(steps).fit(module, datamodule=data)
-    return found
+    return losses
 
 
 def assert_runs_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Assert that two checkpoints agree: weights to float32 tolerance, the optimizer's state in names and shapes."""
     for part in PARTS:
         assert one[part].keys() == other[part].keys()
         for name, value in one[part].items():
@@ -94,7 +96,7 @@ def assert_runs_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def start_training(world: Path, folder: Path, *overrides: str) -> Command:
-    """Start the training `RUN` in a process of its own, with its run folder there."""
+    """Start a training with the overrides `RUN` in a separate process; `folder` is its run folder."""
     variables = {"TBAC_SHAPES": str(world), "CUDA_VISIBLE_DEVICES": ""}
     arguments = [*RUN, f"hydra.run.dir={folder}", *overrides]
     return start_command("experiments.train", arguments, folder / "output.txt", variables)

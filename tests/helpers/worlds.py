@@ -1,4 +1,4 @@
-"""A small shapes world and the small model in it."""
+"""Builds a small shapes world, and loads its small model."""
 
 import copy
 import os
@@ -35,7 +35,7 @@ SIZES = Sizes(
 
 
 def build_small_world(folder: Path) -> None:
-    """A shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
+    """Build a shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
     parts = to_plain(compose_config("train", "run_dir=.").model)["architecture"]
     torch.manual_seed(1)
     mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
@@ -65,7 +65,7 @@ def _load_model(world: Path, overrides: tuple[str, ...]) -> UniImage:
 
 
 def load_small_model(world: Path, *overrides: str) -> UniImage:
-    """The shapes model on untrained backbones, with ladder weights far from zero so that they matter."""
+    """Load the shapes model on untrained backbones; its queries are far from zero, so that they have an effect."""
     os.environ["TBAC_SHAPES"] = str(world)
     model = copy.deepcopy(_load_model(world, overrides))
     torch.manual_seed(3)
@@ -74,7 +74,7 @@ def load_small_model(world: Path, *overrides: str) -> UniImage:
 
 
 def load_all_parts(model: UniImage) -> UniImage:
-    """The model with those parts read too that otherwise wait until they are used."""
+    """Load the parts of a model that are otherwise loaded when they are first used; returns the model."""
     model.mllm.load_full_model()
     for part in ("encoder", "decoder"):
         model.autoencoder.load_part(part)

@@ -18,9 +18,9 @@ class Fault(Callback):
     """A fault on one process, or on all, at some batches.
 
     Args:
-        batches: at which batches.
-        on_rank: the process it happens on; None is all of them.
-        once: a file that is made when it happened: a process that starts again with the file there is spared.
+        batches: the batches at which it happens.
+        on_rank: the process on which it happens; None for all.
+        once: a file that is made when the fault happens, and prevents it when the run is started again.
     """
 
     def __init__(self, batches: Sequence[int], on_rank: int | None = None, once: str | None = None) -> None:
@@ -96,7 +96,7 @@ class Stuck(Fault):
 
 
 class LeftOut(Fault):
-    """The optimizer step of these batches isn't taken: what a rejected step must be equal to."""
+    """The optimizer step of these batches isn't taken. A run with rejected steps must end as one with this."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.due(trainer.fit_loop.epoch_loop.batch_idx):
@@ -138,10 +138,10 @@ class Deleted(Fault):
 
 
 class Slow(Callback):
-    """Every batch takes so much longer.
+    """Every batch takes longer.
 
     Args:
-        seconds: by how much.
+        seconds: how much longer.
     """
 
     def __init__(self, seconds: float) -> None:

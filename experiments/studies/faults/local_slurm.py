@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-# what training needs to run there: one process per node, all at one address
+# What training needs on this cluster: one process per node, and one address for all nodes.
 OVERRIDES = [
     "machine=slurm_2x8", "machine.accelerator=cpu", "machine.devices=1", "machine.strategy=ddp",
     "machine.precision=32-true", "machine.num_workers=0", "machine.slurm.gres=null", "machine.slurm.cpus_per_task=1",
@@ -29,7 +29,7 @@ OVERRIDES = [
 
 
 def list_missing_programs() -> list[str]:
-    """Programs that aren't installed."""
+    """List the programs of SLURM and munge that aren't installed."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
@@ -45,7 +45,7 @@ def _find_free_ports(count: int) -> list[int]:
 
 
 def format_configuration(folder: Path, nodes: int) -> str:
-    """`slurm.conf`: partition `low`, whose jobs are put back into the queue when one of `high` needs their nodes."""
+    """Format `slurm.conf`: jobs of the partition `low` are requeued when a job of `high` needs their nodes."""
     host = socket.gethostname().split(".")[0]
     controller, *daemons = _find_free_ports(nodes + 1)
     names = ",".join(f"n{i + 1}" for i in range(nodes))
@@ -86,11 +86,12 @@ def format_configuration(folder: Path, nodes: int) -> str:
 
 @contextmanager
 def run_cluster(nodes: int = 2) -> Iterator[Path]:
-    """Run a cluster meanwhile; `SLURM_CONF` names its configuration, in the folder that is yielded.
+    """Run a cluster while the `with` block lasts; yields its folder, and sets `SLURM_CONF` to the configuration in it.
 
     Raises:
         RuntimeError: when a daemon doesn't start, with the end of its log.
     """
+    # All that the daemons read and write is in one folder; munge refuses a key that others may read.
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     folder.chmod(0o755)
     for name in ("state", *(f"spool.n{i + 1}" for i in range(nodes))):
@@ -98,10 +99,12 @@ def run_cluster(nodes: int = 2) -> Iterator[Path]:
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o400)
     (folder / "slurm.conf").write_text(format_configuration(folder, nodes))
+    # SLURM's programs look for the cluster where this variable points.
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     munge = [f"--{option}={folder}/munge.{suffix}" for option, suffix in files.items()]
+    # The daemons authenticate through munge, so its socket must exist before they start.
     daemons: list[subprocess.Popen] = []
     try:
         with (folder / "output.txt").open("w") as output:
@@ -128,7 +131,7 @@ def run_cluster(nodes: int = 2) -> Iterator[Path]:
 
 
 def _count_idle_nodes() -> int:
-    """Number of nodes that are ready."""
+    """Count the nodes that are ready for a job."""
     done = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N"], capture_output=True, text=True)
     return len(done.stdout.split())
 
@@ -147,22 +150,24 @@ def _wait_for_daemons(
 
 
 def read_job_state(job: str) -> str:
-    """The state of a job, such as PENDING, RUNNING or COMPLETED."""
+    """Read the state of a job, such as PENDING, RUNNING or COMPLETED."""
     done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    found = [word for word in done.stdout.split() if word.startswith("JobState=")]
-    return found[0].removeprefix("JobState=") if found else "UNKNOWN"
+    for word in done.stdout.split():
+        if word.startswith("JobState="):
+            return word.removeprefix("JobState=")
+    return "UNKNOWN"
 
 
 def start_requeued_job(job: str) -> None:
-    """Let a job that went back into the queue start at once: SLURM would let it wait for two minutes."""
+    """Let a requeued job start at once; otherwise SLURM makes it wait for two minutes."""
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
 
 
 def wait_until(ready: Callable[[], object], seconds: float = 180) -> None:
-    """Wait.
+    """Wait until `ready` returns something true.
 
     Raises:
-        TimeoutError: with the state of the queue.
+        TimeoutError: after so many seconds, with the state of the queue.
     """
     limit = time.monotonic() + seconds
     while not ready():

@@ -95,12 +95,12 @@ class Faults:
         return run
 
     def train(self, name: str, *overrides: str, fault: str | None = None) -> Run:
-        """Train in the folder `name`, going on there if something is there already."""
+        """Train in the folder `name`; a run that is there already is resumed."""
         run = Run(self.root / name)
         return self.finish(run, self.start(run, *overrides, *_make_fault_override(fault)))
 
     def reference(self, *overrides: str, fault: str | None = None) -> Run:
-        """A run without a fault, or with the steps left out that ours must reject."""
+        """Train a run to compare with, once: without a fault, or with the steps left out that must be rejected."""
         key = (*overrides, fault or "")
         if key not in self._references:
             run = self.train(f"reference_{len(self._references)}", *overrides, fault=fault)
@@ -109,18 +109,18 @@ class Faults:
         return self._references[key]
 
     def release(self, name: str, *overrides: str, fault: str) -> str:
-        """What becomes of the weights when the step is taken, as the release takes it before it decides."""
+        """Train without the guard, as the release takes every step, and describe what becomes of the weights."""
         others = [o for o in overrides if not o.startswith("callbacks.guard")]
         run = self.train(f"{name}_release", "~callbacks.guard", *others, fault=fault)
-        read_job_state = run.read_checkpoint()["current_model_state"]
-        broken = sum(not bool(v.isfinite().all()) for v in read_job_state.values())
+        weights = run.read_checkpoint()["current_model_state"]
+        broken = sum(not bool(v.isfinite().all()) for v in weights.values())
         if broken:
-            return f"the step is taken: {broken} of {len(read_job_state)} tensors NaN or infinite"
+            return f"the step is taken: {broken} of {len(weights)} tensors NaN or infinite"
         calm = self.reference(*others)
         return f"the step is taken: validation loss {run.read_loss():.3f} instead of {calm.read_loss():.3f}"
 
     def rejected(self, name: str, fault: str, title: str, left_out: list[int], *overrides: str) -> Row:
-        """A fault whose steps are rejected: equal to a run that leaves them out."""
+        """Cause a fault whose steps must be rejected: the run must end as one that leaves them out."""
         run = self.train(name, *overrides, fault=fault)
         reference = self.reference(*overrides, fault=f"LeftOut,batches:{left_out}".replace(" ", ""))
         equal = run.status == 0 and end_identically(run, reference)
@@ -133,14 +133,14 @@ class Faults:
         return Row(title, released, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
     def goes_on(self, name: str, title: str, release: str, ours: str, run: Run, *overrides: str) -> Row:
-        """A fault that ended the run: it is started again, and must end as the reference."""
+        """Start a run again that a fault has ended: it must end as a run without the fault."""
         again = self.train(name, *overrides)
         reference = self.reference(*overrides)
         equal = again.status == 0 and end_identically(again, reference)
         samples = _compare_samples(again.list_kept_keys(), reference.list_kept_keys())
         return Row(title, release, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
 
-    # the rows
+    # Each method below causes one fault; its name is the row's name in the config.
 
     def nan_loss(self) -> Row:
         return self.rejected("nan_loss", "SpoiltBatch,batches:[10]", "NaN loss", [10])
@@ -181,13 +181,14 @@ class Faults:
         overrides = ["stage.steps=400", "stage.val_every=100", "callbacks.checkpoint.every=4"]
         moments, writing, run = random.Random(self.seed), 0, Run(self.root / "kill_9")
         for kill in range(self.kills):
+            # Every attempt must train at least one batch, so that the run comes to its end.
             process = self.start(run, *overrides)
             seen = run.count_batches()
             while run.count_batches() == seen and process.poll() is None:
                 time.sleep(0.01)
             if kill % 2:
                 time.sleep(moments.uniform(0, 1.5))
-            else:  # in the middle of a checkpoint
+            else:  # every other kill comes while a checkpoint is written
                 while not list((run.folder / "checkpoints").glob("*.tmp*")) and process.poll() is None:
                     pass
             assert process.poll() is None, f"kill {kill} came too late; make the run longer"
@@ -200,7 +201,7 @@ class Faults:
         )
 
     def _weights_only(self) -> str:
-        """What restoring nothing but weights repeats, measured."""
+        """Measure how many samples are drawn twice when only weights are restored, and say so."""
         run = self.train("weights_only", "trainer.max_steps=12")
         again = self.train("weights_only_again", f"init={run.folder}", "resume=null", "trainer.max_steps=12")
         repeated = len(set(run.list_kept_keys()) & set(again.list_kept_keys()))
@@ -232,15 +233,17 @@ class Faults:
         copy = self.root / "shards"
         shutil.copytree(data, copy, dirs_exist_ok=True)
         sources = f"stage.sources=[{{path: '{copy}', split: train}}]"
-        # samples of all shards mixed, so that not all of them are open yet when they go away
-        own = [sources, "machine.num_workers=0", "data.shuffle_buffer=8000"]
-        run = self.train("deleted_shard", *own, fault=f"Deleted,batches:[1],folder:'{copy}'")
-        found = re.search(r"^error: .*", run.text, re.MULTILINE)
+        # The samples of all shards are mixed, so that some shards are still unopened when they are deleted.
+        options = [sources, "machine.num_workers=0", "data.shuffle_buffer=8000"]
+        run = self.train("deleted_shard", *options, fault=f"Deleted,batches:[1],folder:'{copy}'")
+        message = re.search(r"^error: .*", run.text, re.MULTILINE)
         for file in copy.glob("*.deleted"):
             file.rename(file.with_suffix(""))
-        named = bool(found and ".tar" in found[0])
+        named = bool(message and ".tar" in message[0])
         ours = "ends with a message that names the shard; goes on when it is back" if named else "no message"
-        row = self.goes_on("deleted_shard", "a shard deleted mid-epoch", "error of the tar reader †", ours, run, *own)
+        row = self.goes_on(
+            "deleted_shard", "a shard deleted mid-epoch", "error of the tar reader †", ours, run, *options
+        )
         return replace(row, holds=row.holds and named and run.status == 1)
 
     def dead_rank(self) -> Row:
@@ -255,12 +258,14 @@ class Faults:
     def stuck_rank(self) -> Row:
         limit = "machine.timeout_minutes=0.2"
         run = self.train("stuck_rank", *PAIR, limit, fault="Stuck,batches:[10],on_rank:1")
-        found = re.search(r"no progress for (\d+) s; furthest behind: rank 1 at batch 10", run.text)
-        ours = f"named and ended {found[1]} s after it stopped (limit 12 s); goes on" if found else "not named"
+        message = re.search(r"no progress for (\d+) s; furthest behind: rank 1 at batch 10", run.text)
+        ours = "not named"
+        if message:
+            ours = f"named and ended {message[1]} s after it stopped (limit 12 s); goes on"
         row = self.goes_on(
             "stuck_rank", "one rank of two hangs", "waits for the collective's time-out †", ours, run, *PAIR
         )
-        return replace(row, holds=row.holds and bool(found))
+        return replace(row, holds=row.holds and bool(message))
 
     def sigterm(self) -> Row:
         run = self.train("sigterm", fault="Signal,batches:[10],name:SIGTERM")
@@ -272,23 +277,24 @@ class Faults:
     def slurm_requeue(self) -> Row:
         absent = list_missing_programs()
         if absent:
-            raise ValueError(
-                f"the row slurm_requeue needs a SLURM of this machine's own; {', '.join(absent)} are missing"
-            )
+            raise ValueError(f"the row slurm_requeue needs SLURM on this machine; {', '.join(absent)} are missing")
         run = Run(self.root / "slurm_requeue")
         machine = [o for o in OVERRIDES if not o.startswith("machine.accelerator")]
         slow = _make_fault_override("Slow,seconds:0.5")
         with run_cluster():
+            # Let the job train for a while, and then start another that has priority on both nodes.
             process = self.start(run, *machine, f"stage.batch_size={BATCH // 2}", *slow)
             job = self.finish(run, process).text.partition("submitted job ")[2].partition(";")[0]
             log = run.folder / f"slurm-{job}.log"
             wait_until(lambda: run.count_batches() >= 16)
             other = ["sbatch", "--parsable", "-p", "high", "-N", "2", "--output=/dev/null", "--wrap", "sleep 2"]
             subprocess.run(other, check=True, capture_output=True)
+            # The job must save, go back into the queue, and finish when the other one is done.
             wait_until(lambda: read_job_state(job) == "PENDING")
             start_requeued_job(job)
             wait_until(lambda: read_job_state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
             ended = read_job_state(job)
+        # It must end as two processes that nobody stopped.
         reference = self.reference(*PAIR, "machine.num_workers=0")
         equal = end_identically(run, reference)
         samples = _compare_samples(run.list_kept_keys(), reference.list_kept_keys())
@@ -314,10 +320,10 @@ def _make_fault_override(text: str | None) -> list[str]:
     return [f"+callbacks.fault={{_target_:experiments.studies.faults.inject.{text}}}"] if text else []
 
 
-def _compare_samples(own: list[str], reference: list[str]) -> str:
-    if own == reference:
+def _compare_samples(keys: list[str], reference: list[str]) -> str:
+    if keys == reference:
         return NONE
-    return f"{len(set(reference) - set(own))} lost, {len(own) - len(set(own))} repeated"
+    return f"{len(set(reference) - set(keys))} lost, {len(keys) - len(set(keys))} repeated"
 
 
 def _say_yes_or_no(equal: bool) -> str:
@@ -325,7 +331,7 @@ def _say_yes_or_no(equal: bool) -> str:
 
 
 def cause_faults(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
-    """The rows, one after the other."""
+    """Cause the named faults one after the other; yields the row of each."""
     for name in names:
         cause: Callable[[], Row] = getattr(faults, name)
         row = cause()

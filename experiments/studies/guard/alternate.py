@@ -1,15 +1,15 @@
-"""Steps with and without the guard in turns."""
+"""A guard that watches every other step, so that one run times steps with and without it."""
 
 import time
 from typing import Any
 
 from tbac.training.callbacks.guard import Guard
 
-WARM_UP = 40  # steps that aren't counted
+WARM_UP = 40  # the first steps aren't timed
 
 
 class AlternatingGuard(Guard):
-    """A guard that sleeps through every other batch; times both kinds."""
+    """A guard that leaves every other batch alone, and times both kinds."""
 
     times: tuple[list[float], list[float]] = ([], [])  # without and with the guard, seconds
     _awake = False

@@ -26,7 +26,7 @@ STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
 
 
 def measure_overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Median time of a step with and without the guard."""
+    """Measure the median time of a step with and without the guard, in seconds."""
     from experiments.studies.guard.alternate import AlternatingGuard  # lightning, which --help doesn't need
     from experiments.training_run import train
 
@@ -49,7 +49,7 @@ def measure_overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def count_rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
-    """Steps taken and rejected by the three stages."""
+    """Train the three stages, and count the steps that were taken and rejected."""
     from experiments.training_run import train
 
     chosen = [

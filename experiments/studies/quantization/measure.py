@@ -1,4 +1,4 @@
-"""The MLLM with fewer bits: its bytes, its taps, a score, and its answers."""
+"""Measures the MLLM with fewer bits: its size, its taps, GenEval's score, and its answers."""
 
 import logging
 from typing import Any
@@ -24,14 +24,14 @@ OPTIONS: dict[str, tuple[str, str | None]] = {
 
 @torch.no_grad()
 def read_taps(model: UniImage, prompts: list[str]) -> Tensor:
-    """(tap, prompt, query, hidden) in float32."""
+    """Read the taps of some prompts: (tap, prompt, query, hidden) in float32."""
     inputs, plan = model.prompt(prompts), model.ladder.plan
     prefix = model.mllm.read_prefix(inputs, plan.deepest)
     return model.mllm.read_queries(model.ladder.queries, prefix, plan.layers).float()
 
 
 def count_layer_bytes(model: UniImage) -> int:
-    """Bytes of the MLLM's decoder layers, quantisation constants included."""
+    """Count the bytes of the MLLM's decoder layers; bitsandbytes' scales are included."""
     total = 0
     for module in model.mllm.body.language_model.layers.modules():
         total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -43,7 +43,7 @@ def count_layer_bytes(model: UniImage) -> int:
 
 
 def measure_options(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One row per option."""
+    """Measure every option in turn; returns a row for each."""
     geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
     prompts = [row["prompt"] for row in geneval.prompts]
     detector, rows, plain = instantiate(cfg.judge), [], None

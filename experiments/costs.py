@@ -49,6 +49,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
     generator = torch.Generator().manual_seed(seed)
     config = model.mllm.model.config
     vocabulary = min(config.text_config.vocab_size, config.image_token_id) - 8
+    # Ordinary tokens only: the special ones are the last of the vocabulary.
     ids = torch.randint(0, vocabulary, (case.batch, case.tokens), generator=generator)
     ids[:, :shared] = ids[:1, :shared].clone()
     data: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "shared_ids": ids[0, :shared].clone()}

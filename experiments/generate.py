@@ -26,6 +26,7 @@ def read_prompts(path: str) -> list[str]:
         lines = file.read_text().splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"prompt_file={path} is not UTF-8 text; give one prompt a line, or JSON lines") from None
+    # Each line is a prompt, unless the file's name says that it holds JSON lines.
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -60,10 +61,13 @@ def read_image(path: str) -> Image.Image:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
-    prompts = [str(p) for p in cfg.prompts] + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
+    # Prompts and images are checked before a model is loaded.
+    prompts = [str(prompt) for prompt in cfg.prompts]
+    if cfg.prompt_file:
+        prompts += read_prompts(cfg.prompt_file)
     if not prompts:
         raise ValueError("nothing to draw: give prompts=[...] or prompt_file=PATH")
-    images = [read_image(p) for p in cfg.images]
+    images = [read_image(path) for path in cfg.images]
     if images and len(images) not in (1, len(prompts)):
         raise ValueError(
             f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt"
@@ -73,17 +77,19 @@ def main(cfg: DictConfig) -> None:
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
     import torch  # takes seconds, so only when the options are right
 
+    # One image serves all prompts.
     sources = images * len(prompts) if len(images) == 1 else images
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     if cfg.compile:
         pipeline.model.denoiser.compile_blocks()
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    # Every picture has a seed that follows from its number, so that its noise is the same at any batch size.
     for start in range(0, len(prompts), cfg.batch_size):
         part = prompts[start : start + cfg.batch_size]
         count = len(part) * cfg.num_images_per_prompt
         first = start * cfg.num_images_per_prompt
-        made = pipeline(
+        pictures = pipeline(
             part,
             image=sources[start : start + len(part)] or None,
             negative_prompt=cfg.negative_prompt,
@@ -98,8 +104,9 @@ def main(cfg: DictConfig) -> None:
             generator=[torch.Generator().manual_seed(cfg.seed + first + i) for i in range(count)],
             progress=True,
         ).images
-        for index, image in enumerate(made):
+        for index, image in enumerate(pictures):
             image.save(out / f"{first + index:05d}.png")
+    # The file says which prompt a picture was drawn from: `index` is the number of its first picture.
     rows = [{"prompt": p, "index": i * cfg.num_images_per_prompt} for i, p in enumerate(prompts)]
     (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log.info("%d pictures in %s", len(prompts) * cfg.num_images_per_prompt, out)

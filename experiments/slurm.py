@@ -50,14 +50,16 @@ def submit(launcher: Mapping[str, Any], folder: Path, arguments: Sequence[str]) 
     """
     if "srun_args" not in launcher:
         raise ValueError("a machine with `slurm` needs conf/hydra/launcher/slurm.yaml too: give hydra/launcher=slurm")
+    # Submitit looks for srun, which a cluster has on its login nodes only.
     job_folder = folder / ".submitit"
     try:
         executor = submitit.AutoExecutor(folder=job_folder, cluster="slurm")
-    except RuntimeError as error:  # submitit looks for srun
+    except RuntimeError as error:
         raise ValueError(
             "this machine is a SLURM cluster and its programs aren't here; submit from one of its login nodes"
         ) from error
     executor.update_parameters(**build_job_parameters(launcher, folder / "slurm-%j.log"))
+    # The job trains in this run folder, and leaves the config that was written there as it is.
     words = [*arguments, f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
     try:
         return executor.submit(train_in_job, words).job_id

@@ -39,7 +39,7 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
         f"parent_run_id={parent_run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", *cfg.overrides,
     ]  # fmt: skip
     if subprocess.run(command).returncode:
-        raise ValueError(f"a point of {cfg.name} failed, see above; the same command goes on from there")
+        raise ValueError(f"a point of {cfg.name} failed, as its message says; the same command goes on from there")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")

@@ -229,10 +229,14 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
     if not cfg.resume:
         return None
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
-    found = find_newest_readable(named) if named.is_dir() else (named, read_checkpoint(named))
-    if found is None and cfg.resume != "auto":
+    # A folder may hold a checkpoint that was cut off, so the newest that can be read is taken; a file must be readable.
+    newest = find_newest_readable(named) if named.is_dir() else (named, read_checkpoint(named))
+    if newest is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
-    return found and (str(found[0]), found[1])
+    if newest is None:
+        return None
+    path, checkpoint = newest
+    return str(path), checkpoint
 
 
 def _find_stage(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:

@@ -23,7 +23,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_scores_by_group(groups: Groups, path: Path) -> None:
-    """Overall score: a bar for the mean, a dot for each seed."""
+    """Draw the overall score of each group: a bar for the mean, a dot for each seed."""
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(groups) + 1.5))
     for row, points in enumerate(groups.values()):
         values = [p.scores["geneval"]["overall"] for p in points]
@@ -38,7 +38,7 @@ def draw_scores_by_group(groups: Groups, path: Path) -> None:
 
 
 def draw_scores_by_tag(groups: Groups, path: Path) -> None:
-    """A table in colours: groups by tags."""
+    """Draw the mean score of each group for each tag, as a table in colours."""
     tags = list(next(iter(groups.values()))[0].scores["geneval"])
 
     def average_score(points: Sequence[Point], tag: str) -> float:
@@ -65,7 +65,7 @@ def draw_heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str
 
 
 def draw_curves(histories: Histories, metric: str, label: str, path: Path) -> bool:
-    """A metric over steps: the mean over seeds, and its range. Returns whether there was anything to draw."""
+    """Draw a metric over steps: the mean over seeds, and its range; returns whether there was anything to draw."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     drawn = False
@@ -82,6 +82,7 @@ def draw_curves(histories: Histories, metric: str, label: str, path: Path) -> bo
         (line,) = axes.plot(steps, values.mean(0), marker="o", markersize=3, label=name)
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
         drawn = True
+    # A legend of many groups needs small letters; an empty plot isn't saved.
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
     axes.set_yscale("log")
@@ -93,7 +94,7 @@ def draw_curves(histories: Histories, metric: str, label: str, path: Path) -> bo
 
 
 def draw_learned_mix(points: Sequence[Point], path: Path) -> None:
-    """MLLM layer against block: the share of each layer in each block's tap, mean over seeds."""
+    """Draw the share of each MLLM layer in each block's tap, mean over seeds."""
     shares = np.mean([p.scores["mix"] for p in points], axis=0)
     rows = [f"block {i}" for i in range(len(shares))]
     columns = [f"layer {layer}" for layer in points[0].scores["layers"]]
@@ -101,7 +102,7 @@ def draw_learned_mix(points: Sequence[Point], path: Path) -> None:
 
 
 def draw_bars_by_tap(values: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path) -> None:
-    """For each group one panel: a bar per tap with the mean over seeds and its standard deviation."""
+    """Draw a panel for each group: a bar per tap with the mean over seeds and its standard deviation."""
     columns = min(4, len(values))
     rows = -(-len(values) // columns)
     size = (2.4 * columns + 1, 2.6 * rows + 0.6)

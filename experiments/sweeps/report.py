@@ -119,6 +119,7 @@ def write_report(
         f"The best point on average: `python experiments/train.py sweep={name} hydra.mode=RUN {chosen}`.",
         *(f"## {title}\n\n![{title}]({file})" for title, file in pictures),
     ]
+    # A section that has nothing to say is left out.
     path = out / "report.md"
     path.write_text("\n\n".join(section for section in sections if section) + "\n")
     return path

@@ -49,6 +49,7 @@ def format_configuration(folder: Path, nodes: int) -> str:
     host = socket.gethostname().split(".")[0]
     controller, *daemons = _find_free_ports(nodes + 1)
     names = ",".join(f"n{i + 1}" for i in range(nodes))
+    # All daemons run on this machine as root, and write into the one folder; short intervals keep tests short.
     lines = [
         "ClusterName=local",
         f"SlurmctldHost={host}(127.0.0.1)",

@@ -3,7 +3,7 @@
 python experiments/studies/faults/run.py
 
 Needs the shapes world (`make demo`, or `python data_prep/shapes/build.py`). Each row trains stage 2 for some steps in
-processes of their own. Comparisons are of every bit of weights, average, moments, schedule and data position.
+separate processes, and compares every bit of weights, weight average, moments, schedule and data position.
 """
 
 import json

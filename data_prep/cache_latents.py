@@ -1,4 +1,4 @@
-"""Latents of target images into copies of shards: python data_prep/cache_latents.py path=DIR denoiser=DIR out=DIR"""
+"""Copies shards with latents of their targets: python data_prep/cache_latents.py path=DIR denoiser=DIR out=DIR"""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tbac.app import CONF, pick_device, report_user_errors, to_plain
 @hydra.main(version_base="1.3", config_path=CONF, config_name="cache_latents")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
-    # What can be refused without a model's libraries is refused before they are imported.
+    # A wrong path is reported at once, before torch and diffusers are imported.
     source, out = Path(cfg.path).expanduser(), Path(cfg.out).expanduser().absolute()
     if not source.is_dir():
         raise ValueError(f"path={cfg.path} isn't a folder of shards")
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     for name in ("dtype", "encode_dtype"):
         if cfg[name] not in DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {cfg[name]!r}")
-    # Each process of a node takes its own card.
+    # The processes of a node share its GPUs, one each.
     device = pick_device(cfg.device)
     if device.type == "cuda" and cfg.world_size > 1:
         device = torch.device("cuda", cfg.rank % torch.cuda.device_count())
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         cfg.batch_size,
         str(device),
     )
-    # The config of the autoencoder says what sides it needs; its weights are read when they are used.
+    # Sides that the autoencoder can't encode are refused before its weights are read.
     read_config("denoiser", cfg.denoiser, "vae/config.json")
     folder = locate_folder("denoiser", cfg.denoiser, DENOISER_FILES)
     autoencoder = FrozenAutoencoder.from_folder(folder / "vae", DTYPES[cfg.encode_dtype])

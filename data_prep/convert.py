@@ -1,4 +1,4 @@
-"""A published dataset, or pictures of one's own, to shards: python data_prep/convert.py dataset=NAME dataset.path=…"""
+"""Converts a dataset, published or your own, into shards: python data_prep/convert.py dataset=NAME dataset.path=…"""
 
 import logging
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Look at every sample of a folder of shards: python data_prep/verify.py path=DIR, or make shards-verify DIR=…
+"""Checks every sample of a folder of shards: python data_prep/verify.py path=DIR, or make shards-verify DIR=…
 
-Exits with status 1 when something would be refused, or isn't as the manifest says.
+Exits with status 1 when training would refuse something, or something isn't as the manifest says.
 """
 
 import logging

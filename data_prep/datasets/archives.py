@@ -1,4 +1,4 @@
-"""Files of a dataset wherever they lie: in folders, in tars, in tars cut into parts, compressed or not."""
+"""Finds and reads the files of a dataset, whether in folders, in tars or in tars cut into parts, compressed or not."""
 
 import gzip
 import logging
@@ -18,20 +18,21 @@ ARCHIVE = re.compile(
 
 
 class LookupFailedError(LookupError):
-    """A file that isn't there, or that several could be meant by; the message is the kind of failure."""
+    """A file isn't there, or a path could mean several; the message says which of the two."""
 
 
 def find_archives(folder: Path) -> list[list[Path]]:
-    """The archives under a folder, each as the list of its parts in order, sorted by path."""
+    """Find the archives under a folder, each as the list of its parts in order, sorted by path."""
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and (match := ARCHIVE.match(path.name)):
+        match = ARCHIVE.match(path.name)
+        if match and path.is_file():
             groups[str(path.parent), match["stem"]].append(path)
     return [groups[key] for key in sorted(groups)]
 
 
 class JoinedParts:
-    """Parts of a file, read as the whole.
+    """A file that lies in parts, read as one.
 
     Args:
         parts: in order.
@@ -44,14 +45,14 @@ class JoinedParts:
         self._files: dict[int, BinaryIO] = {}
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         size = sum(self.sizes) - self._place if size < 0 else size
         data = self.read_at(self._place, size)
         self._place += len(data)
         return data
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Bytes at a place of the whole."""
+        """Read bytes at an offset from the beginning of the first part."""
         pieces = []
         for number, length in enumerate(self.sizes):
             if size <= 0:
@@ -68,12 +69,12 @@ class JoinedParts:
         return b"".join(pieces)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move, as files do."""
+        """Move to another place, with the arguments that files have."""
         self._place = offset + (0, self._place, sum(self.sizes))[whence]
         return self._place
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return where the next read begins."""
         return self._place
 
     def seekable(self) -> bool:
@@ -90,7 +91,14 @@ class JoinedParts:
 
 
 def unpack_archive(parts: Sequence[Path], scratch: Path) -> list[Path]:
-    """The archive as tar: its parts as they are, or decompressed into one file of `scratch`.
+    """Make an archive readable as a tar.
+
+    Args:
+        parts: of the archive, in order.
+        scratch: folder that a compressed archive is decompressed into.
+
+    Returns:
+        The parts as they are, or the one decompressed file.
 
     Raises:
         tarfile.ReadError: when it breaks off or can't be decompressed.
@@ -117,11 +125,14 @@ def _open_decompressed(joined: JoinedParts, suffix: str | None) -> Any:
 
 
 class FileStore:
-    """Finds files by the paths that a dataset's metadata gives them, in folders and in archives.
+    """Finds files by the paths in a dataset's metadata, in folders and in archives.
 
     Args:
-        folders: whose files are taken as they lie.
+        folders: that hold files.
         archives: each as the list of its parts, uncompressed.
+
+    Attributes:
+        broken: what is wrong with archives that can't be read to their end; what was read of them is used.
     """
 
     def __init__(self, folders: Sequence[Path] = (), archives: Sequence[Sequence[Path]] = ()) -> None:
@@ -146,11 +157,13 @@ class FileStore:
             self._by_name[PurePosixPath(name).name].append(name)
 
     def list_names(self) -> Iterator[str]:
-        """All paths."""
+        """List all paths."""
         return iter(self._places)
 
     def find(self, path: str) -> str:
-        """The one file whose path ends with this one, or with as much of its end as any does.
+        """Find the file that a path of the metadata means, which often begins with folders that aren't there.
+
+        It is the file whose path agrees with most of the end of this one.
 
         Raises:
             LookupFailedError: when there is none, or several.
@@ -159,18 +172,22 @@ class FileStore:
         if path in self._places:
             return path
         wanted = PurePosixPath(path).parts
-        found = self._by_name.get(wanted[-1], []) if wanted else []
+        candidates = self._by_name.get(wanted[-1], []) if wanted else []
         for length in range(len(wanted), 0, -1):
             end = wanted[-length:]
-            fitting = [name for name in found if PurePosixPath(name).parts[-length:] == end]
-            if len(fitting) == 1:
-                return fitting[0]
-            if fitting:
+            matching = [name for name in candidates if PurePosixPath(name).parts[-length:] == end]
+            if len(matching) == 1:
+                return matching[0]
+            if matching:
                 raise LookupFailedError("several files could be meant")
         raise LookupFailedError("the file isn't there")
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file; `path` as in `find`."""
+        """Read the file that a path of the metadata means.
+
+        Raises:
+            LookupFailedError: when there is none, or several.
+        """
         place = self._places[self.find(path)]
         if isinstance(place, Path):
             return place.read_bytes()

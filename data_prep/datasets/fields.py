@@ -1,4 +1,4 @@
-"""Fields of samples as shards have them, from what datasets give."""
+"""Builds samples with the fields that shards have."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
 
 
 def find_image_extension(data: bytes, name: str = "") -> str:
-    """Extension of an image by its first bytes, or else by its name; "bin" when neither says."""
+    """Find the extension of an image by its first bytes, or else by its name; "bin" when neither tells."""
     for magic, extension in MAGIC:
         if data.startswith(magic):
             return extension
@@ -23,12 +23,12 @@ def find_image_extension(data: bytes, name: str = "") -> str:
 
 
 def build_text_to_image(key: str, text: str, image: bytes, name: str = "") -> Record:
-    """A text-to-image sample."""
+    """Build a text-to-image sample; `name` is that of the picture's file."""
     return Record(key, {find_image_extension(image, name): image, "txt": text.encode()})
 
 
 def build_edit(key: str, instruction: str, sources: Sequence[bytes], target: bytes, kind: str = "") -> Record:
-    """An edit: `source`, `source_1`, …, `target`, and `json` of one constant schema."""
+    """Build an edit: `source`, `source_1`, …, `target`, and a `json` that has the same fields in every sample."""
     fields = {}
     for number, source in enumerate(sources):
         name = f"source_{number}" if number else "source"
@@ -41,7 +41,19 @@ def build_edit(key: str, instruction: str, sources: Sequence[bytes], target: byt
 def build_from_paths(
     store: FileStore, key: str, text: object, output: object, inputs: Sequence[object] | None, kind: str = ""
 ) -> Record | Rejected:
-    """A sample from paths of its pictures; an edit where `inputs` isn't None."""
+    """Build a sample from the paths of its pictures.
+
+    Args:
+        store: finds the pictures.
+        key: of the sample.
+        text: caption or instruction.
+        output: path of the target.
+        inputs: paths of the source images of an edit; None for a text-to-image sample.
+        kind: of edit.
+
+    Returns:
+        The sample, or why there is none. Values of any type are accepted, since they come from a dataset's files.
+    """
     if not isinstance(text, str) or not text.strip():
         return Rejected(key, "no caption")
     if not isinstance(output, str) or not output:

@@ -1,4 +1,4 @@
-"""GPT-Image-Edit-1.5M: archives in parts with their metadata inside, or pictures with training JSON files."""
+"""GPT-Image-Edit-1.5M: archives in parts that hold their metadata, or pictures with JSON files for training."""
 
 import io
 import tarfile
@@ -13,15 +13,15 @@ from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
 EXPECTED = 1_553_575
-IMAGE_MARK = "<image>"  # in training conversations: where a picture stands
+IMAGE_MARK = "<image>"  # marks the place of a picture in training conversations
 
 
 def parse_row(row: Mapping[str, Any]) -> tuple[object, object, list, str]:
-    """Instruction, target, sources and kind, of either form of metadata."""
+    """Read a row of either form of metadata; returns instruction, target, sources and kind."""
     if "conversations" not in row:
         kind = str(row.get("instruction_type") or "")
         return row.get("instruction"), row.get("output"), wrap_in_list(row.get("input")), kind
-    # In training files the instruction is the first turn that says more than where pictures stand.
+    # In training files the instruction is the first turn that holds more than the marks of pictures.
     turns = [turn.get("value") for turn in row["conversations"] if isinstance(turn, dict)]
     texts = [turn.replace(IMAGE_MARK, "").strip() for turn in turns if isinstance(turn, str)]
     instruction = next(filter(None, texts), "")
@@ -30,15 +30,15 @@ def parse_row(row: Mapping[str, Any]) -> tuple[object, object, list, str]:
 
 
 class GPTImageEdit:
-    """Each archive with its own metadata, or the files of a folder with the JSON files beside them.
+    """Archives that hold metadata, or a folder of pictures with JSON files.
 
     Args:
-        path: folder with the archives, or with what they hold.
+        path: folder of the archives, or of what was unpacked from them.
         metadata: training JSON files (`{image: [input, output], conversations}`) relative to `path`; None takes the
-            metadata that the archives hold (`<task>/metadata/*.json`).
+            metadata in the archives (`<task>/metadata/*.json`).
 
     Raises:
-        DataError: when there is neither.
+        DataError: when there are neither archives nor metadata, or a file of `metadata` is absent.
     """
 
     name, expected = "GPT-Image-Edit-1.5M", EXPECTED
@@ -47,12 +47,16 @@ class GPTImageEdit:
         self.root = Path(path).expanduser()
         self.metadata = list(metadata or ())
         self.groups = find_archives(self.root)
-        if absent := [name for name in self.metadata if not (self.root / name).is_file()]:
+        absent = [name for name in self.metadata if not (self.root / name).is_file()]
+        if absent:
             raise DataError(f"dataset.metadata: {self.root / absent[0]} doesn't exist")
         loose = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob("**/metadata/*.json"))
         self.loose = [] if self.metadata else loose
-        if self.metadata and (packed := [group for group in self.groups if not _is_uncompressed(group)]):
-            raise DataError(f"{packed[0][0]} is compressed; unpack it, or leave dataset.metadata out to use its own")
+        compressed = [group for group in self.groups if not _is_uncompressed(group)]
+        if self.metadata and compressed:
+            raise DataError(
+                f"{compressed[0][0]} is compressed; unpack it, or leave dataset.metadata out to use the metadata in it"
+            )
         if not (self.groups or self.metadata or self.loose):
             raise DataError(f"dataset.path={path} holds neither archives nor */metadata/*.json; see dataset.metadata")
         self._store: FileStore | None = None
@@ -62,13 +66,13 @@ class GPTImageEdit:
         return {**self.__dict__, "_store": None, "_rows": None}  # each process opens the files itself
 
     def _read_json(self, name: str) -> list[Mapping[str, Any]]:
-        """The rows of a JSON file; the latest file is kept, since its units follow each other."""
+        """Read the rows of a JSON file. The last file is kept, since the units of a file follow each other."""
         if self._rows is None or self._rows[0] != name:
             self._rows = name, list(read_rows(self.root / name))
         return self._rows[1]
 
     def list_units(self) -> Sequence[str]:
-        """Archives with metadata of their own, or slices of the JSON files."""
+        """List the archives that hold metadata, or else slices of the JSON files."""
         if self.groups and not self.metadata:
             return [group[0].relative_to(self.root).as_posix() for group in self.groups]
         units = []
@@ -77,7 +81,7 @@ class GPTImageEdit:
         return units
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """Samples in the order of the metadata."""
+        """Read the samples of a unit in the order of the metadata."""
         if self.groups and not self.metadata:
             yield from self._read_archive(unit, scratch)
             return

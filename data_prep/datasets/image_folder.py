@@ -1,4 +1,4 @@
-"""Pictures of one's own: a folder with captions beside them."""
+"""Pictures of your own: a folder with a caption beside each."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,17 +25,17 @@ class ImageFolder:
 
     def __init__(self, path: str, name: str = "folder") -> None:
         self.root, self.name = Path(path).expanduser(), name
-        found = (p for p in self.root.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
-        self.files = sorted(p.relative_to(self.root).as_posix() for p in found)
+        images = (p for p in self.root.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
+        self.files = sorted(p.relative_to(self.root).as_posix() for p in images)
         if not self.files:
             raise DataError(f"dataset.path={path} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
 
     def list_units(self) -> Sequence[str]:
-        """Slices of the sorted files."""
+        """List slices of the sorted files."""
         return cut_into_units(len(self.files))
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """Samples in the order of the paths."""
+        """Read the samples of a unit in the order of the paths."""
         start, stop = map(int, unit.split(":"))
         for name in self.files[start:stop]:
             path = self.root / name

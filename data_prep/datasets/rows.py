@@ -1,4 +1,4 @@
-"""Rows of the tables that datasets bring along: CSV, JSON lines or a JSON list, Parquet, Arrow."""
+"""Reads the rows of tables: CSV, JSON lines or a JSON list, Parquet, Arrow."""
 
 import csv
 import json
@@ -11,26 +11,26 @@ import pyarrow.parquet as pq
 
 from tbac.data.shards import DataError
 
-PER_UNIT = 2000  # rows or files that are converted together
+PER_UNIT = 2000  # how many rows or files are converted together
 
 
 def cut_into_units(count: int, prefix: str = "") -> list[str]:
-    """Names of runs of rows, `<prefix><first>:<end>`, of at most `PER_UNIT` each."""
+    """Cut rows into units of at most `PER_UNIT`; returns their names, `<prefix><first>:<end>`."""
     return [f"{prefix}{first}:{min(first + PER_UNIT, count)}" for first in range(0, count, PER_UNIT)]
 
 
 def wrap_in_list(value: Any) -> list:
-    """A list as it is; one value as a list of it; nothing as an empty one."""
+    """Return a list as it is, a single value in a list, and nothing as an empty list."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, list) else [value]
 
 
 def read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of a table, as they come.
+    """Read the rows of a table one after the other.
 
     Raises:
-        DataError: for JSON that isn't a list of objects, nor an object a line.
+        DataError: for JSON that is neither a list of objects nor one object in each line.
     """
     if file.suffix == ".csv":
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -48,19 +48,20 @@ def read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def parse_json_rows(text: TextIO, name: str) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON list, or of JSON lines.
+    """Read the objects of a JSON list, or of JSON lines.
 
     Args:
-        text: at its beginning.
+        text: an open file at its beginning.
         name: of the file, for messages.
 
     Raises:
         DataError: when it is neither.
     """
-    # A list is read as a whole; lines are read as they come, since there may be very many.
-    is_list = next((line for line in text if line.strip()), "").lstrip().startswith("[")
+    # Lines are read one after the other, since there may be very many; a list can only be read as a whole.
+    first_line = next((line for line in text if line.strip()), "")
     text.seek(0)
-    if is_list:
+    rows: Iterator[tuple[int, Any]]
+    if first_line.lstrip().startswith("["):
         rows = enumerate(_parse_list(text, name), start=1)
     else:
         lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
@@ -86,7 +87,7 @@ def _parse_line(line: str, place: str) -> Any:
 
 
 def _read_arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow stream, or of an Arrow file."""
+    """Read the batches of an Arrow stream or an Arrow file."""
     try:
         yield from pa.ipc.open_stream(opened)
     except pa.ArrowInvalid:

@@ -14,10 +14,10 @@ FILES = {"t2i": ("text_to_image.json", 45717), "edit": ("text_and_image_to_image
 
 
 class ShareGPT4oImage:
-    """One of its two halves.
+    """One half of the dataset: the text-to-image samples, or the edits.
 
     Args:
-        path: folder of the dataset, with its JSON files and its tars (or what they hold).
+        path: folder of the dataset, with its JSON files and its tars, packed or unpacked.
         half: `t2i` or `edit`.
 
     Raises:
@@ -46,11 +46,11 @@ class ShareGPT4oImage:
         return self._rows
 
     def list_units(self) -> Sequence[str]:
-        """Slices of the JSON file."""
+        """List slices of the JSON file."""
         return cut_into_units(len(self.rows))
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """Samples in the order of the JSON file."""
+        """Read the samples of a unit in the order of the JSON file."""
         if self._store is None:
             self._store = FileStore([self.root], find_archives(self.root))
         start, stop = map(int, unit.split(":"))

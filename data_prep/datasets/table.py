@@ -1,4 +1,4 @@
-"""Pictures of one's own, or of any dataset: a table, or a Hugging Face `datasets` folder."""
+"""Pictures of your own, or of any dataset, listed in a table or in a Hugging Face `datasets` folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from tbac.data.shards import DataError
 class Table:
     """Rows of CSV, JSON lines, Parquet, or Arrow files (what `datasets.Dataset.save_to_disk` writes).
 
-    A picture is a path, bytes, or a mapping with `bytes` or `path`, as Hugging Face stores images.
+    A picture is given as a path, as bytes, or as a mapping with `bytes` or `path`, as Hugging Face stores images.
 
     Args:
         path: a file, or a folder of files of one kind.
         name: of the dataset.
         text: column of the caption or instruction.
-        image: column of the picture to be made.
+        image: column of the target.
         sources: columns of input pictures, for edits; a column may hold a list.
         key: column of the key; None numbers the rows.
-        images: folder that paths are relative to; None = that of the file.
+        images: folder that paths are relative to; None takes the folder of the table.
 
     Raises:
         DataError: when there is no such file, or a column isn't there.
@@ -43,22 +43,25 @@ class Table:
 
     def __post_init__(self) -> None:
         path = Path(self.path).expanduser()
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        self.files = [file for file in found if file.suffix in self.kinds and file.is_file()]
+        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
+        self.files = [file for file in candidates if file.suffix in self.kinds and file.is_file()]
         if not self.files:
             raise DataError(f"dataset.path={self.path} holds no table ({', '.join(self.kinds)})")
-        needed = [self.text, self.image, *self.sources, *([self.key] if self.key else [])]
+        needed = [self.text, self.image, *self.sources]
+        if self.key:
+            needed.append(self.key)
         for file in self.files:
             first = next(iter(read_rows(file)), None)
-            if first is not None and (absent := [column for column in needed if column not in first]):
+            absent = [column for column in needed if first is not None and column not in first]
+            if first is not None and absent:
                 raise DataError(f"{file} has no column {absent[0]!r}; it has {', '.join(map(str, first))}")
 
     def list_units(self) -> Sequence[str]:
-        """One for each file."""
+        """List the numbers of the files."""
         return [str(i) for i in range(len(self.files))]
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """Samples in the order of the rows."""
+        """Read the samples of a file in the order of its rows."""
         file = self.files[int(unit)]
         folder = Path(self.images).expanduser() if self.images else file.parent
         for number, row in enumerate(read_rows(file)):
@@ -86,7 +89,7 @@ class Table:
 
 
 def read_picture(value: Any, folder: Path) -> bytes | None:
-    """Bytes of a picture: given as such, or read from its path; None where there is none.
+    """Return the bytes of a picture, given as such or read from its path; None where there is none.
 
     Raises:
         OSError: when the file can't be read.

@@ -1,8 +1,9 @@
-"""Datasets that are WebDataset already: BLIP3o-Pretrain-Long-Caption, BLIP3o-Pretrain-JourneyDB, BLIP3o-60k."""
+"""Datasets that are published as WebDataset tars, such as BLIP3o-Pretrain-Long-Caption and BLIP3o-60k."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.datasets.fields import find_image_extension
 from data_prep.shards.conversion import Record, Rejected
@@ -15,7 +16,8 @@ CAPTIONS = ("caption", "prompt", "text", "long_caption", "recaption")  # fields 
 class WebDatasetTars:
     """Tars with an image and a caption for each key.
 
-    Keys are made unique by the name of their tar. A caption is `txt`, or else a field of `json`.
+    The name of the tar becomes part of each key, which makes keys unique. A caption is `txt`, or else a field of
+    `json`.
 
     Args:
         path: folder with the tars, at any depth.
@@ -34,11 +36,11 @@ class WebDatasetTars:
             raise DataError(f"dataset.path={path} holds no *.tar")
 
     def list_units(self) -> Sequence[str]:
-        """One for each tar."""
+        """List the tars."""
         return [tar.relative_to(self.root).as_posix() for tar in self.tars]
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """Samples in the order of the tar."""
+        """Read the samples of a tar in their order."""
         path, reader = self.root / unit, TarReader()
         index = reader.read_index(path)
         stem = unit.removesuffix(".tar")
@@ -62,14 +64,23 @@ class WebDatasetTars:
         text = raw.get("txt")
         if text is None and "json" in raw:
             try:
-                found = json.loads(raw["json"])
+                values = json.loads(raw["json"])
             except (ValueError, RecursionError):
                 return Rejected(name, "unreadable text")
-            wanted = (self.caption,) if self.caption else CAPTIONS
-            said = next((found[c] for c in wanted if isinstance(found, dict) and isinstance(found.get(c), str)), None)
-            text = None if said is None else said.encode()
+            text = self._find_caption(values)
         if text is None:
             return Rejected(name, "no caption")
         field, data = images[0]
         fields = {find_image_extension(data, f"x.{field}"): data, "txt": text}
-        return Record(name, fields | ({"json": raw["json"]} if "json" in raw else {}))
+        if "json" in raw:
+            fields["json"] = raw["json"]
+        return Record(name, fields)
+
+    def _find_caption(self, values: Any) -> bytes | None:
+        """Find the caption in what the `json` field holds; None when it has none."""
+        names = (self.caption,) if self.caption else CAPTIONS
+        if isinstance(values, dict):
+            for name in names:
+                if isinstance(values.get(name), str):
+                    return values[name].encode()
+        return None

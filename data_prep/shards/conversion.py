@@ -1,8 +1,8 @@
-"""From a dataset's own files to shards: in parallel, going on after a kill, with every sample counted.
+"""Converts the files of a dataset into shards: in parallel, resuming after a kill, and counting every sample.
 
-A dataset is cut into units that are converted independently of each other, each into tars of its own in the hidden
-folder of `resumable.py`; at the end the tars get their numbers in the order of the units. So the shards are the same
-bytes whatever the number of processes and however often the conversion was killed.
+A dataset is cut into units that are converted independently of each other, each into separate tars in the hidden folder
+of `resumable.py`. At the end the tars get their numbers in the order of the units. So the bytes of the shards are the
+same, whatever the number of processes and however often the conversion was killed.
 """
 
 import re
@@ -19,9 +19,9 @@ from data_prep.shards.writer import ShardWriter
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import DataError
 
-NAME = "conversion"  # of this work, in manifests
+NAME = "conversion"  # name of this work in manifests
 SPLITS = ("train", "val")
-NAMED = 20  # rejected samples of each kind that are named in the report
+NAMED = 20  # how many rejected samples of each kind a report names
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Record:
     """One sample of a dataset.
 
     Attributes:
-        key: any text; what a shard's key may not hold is replaced.
+        key: any text; characters that a shard's key may not have are replaced.
         fields: extension -> bytes, as in the shard.
     """
 
@@ -39,29 +39,29 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A sample that can't become one: its name, and why in a few words that others share."""
+    """A sample that can't be converted: its name, and the reason in words that are the same for all such samples."""
 
     name: str
     reason: str
 
 
 class Dataset(Protocol):
-    """Files of a dataset, as it is published: what a class that `dataset._target_` names has to have.
+    """A dataset in the layout in which it is published: what the class needs that `dataset._target_` names.
 
     Attributes:
         name: of the dataset, for the manifest.
-        expected: number of samples that it has when it is whole, or None where nobody knows.
+        expected: number of samples of the whole dataset, or None where it isn't known.
     """
 
     name: str
     expected: int | None
 
     def list_units(self) -> Sequence[str]:
-        """Names of its parts, in an order that doesn't change."""
+        """List the names of its parts, in an order that doesn't change."""
         ...
 
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
-        """The samples of a part, always in the same order; `scratch` is a folder for what has to be unpacked."""
+        """Read the samples of a part, always in the same order; `scratch` is a folder for what has to be unpacked."""
         ...
 
 
@@ -70,8 +70,8 @@ class ConversionOptions:
     """How shards are made.
 
     Args:
-        samples_per_shard: at most.
-        val_samples: how many go into a split `val` of their own: the first ones, but no more than every second.
+        samples_per_shard: how many samples a tar holds at most.
+        val_samples: how many of the first samples go into the split `val`, but never more than half of them.
         check_images: decode every picture, and reject what training would refuse.
 
     Raises:
@@ -92,13 +92,13 @@ class ConversionOptions:
 
 @dataclass
 class Counts:
-    """What became of the samples.
+    """How many samples were written and rejected.
 
     Attributes:
-        read: all of them.
-        written: split -> how many.
-        rejected: reason -> how many.
-        named: reason -> some of them.
+        read: number of all samples.
+        written: split -> number of samples.
+        rejected: reason -> number of samples.
+        named: reason -> names of some of them.
         expected: number of samples of the whole dataset, where it is known.
     """
 
@@ -121,28 +121,28 @@ class Counts:
             names.append(name)
 
     def add(self, other: "Counts") -> None:
-        """Take over what was counted elsewhere."""
+        """Add the counts of other samples."""
         self.read += other.read
         self.written = dict(Counter(self.written) + Counter(other.written))
         self.rejected = dict((Counter(self.rejected) + Counter(other.rejected)).most_common())
         for reason, names in other.named.items():
-            own = self.named.setdefault(reason, [])
-            own += names[: NAMED - len(own)]
+            named = self.named.setdefault(reason, [])
+            named += names[: NAMED - len(named)]
 
 
 def clean_key(text: str) -> str:
-    """Letters, digits, `_` and `-`; everything else becomes one `_`."""
+    """Make a shard's key of a text: letters, digits, `_` and `-` stay, any run of others becomes one `_`."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_")
 
 
 def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: int = 1) -> Counts:
-    """Convert a dataset into shards with a manifest; goes on where it stopped.
+    """Convert a dataset into shards with a manifest, or resume where that stopped.
 
     Args:
-        dataset: its files.
+        dataset: lists and reads the samples.
         out: folder of the shards.
-        options: how they are made.
-        processes: units converted at a time.
+        options: of the shards.
+        processes: how many units are converted at the same time.
 
     Raises:
         DataError: when the folder holds other shards, or nothing could be converted.
@@ -165,8 +165,8 @@ def convert_unit(
     """Convert one unit into tars `<stem>.<split>-{000000}.tar`.
 
     Args:
-        dataset: its files.
-        options: how shards are made.
+        dataset: lists and reads the samples.
+        options: of the shards.
         folder: of the tars.
         stem: beginning of their names.
         unit: index and name of the unit.
@@ -175,12 +175,12 @@ def convert_unit(
         `counts`, and `shards`: split -> entries of its tars.
     """
     index, name = unit
-    # What an attempt that was killed has left is in the way.
+    # An attempt that was killed may have left files.
     for stale in folder.glob(f"{stem}.*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     scratch = folder / f"{stem}.scratch"
     scratch.mkdir()
-    # Validation samples are the first ones, so they don't depend on what other units hold.
+    # Validation samples come from the first unit, so they don't depend on what other units hold.
     writer = _UnitWriter(folder / stem, options, options.val_samples if index == 0 else 0)
     for record in dataset.read(name, scratch):
         writer.take(record)
@@ -189,12 +189,12 @@ def convert_unit(
 
 
 class _UnitWriter:
-    """Writes the samples of one unit and counts what becomes of them.
+    """Writes the samples of one unit, and counts what was written and rejected.
 
     Args:
         stem: beginning of the paths of the tars.
-        options: how shards are made.
-        val_samples: of this unit, at most.
+        options: of the shards.
+        val_samples: how many samples of this unit go into `val` at most.
     """
 
     def __init__(self, stem: Path, options: ConversionOptions, val_samples: int) -> None:
@@ -205,7 +205,7 @@ class _UnitWriter:
         self._closed: dict[str, list[Result]] = {split: [] for split in SPLITS}
 
     def take(self, record: Record | Rejected) -> None:
-        """Write a sample, or count why it isn't one."""
+        """Write a sample, or count why it was rejected."""
         self.counts.read += 1
         if isinstance(record, Rejected):
             self.counts.reject(record.name, record.reason)
@@ -214,7 +214,7 @@ class _UnitWriter:
         if not key or key in self._keys:
             self.counts.reject(record.key, "no key" if not key else "a key that another sample has")
             return
-        # What training would refuse doesn't get into a shard.
+        # Training would refuse it too, only much later.
         if self.options.check_images:
             try:
                 decode_sample({"__key__": key, **record.fields}, use_latents=False)
@@ -225,6 +225,8 @@ class _UnitWriter:
         self._write(key, record.fields)
 
     def _write(self, key: str, fields: Mapping[str, bytes]) -> None:
+        """Write a sample into the tar of its split."""
+        # Samples go to both splits in turn, until there are enough for validation.
         written = self.counts.written
         split = "val" if written["val"] < min(self.val_samples, written["train"]) else "train"
         if split not in self._open:
@@ -247,7 +249,7 @@ class _UnitWriter:
 
 
 def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result]) -> Counts:
-    """Give the tars their numbers, and write the manifest; goes on where it stopped as well."""
+    """Give the tars their numbers and write the manifest, or resume where that stopped."""
     total = Counts(expected=dataset.expected)
     for result in results:
         total.add(Counts(**result["counts"]))
@@ -256,9 +258,9 @@ def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result
         tars = [shard for result in results for shard in result["shards"][split]]
         for number, shard in enumerate(tars):
             name = f"{split}-{number:06d}.tar"
-            made = work.folder / shard["file"]
-            if made.is_file():  # else it was renamed before a kill
-                made.rename(work.out / name)
+            unnumbered = work.folder / shard["file"]
+            if unnumbered.is_file():  # else an attempt that was killed has renamed it already
+                unnumbered.rename(work.out / name)
             shards[name] = {k: v for k, v in shard.items() if k != "file"}
     if not total.total:
         raise DataError(f"no sample of {dataset.name} could be converted: {total.rejected or 'it is empty'}")
@@ -267,7 +269,7 @@ def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result
 
 
 def format_counts(counts: Counts) -> str:
-    """The counts for people."""
+    """Format the counts for people to read."""
     lines = [f"read      {counts.read:>12,}"]
     lines += [f"written   {n:>12,}  {split}" for split, n in counts.written.items()]
     for reason, n in counts.rejected.items():

@@ -1,4 +1,4 @@
-"""Captions in the form of GenEval's prompts, which a benchmark score has to be read beside."""
+"""Recognizes captions in the form of GenEval's prompts. Whoever trains on them has to say so beside a GenEval score."""
 
 import re
 
@@ -21,5 +21,5 @@ GENEVAL = re.compile(
 
 
 def is_geneval_template(caption: str) -> bool:
-    """Whether a caption is of the form of GenEval's prompts: training on such makes its score say less."""
+    """Whether a caption has the form of GenEval's prompts."""
     return GENEVAL.fullmatch(caption.strip()) is not None

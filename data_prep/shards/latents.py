@@ -1,4 +1,4 @@
-"""Cached latents: what an autoencoder makes of target images, written into copies of the shards."""
+"""Caches latents: encodes target images once, and writes the latents into copies of the shards."""
 
 import logging
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
 
 log = logging.getLogger(__name__)
-NAME = "latents"  # of this work, in manifests
+NAME = "latents"  # name of this work in manifests
 
 
 @dataclass(frozen=True)
 class CachingOptions:
-    """How latents are cached. Targets are cropped and resized as the training to come does it.
+    """How latents are cached. Targets are cropped and resized as in the training that will use them.
 
     Args:
-        image_size: pixels a side, `stage.image_size` of that training.
+        image_size: side of targets in pixels, `stage.image_size` of that training.
         buckets: its `data.buckets`.
         reducing_gap: its `data.reducing_gap`.
         dtype: that latents are stored in.
         keep_images: False leaves the target images out.
-        batch_size: images encoded at a time.
-        device: where the autoencoder runs.
+        batch_size: how many images are encoded at the same time.
+        device: that the autoencoder runs on.
 
     Raises:
         ValueError: for numbers that can't be used.
@@ -62,7 +62,7 @@ class CachingOptions:
             raise ValueError(f"{name}: sides must be a multiple of {compression}, which the autoencoder needs")
 
     def to_recipe(self) -> dict[str, Any]:
-        """What decides the bytes of the copies, in built-in types."""
+        """Convert to built-in types what decides the bytes of the copies."""
         return {
             "image_size": self.image_size,
             "buckets": self.buckets.to_lists() if self.buckets else None,
@@ -72,7 +72,7 @@ class CachingOptions:
         }
 
     def list_target_sizes(self, tar: Path, index: TarIndex) -> list[tuple[int, int]]:
-        """(height, width) that training crops the target of each sample to."""
+        """List the (height, width) that training crops the target of each sample to."""
         if self.buckets is None:
             return [(self.image_size, self.image_size)] * len(index.samples)
         nearest = self.buckets.find_nearest(read_sizes(tar, use_latents=False, index=index))
@@ -87,36 +87,39 @@ def cache_latents(
     options: CachingOptions,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Copy shards with the latents of their targets; goes on tar by tar where it stopped.
+    """Copy shards with the latents of their targets, or resume with the tars that aren't finished.
 
     Samples that can't be decoded are left out and counted.
 
     Args:
         source: folder of shards.
-        out: folder of the copies, with the same names.
-        autoencoder: encodes.
+        out: folder of the copies, which have the same names.
+        autoencoder: encodes the targets.
         digest: sha256 of the autoencoder, for the manifest.
-        options: how.
-        share: rank of this process, and number of all processes that share the tars.
+        options: of the latents.
+        share: rank of this process, and number of processes that divide the tars among them.
 
     Raises:
-        DataError: when there is no tar, or the copies were made otherwise.
+        DataError: when there is no tar, or `out` holds copies of another recipe.
     """
+    # A folder without tars is most likely a mistyped path.
     tars = {tar.name: tar for tar in sorted(source.glob("*.tar"))}
     if not tars:
         raise DataError(f"path={source} holds no *.tar")
     manifest = read_manifest(source) or {"shards": {}}
-    # Shards are told apart by the digests of their manifest, or by their sizes where it has none.
-    known = {name: manifest["shards"].get(name, {}).get("sha256", tar.stat().st_size) for name, tar in tars.items()}
-    work = ResumableWork(out, NAME, {"source": known, "autoencoder_digest": digest, **options.to_recipe()})
+    # Copies of other shards must not pass for these: the manifest's digests tell, or the sizes where there are none.
+    entries = manifest["shards"]
+    identities = {name: entries.get(name, {}).get("sha256", tar.stat().st_size) for name, tar in tars.items()}
+    work = ResumableWork(out, NAME, {"source": identities, "autoencoder_digest": digest, **options.to_recipe()})
     if work.read_finished() is not None:
         return
     rank, world_size = share
-    own = dict(list(tars.items())[rank::world_size])
-    work.make_parts(own, partial(cache_tar, out, autoencoder, options))
+    tars_of_rank = dict(list(tars.items())[rank::world_size])
+    work.make_parts(tars_of_rank, partial(cache_tar, out, autoencoder, options))
+    # Only the process that finishes last has the results of all, and writes the manifest.
     results = work.read_results(tars)
     if results is None:
-        return  # whichever process is the last one writes the manifest
+        return
     facts = {
         **manifest,
         "autoencoder_digest": digest,
@@ -136,7 +139,7 @@ class _Waiting:
     Attributes:
         key: of the sample.
         fields: of its copy, without the latents.
-        latent_field: where the latents go.
+        latent_field: name of the field for the latents.
         pixels: of the target (3, height, width), uint8.
     """
 
@@ -151,8 +154,8 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
 
     Args:
         out: folder of the copy.
-        autoencoder: encodes.
-        options: how.
+        autoencoder: encodes the targets.
+        options: of the latents.
         name: of the copy.
         tar: the original.
 
@@ -162,6 +165,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
     writer, reader = ShardWriter(out / name), TarReader()
     index = reader.read_index(tar)
     sizes = options.list_target_sizes(tar, index)
+    # Samples wait until there are enough for the autoencoder to encode at once.
     left_out = 0
     waiting: list[_Waiting] = []
     for number, (key, members) in enumerate(index.samples):
@@ -181,6 +185,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
 
 
 def _read_target(raw: Mapping[str, Any], size: tuple[int, int], options: CachingOptions) -> _Waiting:
+    """Decode and crop a sample's target, and select the fields that its copy keeps."""
     sample = decode_sample(raw, False, size, options.reducing_gap)
     assert sample.target is not None, "a sample decoded without latents has a target image"
     fields = {
@@ -201,10 +206,10 @@ def _write_encoded(
     """Encode targets, those of one shape together, and write their samples in order."""
     latents: dict[int, Tensor] = {}
     for shape in {sample.pixels.shape for sample in waiting}:
-        alike = [i for i, sample in enumerate(waiting) if sample.pixels.shape == shape]
-        pixels = torch.stack([waiting[i].pixels for i in alike]).to(options.device)
+        indices = [i for i, sample in enumerate(waiting) if sample.pixels.shape == shape]
+        pixels = torch.stack([waiting[i].pixels for i in indices]).to(options.device)
         encoded = autoencoder.encode(pixels).to("cpu", options.dtype)
-        latents |= dict(zip(alike, encoded, strict=True))
+        latents |= dict(zip(indices, encoded, strict=True))
     for i, sample in enumerate(waiting):
         packed = save_safetensors({"latents": latents[i].contiguous().clone()})
         writer.add(sample.key, {**sample.fields, sample.latent_field: packed})

@@ -1,4 +1,4 @@
-"""What verification found, for people and for programs."""
+"""Writes the report of a verification, for people and for programs."""
 
 import json
 from collections import Counter
@@ -9,32 +9,37 @@ from data_prep.shards.verification import Facts
 
 
 def count_repeated(counts: Counter[bytes]) -> int:
-    """How many samples have what another one has already."""
+    """Count the samples that repeat what another one has."""
     return sum(n - 1 for n in counts.values())
 
 
 def list_findings(facts: Facts, unit: str) -> list[tuple[str, str]]:
-    """The findings that aren't faults, for people.
+    """List the findings that aren't faults, for people to read.
 
     Args:
-        facts: what was seen.
+        facts: about the samples.
         unit: that captions are counted in.
+
+    Returns:
+        Name and value of each row of a table.
     """
 
-    def of_all(n: int) -> str:
+    def format_share(n: int) -> str:
         return f"{n:,} ({100 * n / max(1, facts.good):.2f} %)"
 
+    # Shares are of the samples that training takes, since faulty ones weren't counted any further.
     lengths = sorted(facts.lengths) or [0]
     rows = [
         ("samples", f"{facts.samples:,}"),
         ("that training takes", f"{facts.good:,}"),
-        ("of these edits", of_all(facts.edits)),
-        ("with cached latents", of_all(facts.cached)),
-        ("with the caption of another one", of_all(count_repeated(facts.captions))),
-        ("with the target image of another one", of_all(count_repeated(facts.images))),
-        ("with a caption of GenEval's templates", of_all(facts.geneval)),
+        ("of these edits", format_share(facts.edits)),
+        ("with cached latents", format_share(facts.cached)),
+        ("with the caption of another one", format_share(count_repeated(facts.captions))),
+        ("with the target image of another one", format_share(count_repeated(facts.images))),
+        ("with a caption of GenEval's templates", format_share(facts.geneval)),
         (f"caption length, {unit}", f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"),
     ]
+    # Shards that hold only latents say nothing of the size of pictures.
     if facts.widths:
         sizes = Counter(zip(facts.widths, facts.heights, strict=True))
         (width, height), count = sizes.most_common(1)[0]
@@ -47,7 +52,7 @@ def write_report(facts: Facts, folder: Path, unit: str, out: Path) -> str:
     """Write `report.json`, `report.md` and `histograms.png`; returns the text of `report.md`.
 
     Args:
-        facts: what was seen.
+        facts: about the samples.
         folder: of the shards.
         unit: that captions are counted in.
         out: folder of the report.
@@ -57,7 +62,11 @@ def write_report(facts: Facts, folder: Path, unit: str, out: Path) -> str:
     lines = [f"# Shards of {folder}", "", "| what | |", "| --- | ---: |"]
     lines += [f"| {name} | {value} |" for name, value in list_findings(facts, unit)]
     if facts.geneval:
-        lines += ["", "A GenEval score after training on captions of its own templates must say so. Some of them:", ""]
+        lines += [
+            "",
+            "A GenEval score after training on captions of its templates must say so. Some of them:",
+            "",
+        ]
         lines += [f"- {name}" for name in facts.geneval_named]
     if facts.faults:
         lines += ["", "| fault | number | such as |", "| --- | ---: | --- |"]
@@ -85,7 +94,7 @@ def _to_json(facts: Facts) -> dict[str, object]:
 
 
 def _draw_histograms(facts: Facts, unit: str, path: Path) -> None:
-    """Sizes, aspect ratios and caption lengths as a PNG file."""
+    """Draw histograms of sizes, aspect ratios and caption lengths into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")  # before pyplot, since there may be no display

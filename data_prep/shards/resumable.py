@@ -1,8 +1,8 @@
-"""Shards that are made part by part: work that was killed at any moment goes on where it stopped.
+"""Makes shards part by part, so that work which was killed at any moment resumes where it stopped.
 
-A hidden folder beside the shards holds how they are made (`recipe.json`), and for each part that is done a file with
-what came of it. A part that was finished is never done again; one that was cut off is done from its beginning. At the
-end the manifest is written and the hidden folder removed.
+A hidden folder beside the shards holds `recipe.json`, which says how they are made, and a file with the result of each
+finished part. A finished part is never made again; a part that was cut off is made from its beginning. At the end the
+manifest is written and the hidden folder removed.
 """
 
 import json
@@ -21,18 +21,19 @@ from tbac.data.shards import MANIFEST, SCHEMA_VERSION, DataError, read_manifest
 from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
-Result = dict[str, Any]  # what came of a part; built-in types
-MakePart = Callable[[str, Any], Result]  # name of a part, what it is made from -> result
-_in_worker: dict[str, Any] = {}  # of a process that makes parts: the work, and what makes a part
+Result = dict[str, Any]  # of a part; holds built-in types
+MakePart = Callable[[str, Any], Result]  # takes the name of a part, and what it is made from
+_in_worker: dict[str, Any] = {}  # in a process that makes parts: the work, and the function that makes a part
 
 
 class ResumableWork:
-    """Work on a folder of shards.
+    """Work on a folder of shards that can be resumed.
 
     Args:
         out: folder of the shards.
-        name: of the work: the field of the manifest that keeps the recipe; with a dot before it, the hidden folder.
-        recipe: how the shards are made; built-in types.
+        name: of the work. The manifest keeps the recipe in a field of this name; with a dot before it, it is the name
+            of the hidden folder.
+        recipe: everything that decides the bytes of the shards, in built-in types.
     """
 
     def __init__(self, out: Path, name: str, recipe: Mapping[str, Any]) -> None:
@@ -40,10 +41,10 @@ class ResumableWork:
         self.folder = out / f".{name}"
 
     def read_finished(self) -> dict[str, Any] | None:
-        """The manifest when all is done, or None.
+        """Read the manifest if everything is finished; else None.
 
         Raises:
-            DataError: when the folder holds shards that were made otherwise.
+            DataError: when the folder holds shards of another recipe.
         """
         manifest = None if self.folder.is_dir() else read_manifest(self.out)
         if manifest is None:
@@ -58,8 +59,8 @@ class ResumableWork:
 
         Args:
             parts: name of a part -> what it is made from.
-            make: makes a part; with several processes it has to be one that can be pickled.
-            processes: parts made at a time.
+            make: makes a part; with several processes it must be possible to pickle it.
+            processes: how many parts are made at the same time.
 
         Raises:
             DataError: when the folder holds the beginning of other work, or other shards.
@@ -79,24 +80,28 @@ class ResumableWork:
                 hint = f"give another folder with out=, or remove {self.folder}"
                 raise DataError(f"{self.out} holds the beginning of other work; {hint}")
             return
-        if strange := sorted(tar.name for tar in self.out.glob("*.tar")):
+        other_tars = sorted(tar.name for tar in self.out.glob("*.tar"))
+        if other_tars:
             raise DataError(
-                f"{self.out} holds other shards already, such as {strange[0]}; give another folder with out="
+                f"{self.out} holds other shards already, such as {other_tars[0]}; give another folder with out="
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(self.recipe).encode())
 
     def _make_each(self, parts: Mapping[str, Any], make: MakePart, processes: int) -> Iterator[None]:
+        """Make parts in this process or in several, and yield when one is done."""
         if processes < 2:
             for name, item in parts.items():
-                yield self.make_part(name, item, make)
+                self.make_part(name, item, make)
+                yield
             return
-        # Each process gets the work once, so what it opens or reads for one part is there for its next one.
+        # Each process gets the work only once, so it keeps what it opens or reads for its next part.
         start = partial(_start_worker, self, make)
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start) as pool:
-            waiting = [pool.submit(_make_in_worker, name, item) for name, item in parts.items()]
-            for done in as_completed(waiting):
-                yield done.result()
+            futures = [pool.submit(_make_in_worker, name, item) for name, item in parts.items()]
+            for future in as_completed(futures):
+                future.result()
+                yield
 
     def make_part(self, name: str, item: Any, make: MakePart) -> None:
         """Make one part, and note that it is done."""
@@ -107,7 +112,7 @@ class ResumableWork:
         return self.folder / f"{part}.json"
 
     def read_results(self, parts: Mapping[str, Any]) -> list[Result] | None:
-        """What came of all parts; None while another process is at some of them, or has just finished everything."""
+        """Read the results of all parts; None while another process makes some, or has just finished everything."""
         try:
             return [json.loads(self._result_file(name).read_text()) for name in parts]
         except FileNotFoundError:
@@ -119,7 +124,7 @@ class ResumableWork:
         Args:
             shards: name of a tar -> its entry.
             facts: further fields of the manifest.
-            about: what else the field of this work holds, beside its recipe.
+            about: what the manifest's field of this work holds besides the recipe.
         """
         manifest = {
             **facts,

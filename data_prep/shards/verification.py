@@ -1,4 +1,4 @@
-"""What shards hold, looked at sample by sample: what training would refuse, and what nobody may have noticed."""
+"""Examines shards sample by sample: finds what training would refuse, and counts what may be worth knowing."""
 
 import hashlib
 import logging
@@ -22,27 +22,27 @@ from tbac.data.shards import read_manifest
 from tbac.data.tars import NOWHERE, TarIndex, TarReader
 
 log = logging.getLogger(__name__)
-NAMED = 20  # samples of each kind of fault that are named
+NAMED = 20  # how many samples with the same kind of fault are named
 
 
 @dataclass
 class Facts:
-    """What was seen.
+    """What the examined shards hold.
 
     Attributes:
-        samples: all, also those with faults.
+        samples: number of all samples, with and without faults.
         faults: kind -> number: what training would refuse, and shards that aren't as their manifest says.
-        named: kind -> some of them.
+        named: kind -> names of some samples or shards with this fault.
         widths: of target images.
         heights: of target images.
         lengths: of captions, in tokens or words.
         captions: digest of a caption -> how often it occurs.
         images: digest of a target image's bytes -> how often it occurs.
-        geneval: captions of GenEval's templates.
-        geneval_named: some of them.
-        edits: samples with input images.
-        cached: samples with cached latents.
-        schemas: fields of a sample -> number.
+        geneval: number of captions of GenEval's templates.
+        geneval_named: some of these captions, with the names of their samples.
+        edits: number of samples with input images.
+        cached: number of samples with cached latents.
+        schemas: fields of a sample -> number of samples that have them.
     """
 
     samples: int = 0
@@ -67,7 +67,7 @@ class Facts:
             named.append(name)
 
     def add(self, other: "Facts") -> None:
-        """Take over what was seen elsewhere."""
+        """Add the facts of other shards."""
         for name in ("samples", "geneval", "edits", "cached"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("widths", "heights", "lengths"):
@@ -75,13 +75,13 @@ class Facts:
         for name in ("faults", "captions", "images", "schemas"):
             getattr(self, name).update(getattr(other, name))
         for kind, names in other.named.items():
-            own = self.named.setdefault(kind, [])
-            own += names[: NAMED - len(own)]
+            named = self.named.setdefault(kind, [])
+            named += names[: NAMED - len(named)]
         self.geneval_named += other.geneval_named[: NAMED - len(self.geneval_named)]
 
     @property
     def good(self) -> int:
-        """Samples that training would take."""
+        """Number of samples that training would take."""
         return len(self.lengths)
 
 
@@ -91,8 +91,9 @@ def examine_tar(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Calla
     Args:
         tar: the file.
         listed: its entry of the manifest, or None.
-        count_tokens: length of a caption.
+        count_tokens: counts the tokens of a caption.
     """
+    # First the tar as a whole: its bytes, and whether it can be read to its end.
     facts, reader = Facts(), TarReader()
     if listed is not None:
         _check_bytes(facts, tar, listed)
@@ -102,6 +103,7 @@ def examine_tar(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Calla
         facts.count_fault("unreadable shard", f"{tar.name}: {error.strerror or error}")
         return facts
     _check_tar(facts, tar, index, listed)
+    # A sample that can't be told apart, or whose fields are ambiguous, is a fault before anything is decoded.
     keys: set[str] = set()
     for number, (key, members) in enumerate(index.samples):
         name = f"{tar.name}: {key}"
@@ -120,7 +122,7 @@ def examine_tar(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Calla
 
 
 def _check_bytes(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
-    """Whether a tar has the size and the bytes that its manifest says."""
+    """Count a fault if a tar doesn't have the size and the bytes that its manifest says."""
     size = tar.stat().st_size
     if size != listed.get("bytes"):
         kind = "a shard of another size than its manifest says"
@@ -133,7 +135,7 @@ def _check_bytes(facts: Facts, tar: Path, listed: Mapping[str, Any]) -> None:
 
 
 def _check_tar(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, Any] | None) -> None:
-    """Faults of a tar as a whole."""
+    """Count the faults of a tar as a whole."""
     if index.broken is not None:
         facts.count_fault("a shard that breaks off", f"{tar.name}: {index.broken}")
     for kind, count in index.refused.items():
@@ -147,6 +149,7 @@ def _check_tar(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, An
 
 
 def _examine_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_tokens: Callable[[str], int]) -> None:
+    """Count what one sample holds, or its fault."""
     fields = sorted(field for field in raw if not field.startswith("__"))
     targets = [f for f in fields if f.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS and not f.startswith("source")]
     cached = any(field.endswith("latent.safetensors") for field in fields)
@@ -158,18 +161,18 @@ def _examine_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
     except CorruptSampleError as error:
         facts.count_fault(error.kind, f"{name}: {str(error).splitlines()[0]}")
         return
-    # What it is made of.
+    # Shards with unlike samples are easy to overlook, so the kinds of samples are counted.
     facts.schemas[" ".join(map(strip_format, fields))] += 1
     facts.edits += bool(sample.sources)
     facts.cached += cached
-    # Its caption: length, whether others have it, and whether a benchmark asks for the like.
+    # Captions that repeat, or that a benchmark asks for, make scores look better than they are.
     facts.lengths.append(count_tokens(sample.text))
     facts.captions[_compute_short_digest(sample.text.strip().encode())] += 1
     if is_geneval_template(sample.text):
         facts.geneval += 1
         if len(facts.geneval_named) < NAMED:
             facts.geneval_named.append(f"{name}: {sample.text}")
-    # Its picture: size, and whether others have it.
+    # The sizes of pictures decide which buckets are of use.
     if isinstance(sample.target, Image.Image):
         facts.widths.append(sample.target.width)
         facts.heights.append(sample.target.height)
@@ -181,17 +184,17 @@ def _compute_short_digest(content: bytes) -> bytes:
 
 
 def strip_format(name: str) -> str:
-    """The name of a field, the same for all formats of images."""
+    """Strip the format from a field's name, so that it is the same for all formats of images."""
     return re.sub(r"\.(?:jpg|jpeg|png|webp)$", "", re.sub(r"^(?:jpg|jpeg|png|webp)$", "image", name))
 
 
 def count_words(text: str) -> int:
-    """Words of a text."""
+    """Count the words of a text."""
     return len(text.split())
 
 
 class TokenCounter:
-    """Counts the tokens of a text, by a tokenizer that each process opens for itself.
+    """Counts the tokens of a text, with a tokenizer that each process opens for itself.
 
     Args:
         source: folder or hub id of the tokenizer.
@@ -206,14 +209,14 @@ class TokenCounter:
 
     def __call__(self, text: str) -> int:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer  # takes seconds, and without a tokenizer words are counted
+            from transformers import AutoTokenizer  # takes seconds to import, and counting words doesn't need it
 
             self._tokenizer = AutoTokenizer.from_pretrained(self.source)
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def list_tars(folder: Path) -> list[Path]:
-    """All tars of a folder, in the order of their names.
+    """List all tars of a folder, in the order of their names.
 
     Raises:
         ValueError: when there is none.
@@ -225,32 +228,33 @@ def list_tars(folder: Path) -> list[Path]:
 
 
 def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
-    """Look at all shards of a folder.
+    """Examine all shards of a folder.
 
     Args:
         folder: of the shards and their manifest.
         tokenizer: folder or hub id; None counts words.
-        processes: shards looked at at a time.
+        processes: how many shards are examined at the same time.
     """
     tars, listed = list_tars(folder), (read_manifest(folder) or {"shards": {}})["shards"]
     facts = Facts()
     for name in sorted(set(listed) - {tar.name for tar in tars}):
         facts.count_fault("a shard that is in the manifest and absent", name)
-    look = partial(_examine_quietly, listed=listed, count_tokens=TokenCounter(tokenizer) if tokenizer else count_words)
-    for found in _process_tars(look, tars, processes, "verifying"):
-        facts.add(found)
+    count_tokens = TokenCounter(tokenizer) if tokenizer else count_words
+    examine = partial(_examine_quietly, listed=listed, count_tokens=count_tokens)
+    for facts_of_tar in _process_tars(examine, tars, processes, "verifying"):
+        facts.add(facts_of_tar)
     return facts
 
 
 def write_all_sizes(folder: Path, processes: int) -> None:
-    """Write the sizes of targets beside all shards of a folder, from their headers."""
+    """Write the sizes of targets beside all shards of a folder, read from headers alone."""
     tars = list_tars(folder)
     counts = list(_process_tars(write_sizes, tars, processes, "reading sizes"))
     log.info("%s: the sizes of %d samples in %d shards are kept beside them", folder, sum(counts), len(tars))
 
 
 def _process_tars(function: Callable[[Path], Any], tars: Sequence[Path], processes: int, title: str) -> Iterator[Any]:
-    """What a function gives for each tar, in order, with a bar that shows how far it is."""
+    """Call a function for each tar, in several processes, with a progress bar; yields the results in order."""
     if processes == 1:
         yield from tqdm(map(function, tars), total=len(tars), unit="shard", desc=title)
         return
@@ -259,7 +263,7 @@ def _process_tars(function: Callable[[Path], Any], tars: Sequence[Path], process
 
 
 def _examine_quietly(tar: Path, listed: Mapping[str, Any], count_tokens: Callable[[str], int]) -> Facts:
-    """Look at a tar without a log of what reading it passes over: that is in the report."""
+    """Examine a tar without logging the members that are passed over, since the report lists them."""
     logger = logging.getLogger("tbac.data.tars")
     level = logger.level
     logger.setLevel(logging.ERROR)

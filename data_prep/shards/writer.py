@@ -1,4 +1,4 @@
-"""Writing WebDataset shards with a manifest."""
+"""Writes WebDataset shards with a manifest."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from tbac.files import write_whole
 
 
 def encode_field(name: str, value: Any) -> bytes:
-    """Bytes of a field by its extension: images, text, JSON, latents; bytes stay as they are."""
+    """Encode the value of a field, an image by the field's extension; bytes stay as they are."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -49,7 +49,7 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes one tar whose bytes depend on its samples alone; it has its name only when it is complete.
+    """Writes one tar, whose bytes depend on its samples alone, and which gets its name only when it is complete.
 
     The fields of a sample are sorted by name, as WebDataset writes them.
 
@@ -61,7 +61,7 @@ class ShardWriter:
         self.path, self.samples = path, 0
         self._partial = path.with_name(f"{path.name}.partial")
         self._file = _HashedFile(self._partial)
-        # Neither the time nor the name of whoever writes is kept, so the same samples give the same bytes.
+        # Without time and user, the same samples give the same bytes.
         self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def add(self, key: str, fields: Mapping[str, Any]) -> None:
@@ -72,7 +72,8 @@ class ShardWriter:
         """
         if not key or "." in key or "/" in key:
             raise ValueError(f"sample key {key!r} must hold neither a dot nor a slash")
-        if hidden := [name for name in fields if name.startswith("_")]:
+        hidden = [name for name in fields if name.startswith("_")]
+        if hidden:
             raise ValueError(f"field {hidden[0]!r} of sample {key!r} must not begin with an underscore")
         encoded = {name: encode_field(name, value) for name, value in fields.items()}
         self._tar.write({"__key__": key, **encoded})
@@ -99,18 +100,20 @@ def write_shards(
         folder: made when absent.
         split: name of the split.
         samples: (key, field -> value) pairs; keys hold no dot or slash.
-        samples_per_shard: how many go into one tar.
+        samples_per_shard: how many samples go into one tar.
         facts: further fields of the manifest, such as `provenance` and `autoencoder_digest`.
 
     Raises:
         ValueError: for a key that WebDataset would split.
     """
+    # Another split may have been written before, and shares the manifest.
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / MANIFEST
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "shards": {}}
     if file.is_file():
         manifest = json.loads(file.read_text())
     manifest.update(facts or {})
+    # A tar is opened for its first sample, so none stays empty.
     shards, writer, index = manifest["shards"], None, 0
     for key, fields in samples:
         if writer is None:

@@ -88,7 +88,7 @@ def test_repetitions_and_genevals_templates_are_counted(capfd: pytest.CaptureFix
     status, text, report = verified(capfd, "path=shards")
     assert status == 0
     assert (report["repeated_captions"], report["repeated_images"], report["geneval_templates"]) == (1, 3, 2)
-    assert "A GenEval score after training on captions of its own templates must say so" in text
+    assert "A GenEval score after training on captions of its templates must say so" in text
     assert "s1: a photo of two dogs" in text
 
 

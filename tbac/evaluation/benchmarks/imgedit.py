@@ -207,7 +207,7 @@ class ImgEdit(PictureBenchmark):
         return PictureVerdict(score / 5, reply, {"reply": reply})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Compute the means over kinds, over edits and by kind; none counts unrated edits, as in the official scorer."""
+        """Compute the means over kinds, over edits and by kind; like the official scorer, none counts unrated edits."""
         items = {target.path: target.item for target in self.list_targets()}
         replies = {items[row.picture]: row.details.get("reply") for row in rows}
         result = aggregate_edits(replies, {key: edit.kind for key, edit in self.edits.items()})

@@ -1,8 +1,8 @@
 """The parts of the shapes world, each made when it is missing: benchmarks, tokenizer, backbones, shards.
 
-Everything is made from one seed; backbones are in the formats of the real ones, and shards hold cached latents. A part
-is made in a folder of its own and renamed when it is complete, and `recipe.json` beside it says what it was made from;
-with another recipe it is made again.
+Everything is made from one seed. Backbones have the formats of the real ones, and shards hold cached latents. A part is
+made in a temporary folder, which gets its name when it is complete. Its `recipe.json` says what it was made from; with
+another recipe it is made again.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
-    """Make a folder unless it is there already, made from the same recipe; half-made folders are never left behind."""
+    """Make a folder, unless it was already made from the same recipe. It has its name only when it is complete."""
     marker = folder / "recipe.json"
     text = json.dumps(recipe, indent=2, sort_keys=True, default=str) + "\n"
     if marker.is_file() and marker.read_text() == text:
@@ -58,7 +58,7 @@ def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
 
 
 def make_tokenizer(folder: Path, seed: int, mixture: Mixture = USUAL) -> None:
-    """Tokenizer and image processor of the world."""
+    """Train the tokenizer of the world, and save it with the image processor."""
     rng = Random(f"tokenizer/{seed}")
     texts = [SYSTEM_PROMPT, ANSWER_SYSTEM, "user", "assistant", "system"] * 50
     for _ in range(3000):
@@ -71,7 +71,7 @@ def make_tokenizer(folder: Path, seed: int, mixture: Mixture = USUAL) -> None:
 
 
 def make_mllm(folder: Path, tokenizer_folder: Path, architecture: dict, recipe: Recipe, world: World) -> None:
-    """The MLLM with its tokenizer, as a Hugging Face folder."""
+    """Pre-train the MLLM, and save it with its tokenizer as a Hugging Face folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(tokenizer_folder)
     model = pretrain_mllm(architecture, tokenizer, processor, recipe, world.seed, world.mixture)
@@ -80,7 +80,7 @@ def make_mllm(folder: Path, tokenizer_folder: Path, architecture: dict, recipe: 
 
 
 def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: dict[str, dict]) -> None:
-    """Autoencoder, prompt-free denoiser and scheduler, as a diffusers folder."""
+    """Pre-train autoencoder and denoiser, and save them with the scheduler as a diffusers folder."""
     autoencoder = pretrain_autoencoder(parts["autoencoder"], **recipes["autoencoder"], seed=world.seed)
     autoencoder.save_pretrained(folder / "vae")
     frozen = FrozenAutoencoder(autoencoder)
@@ -94,7 +94,7 @@ def make_denoiser(folder: Path, parts: dict[str, dict], world: World, recipes: d
 
 
 def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
-    """Shards of all stages with cached latents."""
+    """Write the shards of all stages with cached latents."""
     frozen = FrozenAutoencoder.from_folder(denoiser_folder / "vae")
 
     def encode(images: list[Image.Image]) -> Any:
@@ -104,7 +104,7 @@ def make_data(folder: Path, world: World, denoiser_folder: Path) -> None:
 
 
 def _make_picture_parts(out: Path, parts: dict, world: World, recipes: dict) -> None:
-    """What runs in one process: autoencoder, denoiser, shards."""
+    """Make the parts for pictures in a process of their own: autoencoder, denoiser, and the shards with latents."""
     _begin_process()
     denoiser = out / "backbones" / "denoiser"
     recipe = [
@@ -121,7 +121,7 @@ def _make_picture_parts(out: Path, parts: dict, world: World, recipes: dict) -> 
 
 
 def _make_language_parts(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
-    """What runs beside it: the MLLM."""
+    """Make the part for language, the MLLM, in another process."""
     _begin_process()
     made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, compute_source_digest()]
     make_part(
@@ -137,7 +137,7 @@ def _begin_process() -> None:
 
 
 def compute_source_digest() -> str:
-    """sha256 of the code that makes the world, so that a changed world is made anew."""
+    """Compute the sha256 of the code that makes the world, so that changed code makes it again."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -159,7 +159,7 @@ def build_world(cfg: DictConfig) -> Path:
     made_from = [asdict(sizes), asdict(mixture), cfg.seed, compute_source_digest()]
     make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
     make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
-    # What learns takes minutes: the MLLM on one core, the pictures' models and the shards on another.
+    # Pre-training takes minutes, so the MLLM gets one core, and the models of pictures and the shards another.
     branches: list[tuple[Callable[..., None], tuple]] = [
         (_make_language_parts, (out, parts["mllm"], world, instantiate(cfg.mllm))),
         (_make_picture_parts, (out, parts, world, recipes)),

@@ -1,4 +1,4 @@
-"""Pre-training of the shapes world's autoencoder on reconstruction."""
+"""Pre-trains the autoencoder of the shapes world to reconstruct pictures."""
 
 import math
 import time
@@ -16,14 +16,14 @@ from data_prep.shapes.scene import BACKGROUNDS, CELLS, COLORS, GLYPHS, Item, Sce
 
 
 def draw_dense_scene(rng: Random, fill: float = 0.6) -> Scene:
-    """A scene with objects in most cells: every picture then teaches many glyphs and colours."""
+    """Draw a scene with objects in most cells, since such a picture teaches many glyphs and colours at once."""
     cells = [(r, c) for r in range(CELLS) for c in range(CELLS) if rng.random() < fill]
     items = (Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), r, c) for r, c in cells)
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(items))
 
 
 def stack_pixels(images: list[Image.Image]) -> Tensor:
-    """(image, 3, height, width) in [-1, 1]."""
+    """Stack images as (image, 3, height, width) in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -40,13 +40,14 @@ def pretrain_autoencoder(
         seed: of weights and data.
         pictures: how many different ones are drawn.
     """
-    # The pictures are drawn once; each step takes some of them.
+    # Drawing takes longer than a step, so a few thousand pictures are drawn once and used again.
     torch.manual_seed(seed)
     model = AutoencoderDC(**architecture)
     rng = Random(f"autoencoder/{seed}")
     data = stack_pixels([render(draw_dense_scene(rng)) for _ in range(pictures)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     started = time.monotonic()
+    # Warm-up over 50 steps, then a cosine; the absolute error keeps edges sharp, the squared one fixes colours.
     bar = tqdm(range(steps), desc="autoencoder", mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
@@ -60,7 +61,7 @@ def pretrain_autoencoder(
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", seconds=f"{time.monotonic() - started:.0f}")
-    # Diffusion works on latents of unit variance.
+    # Diffusion expects latents of unit variance.
     model.eval()
     with torch.no_grad():
         spread = model.encode(data[:256]).latent.std().item()

@@ -1,6 +1,6 @@
-"""Pre-training of the shapes world's denoiser without prompts, on pictures of one object: what objects look like.
+"""Pre-trains the denoiser of the shapes world without prompts, on pictures of one object.
 
-How many there are, of what kind and where, is left for the prompts to say.
+It learns what objects look like. How many there are, of what kind and where, it learns later from prompts.
 """
 
 import math
@@ -17,7 +17,7 @@ from tbac.flow import NUM_TIMESTEPS, compute_velocity_loss, interpolate, sample_
 
 
 def draw_lone_scenes(rng: Random, count: int) -> list[Scene]:
-    """Scenes of one object anywhere, none of them held out."""
+    """Draw scenes of one object at any place, none of which is held out."""
     scenes: list[Scene] = []
     while len(scenes) < count:
         item = Item(rng.choice(list(GLYPHS)), rng.choice(list(COLORS)), rng.randrange(CELLS), rng.randrange(CELLS))
@@ -40,10 +40,12 @@ def pretrain_denoiser(
         lr: peak learning rate.
         seed: of weights, data order and noise.
     """
+    # An all-zero context stands for a prompt that says nothing.
     torch.manual_seed(seed)
     model = SanaTransformer2DModel(**architecture)
     context = torch.zeros(batch_size, 1, model.config.caption_channels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    # The same flow-matching loss as in training: warm-up over 50 steps, then a cosine.
     bar = tqdm(range(steps), desc="denoiser", mininterval=5)
     for step in bar:
         scale = min(1.0, (step + 1) / 50) * max(0.1, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -1,15 +1,15 @@
-"""Pre-training of the shapes world's MLLM: to see, to name, to answer, to describe, to carry out edits in words.
+"""Pre-trains the MLLM of the shapes world to see, to name, to answer, to describe, and to carry out edits in words.
 
 What makes it learn within minutes on one core:
-- The vision tower first learns to speak in the words' embeddings (`vision_teacher.py`). It stays as it is then, so that
-  its features are computed once.
-- Embeddings start at unit size, far above what the layers add to them at first; otherwise the layers' noise drowns the
-  words.
-- Small batches and many steps: looking something up is a circuit that needs steps, not samples.
-- Several questions share one picture: they are branches that see the prefix but not each other, at the positions that
+- The vision tower first learns to give the embeddings of words (`vision_teacher.py`). It is frozen after that, so its
+  features are computed only once.
+- Embeddings start at unit size, far above what the layers add to them at first. Otherwise the words would drown in the
+  noise of the untrained layers.
+- Batches are small and steps are many: learning to look something up takes steps rather than samples.
+- Several questions share one picture. They are branches that see the prefix but not each other, at the positions that
   they would have alone.
-- Naming comes first: the answer directly after the word that is asked for. Answering after the assistant's header comes
-  then, and laying out, cell by cell, a picture that is told or that an edit makes.
+- It first learns to name: the answer comes directly after the word that is asked for. Then it learns to answer after
+  the assistant's header, and to lay out, cell by cell, a picture that a caption describes or that an edit leads to.
 - The pictures grow: first one cell, then four, then all.
 """
 
@@ -47,10 +47,10 @@ class Recipe:
         batch_size: conversations per step, twice as many while pictures are small.
         lr: peak learning rate of the language model.
         vision_lr: that of the vision tower.
-        embedding_std: of the word embeddings at the start.
-        pictures: different pictures that conversations are about.
-        told: share of questions about scenes that are told in words instead of seen.
-        told_imagined: share of imagined pictures that are told; the others are edits of seen ones.
+        embedding_std: standard deviation of the word embeddings at the start.
+        pictures: how many different pictures conversations are about.
+        told: share of questions about scenes that are described in words instead of seen.
+        told_imagined: share of imagined pictures that are described in words; the others are edits of seen ones.
     """
 
     vision_steps: int = 250
@@ -65,7 +65,7 @@ class Recipe:
 
 
 def make_branch_mask(branches: Tensor) -> Tensor:
-    """Additive attention mask (batch, 1, token, token): causal; a token sees the prefix and its own branch."""
+    """Make a causal additive mask (batch, 1, token, token), in which a token sees the prefix and its own branch."""
     length = branches.shape[1]
     seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
     seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
@@ -108,7 +108,7 @@ def compute_states(
     pad: int,
     blur: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Last hidden states (batch, token, hidden) and labels (batch, token).
+    """Compute the last hidden states (batch, token, hidden), and return them with the labels (batch, token).
 
     Args:
         model: the language model.
@@ -121,12 +121,12 @@ def compute_states(
     padded = pad_conversations(batch, pad)
     embed = model.get_input_embeddings()
     embeddings = embed(padded.tokens)
-    # Image tokens say what the vision tower says of their cells.
+    # The features of the vision tower take the place of image tokens, as in Qwen2.5-VL.
     pictured = [features[c.picture, c.cells] for c in batch if c.cells]
     if pictured:
         places = (padded.tokens == model.config.image_token_id).unsqueeze(-1)
         embeddings = embeddings.masked_scatter(places, torch.cat(pictured))
-    # Tokens of imagined cells are columns; each takes its row as well, and some noise.
+    # A token of an imagined cell is the word for its column; the word for its row and some noise are added here.
     if batch[0].imagined:
         mixed = embeddings.clone()
         for row, c in enumerate(batch):
@@ -146,7 +146,7 @@ def compute_states(
 def compute_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: Sequence[Conversation], features: Tensor, pad: int
 ) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, or of the words for imagined cells."""
+    """Compute the mean cross-entropy of the tokens of answers, or of the words for imagined cells."""
     hidden, labels = compute_states(model, batch, features, pad, BLUR)
     if batch[0].imagined:
         ends = [(row, len(c.tokens) - len(c.imagined), len(c.tokens)) for row, c in enumerate(batch)]
@@ -159,13 +159,17 @@ def compute_loss(
 
 
 def draw_side(rng: Random, progress: float) -> int:
-    """Side of the visible window: grows with progress, and smaller ones stay in the mixture."""
-    largest = 1 if progress < 0.12 else 2 if progress < 0.3 else CELLS
+    """Draw the side of the visible window. The largest side grows with progress; smaller ones stay in the mixture."""
+    largest = CELLS
+    if progress < 0.3:
+        largest = 2
+    if progress < 0.12:
+        largest = 1
     return largest if rng.random() < 0.8 else rng.randint(1, 2)
 
 
 def draw_kind(rng: Random, progress: float) -> str:
-    """Kind of conversation: naming, then answering with it, then the rest."""
+    """Draw the kind of conversation: at first only naming, then also answering and imagining, then all kinds."""
     if progress < 0.1:
         return "name"
     if progress < 0.3:
@@ -199,7 +203,7 @@ def pretrain_mllm(
     model.get_input_embeddings().weight.data.normal_(0, recipe.embedding_std)
     vision_recipe = VisionRecipe(recipe.vision_steps, recipe.vision_lr, recipe.embedding_std)
     teach_vision(model, tokenizer, processor, vision_recipe, rng)
-    # The pictures that conversations are about; what the vision tower says of them stays the same.
+    # The vision tower is frozen now, so the features of the pictures that conversations are about are computed once.
     scenes: list[Scene] = []
     while len(scenes) < recipe.pictures:
         scene = sample_scene(rng, mixture)
@@ -208,7 +212,7 @@ def pretrain_mllm(
     chunks = [scenes[i : i + 256] for i in range(0, len(scenes), 256)]
     with torch.no_grad():
         features = torch.cat([encode_pictures(model, make_patches(processor, chunk)) for chunk in chunks])
-    # The language model learns: what is asked, and how much of a picture is shown, grows with progress.
+    # Conversations become harder with progress: more kinds of them, about larger parts of a picture.
     draw = Conversations(tokenizer, scenes, rng, mixture).draw
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -235,7 +239,7 @@ def pretrain_mllm(
 
 
 def make_config(architecture: dict[str, Any], tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """The architecture with the tokenizer's vocabulary and special tokens."""
+    """Make the config of the architecture with the tokenizer's vocabulary and special tokens."""
     ids = tokenizer.convert_tokens_to_ids
     text = {
         **architecture["text_config"],

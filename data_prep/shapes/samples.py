@@ -1,4 +1,4 @@
-"""Samples of the shapes world: training sets of the three stages, and the files of its benchmarks."""
+"""Writes the samples of the shapes world: training sets of the three stages, and the files of its benchmarks."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class World:
-    """All that is drawn from one seed; validation and benchmarks hold held-out scenes only, training none of these."""
+    """All that is drawn from one seed. Only validation and benchmarks use held-out scenes; training never does."""
 
     sizes: Sizes
     seed: int
@@ -77,12 +77,12 @@ class World:
         return cls(sizes, seed, scenes, edits, mixture)
 
     def draw_training_scenes(self, name: str) -> Iterator[tuple[Random, Scene]]:
-        """Endless scenes that aren't held out, each with a generator for what is said of it."""
+        """Draw scenes without end that aren't held out, each with a generator for its caption or edit."""
         rng = Random(f"{name}/{self.seed}")
         return ((rng, scene) for scene in _draw_scenes(rng, self.mixture) if not scene.held_out)
 
     def draw_training_edits(self, name: str) -> Iterator[Edit]:
-        """Endless edits whose source and target aren't held out."""
+        """Draw edits without end whose source and target aren't held out."""
         edits = (sample_edit(rng, scene) for rng, scene in self.draw_training_scenes(name))
         return (edit for edit in edits if not edit.target.held_out)
 
@@ -97,12 +97,14 @@ def _take(count: int, items: Iterator[Any]) -> list[Any]:
 
 
 def _cut_into_chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := _take(size, items):
+    chunk = _take(size, items)
+    while chunk:
         yield chunk
+        chunk = _take(size, items)
 
 
 def make_t2i_samples(prefix: str, drawn: Iterator[tuple[str, Scene]], encode: Encode) -> Iterator[tuple[str, dict]]:
-    """Text-to-image samples with cached latents."""
+    """Make text-to-image samples with cached latents."""
     index = 0
     for chunk in _cut_into_chunks(drawn, 256):
         images = [render(scene) for _, scene in chunk]
@@ -112,7 +114,7 @@ def make_t2i_samples(prefix: str, drawn: Iterator[tuple[str, Scene]], encode: En
 
 
 def make_edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Iterator[tuple[str, dict]]:
-    """Edit triplets with cached latents of the target."""
+    """Make edit triplets with cached latents of the target."""
     index = 0
     for chunk in _cut_into_chunks(edits, 256):
         targets = [render(edit.target) for edit in chunk]
@@ -128,7 +130,7 @@ def make_edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Ite
 
 
 def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_digest: str) -> None:
-    """Shards of the three stages: `t2i`, `edit`, and the curated `finetune_t2i` and `finetune_edit`."""
+    """Write the shards of the three stages: `t2i`, `edit`, and the curated `finetune_t2i` and `finetune_edit`."""
     sizes = world.sizes
     facts = {"provenance": {"world": "shapes", "seed": world.seed}, "autoencoder_digest": autoencoder_digest}
     rng = Random(f"val captions/{world.seed}")
@@ -145,13 +147,13 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
-    """The scene as a detector would read it."""
+    """Describe a scene as a detector would read it."""
     objects = [{"name": item.shape, "color": item.color, "box": find_box(item)} for item in scene.items]
     return {"background": scene.background, "objects": objects}
 
 
 def find_box(item: Item) -> list[int]:
-    """Left, top, right and bottom of an object's glyph, in pixels."""
+    """Find left, top, right and bottom of an object's glyph, in pixels."""
     rows, columns = np.nonzero(GLYPHS[item.shape])
     top, left = item.corner
     box = (left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1)
@@ -165,7 +167,7 @@ def write_benchmarks(world: World, out: Path) -> None:
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": _draw_glyphs()}
     (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
-    # One generator for both, so that prompts and questions are those of a seed.
+    # One generator serves prompts and questions one after the other, so their order here decides what a seed gives.
     rng = Random(f"benchmarks/{world.seed}")
     _write_rows(out / "geneval.jsonl", sample_geneval_prompts(rng, world.sizes.prompts_per_tag))
     _write_questions(rng, world.val_scenes[: world.sizes.questions], out)
@@ -175,7 +177,7 @@ def write_benchmarks(world: World, out: Path) -> None:
 
 
 def _draw_glyphs() -> dict[str, list[str]]:
-    """Each glyph as rows of `#` and `.`."""
+    """Draw each glyph as rows of `#` and `.`."""
     drawn = {}
     for name, mask in GLYPHS.items():
         drawn[name] = ["".join(row) for row in np.where(mask, "#", ".")]

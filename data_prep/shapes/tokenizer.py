@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# One turn per message; images stand for themselves before the text. The same form as Qwen2.5-VL's.
+# One turn per message, with the images before the text, in the form of Qwen2.5-VL's template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -41,7 +41,7 @@ SPLIT_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], merges: int = 400) -> Qwen2Tokenizer:
-    """Learn merges from `texts`; special tokens come after the learned vocabulary."""
+    """Train a tokenizer on `texts` with this number of merges; special tokens come after the learned vocabulary."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(

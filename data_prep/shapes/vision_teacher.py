@@ -1,7 +1,7 @@
-"""The vision tower of the shapes world's MLLM learns to speak in the words' embeddings.
+"""Teaches the vision tower of the shapes world's MLLM to give the embeddings of words.
 
-Each image token is fitted to the sum of the embeddings of what its cell shows: background, row, column, and colour and
-shape of an object.
+Each image token is fitted to the sum of the embeddings of the words for what its cell shows: background, row, column,
+and colour and shape of an object.
 """
 
 import math
@@ -26,9 +26,9 @@ class VisionRecipe:
     """How the vision tower is taught.
 
     Args:
-        steps: on dense scenes.
+        steps: number of steps, on dense scenes.
         lr: peak learning rate.
-        embedding_std: of the word embeddings that it is fitted to.
+        embedding_std: standard deviation of the word embeddings that it is fitted to.
     """
 
     steps: int
@@ -37,10 +37,10 @@ class VisionRecipe:
 
 
 class VisionTeacher:
-    """What each image token should say: a sum of word embeddings.
+    """Computes the sum of word embeddings that each image token should give.
 
     Args:
-        tokenizer: knows the words.
+        tokenizer: has the ids of the words.
         embeddings: (token, hidden).
     """
 
@@ -56,34 +56,35 @@ class VisionTeacher:
         self.words = {k: dict(zip(v, embeddings[find_last_ids(tokenizer, v)], strict=True)) for k, v in names.items()}
 
     def __call__(self, scene: Scene) -> Tensor:
-        """What the tokens of a scene should say (cell, hidden)."""
-        rows = []
+        """Compute what the image tokens of a scene should give (cell, hidden)."""
+        sums = []
         items = {(i.row, i.column): i for i in scene.items}
         for row in range(CELLS):
             for column in range(CELLS):
-                said = self.words["background"][scene.background] + self.words["row"][ROW_NAMES[row]]
-                said = said + self.words["column"][COLUMN_NAMES[column]]
-                if item := items.get((row, column)):
-                    said = said + self.words["shape"][item.shape] + self.words["color"][item.color]
-                rows.append(said)
-        return torch.stack(rows)
+                total = self.words["background"][scene.background] + self.words["row"][ROW_NAMES[row]]
+                total = total + self.words["column"][COLUMN_NAMES[column]]
+                item = items.get((row, column))
+                if item is not None:
+                    total = total + self.words["shape"][item.shape] + self.words["color"][item.color]
+                sums.append(total)
+        return torch.stack(sums)
 
 
 def make_patches(processor: Qwen2VLImageProcessorPil, scenes: Sequence[Scene]) -> Tensor:
-    """Vision patches (scene, patch, channel)."""
+    """Make the vision patches of scenes (scene, patch, channel)."""
     values = processor(images=[render(s) for s in scenes], return_tensors="pt")["pixel_values"]
     return values.view(len(scenes), GRID * GRID, -1)
 
 
 def encode_pictures(model: Qwen2_5_VLForConditionalGeneration, patches: Tensor) -> Tensor:
-    """(scene, cell, hidden) from patches (scene, patch, channel)."""
+    """Encode patches (scene, patch, channel) into features (scene, cell, hidden)."""
     grids = torch.tensor([[1, GRID, GRID]]).expand(len(patches), -1)
     features = model.model.get_image_features(patches.flatten(0, 1), grids).pooler_output
     return torch.stack(list(features))
 
 
 def scale_rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate: linear warm-up, flat, cosine over the last 60 %."""
+    """Compute the share of the peak learning rate: a linear warm-up, then flat, then a cosine over the last 60 %."""
     progress = max(0.0, step / steps - 0.4) / 0.6
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
@@ -96,7 +97,7 @@ def teach_vision(
     rng: Random,
 ) -> None:
     """Fit image tokens to the embeddings of what they show."""
-    # Dense scenes show much of everything, so a few of them are enough.
+    # Dense scenes show many objects at once, so a few of them are enough.
     embeddings = model.get_input_embeddings().weight.data
     teacher = VisionTeacher(tokenizer, embeddings)
     scenes = [draw_dense_scene(rng) for _ in range(1500)]
@@ -114,5 +115,5 @@ def teach_vision(
         optimizer.step()
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    # What it says from now on is what the language model learns from.
+    # The language model learns from its features, which must not change any more.
     model.model.visual.requires_grad_(False)

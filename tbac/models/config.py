@@ -29,7 +29,7 @@ SYSTEM_PROMPT = (
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
 BEHAVIOUR = ("image_pixels", "max_text_tokens", "system_prompt", "reference_latents", "spell_words")
-Connector = Callable[..., Any]  # (num_taps, hidden_size, channels) -> nn.Module, see `tbac.models.ladder`
+Connector = Callable[..., Any]  # (num_taps, hidden_size, channels) -> nn.Module; `tbac.models.ladder` says more
 
 
 def _is_whole(value: Any, minimum: int) -> bool:
@@ -52,7 +52,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def check_precision(prefix: str, dtype: Any, quantization: Any) -> None:
-    """Raise ValueError for a type or a quantisation that there isn't; `prefix` is that of the options' names."""
+    """Raise ValueError for an unknown type or quantisation; `prefix` stands before the options' names in messages."""
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPE_NAMES)}; got {dtype!r}")
     if quantization is not None and quantization not in QUANTIZATIONS:
@@ -69,11 +69,11 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 
 
 def check_plain(values: Any, place: str) -> None:
-    """Raise ValueError where a config that comes out of a file names something to be imported or called.
+    """Raise ValueError when a config from a file names something to be imported or called.
 
     Args:
-        values: of the config, at any depth.
-        place: their dotted name, for the message.
+        values: the config, or a part of it.
+        place: dotted name of `values`, for the message.
     """
     if isinstance(values, Mapping):
         for key, value in values.items():
@@ -98,7 +98,7 @@ def check_keys(values: Any, accepted: Sequence[str], place: str) -> None:
 
 
 def name_connector(connector: str | Connector) -> str:
-    """What a connector is called in a file: one of `CONNECTORS`, or the dotted name of the user's own."""
+    """Name a connector for a file: by one of `CONNECTORS`, or by the dotted name of the user's own."""
     if isinstance(connector, str):
         return connector
     made_by = getattr(connector, "func", connector)  # of a functools.partial
@@ -107,13 +107,13 @@ def name_connector(connector: str | Connector) -> str:
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """Options of the ladder, apart from what follows from the model's sizes.
+    """Options of the ladder, apart from those that follow from the model's sizes.
 
     Attributes:
         connector: `shared_mlp` (released), `per_tap_mlp`, `transformer` (shared by the taps), or your own: a callable
-            that takes `num_taps`, `hidden_size` and `channels` and returns a module, see `tbac.models.ladder`.
+            that takes `num_taps`, `hidden_size` and `channels` and returns a module (more in `tbac.models.ladder`).
         num_layers: encoder layers of the `transformer` connector.
-        num_heads: its attention heads; must divide the MLLM's hidden size.
+        num_heads: attention heads of the `transformer` connector; must divide the MLLM's hidden size.
         query_std: standard deviation of the queries at the start.
         prompt_context: the prompt's own tapped states follow the queries in every context, through the same connectors.
             Needs a connector that reads each token apart from the others.
@@ -134,9 +134,8 @@ class LadderConfig:
                 f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {self.connector!r} (a connector of "
                 "your own is given by _target_, with _partial_: true)"
             )
-        whole = _is_whole(self.num_layers, 1)
-        number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
-        if not whole or not number or self.query_std < 0:
+        is_number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
+        if not _is_whole(self.num_layers, 1) or not is_number or self.query_std < 0:
             raise ValueError(
                 "ladder.num_layers must be at least 1 and ladder.query_std at least 0, got "
                 f"{self.num_layers}, {self.query_std}"
@@ -152,7 +151,7 @@ class LadderConfig:
         return None if isinstance(self.connector, str) else self.connector
 
     def check_prompt_context(self, per_token: bool) -> None:
-        """Raise ValueError where the prompt's tokens would join the queries in a connector that mixes tokens."""
+        """Raise ValueError when the prompt's tokens shall follow the queries and the connector mixes tokens."""
         if self.prompt_context and not per_token:
             raise ValueError(
                 "ladder.prompt_context needs ladder.connector=shared_mlp or per_tap_mlp, or a connector of your own "
@@ -160,7 +159,7 @@ class LadderConfig:
             )
 
     def check_width(self, hidden_size: int) -> None:
-        """Raise ValueError when an MLLM of this hidden size can't be read."""
+        """Raise ValueError when the connector's heads don't fit an MLLM of this hidden size."""
         if self.connector == "transformer" and hidden_size % self.num_heads:
             raise ValueError(f"ladder.num_heads={self.num_heads} must divide the MLLM's hidden size {hidden_size}")
 
@@ -169,11 +168,11 @@ class LadderConfig:
         """From plain values.
 
         Args:
-            values: of a YAML, a checkpoint or an export.
-            connector: the user's own, where the values name one.
+            values: the part `ladder` of a YAML, a checkpoint or an export.
+            connector: the user's own connector, if the values name one.
 
         Raises:
-            ValueError: for anything that doesn't fit, and for a connector of the user's own that wasn't given.
+            ValueError: for anything that doesn't fit, and when the user's own connector is named and not given.
         """
         check_keys(values, [f.name for f in fields(cls)], "ladder")
         name = values.get("connector", "shared_mlp")
@@ -195,13 +194,12 @@ class LadderConfig:
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Configs of the parts, where they aren't read from `mllm` and `denoiser`.
+    """Configs of those parts whose configs aren't read from `mllm` and `denoiser`.
 
-    A YAML needs all four for `random_init`. A checkpoint and an export hold those of the part that they have weights
-    of, and of the scheduler.
+    With `random_init` a YAML needs all four. A checkpoint and an export hold those of transformer and scheduler.
 
     Attributes:
-        mllm: of `Qwen2_5_VLConfig`.
+        mllm: arguments of `Qwen2_5_VLConfig`.
         transformer: constructor arguments of `SanaTransformer2DModel`.
         autoencoder: constructor arguments of `AutoencoderDC`.
         scheduler: of the sampling scheduler, with its `_class_name`, one of `SCHEDULERS`.
@@ -244,7 +242,7 @@ class ModelConfig:
         denoiser: hub id or folder with SANA's `transformer/`, `vae/` and `scheduler/`.
         image_pixels: area in pixels that each input image is resized to.
         taps: rule that chooses the tapped layers, or the plan that a rule gave.
-        ladder: connector and queries.
+        ladder: options of connector and queries.
         num_queries: number of learnable queries.
         query_phrases: words that the queries start from, one phrase each (prompt tuning's initialisation from text,
             Lester et al. 2021, arXiv 2104.08691); None starts from noise, as released. Ignored with `random_init`.
@@ -288,7 +286,7 @@ class ModelConfig:
     architecture: ArchitectureConfig | None = None
 
     def __post_init__(self) -> None:
-        # Hydra gives nested groups as plain mappings.
+        # Hydra gives nested groups as plain mappings, and these are checked by their own dataclasses.
         if not isinstance(self.ladder, LadderConfig):
             check_keys(self.ladder, [f.name for f in fields(LadderConfig)], "ladder")
             object.__setattr__(self, "ladder", LadderConfig(**self.ladder))
@@ -296,6 +294,7 @@ class ModelConfig:
             object.__setattr__(self, "architecture", ArchitectureConfig.from_dict(self.architecture))
         if self.system_prompt is None:
             object.__setattr__(self, "system_prompt", SYSTEM_PROMPT)
+        # Types and ranges of all single values.
         for name in ("mllm", "denoiser", "system_prompt"):
             _check_text(f"model.{name}", getattr(self, name))
         for name in ("image_pixels", "num_queries", "max_text_tokens"):
@@ -371,18 +370,19 @@ class ModelConfig:
         return replace(self, denoiser_checkpointing=False, query_checkpointing=False, compile=False, random_init=False)
 
     def list_additions(self) -> dict[str, bool]:
-        """The options by which this model does more than the released one, all of them true."""
-        return {name: value for name, value in self._behaviour().items() if value is True}
+        """List the options by which this model does more than the released one; the value of each is True."""
+        return {name: value for name, value in self._list_behaviour().items() if value is True}
 
     def list_changes_since(self, other: "ModelConfig") -> list[str]:
-        """What this model does otherwise than one with the config `other`, as `option before -> now`.
+        """List the options by which this model computes something else than one with the config `other`.
 
-        Where the frozen parts lie, how they are kept in memory and how training began are no such options.
+        Each entry reads `option before -> now`. Where the frozen parts lie, how they are kept in memory and
+        how training began don't count.
         """
-        own, before = self._behaviour(), other._behaviour()
-        return [f"{name} {before[name]} -> {value}" for name, value in own.items() if value != before[name]]
+        now, before = self._list_behaviour(), other._list_behaviour()
+        return [f"{name} {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
 
-    def _behaviour(self) -> dict[str, Any]:
+    def _list_behaviour(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in BEHAVIOUR}
         ladder = self.ladder.to_dict()
         return values | {f"ladder.{name}": ladder[name] for name in ("connector", "prompt_context")}

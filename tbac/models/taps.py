@@ -19,7 +19,7 @@ def _is_index(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class TapPlan:
-    """Which states are read and who gets them.
+    """Which states of the MLLM are tapped, and which denoiser block gets which.
 
     Attributes:
         layers: distinct tap indices to read, ascending.
@@ -56,13 +56,13 @@ class TapPlan:
 
     @classmethod
     def per_block(cls, taps: Sequence[int]) -> "TapPlan":
-        """The plan that gives block i the tap `taps[i]`."""
+        """Make the plan that gives block i the tap `taps[i]`."""
         layers = tuple(sorted(set(taps)))
         return cls(layers, tuple(layers.index(tap) for tap in taps), False, len(taps))
 
     @classmethod
     def from_dict(cls, values: Any) -> "TapPlan":
-        """From what `to_dict` gave.
+        """Read a plan from what `to_dict` returned.
 
         Raises:
             ValueError: for anything else.
@@ -76,7 +76,7 @@ class TapPlan:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the plan as plain values."""
         return {
             "layers": list(self.layers),
             "assignment": list(self.assignment),
@@ -89,7 +89,7 @@ class TapPlan:
         return self.layers[-1]
 
     def list_block_layers(self) -> list[int]:
-        """The tap of each block, in block order (not for mixed taps)."""
+        """List the tap of each block, in block order (not for mixed taps)."""
         return [self.layers[i] for i in self.assignment]
 
 
@@ -97,10 +97,10 @@ TapRule = Callable[[int, int], TapPlan]  # (num_layers, num_blocks)
 
 
 def resolve_taps(rule: TapRule | TapPlan, num_layers: int, num_blocks: int) -> TapPlan:
-    """Fit a rule, or a plan that is already one, to a model.
+    """Apply a tap rule to a model's sizes, or check that a plan fits them.
 
     Args:
-        rule: one of this module's, or your own.
+        rule: one of this module's rules, your own, or a plan.
         num_layers: decoder layers of the MLLM; taps run from 0 to `num_layers`.
         num_blocks: transformer blocks of the denoiser.
 
@@ -120,7 +120,7 @@ def resolve_taps(rule: TapRule | TapPlan, num_layers: int, num_blocks: int) -> T
 
 
 def check_call(what: str, made_of: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Raise ValueError unless a callable that a YAML names, with the options that it gives, takes these arguments."""
+    """Raise ValueError unless a callable takes these arguments, beside the options that a YAML has bound to it."""
     function = made_of
     if isinstance(made_of, partial):
         function, options = made_of.func, {**made_of.keywords, **options}
@@ -142,10 +142,10 @@ def check_range(layers: Sequence[int], num_layers: int) -> None:
 
 
 def count_inner_states(rule: str, num_layers: int, num_blocks: int) -> int:
-    """How many states lie between the embeddings and the final one, at least one per block.
+    """Count the states between the embeddings and the final one.
 
     Raises:
-        ValueError: when there are fewer than blocks.
+        ValueError: when there are fewer of them than denoiser blocks.
     """
     inner = num_layers - 1
     if num_blocks > inner:
@@ -157,31 +157,31 @@ def count_inner_states(rule: str, num_layers: int, num_blocks: int) -> int:
 
 
 def last_n(num_layers: int, num_blocks: int) -> TapPlan:
-    """The states before the last one, ascending, as released: `hidden_states[-(num_blocks + 1):-1]`."""
+    """Tap the states before the last one, ascending, as released: `hidden_states[-(num_blocks + 1):-1]`."""
     count_inner_states("last_n", num_layers, num_blocks)
     return TapPlan.per_block(range(num_layers - num_blocks, num_layers))
 
 
 def last_n_reversed(num_layers: int, num_blocks: int) -> TapPlan:
-    """The states of `last_n`, from deep to shallow."""
+    """Tap the states of `last_n`, from deep to shallow."""
     return TapPlan.per_block(last_n(num_layers, num_blocks).layers[::-1])
 
 
 def first(num_layers: int, num_blocks: int) -> TapPlan:
-    """Layers 1 to `num_blocks`."""
+    """Tap layers 1 to `num_blocks`."""
     count_inner_states("first", num_layers, num_blocks)
     return TapPlan.per_block(range(1, num_blocks + 1))
 
 
 def middle(num_layers: int, num_blocks: int) -> TapPlan:
-    """`num_blocks` layers around the middle."""
+    """Tap `num_blocks` layers around the middle."""
     inner = count_inner_states("middle", num_layers, num_blocks)
     start = 1 + (inner - num_blocks) // 2
     return TapPlan.per_block(range(start, start + num_blocks))
 
 
 def uniform(num_layers: int, num_blocks: int) -> TapPlan:
-    """Layers evenly spread from the first to the one before the last."""
+    """Tap layers that are evenly spread from the first to the one before the last."""
     inner = count_inner_states("uniform", num_layers, num_blocks)
     if num_blocks == 1:
         return TapPlan.per_block([inner])
@@ -189,7 +189,7 @@ def uniform(num_layers: int, num_blocks: int) -> TapPlan:
 
 
 def single(num_layers: int, num_blocks: int, layer: int | None = None) -> TapPlan:
-    """One layer to every block.
+    """Give every block the same layer.
 
     Args:
         num_layers: decoder layers of the MLLM.
@@ -202,14 +202,14 @@ def single(num_layers: int, num_blocks: int, layer: int | None = None) -> TapPla
 
 
 def final(num_layers: int, num_blocks: int) -> TapPlan:
-    """The final state, after the norm, to every block."""
+    """Give every block the final state, after the norm."""
     return TapPlan.per_block([num_layers] * num_blocks)
 
 
 def explicit(
     num_layers: int, num_blocks: int, layers: Sequence[int] | None = None, assignment: Sequence[int] | None = None
 ) -> TapPlan:
-    """The listed layers.
+    """Tap the listed layers.
 
     Args:
         num_layers: decoder layers of the MLLM.
@@ -223,6 +223,7 @@ def explicit(
     if not layers:
         raise ValueError("taps.layers must list one tap per denoiser block for taps=explicit; it is empty")
     check_range(layers, num_layers)
+    # Without an assignment the list must name a tap for each block.
     if assignment is None:
         if len(layers) != num_blocks:
             raise ValueError(
@@ -230,6 +231,7 @@ def explicit(
                 f"taps, or taps.assignment with {num_blocks} positions in taps.layers"
             )
         return TapPlan.per_block(layers)
+    # With one, each block reads one of the taps, and a tap that no block reads is surely a mistake.
     if len(assignment) != num_blocks or not all(0 <= i < len(layers) for i in assignment):
         raise ValueError(
             f"taps.assignment={list(assignment)} must hold {num_blocks} positions (one per denoiser block) "
@@ -241,7 +243,7 @@ def explicit(
 
 
 def learned_mix(num_layers: int, num_blocks: int, layers: Sequence[int] | None = None) -> TapPlan:
-    """Every block mixes all candidates, with weights that it learns.
+    """Let every block mix all candidate layers with weights that it learns.
 
     Args:
         num_layers: decoder layers of the MLLM.

@@ -86,18 +86,20 @@ class UniImage(nn.Module):
         return dict(architecture.scheduler or {})
 
     def encode_condition(self, inputs: PromptInputs | dict[str, Tensor]) -> Condition:
-        """Read prompts and queries.
+        """Run prompts and queries through the MLLM, and their tapped states through the connector.
 
         Args:
-            inputs: of `prompt()`, on the model's device.
+            inputs: what `prompt()` returned, on the model's device.
 
         Returns:
-            states (tap, batch, query, caption_channels), entry i for block i; with `ladder.prompt_context` the prompt's
+            states (tap, batch, query, caption_channels), entry i for block i. With `ladder.prompt_context` the prompt's
             tokens follow the queries, and there is a mask; with references also the latents of the input images.
 
         Raises:
-            ValueError: for inputs that aren't of `prompt()`, where the prompt's states are wanted.
+            ValueError: with `ladder.prompt_context`, for inputs that `prompt()` hasn't made.
         """
+        # The queries run after the prompt. Where the prompt's own states are tapped too, they follow those of the
+        # queries, and the mask leaves out the prompt's padding.
         plan = self.ladder.plan
         if not self.ladder.prompt_layers:
             prefix = self.mllm.read_prefix(inputs, plan.deepest)
@@ -114,7 +116,7 @@ class UniImage(nn.Module):
         return Condition(self.ladder(states), mask, self.encode_reference(inputs))
 
     def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
-        """Scaled latents (batch, channel, height, width) of each prompt's first input image, 0 where it has none."""
+        """Encode each prompt's first input image as latents (batch, channel, height, width), 0 where it has none."""
         pixels = inputs.get("reference_pixels") if self.denoiser.reference_embed is not None else None
         if pixels is None:
             return None
@@ -128,24 +130,30 @@ class UniImage(nn.Module):
         Args:
             noisy_latents: (batch, channel, height, width).
             sigma: (batch,) in [0, 1]; or (1,) for all.
-            condition: of the same batch, as `encode_condition` or `denoiser.project` gives it.
-            branches: how many conditions read the same latents: then `condition` has rows (branch * batch), sigma is
-                one for all, and what is returned has rows (branch * batch).
+            condition: what `encode_condition` or `denoiser.project` returned for the same batch.
+            branches: number of guidance branches that share the latents. With more than one, `condition` and the result
+                have rows (branch * batch), and sigma is (1,).
         """
         return self.denoiser(noisy_latents, compute_timestep(sigma), condition, branches)
 
     def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers of the untouched MLLM, one per question; `images` as in `prompt`."""
+        """Answer questions greedily with the untouched MLLM.
+
+        Args:
+            questions: one per answer.
+            images: per question a list of images, or None.
+            max_new_tokens: longest answer in tokens.
+        """
         inputs = self.prompt(questions, images, system=ANSWER_SYSTEM, ending="", padding_side="left").to(self.device)
         tokens = self.mllm.generate(dict(inputs), max_new_tokens)
         return [t.strip() for t in self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def get_trained_state(self) -> dict[str, Tensor]:
-        """Every tensor that training may change: queries, connectors, denoiser."""
+        """Return every tensor that training may change: those of queries, connectors and denoiser."""
         return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in TRAINED}
 
     def set_checkpointing(self, denoiser: bool = False, queries: bool = False) -> None:
-        """Run the denoiser's blocks, or the query pass, again in the backward pass instead of keeping activations."""
+        """Choose which passes run again in the backward pass instead of keeping their activations."""
         self.denoiser.checkpointing = denoiser
         self.mllm.checkpointing = queries
 
@@ -159,17 +167,17 @@ class UniImage(nn.Module):
             self.mllm.compile_layers(**{"dynamic": True, **options})
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
-        """Load `get_trained_state()` of another model; with `assign` the tensors themselves are taken.
+        """Load `get_trained_state()` of another model; with `assign` its tensors are used and not copied.
 
         Raises:
             ValueError: naming every tensor that is missing, unexpected or of another shape.
         """
-        own = self.get_trained_state()
-        problems = [f"missing {k}" for k in own if k not in state]
-        problems += [f"unexpected {k}" for k in state if k not in own]
+        expected = self.get_trained_state()
+        problems = [f"missing {k}" for k in expected if k not in state]
+        problems += [f"unexpected {k}" for k in state if k not in expected]
         problems += [
             f"{k} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
-            for k, v in own.items()
+            for k, v in expected.items()
             if k in state and state[k].shape != v.shape
         ]
         if problems:
@@ -198,7 +206,7 @@ class UniImage(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "UniImage":
-        """Build the model that a config describes, with queries and connector that haven't learned anything yet.
+        """Build the model that a config describes, with untrained queries and connector.
 
         Raises:
             ValueError: for anything that doesn't fit, before a weight is read.
@@ -211,7 +219,7 @@ class UniImage(nn.Module):
 
     @classmethod
     def from_saved(cls, saved: SavedModel) -> "UniImage":
-        """Build the model that training has made, for use; its weights are those of `saved`, in the config's type.
+        """Build a trained model for use, not for further training; its weights get the config's type.
 
         Raises:
             ValueError: when a part can't be found, its digest differs, or tensors don't fit.
@@ -236,12 +244,12 @@ class UniImage(nn.Module):
         """Load an exported folder.
 
         Args:
-            folder: of `save_pretrained`, or the hub id of one.
-            mllm: where to take the MLLM from instead of the place that `config.json` names.
-            denoiser: the same for the autoencoder.
-            dtype: of all weights.
-            quantization: of the MLLM's decoder layers: `nf4`, `int8`, or None.
-            connector: your own, where the model was trained with one: nothing that a file names is imported.
+            folder: what `save_pretrained` wrote, or its hub id.
+            mllm: folder or hub id of the MLLM, instead of the one that `config.json` names.
+            denoiser: folder or hub id with the autoencoder, instead of the one that `config.json` names.
+            dtype: type of all weights.
+            quantization: quantisation of the MLLM's decoder layers: `nf4`, `int8`, or None.
+            connector: your own connector, if the model was trained with one; nothing that a file names is imported.
 
         Raises:
             ValueError: when the folder isn't an export, a part can't be found, its digest differs, or tensors don't
@@ -265,11 +273,11 @@ class UniImage(nn.Module):
 
         Args:
             path: the file, or a run folder whose last checkpoint is meant.
-            mllm: where to take the MLLM from instead of the place that the checkpoint names.
-            denoiser: the same for the autoencoder.
-            dtype: of all weights.
-            quantization: of the MLLM's decoder layers: `nf4`, `int8`, or None for that of training.
-            connector: your own, where the model was trained with one: nothing that a file names is imported.
+            mllm: folder or hub id of the MLLM, instead of the one that the checkpoint names.
+            denoiser: folder or hub id with the autoencoder, instead of the one that the checkpoint names.
+            dtype: type of all weights.
+            quantization: quantisation of the MLLM's decoder layers: `nf4`, `int8`, or None for that of training.
+            connector: your own connector, if the model was trained with one; nothing that a file names is imported.
 
         Raises:
             ValueError: when it isn't a checkpoint, a part can't be found, its digest differs, or tensors don't fit.
@@ -281,15 +289,15 @@ class UniImage(nn.Module):
 
 
 def place_parts(saved: SavedModel, mllm: str | None, denoiser: str | None, dtype: torch.dtype | str) -> SavedModel:
-    """The same with its frozen parts where they lie on this machine, and in the type that is wanted.
+    """Replace where a saved model looks for its frozen parts, and the type of its weights.
 
     Args:
-        saved: as it was read.
-        mllm: folder or hub id, or None for the one that it names.
-        denoiser: the same.
-        dtype: of all weights.
+        saved: the model, as it was read from its file.
+        mllm: folder or hub id of the MLLM, or None for the one that the file names.
+        denoiser: folder or hub id of the denoiser, or None for the one that the file names.
+        dtype: type of all weights.
     """
     config = saved.config
     name = str(dtype).removeprefix("torch.")
-    placed = replace(config, mllm=mllm or config.mllm, denoiser=denoiser or config.denoiser, dtype=name)
-    return replace(saved, config=placed)
+    config = replace(config, mllm=mllm or config.mllm, denoiser=denoiser or config.denoiser, dtype=name)
+    return replace(saved, config=config)

@@ -1,7 +1,7 @@
-"""Files of weights: where they are, which tensors they hold, their digest, and reading some of them.
+"""Files of weights: finding them, listing their tensors, computing their digest, and reading some of the tensors.
 
-A frozen part is known by the digest of what its files hold, so it is the same part whatever type or quantisation it is
-loaded with, and the digest costs no memory.
+A frozen part is known by the digest of the tensors in its files. So it counts as the same part whatever type or
+quantisation it is loaded with, and its digest is computed tensor by tensor, without loading the whole part.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 
 def strip_mllm_prefix(name: str) -> str:
-    """A tensor's name without the prefixes that library versions put before it: `layers.0…`, `visual…`."""
+    """Remove the prefixes that versions of the library put before a tensor's name: `layers.0…`, `visual…`."""
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
 def select_mllm_tensors(depth: int) -> Callable[[str], bool]:
-    """Whether conditioning reads a tensor: word embeddings, vision tower, the first `depth` layers."""
+    """Make the test whether conditioning reads a tensor: word embeddings, vision tower, the first `depth` layers."""
 
-    def wanted(name: str) -> bool:
+    def is_read(name: str) -> bool:
         name = strip_mllm_prefix(name)
         layer = re.match(r"layers\.(\d+)\.", name)
         return int(layer[1]) < depth if layer else name.startswith(("embed_tokens.", "visual."))
 
-    return wanted
+    return is_read
 
 
 class WeightFiles:
@@ -47,9 +47,9 @@ class WeightFiles:
         self.folder = folder
         self.file_of: dict[str, Path] = {}
         for stem in STEMS:
-            whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-            if whole.is_file():
-                files = [whole]
+            single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+            if single.is_file():
+                files = [single]
             elif index.is_file():
                 files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
             else:
@@ -63,36 +63,36 @@ class WeightFiles:
         )
 
     def read_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
-        found: dict[str, tuple[int, ...]] = {}
+        """Read the shape of every tensor, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self.file_of.values())):
             with _open(file) as opened:
-                found.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
-        return found
+                shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+        return shapes
 
     def read_tensor(self, name: str) -> Tensor:
-        """One tensor, as stored; only its own file is opened."""
+        """Read one tensor, as stored; only its own file is opened."""
         with _open(self.file_of[name]) as opened:
             return opened.get_tensor(name)
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The tensors whose names are wanted, as stored."""
-        found: dict[str, Tensor] = {}
+        """Read the tensors whose names are `wanted`, as stored."""
+        tensors: dict[str, Tensor] = {}
         for file in sorted(set(self.file_of.values())):
             with _open(file) as opened:
-                found.update({name: opened.get_tensor(name) for name in opened.keys() if wanted(name)})  # noqa: SIM118
-        return found
+                tensors.update({name: opened.get_tensor(name) for name in opened.keys() if wanted(name)})  # noqa: SIM118
+        return tensors
 
     def compute_digest(
         self, wanted: Callable[[str], bool] = lambda name: True, rename: Callable[[str], str] = lambda name: name
     ) -> str:
-        """sha256 over names, types, shapes and bytes of the wanted tensors, in the order of their (new) names."""
+        """Compute the sha256 over names, types, shapes and bytes of `wanted` tensors, ordered by their (new) names."""
         names = sorted((n for n in self.file_of if wanted(n)), key=rename)
         return compute_digest((rename(name), self.read_tensor(name)) for name in names)
 
 
 def compute_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors, in the order given."""
+    """Compute the sha256 over names, types, shapes and bytes of tensors, in the order given."""
     total = hashlib.sha256()
     for name, tensor in named:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -101,12 +101,12 @@ def compute_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def compute_autoencoder_digest(denoiser: Path) -> str:
-    """Digest of the autoencoder in a denoiser folder's `vae/`: what manifests name it by."""
+    """Compute the digest of the autoencoder in a denoiser folder's `vae/`, by which manifests name it."""
     return WeightFiles(denoiser / "vae").compute_digest()
 
 
 def compute_mllm_digest(mllm: Path, depth: int) -> str:
-    """Digest of what conditioning reads of an MLLM, up to layer `depth`."""
+    """Compute the digest of what conditioning reads of an MLLM, up to layer `depth`."""
     return WeightFiles(mllm).compute_digest(select_mllm_tensors(depth), strip_mllm_prefix)
 
 

@@ -1,7 +1,8 @@
-"""The denoiser's kernels of one prediction as a CUDA graph.
+"""Recording the kernels of one prediction of the denoiser as a CUDA graph.
 
-At small batches a GPU waits for the launches of some two thousand short kernels a prediction. A graph records them once
-and launches them together; it computes the same bits, since it runs the same kernels on the same numbers.
+A prediction launches some two thousand short kernels, and at small batches the GPU waits for the launches. A graph
+records them once and launches them together. The result has the same bits, since the same kernels run on the same
+numbers.
 """
 
 from typing import Any
@@ -18,18 +19,19 @@ class GraphedPrediction:
 
     Args:
         model: on a CUDA device; its weights must stay where they are in memory.
-        condition: of `model.denoiser.project`; copied.
-        latents: (batch, channel, height, width): their shape, type and device.
-        branches: as in `predict_velocity`.
+        condition: what `model.denoiser.project` returned; it is copied.
+        latents: (batch, channel, height, width); only their shape, type and device are used.
+        branches: number of guidance branches that share the latents.
     """
 
     def __init__(self, model: UniImage, condition: ProjectedCondition, latents: Tensor, branches: int) -> None:
         self._latents = torch.zeros_like(latents)
         self._sigma = torch.ones(1, device=latents.device)
         pairs = tuple((key.clone(), value.clone()) for key, value in condition.keys_values)
-        mask, reference = (None if t is None else t.clone() for t in (condition.mask, condition.reference))
+        mask = None if condition.mask is None else condition.mask.clone()
+        reference = None if condition.reference is None else condition.reference.clone()
         self._condition = ProjectedCondition(pairs, mask, reference)
-        self._read = condition  # whose numbers were copied last
+        self._read = condition  # the one whose numbers were copied last
 
         def predict() -> Tensor:
             return model.predict_velocity(self._latents, self._sigma, self._condition, branches)
@@ -50,15 +52,15 @@ class GraphedPrediction:
         if condition is self._read:
             return
         self._read = condition
-        for held, new in zip(_tensors(self._condition), _tensors(condition), strict=True):
+        for held, new in zip(_list_tensors(self._condition), _list_tensors(condition), strict=True):
             held.copy_(new)
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """Velocity (branch * batch, channel, height, width), overwritten by the next call.
 
         Args:
-            latents: as given when it was recorded, with other values.
-            sigma: (1,), for all.
+            latents: of the shape, type and device that were recorded.
+            sigma: (1,), for all rows.
         """
         self._latents.copy_(latents)
         self._sigma.copy_(sigma)
@@ -67,14 +69,14 @@ class GraphedPrediction:
 
 
 class PredictionGraphs:
-    """Stands in for a model where velocities are predicted: `solve(PredictionGraphs(model), …)` gives the same bits.
+    """Takes the place of a model in sampling: `solve(PredictionGraphs(model), …)` gives the same bits.
 
-    Predictions are recorded by the shapes that they are asked for; the oldest go first. Ask for none after the model's
-    weights have been moved to other memory.
+    There is one recorded prediction for each combination of shapes, and the oldest is dropped when there are too many.
+    Make a new object when the model's weights have been moved to other memory.
 
     Args:
         model: on a CUDA device.
-        limit: how many recorded predictions are kept; each holds the activations of one.
+        limit: how many recorded predictions are kept; each holds the memory of its activations.
     """
 
     def __init__(self, model: UniImage, limit: int = 4) -> None:
@@ -83,24 +85,25 @@ class PredictionGraphs:
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """As of the model."""
+        """Config of the model's sampling scheduler."""
         return self._model.scheduler_config
 
     def predict_velocity(
         self, noisy_latents: Tensor, sigma: Tensor, condition: ProjectedCondition, branches: int = 1
     ) -> Tensor:
-        """As of the model; what is returned is overwritten by the next call."""
-        shapes = (tensor.shape for tensor in _tensors(condition))
-        wanted = (noisy_latents.shape, noisy_latents.dtype, branches, *shapes)
-        graph = self._graphs.get(wanted)
+        """Predict as `UniImage.predict_velocity` does; the next call overwrites the returned tensor."""
+        shapes = (tensor.shape for tensor in _list_tensors(condition))
+        key = (noisy_latents.shape, noisy_latents.dtype, branches, *shapes)
+        graph = self._graphs.get(key)
         if graph is None:
             while len(self._graphs) >= self._limit:
                 del self._graphs[next(iter(self._graphs))]
-            graph = self._graphs[wanted] = GraphedPrediction(self._model, condition, noisy_latents, branches)
+            graph = GraphedPrediction(self._model, condition, noisy_latents, branches)
+            self._graphs[key] = graph
         graph.read(condition)
         return graph(noisy_latents, sigma)
 
 
-def _tensors(condition: ProjectedCondition) -> list[Tensor]:
+def _list_tensors(condition: ProjectedCondition) -> list[Tensor]:
     pairs = [tensor for pair in condition.keys_values for tensor in pair]
     return pairs + [t for t in (condition.mask, condition.reference) if t is not None]

@@ -1,4 +1,4 @@
-"""Pictures side by side, with captions."""
+"""Putting pictures side by side, with captions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ def join_pictures(
     wrap: int = 22,
     margin: int = 4,
 ) -> Image.Image:
-    """One picture of many.
+    """Join many pictures in one.
 
     Args:
-        images: all of one size.
+        images: pictures of one size.
         columns: pictures per row.
-        scale: enlargement without smoothing.
+        scale: factor by which pictures are enlarged, without smoothing.
         captions: one text under each picture.
         wrap: characters per caption line.
         margin: pixels between pictures.
@@ -31,14 +31,17 @@ def join_pictures(
     """
     if not images:
         raise ValueError("a grid needs at least one picture")
-    lines = [textwrap.wrap(c, wrap) for c in captions] if captions else [[] for _ in images]
+    # All captions get as much room as the longest one needs.
+    lines: list[list[str]] = [[] for _ in images]
+    if captions:
+        lines = [textwrap.wrap(caption, wrap) for caption in captions]
     text_height = LINE_HEIGHT * max(map(len, lines))
     width, height = images[0].width * scale, images[0].height * scale
+    # Fewer pictures than columns make a narrower sheet; the last row may have gaps.
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + margin) + margin, rows * (height + text_height + margin) + margin), "white"
-    )
+    sheet_size = (columns * (width + margin) + margin, rows * (height + text_height + margin) + margin)
+    sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default()
     for index, (image, text) in enumerate(zip(images, lines, strict=True)):

@@ -13,12 +13,12 @@ class Guidance:
         text: weight of the prompt; 1 means no guidance.
         image: weight of the input images, for edits; None for text-to-image. At 1 and below it is off, as released:
             the image is then in both branches, and only the text is guided.
-        interval: noise levels (sigma) from which to which there is guidance (Kynkäänniemi et al. 2024,
-            arXiv 2404.07724); elsewhere the prediction is the prompt's own, which is cheaper and changes the picture.
+        interval: lowest and highest noise level (sigma) with guidance (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+            At other levels only the prompt's own prediction is used, which is cheaper and changes the picture.
         batch_branches: predict all branches in one batch; False takes less memory and more time.
 
     Raises:
-        ValueError: when the interval isn't one.
+        ValueError: when the interval isn't two ascending noise levels.
     """
 
     text: float
@@ -45,7 +45,7 @@ class Guidance:
         return self.interval[0] <= sigma <= self.interval[1]
 
     def combine(self, velocities: Tensor) -> Tensor:
-        """One velocity from the branches' velocities.
+        """Combine the branches' velocities to one.
 
         Text: `uncond + text * (full - uncond)`. Dual: `uncond + image * (img - uncond) + text * (full - img)`
         (InstructPix2Pix, equation 3).

@@ -1,4 +1,4 @@
-"""UniImagePipeline: prompts and images in, pictures or answers out."""
+"""UniImagePipeline: makes pictures from prompts and images, and answers questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ OUTPUT_TYPES = ("pil", "pt", "latent")
 
 @dataclass
 class UniImageOutput:
-    """What a call of the pipeline makes.
+    """The result of a call of the pipeline.
 
     Attributes:
         images: PIL images; or pixels (image, 3, height, width) in [0, 1]; or scaled latents. Images of one prompt
@@ -35,7 +35,7 @@ class UniImagePipeline:
     """Generates and answers with one model.
 
     Args:
-        model: in evaluation mode after this.
+        model: the model, which is put into evaluation mode.
     """
 
     def __init__(self, model: UniImage) -> None:
@@ -49,13 +49,13 @@ class UniImagePipeline:
         dtype: torch.dtype | str = torch.float32,
         **options: Any,
     ) -> "UniImagePipeline":
-        """Load an exported folder; options as `UniImage.from_pretrained`."""
+        """Load an exported folder; `options` are further arguments of `UniImage.from_pretrained`."""
         return cls(UniImage.from_pretrained(folder, dtype=dtype, **options).to(device))
 
     def _branch_inputs(
         self, branch: str, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str]
     ) -> tuple[list[str], list[list[Image.Image] | None]]:
-        """Texts and images that a guidance branch reads."""
+        """Choose the texts and images that a guidance branch reads."""
         if branch == "full":
             return prompts, images
         if branch == "image":
@@ -72,21 +72,33 @@ class UniImagePipeline:
         guidance: Guidance,
         size: tuple[int, int] | None = None,
     ) -> ProjectedCondition:
-        """Conditions of all guidance branches, read in one batch: rows (branch * prompt).
+        """Encode the conditions of all guidance branches in one batch: rows (branch * prompt).
 
-        What several branches or prompts have in common, such as one negative prompt for all, is read once. References
-        have `size`, (height, width) in pixels, where the model reads any; None = its own.
+        Inputs that are equal, such as one negative prompt for all, are encoded only once.
+
+        Args:
+            prompts: one text per picture that is asked for.
+            images: input images of each prompt, or None.
+            negatives: negative prompt of each prompt.
+            guidance: says which branches there are.
+            size: (height, width) in pixels of references, for models that read any; None = the model's own size.
         """
+        # What each row of the result has to read.
         asked: list[tuple[str, list[Image.Image] | None]] = []
         for branch in guidance.branches:
             asked += zip(*self._branch_inputs(branch, prompts, images, negatives), strict=True)
+        # Two rows are equal when they have the same text and the same image objects.
         keys = [(text, tuple(map(id, group or ()))) for text, group in asked]
         order = list(dict.fromkeys(keys))
-        first = [asked[keys.index(key)] for key in order]
-        inputs = self.model.prompt([t for t, _ in first], [group for _, group in first], reference_size=size)
+        distinct = [asked[keys.index(key)] for key in order]
+        texts, groups = [text for text, _ in distinct], [group for _, group in distinct]
+        inputs = self.model.prompt(texts, groups, reference_size=size)
         condition = self.model.denoiser.project(self.model.encode_condition(inputs.to(self.model.device)))
+        # Each row gets the condition of its input.
         rows = [order.index(key) for key in keys]
-        return condition if rows == list(range(len(order))) else condition[torch.tensor(rows, device=self.model.device)]
+        if rows == list(range(len(order))):
+            return condition
+        return condition[torch.tensor(rows, device=self.model.device)]
 
     @torch.no_grad()
     def __call__(
@@ -107,7 +119,7 @@ class UniImagePipeline:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         batch_branches: bool = True,
     ) -> UniImageOutput:
-        """Generate.
+        """Generate pictures.
 
         Args:
             prompt: one text or several.
@@ -119,10 +131,10 @@ class UniImagePipeline:
             image_guidance_scale: image guidance, for edits; 1 or less turns it off.
             num_images_per_prompt: pictures of each prompt.
             generator: source of the starting noise, or one per picture.
-            latents: starting noise (prompt * num_images_per_prompt, channel, height, width) instead.
+            latents: the starting noise itself (prompt * num_images_per_prompt, channel, height, width).
             output_type: `pil`, `pt` or `latent`.
             height: pixels; default: the denoiser's own size.
-            width: ditto.
+            width: pixels; default: the denoiser's own size.
             progress: show a progress bar.
             guidance_interval: noise levels (sigma) between which there is guidance; narrower is faster and changes
                 the pictures.
@@ -131,6 +143,7 @@ class UniImagePipeline:
         Raises:
             ValueError: for numbers that don't fit each other or values that aren't accepted, before anything runs.
         """
+        # Everything that the user can get wrong is checked before any weight is used.
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = group_images(image, len(prompts))
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -143,14 +156,15 @@ class UniImagePipeline:
                 "num_inference_steps and num_images_per_prompt must be at least 1, got "
                 f"{num_inference_steps} and {num_images_per_prompt}"
             )
+        # Text-to-image has one guidance scale, edits have two, and one batch can't mix them.
         edits = [bool(group) for group in images]
         low, high = guidance_interval
         image_scale = image_guidance_scale if any(edits) else None
         guidance = Guidance(guidance_scale, image_scale, (low, high), batch_branches)
         if any(edits) and not all(edits):
             raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
-        shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
-        noise = self._noise(shape, generator) if latents is None else latents
+        shape = self._compute_latent_shape(len(prompts) * num_images_per_prompt, height, width)
+        noise = self._draw_noise(shape, generator) if latents is None else latents
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
 
@@ -160,6 +174,7 @@ class UniImagePipeline:
         if num_images_per_prompt > 1:
             rows = torch.arange(len(guidance.branches) * len(prompts), device=self.model.device)
             condition = condition[rows.repeat_interleave(num_images_per_prompt)]
+        # Schedulers that add noise take one generator, so with one per picture they draw from torch's own.
         single = generator if isinstance(generator, torch.Generator) else None
         noise = noise.to(self.model.device)
         solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress)
@@ -172,7 +187,7 @@ class UniImagePipeline:
         """Answer a question, about an image or several if given, with the untouched MLLM."""
         return self.model.answer([question], group_images(image, 1), max_new_tokens)[0]
 
-    def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+    def _compute_latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         config, factor = self.model.denoiser.transformer.config, self.model.autoencoder.compression
         sides, step = [], self.model.size_multiple
         for name, pixels in (("height", height), ("width", width)):
@@ -182,8 +197,10 @@ class UniImagePipeline:
             sides.append(pixels // factor)
         return count, config.in_channels, sides[0], sides[1]
 
-    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-        """Standard normal, drawn on the generator's device (the CPU without one) and in float32."""
+    def _draw_noise(
+        self, shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> Tensor:
+        """Draw standard normal noise in float32, on the generator's device (the CPU without a generator)."""
         if generator is None or isinstance(generator, torch.Generator):
             device = generator.device if generator else "cpu"
             return torch.randn(shape, generator=generator, device=device)
@@ -193,7 +210,7 @@ class UniImagePipeline:
 
 
 def group_images(image: Any, prompts: int) -> list[list[Image.Image] | None]:
-    """Input images as one list (or None) per prompt."""
+    """Group input images as one list (or None) per prompt."""
     if image is None:
         return [None] * prompts
     if isinstance(image, Image.Image):
@@ -203,10 +220,16 @@ def group_images(image: Any, prompts: int) -> list[list[Image.Image] | None]:
         return [entries or None]
     if len(entries) != prompts:
         raise ValueError(f"{len(entries)} input images for {prompts} prompts; give one entry per prompt")
-    return [[e] if isinstance(e, Image.Image) else (list(e) if e else None) for e in entries]
+    groups: list[list[Image.Image] | None] = []
+    for entry in entries:
+        if isinstance(entry, Image.Image):
+            groups.append([entry])
+        else:
+            groups.append(list(entry) if entry else None)
+    return groups
 
 
 def convert_to_pil(pixels: Tensor) -> list[Image.Image]:
-    """(image, 3, height, width) in [0, 1] -> PIL images."""
+    """Convert pixels (image, 3, height, width) in [0, 1] to PIL images."""
     arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]

@@ -17,7 +17,7 @@ from tbac.sampling.guidance import Guidance
 
 
 def make_scheduler(config: dict[str, Any]) -> Any:
-    """The base model's diffusers scheduler, fresh, so that no state of an earlier run is left in it.
+    """Make the base model's diffusers scheduler; a new one for each run, since it holds the state of a run.
 
     Raises:
         ValueError: for a class that isn't in the fixed list of schedulers.
@@ -36,11 +36,11 @@ def solve(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Denoise.
+    """Go from noise to latents along the predicted velocity.
 
     Args:
-        model: predicts velocities; or its recorded predictions, which are faster at small batches on a CUDA device.
-        condition: `model.denoiser.project` of a condition with rows (branch * batch), in the order of
+        model: predicts velocities; a `PredictionGraphs` of it is faster at small batches on a CUDA device.
+        condition: what `model.denoiser.project` made of a condition with rows (branch * batch), in the order of
             `guidance.branches`.
         guidance: how the branches are predicted and joined, and at which noise levels.
         latents: (batch, channel, height, width) of standard normal noise.
@@ -56,14 +56,19 @@ def solve(
     levels = (scheduler.timesteps.float() / NUM_TIMESTEPS).tolist()
     latents = latents * scheduler.init_noise_sigma
     count = len(guidance.branches)
-    rows = [slice(i * len(latents), (i + 1) * len(latents)) for i in range(count)]
-    parts = [condition[r] for r in rows] if not guidance.batch_branches or guidance.interval != (0.0, 1.0) else []
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    noise_source = {"generator": generator} if takes else {}
+    # Single branches are needed where branches are predicted one by one, and where there is no guidance.
+    parts = []
+    if not guidance.batch_branches or guidance.interval != (0.0, 1.0):
+        parts = [condition[slice(i * len(latents), (i + 1) * len(latents))] for i in range(count)]
+    # Only some of diffusers' schedulers add noise and take a generator.
+    noise_source = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        noise_source["generator"] = generator
     steps = zip(scheduler.timesteps, levels, strict=True)
     for timestep, level in tqdm(steps, total=len(levels), desc="denoising", disable=not progress, leave=False):
         noisy = scheduler.scale_model_input(latents, timestep)
         sigma = (timestep.float() / NUM_TIMESTEPS).view(1)
+        # Without guidance the prompt's own branch, which is the last one, is enough.
         if not guidance.applies(level):
             velocity = model.predict_velocity(noisy, sigma, parts[-1]).float()
         elif guidance.batch_branches:

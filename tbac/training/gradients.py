@@ -1,7 +1,7 @@
-"""Gradient norms: of everything, and of the components that say where a spike came from.
+"""Measuring gradient norms, of the whole model and of the components that show where a spike came from, and clipping.
 
-Norms and clipping are torch's own. Only what its functions can't do is written here: adding up the norms of shards over
-the processes, and scaling sharded gradients beside whole ones.
+Norms and clipping are torch's own. This file adds what its functions can't do: adding up the norms of shards over the
+processes, and clipping sharded gradients together with whole ones.
 """
 
 import re
@@ -22,8 +22,8 @@ class GradientNorms:
     """L2 norms of the gradients of one optimizer step, over all shards.
 
     Attributes:
-        components: names of those that have a gradient; see `component_of`.
-        each: (component,), float64.
+        components: names of the components that have a gradient, as `find_component` gives them.
+        each: norm of each component: (component,), float64.
     """
 
     components: list[str]
@@ -35,45 +35,46 @@ class GradientNorms:
         return self.each.square().sum().sqrt()
 
     def by_component(self) -> dict[str, float]:
-        """The norms of queries, connector, each denoiser block, and what remains of the denoiser."""
+        """Map the names of the components to their norms."""
         return dict(zip(self.components, self.each.tolist(), strict=True))
 
 
 def find_component(name: str) -> str:
-    """The component that a parameter belongs to: `queries`, `connector`, `mix`, `block_<i>`, or `denoiser`."""
+    """Return the component that a parameter belongs to: `queries`, `connector`, `mix`, `block_<i>`, or `denoiser`."""
     if name.endswith("ladder.queries"):
         return "queries"
     if "ladder." in name:
         return "mix" if name.endswith("mix_logits") else "connector"
-    found = re.search(r"transformer_blocks\.(\d+)\.", name)
-    return f"block_{int(found[1]):02d}" if found else "denoiser"
+    block = re.search(r"transformer_blocks\.(\d+)\.", name)
+    return f"block_{int(block[1]):02d}" if block else "denoiser"
 
 
 def measure_gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> GradientNorms:
-    """Measure gradients, once for the guard, the logs and clipping.
+    """Measure the gradients of all components; guard, logs and clipping share the result.
 
-    The result is the same on every process: gradients are already averaged, and those of sharded parameters are
-    summed over their shards here.
+    It is the same on every process: gradients have been averaged already, and the squares of shards are added up here.
     """
-    # All parameters of a component are sharded, or none is: whole ones come first, then sharded ones.
-    whole: dict[str, list[Tensor]] = defaultdict(list)
+    # Either all parameters of a component are sharded or none. Components of whole parameters come first.
+    unsharded: dict[str, list[Tensor]] = defaultdict(list)
     sharded: dict[str, list[DTensor]] = defaultdict(list)
     for name, parameter in named_parameters:
         if isinstance(parameter.grad, DTensor):
             sharded[find_component(name)].append(parameter.grad)
         elif parameter.grad is not None:
-            whole[find_component(name)].append(parameter.grad)
-    squares = [get_total_norm(own).double().square() for own in whole.values()]
-    # Squares of shards are summed over the processes that hold them.
+            unsharded[find_component(name)].append(parameter.grad)
+    squares = [get_total_norm(gradients).double().square() for gradients in unsharded.values()]
+    # Each process measures its shards; the sum of the squares over all processes is that of the whole gradients.
     if sharded:
-        shards = [get_total_norm([gradient.to_local() for gradient in own]) for own in sharded.values()]
-        of_shards = torch.stack(shards).double().square()
+        shard_norms = []
+        for gradients in sharded.values():
+            shard_norms.append(get_total_norm([gradient.to_local() for gradient in gradients]))
+        of_shards = torch.stack(shard_norms).double().square()
         mesh = next(iter(sharded.values()))[0].device_mesh
         torch.distributed.all_reduce(of_shards, group=mesh.get_group())
         squares += of_shards.unbind()
     if not squares:
         return GradientNorms([], torch.zeros(0, dtype=torch.float64))
-    return GradientNorms([*whole, *sharded], torch.stack(squares).sqrt())
+    return GradientNorms([*unsharded, *sharded], torch.stack(squares).sqrt())
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: Tensor) -> None:
@@ -81,13 +82,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: T
 
     Args:
         parameters: whose gradients are scaled in place, sharded or not.
-        max_norm: norm that is kept.
-        total: their norm, over all shards.
+        max_norm: greatest norm that gradients keep.
+        total: the global norm, over all shards.
     """
-    held = [p for p in parameters if p.grad is not None]
-    clip_grads_with_norm_([p for p in held if not is_sharded(p)], max_norm, total)
+    with_gradient = [p for p in parameters if p.grad is not None]
+    clip_grads_with_norm_([p for p in with_gradient if not is_sharded(p)], max_norm, total)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for parameter in held:
+    for parameter in with_gradient:
         if is_sharded(parameter):
             assert parameter.grad is not None
             get_local_part(parameter.grad).mul_(factor)

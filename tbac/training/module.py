@@ -30,14 +30,14 @@ class LadderTuningModule(L.LightningModule):
 
     Args:
         model: the whole model.
-        stage: what is trained, and how; `enter` goes over to another.
-        seed: of noise and noise levels.
-        facts: what checkpoints say of the model besides tensors (`tbac.training.checkpoints.describe_model`).
+        stage: what is trained, and how; `enter` begins another one.
+        seed: seed of noise and noise levels.
+        facts: what checkpoints hold of the model besides tensors (`tbac.training.checkpoints.describe_model`).
     """
 
     def __init__(self, model: UniImage, stage: Stage, seed: int = 42, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._held = (model,)  # in a tuple, where torch doesn't see its parts as parts of this module
+        self._held = (model,)  # in a tuple, so that torch doesn't register the frozen parts in this module
         self.ladder = model.ladder
         self.denoiser = model.denoiser
         self.seed = seed
@@ -47,7 +47,7 @@ class LadderTuningModule(L.LightningModule):
         self.first_step = 0  # optimizer steps of the run before this fit, with rejected ones
         self.norms: GradientNorms | None = None
         self._context_squares: Tensor | None = None  # (block,)
-        self.graphs: StepGraphs | None = None  # runs the steps where it is given
+        self.graphs: StepGraphs | None = None  # if set, steps run by recorded CUDA graphs
         self.enter(stage, stage.steps or 1)
 
     def enter(self, stage: Stage, total_steps: int) -> None:
@@ -59,19 +59,19 @@ class LadderTuningModule(L.LightningModule):
         """
         self.stage, self.total_steps = stage, total_steps
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
-        self.measure_taps = False  # whether `compute_tap_norms` will be asked for
+        self.measure_taps = False  # whether `compute_tap_norms` will be called
         self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
-        self._going_on: Mapping[str, Any] | None = None
+        self._resumed: Mapping[str, Any] | None = None  # the checkpoint, until all of its state has been taken
         stage.apply_trainable(self.named_parameters())
         if self.graphs is not None:
             self.graphs.forget()
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take up the stage, the optimizer, the schedule and the random numbers where a checkpoint has left them.
+        """Continue stage, optimizer, schedule and random numbers from a checkpoint.
 
-        Its weights are in the model already, by `tbac.training.checkpoints.load_weights`.
+        `tbac.training.checkpoints.load_weights` must have loaded its weights before.
         """
-        self._going_on = checkpoint
+        self._resumed = checkpoint
         self.steps, self.first_step = checkpoint[FACTS]["steps"], checkpoint["global_step"]
 
     @property
@@ -103,12 +103,12 @@ class LadderTuningModule(L.LightningModule):
             self.graphs.forget()
 
     def on_train_start(self) -> None:
-        if self._going_on is not None:
-            set_random_state(self._going_on[FACTS]["random"])
-            self._going_on = None
+        if self._resumed is not None:
+            set_random_state(self._resumed[FACTS]["random"])
+            self._resumed = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a checkpoint says of the model, and what going on exactly takes."""
+        """Add what describes the model, and what an exact continuation needs."""
         checkpoint["global_step"] = self.run_step
         checkpoint[FACTS] = self.facts | {
             "stage": self.stage.name,
@@ -119,13 +119,13 @@ class LadderTuningModule(L.LightningModule):
         }
 
     def compute_loss(self, batch: Batch, noise: Tensor, sigma: Tensor, latents: Tensor) -> Tensor:
-        """Flow-matching loss of a batch.
+        """Compute the flow-matching loss of a batch.
 
         Args:
-            batch: its prompts are read once.
-            noise: as `latents`.
-            sigma: one per row of `latents`.
-            latents: (batch * k, channel, height, width), k rows per sample, next to each other.
+            batch: gives the prompts, each of which is read once.
+            noise: the same shape as `latents`.
+            sigma: (batch * k,), one for each row of `latents`.
+            latents: (batch * k, channel, height, width), the k rows of a sample next to each other.
         """
         path = interpolate(latents, noise, sigma)
         runner = self.graphs if self.graphs is not None and torch.is_grad_enabled() else self.model
@@ -139,14 +139,14 @@ class LadderTuningModule(L.LightningModule):
         return compute_velocity_loss(prediction, path.velocity)
 
     def _measure_contexts(self, gradient: Tensor) -> None:
-        """Add up the squares of the gradient of each block's context, over the batches of a step."""
+        """Add the squares of each block's context gradient to those of the step's earlier micro-batches."""
         squares = gradient.detach().double().square().sum((1, 2, 3))
         self._context_squares = squares if self._context_squares is None else self._context_squares + squares
 
     def compute_tap_norms(self) -> dict[str, float]:
-        """Gradient norm of the contexts that each tap feeds, by tap; all processes must ask.
+        """Compute the gradient norm of the contexts that come from each tap; all processes must call this.
 
-        With mixed taps there is one for each block, since each block reads a mix of its own.
+        With mixed taps there is one norm for each block, since each block reads its own mix.
         """
         if self._context_squares is None:
             return {}
@@ -164,7 +164,7 @@ class LadderTuningModule(L.LightningModule):
         self.attempted = self.rejected = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Noise and sigmas are functions of seed, stage and each sample's place in the sequence of draws."""
+        """Compute the loss, with noise and sigmas that depend only on seed, stage and each sample's number of draw."""
         self.begun += 1
         latents = get_latents(self.model, batch)
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
@@ -175,14 +175,14 @@ class LadderTuningModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same noise and sigmas in every validation: each sample's follow from its key."""
+        """Log the loss, with noise and sigmas that depend only on each sample's key: the same in every validation."""
         latents = get_latents(self.model, batch)
         noise, sigma = draw_noise(batch.keys, latents)
         loss = self.compute_loss(batch, noise, sigma, latents)
         self.log("val/loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def measure_gradients(self) -> GradientNorms:
-        """Norms of the gradients of the step that is about to be taken, measured once for all who ask."""
+        """Return the gradient norms of the coming optimizer step, which are measured only once."""
         if self.norms is None:
             self.norms = measure_gradient_norms(self.named_parameters())
         return self.norms
@@ -196,14 +196,14 @@ class LadderTuningModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, which is measured once for the guard and for this."""
+        """Clip by the global norm, which the guard may have measured already."""
         if gradient_clip_val and not self.rejected:
             clip_gradients(self.parameters(), gradient_clip_val, self.measure_gradients().total.float())
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Take the step, unless it was rejected when its gradients were there; count those taken."""
+        """Take an optimizer step, and count it unless the guard has rejected it on the way."""
         self.norms = None
         self.attempted = True
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -211,23 +211,23 @@ class LadderTuningModule(L.LightningModule):
         self.steps += not self.rejected
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """A rejected step doesn't move the schedule either."""
+        """Move the schedule on, unless the step was rejected."""
         if self.stepped:
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.stage.optimizer(make_parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
-        if self._going_on is not None:
-            load_state(optimizer, self._going_on["optimizer_states"][0])
-            scheduler.load_state_dict(self._going_on["lr_schedulers"][0])
+        if self._resumed is not None:
+            load_state(optimizer, self._resumed["optimizer_states"][0])
+            scheduler.load_state_dict(self._resumed["lr_schedulers"][0])
         elif self.inherited_optimizer_state is not None:
             load_named_state(optimizer, self, self.inherited_optimizer_state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def get_latents(model: UniImage, batch: Batch) -> Tensor:
-    """Cached latents, or the target images encoded now: (batch, channel, height, width)."""
+    """Return the batch's cached latents, or encode its target images: (batch, channel, height, width)."""
     if batch.latents is not None:
         return batch.latents
     assert batch.pixels is not None

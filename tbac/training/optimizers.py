@@ -1,8 +1,8 @@
-"""Optimizers and learning-rate schedules, as factories that Hydra makes partials of.
+"""Functions that make optimizers and learning-rate schedules, for Hydra to make partials of.
 
-The schedule is written here because that of transformers (`get_cosine_with_min_lr_schedule_with_warmup`) begins its
+The schedule isn't the one of transformers (`get_cosine_with_min_lr_schedule_with_warmup`), because that one begins the
 warm-up with a rate of zero, so that the first step does nothing, and rises again in a run that goes on past its end.
-From the end of the warm-up to the end of the run the two are equal, which a test says.
+From the end of the warm-up to the end of the run the two are equal, which a test checks.
 """
 
 import math
@@ -17,77 +17,79 @@ from tbac.distributed import shard_like
 
 
 def make_parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
-    """Two groups for each module: matrices with weight decay; norms, biases, queries and other tables without.
+    """Make two groups for each module: matrices with weight decay; norms, biases, queries and other tables without.
 
     Modules don't share a group, because one may be sharded over processes and another not.
 
     Args:
-        modules: whose trainable parameters are taken.
-        weight_decay: of the first group of each.
+        modules: modules whose trainable parameters are taken.
+        weight_decay: weight decay of matrices.
     """
     groups: list[dict] = []
     for module in modules:
         decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+        not_decayed: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 table = name.endswith(("queries", "mix_logits", "scale_shift_table"))
-                (plain if parameter.ndim < 2 or table else decayed).append(parameter)
-        groups += [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+                if parameter.ndim < 2 or table:
+                    not_decayed.append(parameter)
+                else:
+                    decayed.append(parameter)
+        groups += [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def list_optimized_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
-    """Names of the parameters that an optimizer moves, in its order."""
+    """List the names of the parameters that an optimizer updates, in its order."""
     names = {id(p): name for name, p in module.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def collect_named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The optimizer's state of each parameter, by name."""
+    """Collect the optimizer's state of each parameter, by the parameter's name."""
     return {name: optimizer.state[p] for name, p in module.named_parameters() if p in optimizer.state}
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, dict[str, Any]]) -> None:
-    """Give a new optimizer the state of another one, where both move a parameter; its own options stay."""
-    found = {i: state[name] for i, name in enumerate(list_optimized_names(optimizer, module)) if name in state}
-    load_state(optimizer, {"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Give a new optimizer the state of an earlier one, for the parameters that both update; its options stay."""
+    inherited = {i: state[name] for i, name in enumerate(list_optimized_names(optimizer, module)) if name in state}
+    load_state(optimizer, {"state": inherited, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what another optimizer's `state_dict` gave, whole on every process or sharded as the parameters are here."""
+    """Load an optimizer's `state_dict` of whole tensors, and shard these as the parameters are sharded here."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    placed = {
-        index: {name: shard_like(parameters[index], value) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": placed})
+    sharded = {}
+    for index, values in state["state"].items():
+        sharded[index] = {name: shard_like(parameters[index], value) for name, value in values.items()}
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
 def adamw(
     groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """AdamW, fused by default."""
+    """Make torch's AdamW, fused by default."""
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
 def adamw8bit(
     groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with 8-bit state."""
-    import bitsandbytes  # takes seconds to import and looks for CUDA libraries, so only where it is wanted
+    """Make bitsandbytes' AdamW with 8-bit state."""
+    import bitsandbytes  # here, since the import takes seconds and looks for CUDA libraries
 
     return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(betas), eps=eps)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> LambdaLR:
-    """Linear warm-up to the optimizer's rate, then a cosine down to `min_lr`, where it stays.
+    """Make a schedule: a linear warm-up to the optimizer's rate, then a cosine down to `min_lr`, where it stays.
 
     Args:
-        optimizer: whose rates are scaled.
-        total_steps: step at which the floor is reached.
-        warmup_steps: step at which the peak is reached.
-        min_lr: the floor, absolute.
+        optimizer: optimizer whose rates are scaled.
+        total_steps: step at which `min_lr` is reached.
+        warmup_steps: step at which the optimizer's own rate is reached.
+        min_lr: lowest rate after the warm-up, as a learning rate and not as a share.
 
     Raises:
         ValueError: when the warm-up doesn't fit into the run, or the floor is above the peak.
@@ -101,7 +103,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ste
 
 
 def compute_warmup_cosine(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
-    """Share of the peak rate at `step`, counted from 0."""
+    """Compute the share of the peak rate at `step`, counted from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

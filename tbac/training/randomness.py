@@ -1,4 +1,4 @@
-"""Random numbers of training: noise as a function of names alone, and the state of the global generators."""
+"""Random numbers of training: noise that depends on names alone, and the state of the global generators."""
 
 import hashlib
 import random
@@ -22,15 +22,15 @@ def seed_everything(seed: int) -> None:
 
 
 def draw_noise(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE) -> tuple[Tensor, Tensor]:
-    """Noise and sigmas, each a function of its name alone: not of the batch, the device or the number of processes.
+    """Draw noise and sigmas that depend only on a sample's name, not on batch, device or number of processes.
 
     Args:
         names: one per sample.
-        latents: (batch, channel, height, width): whose shape, type and device the noise has.
-        flow: how sigmas are drawn, and how many of both per sample.
+        latents: (batch, channel, height, width); the noise gets their shape, type and device.
+        flow: how sigmas are drawn, and how many draws (k) each sample gets.
 
     Returns:
-        Noise (batch * k, channel, height, width) and sigmas (batch * k,), those of a sample next to each other.
+        Noise (batch * k, channel, height, width) and sigmas (batch * k,); draws of one sample are next to each other.
     """
     noise, sigma = [], []
     for name in names:
@@ -38,14 +38,15 @@ def draw_noise(names: list[str], latents: Tensor, flow: FlowOptions = ONE_NOISE)
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn((flow.noise_samples_per_prompt, *latents.shape[1:]), generator=generator))
         sigma.append(sample_sigma(flow.noise_samples_per_prompt, generator, scheme=flow.scheme, shift=flow.shift))
-    drawn = torch.cat(noise), torch.cat(sigma)
-    if latents.is_cuda:  # a copy from pageable memory would wait for the device
-        drawn = drawn[0].pin_memory(), drawn[1].pin_memory()
-    return drawn[0].to(latents, non_blocking=True), drawn[1].to(latents.device, non_blocking=True)
+    all_noise, all_sigmas = torch.cat(noise), torch.cat(sigma)
+    if latents.is_cuda:  # a copy from memory that isn't pinned would wait for the device
+        all_noise, all_sigmas = all_noise.pin_memory(), all_sigmas.pin_memory()
+    return all_noise.to(latents, non_blocking=True), all_sigmas.to(latents.device, non_blocking=True)
 
 
 def read_random_state() -> dict[str, Any]:
-    """State of the global generators of this process. Training draws from none of them; users' code may."""
+    """Read the state of this process's global generators, which users' code may draw from; training itself doesn't."""
+    # Only plain lists and tensors, so that a checkpoint can be loaded with `weights_only`.
     version, numbers, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     words = numpy_state["state"]["key"].tolist()
@@ -58,7 +59,10 @@ def read_random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: list[dict[str, Any]]) -> None:
-    """Set the global generators as they were; with another number of processes they stay as the seed left them."""
+    """Restore the global generators from the states of all processes.
+
+    When the number of processes has changed, they stay as they were seeded.
+    """
     if len(states) != get_world_size():
         return
     state = states[get_rank()]

@@ -19,10 +19,10 @@ class FlowOptions:
     """How noise is drawn in training.
 
     Args:
-        scheme: of noise levels; see `tbac.flow.sample_sigma`.
-        shift: of noise levels, the flow shift of SD3 and SANA; 1 changes nothing.
-        noise_samples_per_prompt: noises and sigmas per sample and step; the MLLM reads each prompt once for all of
-            them.
+        scheme: distribution of noise levels, one of those that `tbac.flow.sample_sigma` knows.
+        shift: flow shift of noise levels, as in SD3 and SANA; 1 changes nothing.
+        noise_samples_per_prompt: draws of noise and sigma for each sample of a step; the MLLM reads a prompt only once
+            for all of its draws.
     """
 
     scheme: str = "uniform"
@@ -43,12 +43,12 @@ class Stage:
     whichever comes first.
 
     Args:
-        name: in checkpoints, logs and the seed of its noise.
+        name: its name in checkpoints and logs, which the noise depends on too.
         optimizer: parameter groups -> optimizer.
         scheduler: optimizer, total_steps -> learning-rate scheduler, stepped after each optimizer step.
         steps: optimizer steps, rejected ones not counted.
         samples: samples drawn by all processes together, those of rejected steps included.
-        patience: see above; None doesn't look at the validation loss.
+        patience: validations in a row without a better loss after which the stage ends; None ignores the loss.
         min_delta: by how much a validation loss must be below the best one to count as better.
         flow: how noise levels are drawn.
         weight_decay: of matrices; norms, biases and queries have none.
@@ -88,7 +88,8 @@ class Stage:
                 raise ValueError(f"stage.{name} must be at least 1, got {value}")
         if self.steps is None and self.samples is None:
             raise ValueError(f"stage {self.name} has no end: give stage.steps or stage.samples")
-        if others := [type(c).__name__ for c in self.callbacks if not isinstance(c, L.Callback)]:
+        others = [type(callback).__name__ for callback in self.callbacks if not isinstance(callback, L.Callback)]
+        if others:
             raise ValueError(f"callbacks: {', '.join(others)} isn't a callback of Lightning")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"stage.clip must be positive or null, got {self.clip}")
@@ -96,12 +97,12 @@ class Stage:
             raise ValueError(f"stage.trainable must be some of {list(TRAINABLE)}, got {list(self.trainable)}")
 
     def count_steps(self, samples_per_step: int) -> int:
-        """Optimizer steps of the whole stage: the length of its schedule."""
+        """Count the optimizer steps of the whole stage, which is the length of its schedule."""
         by_samples = math.inf if self.samples is None else math.ceil(self.samples / samples_per_step)
         return int(min(math.inf if self.steps is None else self.steps, by_samples))
 
     def is_over(self, steps: int, samples: int, stale: int) -> bool:
-        """Whether nothing is left to do.
+        """Whether the stage has reached one of its ends.
 
         Args:
             steps: optimizer steps taken in this stage.
@@ -118,7 +119,7 @@ class Stage:
 
 
 def find_trainable_part(name: str) -> str:
-    """Which of `TRAINABLE` a parameter of the training module belongs to."""
+    """Return which of `TRAINABLE` a parameter of the training module belongs to."""
     if name.endswith("ladder.queries"):
         return "queries"
     return "connector" if name.startswith("ladder.") else "denoiser"

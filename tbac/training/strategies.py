@@ -15,12 +15,12 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def read_process_rank() -> int:
-    """Number of this process by what its launcher has set; 0 where nothing has."""
+    """Read this process's rank as its launcher has set it, before processes are connected; 0 without a launcher."""
     return getattr(rank_zero_only, "rank", 0)
 
 
 def make_strategy(name: str, timeout_minutes: float = 15.0) -> Strategy | str:
-    """Strategy of a trainer.
+    """Make the strategy of a trainer.
 
     Args:
         name: `auto` (one process, or DDP for several), `ddp`, or `fsdp` (FSDP2).
@@ -35,9 +35,8 @@ def make_strategy(name: str, timeout_minutes: float = 15.0) -> Strategy | str:
     if name == "auto":
         return name
     if name == "ddp":
-        return DDPStrategy(
-            timeout=timeout, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )  # no buffer changes
+        # No buffer ever changes, so none has to be sent.
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, forward_sync_buffers=False)
     if name == "fsdp":
         return ShardedStrategy(timeout=timeout)
     raise ValueError(f"machine.strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
@@ -57,7 +56,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False, timeout=timeout)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **options: Any) -> Any:
-        """Average the gradients of what isn't sharded, once per optimizer step."""
+        """Average the gradients of unsharded parameters once per optimizer step, after all micro-batches."""
 
         def closure_and_average() -> Any:
             result = closure()
@@ -68,11 +67,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _average_whole_gradients(self) -> None:
         assert self.lightning_module is not None
-        found = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
-        gradients = [gradient for gradient in found if not is_sharded(gradient)]
+        every = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in every if not is_sharded(gradient)]
         if not gradients:
             return
-        # One message for all of them.
+        # All of them go in one message, since each message costs a delay.
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
         flat /= self.world_size

@@ -24,11 +24,11 @@ class Checkpoint(callbacks.Checkpoint):
     and an older one is removed only once a newer is on disk.
 
     Args:
-        folder: where they go.
+        folder: folder of the checkpoints.
         every: optimizer steps between checkpoints.
-        keep: number of newest ones that are kept.
-        keep_every: those whose step is a multiple of it are kept for good; null keeps none for that.
-        monitor: metric by which the best is kept, the smallest; null keeps none for that.
+        keep: how many of the newest ones are kept.
+        keep_every: checkpoints whose step is a multiple of this are never removed; null removes them like others.
+        monitor: the checkpoint with the smallest value of this metric is kept as the best; null keeps no best one.
 
     Raises:
         ValueError: for a number below 1.
@@ -55,12 +55,13 @@ class Checkpoint(callbacks.Checkpoint):
         if stage == "fit" and isinstance(writer, BackgroundCheckpointIO):
             writer.writer.written = self._tidy
             if trainer.is_global_zero:
-                for left in self.folder.glob("*.ckpt.tmp*"):  # of a process that was killed while it wrote
-                    left.unlink()
+                # What a process left that was killed while it wrote a checkpoint.
+                for unfinished in self.folder.glob("*.ckpt.tmp*"):
+                    unfinished.unlink()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
-        if pl_module.steps:  # what a run goes on from is written already
+        if pl_module.steps:  # the run goes on from a checkpoint of this very moment
             self._saved = (self.name(pl_module), trainer.global_step)
 
     def on_train_batch_end(
@@ -85,7 +86,7 @@ class Checkpoint(callbacks.Checkpoint):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what is in hand; here a full disk is an error, before it is only a warning."""
+        """Write the last checkpoint. If it can't be written this is an error; during training it is only logged."""
         assert isinstance(pl_module, LadderTuningModule)
         self.save(trainer, pl_module)
         self.finish(trainer)
@@ -100,16 +101,17 @@ class Checkpoint(callbacks.Checkpoint):
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, BackgroundCheckpointIO):
             writer.wait()
-            if failed := writer.writer.failed:
-                raise ValueError(f"the last checkpoint couldn't be written: {failed}; older ones are untouched")
+            error = writer.writer.failed
+            if error:
+                raise ValueError(f"the last checkpoint couldn't be written: {error}; older ones are untouched")
 
     @staticmethod
     def name(pl_module: LadderTuningModule) -> str:
-        """File name of the checkpoint of this step."""
+        """Make the file name of the checkpoint of this step."""
         return f"{pl_module.stage.name}-step={pl_module.steps}.ckpt"
 
     def save(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
-        """Write a checkpoint of this moment, unless that was done already."""
+        """Write a checkpoint, unless there is one of the same moment already."""
         moment = (self.name(pl_module), trainer.global_step)
         if moment != self._saved:
             trainer.save_checkpoint(self.folder / moment[0], weights_only=False)

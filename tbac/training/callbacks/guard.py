@@ -1,4 +1,4 @@
-"""The guard: each optimizer step's gradient norm and loss are judged before the step is taken."""
+"""The guard judges the gradient norm and the loss of each optimizer step before the step is taken."""
 
 import logging
 from collections import deque
@@ -31,13 +31,13 @@ class Guard(L.Callback):
 
     Args:
         rule: tells spikes from ordinary steps.
-        patience: rejected steps in a row after which `then` is done.
-        then: `skip` goes on rejecting; `lower_lr` multiplies the learning rate by `lr_factor`; `rewind` goes back to
-            the weights and optimizer of the newest checkpoint and on with the data after the spike. Rewinding holds a
-            copy of both in CPU memory: 12 bytes per trained parameter, and 4 for their average.
-        lr_factor: see `then`.
-        max_rejects: rejected steps among the last `over` after which training stops.
-        over: see `max_rejects`.
+        patience: number of rejected steps in a row after which `then` is done.
+        then: `skip` only goes on; `lower_lr` multiplies the learning rate by `lr_factor`; `rewind` restores weights and
+            optimizer of the newest checkpoint and goes on with the data after the spike. For this a copy of both is
+            held in CPU memory: 12 bytes per trained parameter, and 4 more for the weight average.
+        lr_factor: factor of the learning rate with `then=lower_lr`.
+        max_rejects: training stops when this many of the last `over` steps were rejected.
+        over: number of steps that `max_rejects` looks back on.
         log_every: optimizer steps between logs of the norms of all components.
 
     Raises:
@@ -54,8 +54,10 @@ class Guard(L.Callback):
         over: int = 1000,
         log_every: int = 25,
     ) -> None:
+        # The rule may be the user's own, so it is checked before training and not at the first spike.
         needed = ("judge", "reset", "state_dict", "load_state_dict")
-        if missing := [name for name in needed if not callable(getattr(rule, name, None))]:
+        missing = [name for name in needed if not callable(getattr(rule, name, None))]
+        if missing:
             raise ValueError(f"guard: {type(rule).__name__} isn't a spike rule, it has no {', '.join(missing)}")
         if then not in ("skip", "lower_lr", "rewind"):
             raise ValueError(f"callbacks.guard.then must be skip, lower_lr or rewind, got {then!r}")
@@ -68,6 +70,7 @@ class Guard(L.Callback):
         self.max_rejects, self.log_every = max_rejects, log_every
         self.recent: deque[bool] = deque(maxlen=over)
         self.in_a_row = 0
+        # Keys and losses of the micro-batches since the last optimizer step.
         self._keys: list[str] = []
         self._losses: list[Tensor] = []
         self._snapshot: dict[str, Any] | None = None
@@ -106,9 +109,9 @@ class Guard(L.Callback):
 
     @staticmethod
     def _components(pl_module: LadderTuningModule, norms: GradientNorms) -> dict[str, float]:
-        """Norms of the parameters of each component, and of the contexts of each tap."""
-        every = norms.by_component() | pl_module.compute_tap_norms()
-        return {f"guard/norm/{name}": norm for name, norm in every.items()}
+        """List the gradient norm of each component's parameters, and of the contexts of each tap."""
+        named_norms = norms.by_component() | pl_module.compute_tap_norms()
+        return {f"guard/norm/{name}": norm for name, norm in named_norms.items()}
 
     def _log(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
@@ -118,9 +121,11 @@ class Guard(L.Callback):
         self, trainer: L.Trainer, pl_module: LadderTuningModule, reason: str, metrics: dict[str, float]
     ) -> None:
         self.in_a_row += 1
-        keys = gather_objects(self._keys)
+        # Each process names its own samples, so that whoever reads the log can look at all of them.
+        keys_of_ranks = gather_objects(self._keys)
         pl_module.reject_step()
         self._log(trainer, metrics | {"guard/rejected": 1.0})
+        components = {k.rsplit("/")[-1]: v for k, v in metrics.items() if k.startswith("guard/norm/")}
         if trainer.is_global_zero:
             log.warning(
                 "rejected the step after %d of stage %s: %s; norm %.4g, threshold %.4g, loss %.4g; by component: %s; "
@@ -131,9 +136,10 @@ class Guard(L.Callback):
                 metrics["guard/norm"],
                 metrics["guard/threshold"],
                 metrics["guard/loss"],
-                ", ".join(f"{k.rsplit('/')[-1]} {v:.3g}" for k, v in metrics.items() if k.startswith("guard/norm/")),
-                "; ".join(f"rank {rank}: {' '.join(own)}" for rank, own in enumerate(keys)),
+                ", ".join(f"{name} {norm:.3g}" for name, norm in components.items()),
+                "; ".join(f"rank {rank}: {' '.join(keys)}" for rank, keys in enumerate(keys_of_ranks)),
             )
+        # So many rejected steps are no rare spikes: something is wrong with the run.
         if sum(self.recent) >= self.max_rejects:
             raise DivergedError(
                 f"{sum(self.recent)} of the last {len(self.recent)} steps were rejected, the limit is "
@@ -155,6 +161,7 @@ class Guard(L.Callback):
                 "%d rejected steps in a row: back from step %d to step %d", self.patience, here, pl_module.steps
             )
             return
+        # The scheduler computes each rate from the base rate, so that one is lowered too.
         for group in trainer.optimizers[0].param_groups:
             for name in ("lr", "initial_lr"):
                 group[name] *= self.lr_factor
@@ -162,7 +169,7 @@ class Guard(L.Callback):
             config.scheduler.base_lrs = [lr * self.lr_factor for lr in config.scheduler.base_lrs]
         log.warning("%d rejected steps in a row: learning rate times %g", self.patience, self.lr_factor)
 
-    def _averages(self, trainer: L.Trainer) -> list[EMA]:
+    def _list_averages(self, trainer: L.Trainer) -> list[EMA]:
         return [c for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
 
     def _take_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,36 +182,40 @@ class Guard(L.Callback):
             "optimizer": [{k: _copy(v) for k, v in state.get(p, {}).items()} for p in pl_module.parameters()],
             "schedulers": [dict(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
             "rates": [g["lr"] for g in trainer.optimizers[0].param_groups],
-            "averages": [(c.updates, [_copy(a) for a in c.average]) for c in self._averages(trainer)],
+            "averages": [(c.updates, [_copy(a) for a in c.average]) for c in self._list_averages(trainer)],
             "rule": self.rule.state_dict(),
             "steps": pl_module.steps,
         }
 
     def _rewind(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
         assert self._snapshot is not None
-        kept, state = self._snapshot, trainer.optimizers[0].state
-        for parameter, weights, moments in zip(pl_module.parameters(), kept["weights"], kept["optimizer"], strict=True):
+        snapshot, state = self._snapshot, trainer.optimizers[0].state
+        # Weights and moments are copied in place: the optimizer and CUDA graphs hold these very tensors.
+        parameters = zip(pl_module.parameters(), snapshot["weights"], snapshot["optimizer"], strict=True)
+        for parameter, weights, moments in parameters:
             get_local_part(parameter.data).copy_(weights)
-            if not moments:
+            if not moments:  # at the snapshot the optimizer had taken no step yet
                 state.pop(parameter, None)
             for name, value in moments.items():
                 if isinstance(value, Tensor):
                     get_local_part(state[parameter][name]).copy_(value)
                 else:
                     state[parameter][name] = value
-        for config, scheduler in zip(trainer.lr_scheduler_configs, kept["schedulers"], strict=True):
+        # Schedule and learning rates go back with them.
+        for config, scheduler in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
             config.scheduler.load_state_dict(dict(scheduler))
-        for group, rate in zip(trainer.optimizers[0].param_groups, kept["rates"], strict=True):
+        for group, rate in zip(trainer.optimizers[0].param_groups, snapshot["rates"], strict=True):
             group["lr"] = rate
-        for callback, (updates, values) in zip(self._averages(trainer), kept["averages"], strict=True):
+        # So does the weight average, or it would still hold the weights that are given up.
+        for callback, (updates, values) in zip(self._list_averages(trainer), snapshot["averages"], strict=True):
             callback.updates = updates
             for average, value in zip(callback.average, values, strict=True):
                 average.copy_(value)
-        self.rule.load_state_dict(kept["rule"])
-        pl_module.steps = kept["steps"]
+        self.rule.load_state_dict(snapshot["rule"])
+        pl_module.steps = snapshot["steps"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember this state: one that goes on from this checkpoint rewinds to the same."""
+        """Take a snapshot with each checkpoint: a run that goes on from it later rewinds to the same state."""
         if trainer.training or trainer.validating:
             self._take_snapshot(trainer, pl_module)
 

@@ -1,9 +1,9 @@
 """Stages in sequence within one process, each as a job of its own would run it.
 
-A stage is a `fit` of its own: the model, the data and the processes stay; trainer, optimizer, schedule and callbacks
-are new ones. That is why a stage in a sequence equals a job of its own to the bit. The other way that was tried, an
-epoch of Lightning's for each stage within one fit, reached the same bits only by changing Lightning's private state:
-its optimizers, its wrapper of the model, its callbacks and its counters.
+Each stage is a `fit` of its own: the model, the data and the processes stay, while trainer, optimizer, schedule and
+callbacks are new. Therefore a stage in a sequence gives the same bits as a job of its own. The other way was tried too,
+one fit with an epoch of Lightning's for each stage. It needed changes to Lightning's private state to reach the same
+bits: to its optimizers, its wrapper of the model, its callbacks and its counters.
 """
 
 import logging
@@ -71,12 +71,12 @@ class StageTransition(L.Callback):
         return self.stages[self.current]
 
     def list_reports(self, module: LadderTuningModule) -> list[dict[str, Any]]:
-        """Name, steps, and first and last validation loss of each stage so far."""
+        """List name, steps, and first and last validation loss of each stage so far."""
         losses = {"val_loss_first": self.first, "val_loss_last": self.last}
         return [*self.history, {"name": self.stage.name, "steps": module.steps, **losses}]
 
     def fit(self, make_trainer: MakeTrainer, module: LadderTuningModule, data: StagedDataModule) -> None:
-        """Run all stages that are left.
+        """Run the current stage and all that follow it.
 
         Args:
             make_trainer: index of a stage, callbacks -> a new trainer for that stage.
@@ -103,8 +103,8 @@ class StageTransition(L.Callback):
         """Let module and data enter the current stage, before its optimizer is made."""
         origins = gather_objects(self.origin)
         if len(set(origins)) > 1:
-            found = ", ".join(f"rank {rank}: {origin}" for rank, origin in enumerate(origins))
-            raise ValueError(f"processes would begin from different checkpoints ({found}); give resume= or init=")
+            named = ", ".join(f"rank {rank}: {origin}" for rank, origin in enumerate(origins))
+            raise ValueError(f"processes would begin from different checkpoints ({named}); give resume= or init=")
         assert isinstance(pl_module, LadderTuningModule)
         data = self._data(trainer)
         data.current = self.current
@@ -120,10 +120,10 @@ class StageTransition(L.Callback):
                 logger.first_step = pl_module.first_step
 
     def _go_on(self, trainer: L.Trainer, pl_module: LadderTuningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Take everything up where a checkpoint has left it.
+        """Restore everything from a checkpoint.
 
-        Lightning's `ckpt_path` would also restore where its loops were: it then counts batches, and with them the
-        ones of an optimizer step, from before, although the number of processes may be another now.
+        Lightning's `ckpt_path` isn't used, because it also restores the counts of its loops: it would count batches,
+        and the micro-batches of an optimizer step, from before, although the number of processes may have changed.
         """
         pl_module.resume(checkpoint)
         self._data(trainer).load_state_dict(checkpoint[StagedDataModule.__qualname__])
@@ -133,6 +133,7 @@ class StageTransition(L.Callback):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             callback.on_load_checkpoint(trainer, pl_module, dict(checkpoint))
+        # A callback of this run takes its state; what is left belongs to callbacks that this run doesn't have.
         states = dict(checkpoint["callbacks"])
         for callback in callbacks:
             if callback.state_key in states:
@@ -151,7 +152,7 @@ class StageTransition(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
-        self._optimizer_state = None  # the optimizer has it
+        self._optimizer_state = None  # it has been loaded into the optimizer
         log.info("stage %s from step %d", self.stage.name, pl_module.steps)
         if self._over(trainer, pl_module):  # the checkpoint was the last one
             trainer.should_stop = True

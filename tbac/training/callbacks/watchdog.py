@@ -20,17 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog(L.Callback):
-    """Each process tells the others, from a thread, that it lives and how far it has come.
+    """Each process tells the others, from a thread, that it is alive and how far it has come.
 
-    When a process has made no progress for `stuck_minutes`, all of them end with exit status 1, and the one that is
-    furthest behind is named, with a trace of where it hangs. A process that has given no sign of life for
-    `gone_seconds` is named likewise; so is the error that ended one. Collective operations would otherwise wait for
-    their own timeout, or end with an error that doesn't say whose fault it was.
+    When no process has made progress for `stuck_minutes`, all of them end with exit status 1; the message names the
+    one that is furthest behind, and a traceback shows where it hangs. They also end when a process has given no sign of
+    life for `gone_seconds`, and when one has ended with an error, which the message repeats. Otherwise collective
+    operations would wait for their own timeout, or end with an error that doesn't say which process is to blame.
 
     Args:
-        stuck_minutes: see above; more than the longest thing that isn't a batch, such as a validation's pictures.
-        gone_seconds: see above.
-        beat_seconds: between signs of life.
+        stuck_minutes: minutes without progress; more than anything other than a batch takes, such as the pictures of a
+            validation.
+        gone_seconds: seconds without a sign of life.
+        beat_seconds: seconds between signs of life.
 
     Raises:
         ValueError: for values that aren't positive.
@@ -83,9 +84,10 @@ class Watchdog(L.Callback):
         self._moved("the end of a validation")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Tell the others; when the error only says that another process is gone, find out which."""
+        """Tell the other processes what ended this one."""
         if self._thread is None:
             return
+        # An error of the connection only says that another process is gone; the thread finds out which, and ends this.
         if _lost_connection(exception):
             self._thread.join(self.gone_seconds + 10 * self.beat_seconds)
         self._ended = f"{type(exception).__name__}: {exception}".split("\n")[0]
@@ -107,40 +109,48 @@ class Watchdog(L.Callback):
     def _watch(self, store: Any) -> None:
         ranks = range(get_world_size())
         names = [str(r) for r in ranks]
-        beats, seen = 0, [(-1, -1)] * len(ranks)  # (beat, progress) of each process
+        # What was last seen of each process (beat, progress), and when each of the two last changed. Times are this
+        # machine's: clocks of different nodes may disagree.
+        beats, seen = 0, [(-1, -1)] * len(ranks)
         alive = [time.monotonic()] * len(ranks)
         moved = list(alive)
         states: list[dict[str, Any]] = []
         while not self._done.wait(self.beat_seconds):
             beats += 1
-            own = self._state(beats)
             now = time.monotonic()
+            # Tell the others, and read what they tell once all of them have started.
             try:
-                store.set(names[get_rank()], json.dumps(own))
+                store.set(names[get_rank()], json.dumps(self._describe_state(beats)))
                 if store.check(names):
                     states = [json.loads(text) for text in store.multi_get(names)]
             except RuntimeError:
+                # The store is rank 0's. When training is over it may close, and otherwise rank 0 is gone.
                 if self._done.is_set() or (states and states[0]["done"]):
                     return
                 where = states[0]["where"] if states else "start"
-                self._end(f"rank 0 is gone; it was at {where}")  # it keeps the store
+                self._end(f"rank 0 is gone; it was at {where}")
+            # A process is alive when its beat has changed, and has moved when its progress has.
             for r, state in enumerate(states):
                 alive[r] = now if state["beat"] != seen[r][0] else alive[r]
                 moved[r] = now if state["progress"] != seen[r][1] else moved[r]
                 seen[r] = (state["beat"], state["progress"])
             if self._ended is None:
                 self._judge(states, [now - t for t in alive], [now - t for t in moved])
+        # The others needn't wait for signs of life of a process that is done with training.
         with contextlib.suppress(RuntimeError):
-            store.set(names[get_rank()], json.dumps(self._state(beats + 1) | {"done": True}))
+            store.set(names[get_rank()], json.dumps(self._describe_state(beats + 1) | {"done": True}))
 
-    def _state(self, beat: int) -> dict[str, Any]:
-        """What the others are told."""
+    def _describe_state(self, beat: int) -> dict[str, Any]:
+        """Describe this process for the others."""
+        # A batch that has begun counts as progress: processes that wait for a stuck one have begun it, and that one
+        # hasn't.
+        begun = self._module.begun if self._module else 0
         return {
             "beat": beat,
-            "progress": self._progress + (self._module.begun if self._module else 0),  # those that wait have begun
+            "progress": self._progress + begun,
             "where": self._where,
             "ended": self._ended,
-            "done": False,  # with training: this process may leave, or be busy without saying so
+            "done": False,  # when training is over, the process may leave, or be busy with something else
         }
 
     def _judge(self, states: list[dict[str, Any]], silent: list[float], still: list[float]) -> None:
@@ -166,8 +176,8 @@ class Watchdog(L.Callback):
 
 
 def open_store() -> distributed.TCPStore:
-    """A store of strings that all processes share and threads may use; all processes must call this."""
-    address, port = os.environ["MASTER_ADDR"], 0  # any port that is free
+    """Open a store of strings that all processes share and that threads may use; all processes must call this."""
+    address, port = os.environ["MASTER_ADDR"], 0  # 0: any free port
     store = None
     if get_rank() == 0:
         store = distributed.TCPStore(address, port, is_master=True, wait_for_workers=False)

@@ -68,7 +68,7 @@ def submit(launcher: Mapping[str, Any], folder: Path, arguments: Sequence[str]) 
 
 
 def train_in_job(arguments: Sequence[str]) -> None:
-    """What each process of a job does: the same as `python experiments/train.py ARGUMENTS`."""
+    """Train in a process of a job, as `python experiments/train.py ARGUMENTS` does."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; before training begins it ends the job
     sys.argv = [str(TRAIN), *arguments]
     runpy.run_path(str(TRAIN), run_name="__main__")

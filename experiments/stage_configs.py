@@ -20,11 +20,16 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
     """
     if not cfg.stages:
         return [cfg]
-    kept = [o for o in overrides if o.split("=")[0] not in ("stage", "stages")]
-    configs = [compose("train", [*kept, f"stage={name}", *cfg.stage_overrides.get(name, [])]) for name in cfg.stages]
-    shared = [{k: v for k, v in to_plain(c, resolve=False).items() if k not in PER_STAGE} for c in configs]
-    for name, other in zip(cfg.stages, shared, strict=True):
-        differing = [k for k in other if other[k] != shared[0][k]]
+    # The command's overrides hold for every stage; what names the stages themselves is replaced.
+    common = [override for override in overrides if override.split("=")[0] not in ("stage", "stages")]
+    configs = []
+    for name in cfg.stages:
+        configs.append(compose("train", [*common, f"stage={name}", *cfg.stage_overrides.get(name, [])]))
+    # One model, one trainer and one logger serve all stages, so only some parts may differ.
+    first = to_plain(configs[0], resolve=False)
+    for name, config in zip(cfg.stages, configs, strict=True):
+        values = to_plain(config, resolve=False)
+        differing = [key for key in values if key not in PER_STAGE and values[key] != first[key]]
         if differing:
             raise ValueError(
                 f"stage_overrides.{name} changes {', '.join(differing)}, which all stages of a run share; a stage may "

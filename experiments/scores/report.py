@@ -147,7 +147,7 @@ def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
         "comparable": summary.comparable,
         "differences": list(summary.differences),
     }
-    # Scores come first, then everything that a reader must know before comparing them.
+    # In the text, scores come first, then everything that a reader must know before comparing them.
     parts: list[Part] = [
         build_score_table(findings.name, summary.scores, findings.checkpoint),
         f"{report['protocol']}.",

@@ -161,6 +161,7 @@ def draw_contact_sheet(
     questions = benchmarks.answers.questions[: 2 * PER_TAG]
     asked = [open_picture(benchmarks.answers.folder / row["image"]) for row in questions]
     said = [f"{row['question']} {answer}" for row, answer in zip(questions, answers, strict=False)]
+    # A section for each kind, one below the other.
     pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
     titles = [text for instruction in instructions for text in ("source", instruction)]
     sections = [

@@ -130,7 +130,11 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
 
 
 def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
-    """Describe all that the pictures depend on besides their prompts, so that a tree doesn't mix different ones."""
+    """Describe all that the pictures depend on besides their prompts, so that a tree doesn't mix different ones.
+
+    Pictures of one prompt that are drawn in one batch differ slightly from those drawn alone, so the largest number of
+    samples of a prompt is part of it.
+    """
     drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
     settings = benchmark.build_sampling_options() | {
         "seed": benchmark.seed,
@@ -140,8 +144,10 @@ def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) 
         "quantization": cfg.quantization,
         "drawn_together": max(drawn_together.values()),
     }
-    beyond = model.provenance.config.list_additions()
-    return settings | ({"options": beyond} if beyond else {})
+    additions = model.provenance.config.list_additions()
+    if additions:
+        settings["options"] = additions
+    return settings
 
 
 def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, results: Path) -> Mapping[str, float]:
@@ -169,8 +175,9 @@ def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Pat
     """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
     name = cfg.benchmark.name
     folder = Path(cfg.checkpoint).expanduser().absolute()
-    noted = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
-    run_id_file = next((str(file) for file in noted if file.is_file()), None)
+    # Training leaves the run's id in the run folder, which is the checkpoint's or up to two folders above it.
+    candidates = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
+    run_id_file = next((str(file) for file in candidates if file.is_file()), None)
     with open_parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
         if run_id_file is None:
             run.log_config(to_plain(cfg))

@@ -95,7 +95,8 @@ def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:
 def open_data(config: Mapping[str, Any]) -> ShardDataModule:
     """Open the data that a checkpoint was trained on.
 
-    What a checkpoint says is data: its options are handed to our own class, whatever class it names.
+    A checkpoint is data: its options are given to `ShardDataModule`, whatever class it names, so that no code of
+    someone else's choice is run.
     """
     options = drop_class(config["data"])
     options["dropout"] = ConditionDropout(**drop_class(options["dropout"]))
@@ -104,7 +105,7 @@ def open_data(config: Mapping[str, Any]) -> ShardDataModule:
 
 
 def drop_class(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a part without the keys that only Hydra reads."""
+    """Drop the keys of a part's options that only Hydra reads."""
     return {name: value for name, value in options.items() if not name.startswith("_")}
 
 

@@ -71,7 +71,7 @@ bench-gpu-pack: $(READY) ## what bench-gpu needs where there is no network: buil
 shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
 	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)
 
-ui: $(READY) ## compare runs in the MLflow UI on 127.0.0.1:$(PORT)
+ui: $(READY) ## compare runs in the MLflow UI, at http://127.0.0.1:5000; PORT=... for another port
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db} --host 127.0.0.1 --port $(PORT)
 
 lint: $(READY) ## ruff, mypy, import direction, what can be counted of how the code reads

@@ -9,6 +9,7 @@ logs the scores to the checkpoint's MLflow run. `answers` draws nothing and has 
 import hydra
 from omegaconf import DictConfig
 
+from experiments.scores.benchmarks import make_benchmark
 from tbac.app import CONF, report_user_errors
 
 STEPS = ("generate", "score", "report")
@@ -29,9 +30,10 @@ def check_steps(cfg: DictConfig) -> None:
 @report_user_errors
 def main(cfg: DictConfig) -> None:
     check_steps(cfg)
-    from experiments.scores.steps import run_benchmark  # torch and diffusers, only when the config is right
+    benchmark = make_benchmark(cfg)
+    from experiments.scores.steps import run_benchmark  # torch and diffusers, only when the benchmark is right
 
-    run_benchmark(cfg)
+    run_benchmark(cfg, benchmark)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
+from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Findings, write_report
 from tbac.app import open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
@@ -37,19 +38,12 @@ class CheckpointScores:
     scores: Mapping[str, float]
 
 
-def run_benchmark(cfg: DictConfig) -> CheckpointScores:
-    """Run the steps that a config of `evaluate.py` asks for; the scores are empty unless `report` is one of them.
-
-    Raises:
-        ValueError: for options or files of the benchmark that can't be used, before a model is loaded.
-    """
-    benchmark = instantiate(cfg.benchmark)
+def run_benchmark(cfg: DictConfig, benchmark: PictureBenchmark | Answers) -> CheckpointScores:
+    """Run the steps that a config of `evaluate.py` asks for; the scores are empty unless `report` is one of them."""
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(benchmark, Answers):
         return CheckpointScores(benchmark.name, score_answers(cfg, benchmark, out))
-    if not isinstance(benchmark, PictureBenchmark):
-        raise ValueError(f"benchmark._target_={cfg.benchmark._target_} isn't derived from PictureBenchmark")
     return CheckpointScores(benchmark.title, run_steps(cfg, benchmark, out))
 
 
@@ -57,7 +51,8 @@ def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) 
     """Run all steps of a benchmark on the CPU, with the options of its YAML."""
     chosen = [f"benchmark={name}", f"checkpoint='{checkpoint}'", f"out='{out.absolute()}'", "overwrite=true"]
     fixed = [f"tracking_uri='{tracking_uri}'", "device=cpu", "rank=0", "world_size=1"]
-    return run_benchmark(compose("evaluate", [*chosen, *fixed]))
+    cfg = compose("evaluate", [*chosen, *fixed])
+    return run_benchmark(cfg, make_benchmark(cfg))
 
 
 def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str, float]:

@@ -57,6 +57,14 @@ class LightMeter:
 
 class NoBenchmark:
     pass
+
+
+class Unfinished(PictureBenchmark):
+    def read_files(self):
+        pass
+
+    def list_targets(self):
+        return []
 """
 BENCHMARK = """
 _target_: outside_evaluation.Brightness
@@ -75,6 +83,7 @@ def _outside(in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for file, text in (
         ("benchmark/brightness.yaml", BENCHMARK),
         ("benchmark/nothing.yaml", "_target_: outside_evaluation.NoBenchmark"),
+        ("benchmark/unfinished.yaml", "_target_: outside_evaluation.Unfinished\nname: unfinished"),
         ("judge/light_meter.yaml", "_target_: outside_evaluation.LightMeter\nfactor: 0.5"),
     ):
         (tmp_path / "own" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -103,3 +112,5 @@ def test_their_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[str])
     assert "GenEval needs a detector, judge=template or judge=mask2former; got LightMeter" in text
     text = run_to_message("evaluate", capfd, *OWN, "benchmark=nothing")
     assert "benchmark._target_=outside_evaluation.NoBenchmark isn't derived from PictureBenchmark" in text
+    text = run_to_message("evaluate", capfd, *OWN, "benchmark=unfinished")
+    assert "error: the benchmark Unfinished must define judge_picture, summarize, needs; see PictureBenchmark" in text

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from PIL import Image
 
@@ -142,7 +142,7 @@ class PictureBenchmark(ABC):
         needs: what judges its pictures: a `detector`, a judge that answers `questions`, or `nothing`.
 
     Raises:
-        ValueError: for an option that can't be used, or a file of the wrong form.
+        ValueError: for an option that can't be used, a file of the wrong form, or a class that lacks a method.
     """
 
     needs: ClassVar[Needs]
@@ -154,6 +154,15 @@ class PictureBenchmark(ABC):
     image_guidance_scale: float | None = None
     seed: int = 42
     batch_size: int = 32
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        # Python's own message for a method that is missing comes as a TypeError, so as a traceback.
+        missing = sorted(cls.__abstractmethods__)
+        if not hasattr(cls, "needs"):
+            missing.append("needs")
+        if missing:
+            raise ValueError(f"the benchmark {cls.__name__} must define {', '.join(missing)}; see PictureBenchmark")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for option in ("num_inference_steps", "batch_size"):

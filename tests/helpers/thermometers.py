@@ -1,4 +1,4 @@
-"""Counts what can be counted of how the code reads (STYLE.md, rules 16 and 18)."""
+"""Counts what can be counted of how the code reads."""
 
 import ast
 from collections.abc import Iterator

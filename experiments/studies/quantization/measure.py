@@ -45,20 +45,23 @@ def count_layer_bytes(model: UniImage) -> int:
 def measure_options(cfg: DictConfig) -> list[dict[str, Any]]:
     """Measure every option in turn; returns a row for each."""
     geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
+    detector = instantiate(cfg.judge)
     prompts = [row["prompt"] for row in geneval.prompts]
-    detector, rows, plain = instantiate(cfg.judge), [], None
+    rows: list[dict[str, Any]] = []
+    reference: Tensor | None = None
     for name, (dtype, quantization) in OPTIONS.items():
         opening = read_opening_options(cfg) | {"dtype": dtype, "quantization": quantization}
         pipeline = open_model(cfg.checkpoint, **opening)
-        held = count_layer_bytes(pipeline.model)
+        # The first option is full precision, whose taps all others are compared with.
         taps = read_taps(pipeline.model, prompts)
-        plain = taps if plain is None else plain
+        if reference is None:
+            reference = taps
         scores = score_in_memory(pipeline, geneval, detector).summary.scores
         rows.append(
             {
                 "MLLM layers": name,
-                "MiB": round(held / MIB, 2),
-                "cosine of taps": torch.nn.functional.cosine_similarity(taps, plain, dim=-1).mean().item(),
+                "MiB": round(count_layer_bytes(pipeline.model) / MIB, 2),
+                "cosine of taps": torch.nn.functional.cosine_similarity(taps, reference, dim=-1).mean().item(),
                 "GenEval rules": scores["overall"],
                 "answers": answers.score(pipeline.model).accuracy,
             }

@@ -17,9 +17,8 @@ from tbac.app import CONF, report_user_errors
 @hydra.main(version_base="1.3", config_path=CONF, config_name="study/quantization")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
-    from experiments.studies.quantization.measure import (
-        measure_options,  # torch and diffusers, only when the config is right
-    )
+    # Torch and diffusers are imported only when the config is right.
+    from experiments.studies.quantization.measure import measure_options
 
     rows = measure_options(cfg)
     out = Path(cfg.out)

@@ -1,9 +1,9 @@
 """Training steps as CUDA graphs: the query pass and the denoiser, forward and backward, recorded once and replayed.
 
-A step launches five to ten thousand short kernels, and a GPU finishes them faster than Python can name them. What is
-recorded is launched as a whole and computes the same, since the same kernels run on the same numbers. Prompts are
+A step launches five to ten thousand short kernels, and a GPU finishes them faster than Python can launch them. A
+recorded graph is launched as a whole and computes the same, since the same kernels run on the same numbers. Prompts are
 padded on the right to a multiple of `LENGTH_STEP` tokens, which changes no result, so that few lengths have to be
-recorded. The vision tower runs outside of the graphs, since every batch of pictures has windows of its own.
+recorded. The vision tower isn't recorded, since each batch of pictures is cut into other windows.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class QueryPass(nn.Module):
         super().__init__()
         self.ladder = model.ladder
         self._frozen = (model.mllm,)  # in a tuple, so that its parameters aren't registered
-        # The graph reads these where they are, so they are kept as long as it is.
+        # The graph reads these tensors at their place in memory, so they must live as long as the graph.
         self._shared = model.mllm.read_shared(shared_ids, model.ladder.plan.deepest)
 
     def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class QueryPass(nn.Module):
 
 
 class Prediction(nn.Module):
-    """The denoiser on contexts that come from elsewhere."""
+    """The denoiser, on contexts that were computed before."""
 
     def __init__(self, model: UniImage) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class StepGraphs:
         self._pools: dict[str, Any] = {}
 
     def encode_condition(self, inputs: Any) -> Condition:
-        """As `UniImage.encode_condition`."""
+        """Encode a condition as `UniImage.encode_condition` does."""
         mllm = self._model.mllm
         with torch.no_grad():
             inputs = pad_right(inputs)
@@ -98,7 +98,7 @@ class StepGraphs:
         return Condition(self._recorded[key](embeddings, positions, mask))
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """As `UniImage.predict_velocity`."""
+        """Predict a velocity as `UniImage.predict_velocity` does."""
         arguments = noisy, compute_timestep(sigma), condition.states
         key = ("denoiser", *(t.shape for t in arguments), condition.states.dtype)
         if key not in self._recorded:
@@ -107,16 +107,16 @@ class StepGraphs:
         return self._recorded[key](*arguments)
 
     def forget(self) -> None:
-        """Record anew from now on: other parameters train, or weights have moved in memory."""
+        """Drop all recorded graphs, because other parameters train now or weights have moved in memory."""
         self._recorded.clear()
 
     def _precision(self) -> torch.autocast:
-        """Autocast that keeps no cast weights: a graph would read them from memory that isn't its own."""
+        """Make an autocast without a cache of cast weights, which a graph would read after they have been freed."""
         enabled = self._dtype is not None
         return torch.autocast("cuda", self._dtype or torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _record(self, module: nn.Module, *sample: Tensor) -> Callable[..., Tensor]:
-        """A module's forward and backward pass for these shapes."""
+        """Record a module's forward and backward pass for the shapes of a sample."""
         name = type(module).__name__
         if name not in self._pools:
             self._pools[name] = torch.cuda.graph_pool_handle()

@@ -34,7 +34,7 @@ class SpikeRule(Protocol):
 
 
 def describe_not_finite(norm: float, loss: float) -> str | None:
-    """Names the value that isn't finite."""
+    """Describe the value that isn't finite; None if both are."""
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             return f"{name} is {value}"
@@ -44,9 +44,9 @@ def describe_not_finite(norm: float, loss: float) -> str | None:
 class RobustRule:
     """Rejects a norm or a loss far above the median of recent ones, on a logarithmic scale.
 
-    The spread is 1.4826 times the median absolute deviation, the standard deviation of a normal distribution. Both
-    statistics take half of the window to be moved, rejected steps and NaN never enter it, and values that aren't
-    finite are rejected from the first step on.
+    The spread is 1.4826 times the median absolute deviation, which for a normal distribution is its standard deviation.
+    Median and spread stay sound until half of the window is spikes, and rejected steps never enter the window. Values
+    that aren't finite are rejected from the first step on.
 
     Args:
         window: accepted steps that the statistics look back on.
@@ -67,7 +67,7 @@ class RobustRule:
         self.losses: deque[float] = deque(maxlen=window)
 
     def judge(self, norm: float, loss: float) -> Verdict:
-        """Judge a step; the statistics take it in when it passes."""
+        """Judge a step, and add it to the statistics if it passes."""
         threshold, loss_threshold = self._threshold(self.norms), self._threshold(self.losses)
         reason = describe_not_finite(norm, loss)
         if reason is None and norm > threshold:
@@ -131,7 +131,7 @@ class RunningMeanRule:
         self.mean_loss: float | None = None
 
     def judge(self, norm: float, loss: float) -> Verdict:
-        """Judge a step; the means take it in when it passes."""
+        """Judge a step, and add it to the means if it passes."""
         threshold, reason = self.max_norm, describe_not_finite(norm, loss)
         if self.mean_norm is not None and self.mean_loss is not None:
             threshold = min(threshold, max(self.norm_ratio * self.mean_norm, self.min_norm))

@@ -29,12 +29,12 @@ PACKAGES = (
 
 
 def log_nowhere(trainer: Any) -> None:
-    """Give a process that opens no store a logger, so that it takes part in reducing what is logged."""
+    """Give a process that logs nothing a dummy logger: with none it would skip the reductions that all must run."""
     trainer.loggers = [DummyLogger()]
 
 
 def prepare_store(tracking_uri: str, experiment_name: str) -> None:
-    """Make the store and the experiment, one process at a time where the store is a sqlite file."""
+    """Make the store and the experiment; with a sqlite file, one process at a time."""
     from mlflow import MlflowClient  # takes seconds to import
     from mlflow.exceptions import MlflowException
 
@@ -64,24 +64,27 @@ def make_mlflow_logger(
         experiment_name: MLflow experiment.
         run_name: shown in the UI.
         parent_run_id: run that this one belongs to.
-        run_id_file: where `log_run` notes the run, so that one that is started again goes on in it.
+        run_id_file: file in which `log_run` notes the run's id, so that a restarted run goes on in the same MLflow run.
     """
     prepare_store(tracking_uri, experiment_name)
     tags = {"mlflow.parentRunId": parent_run_id} if parent_run_id else None
-    known = Path(run_id_file).read_text().strip() if run_id_file and Path(run_id_file).is_file() else None
+    # A run that was started before goes on, if the store still has it.
+    run_id = None
+    if run_id_file and Path(run_id_file).is_file():
+        run_id = _find_run(tracking_uri, Path(run_id_file).read_text().strip())
     logger = MLFlowLogger(
         experiment_name,
         run_name=run_name,
         tracking_uri=tracking_uri,
         tags=tags,
-        run_id=known and _existing(tracking_uri, known),
+        run_id=run_id,
     )
     logger.run_id_file = run_id_file  # type: ignore[attr-defined]
     return logger
 
 
-def _existing(tracking_uri: str, run_id: str) -> str | None:
-    """The run, when that store has it."""
+def _find_run(tracking_uri: str, run_id: str) -> str | None:
+    """Return the id of a run, or None with a warning if the store doesn't have it."""
     from mlflow import MlflowClient  # takes seconds to import
     from mlflow.exceptions import MlflowException
 
@@ -93,7 +96,7 @@ def _existing(tracking_uri: str, run_id: str) -> str | None:
 
 
 def read_git_revision() -> str:
-    """Commit of the working tree, with `-dirty` for uncommitted changes; "unknown" outside a repository."""
+    """Read the commit of the working tree, with `-dirty` for uncommitted changes; "unknown" outside a repository."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=True
@@ -104,7 +107,7 @@ def read_git_revision() -> str:
 
 
 def collect_run_facts() -> dict[str, str]:
-    """Git revision and package versions."""
+    """Collect the git revision and package versions."""
     facts = {"git_revision": read_git_revision()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -113,15 +116,15 @@ def collect_run_facts() -> dict[str, str]:
 
 
 def make_tag_name(path: str) -> str:
-    """A path as MLflow takes it for the name of a tag: relative, without dots for folders or unusual characters."""
+    """Turn a path into a name that MLflow accepts for a tag: relative, without `.`, `..` or unusual characters."""
     return re.sub(r"[^\w\-. /:]", "_", "/".join(p for p in PurePath(path).parts if p.strip("./")))
 
 
 class RunLogger(Logger):
-    """Hands on what the fits of one run log: their steps are counted over all of them, and only `close` ends the run.
+    """Logs the fits of one run to one logger: steps are counted over all fits, and only `close` ends the run.
 
     Args:
-        logger: gets everything.
+        logger: the logger that everything is passed to.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -159,7 +162,7 @@ class RunLogger(Logger):
         self.logger.save()
 
     def finalize(self, status: str) -> None:
-        """At the end of a fit: only one that failed ends the run."""
+        """Called at the end of a fit; only a fit that failed ends the run."""
         if status == "success":
             self.save()
         else:
@@ -173,7 +176,7 @@ class RunLogger(Logger):
 def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
     """Write the full config as parameters and as a file, and the facts as tags.
 
-    In a run that goes on the parameters stay those of its beginning, as MLflow wants it; the file is the newest config.
+    MLflow lets no parameter change, so a run that goes on keeps those of its start; the file holds the newest config.
     """
     for logger in loggers:
         if isinstance(logger, MLFlowLogger):
@@ -184,7 +187,8 @@ def log_run(loggers: Iterable[Logger], config: Mapping[str, Any], facts: Mapping
             logger.experiment.log_dict(run_id, dict(config), "config.yaml")
             for name, value in facts.items():
                 logger.experiment.set_tag(run_id, make_tag_name(name), value)
-            if file := getattr(logger, "run_id_file", None):
+            file = getattr(logger, "run_id_file", None)
+            if file:
                 Path(file).write_text(f"{run_id}\n")
 
 
@@ -197,12 +201,14 @@ def log_picture(loggers: Iterable[Logger], path: Path) -> None:
 
 
 def read_metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of a run: name -> (step, value) in the order of steps."""
+    """Read every metric of a run: name -> (step, value) in the order of steps."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri)
-    names = client.get_run(run_id).data.metrics
-    return {n: sorted((m.step, m.value) for m in client.get_metric_history(run_id, n)) for n in names}
+    histories = {}
+    for name in client.get_run(run_id).data.metrics:
+        histories[name] = sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, name))
+    return histories
 
 
 class ParentRun:
@@ -232,9 +238,9 @@ class ParentRun:
 def open_parent_run(
     tracking_uri: str, experiment_name: str, run_name: str, run_id_file: str | None = None
 ) -> Iterator[ParentRun]:
-    """A `ParentRun` that is closed as finished, or as failed when the block raises.
+    """Open a `ParentRun` for a block; it ends as finished, or as failed when the block raises.
 
-    With `run_id_file` the run that is noted there goes on.
+    With `run_id_file` the run whose id is in that file goes on.
     """
     run = ParentRun(tracking_uri, experiment_name, run_name, run_id_file)
     try:

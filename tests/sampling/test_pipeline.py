@@ -124,9 +124,11 @@ def test_a_picture_s_keys_and_values_are_made_once(
     made, read = [], []
     for block in model.denoiser.transformer.transformer_blocks:
         block.attn2.to_k.register_forward_hook(lambda *args: made.append(len(args[1][0])))
-    original = model.mllm.prefix
+    original = model.mllm.read_prefix
     monkeypatch.setattr(
-        model.mllm, "prefix", lambda inputs, depth: (read.append(len(inputs["input_ids"])), original(inputs, depth))[1]
+        model.mllm,
+        "read_prefix",
+        lambda inputs, depth: (read.append(len(inputs["input_ids"])), original(inputs, depth))[1],
     )
     latents_of(pipeline, PROMPTS, num_inference_steps=5, num_images_per_prompt=2)
     assert read == [4]  # three prompts, and one negative prompt for all of them

@@ -34,7 +34,7 @@ class EMA(L.Callback):
         self._current: dict[str, Tensor] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The loaded weights are the average; what trains comes from the checkpoint beside them."""
+        """Start the average from the model's weights, and then load the weights that train from the checkpoint."""
         self.average = [get_local_part(p.detach()).clone() for p in pl_module.parameters()]
         if self._current is not None:
             for name, parameter in pl_module.named_parameters():
@@ -55,10 +55,10 @@ class EMA(L.Callback):
     def swap(self, pl_module: L.LightningModule) -> None:
         """Exchange average and current weights."""
         for average, parameter in zip(self.average, pl_module.parameters(), strict=True):
-            held = get_local_part(parameter.data)
-            kept = held.clone()
-            held.copy_(average)
-            average.copy_(kept)
+            current = get_local_part(parameter.data)
+            copy_of_current = current.clone()
+            current.copy_(average)
+            average.copy_(copy_of_current)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.average:

@@ -1,4 +1,4 @@
-"""Stopping on a signal with everything saved, and asking the cluster for another turn."""
+"""Saving a checkpoint and stopping when a signal comes, and putting the job back into the cluster's queue."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Preemption(callbacks.Checkpoint):
-    """Writes a checkpoint after the step in hand and ends the run when a signal came to any of its processes.
+    """When a signal has come to any process, writes a checkpoint after the current step and ends the run.
 
-    The same command goes on from there. A second signal of the same kind has its usual effect. Where a validation
-    follows the step, the run ends when it is over. Must come after `Checkpoint` in the list of callbacks.
+    The same command goes on from there. A second signal of the same kind has its usual effect. If a validation follows
+    the step, the run ends after it. Must come after `Checkpoint` in the list of callbacks.
 
     Args:
         stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
@@ -52,14 +52,14 @@ class Preemption(callbacks.Checkpoint):
         self._take_signals()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Also in the validation before a stage's first step."""
+        """Take signals already in the validation before a stage's first step."""
         self._take_signals()
 
     def _take_signals(self) -> None:
         """Take the place of Lightning's handlers, which would save in the middle of a step."""
-        if self._received is not None:  # a second one has its usual effect
+        if self._received is not None:  # a second signal has its usual effect
             return
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
             for number in [*self.stop, *self.requeue]:
                 signal.signal(number, self._note)
 
@@ -87,7 +87,8 @@ class Preemption(callbacks.Checkpoint):
             if isinstance(callback, Checkpoint):
                 callback.save(trainer, pl_module)
                 callback.finish(trainer)
-        if not trainer.is_global_zero:  # the first process's status is the run's; a launcher ends the run at another's
+        # The first process's exit status is the run's. If another one failed, the launcher would kill the rest.
+        if not trainer.is_global_zero:
             raise SystemExit(0)
         log.warning(
             "stopped by %s after step %d of stage %s; the same command goes on from there",
@@ -101,7 +102,7 @@ class Preemption(callbacks.Checkpoint):
 
 
 def read_slurm_job() -> str | None:
-    """Number of the SLURM job that this process belongs to."""
+    """Read the number of the SLURM job that this process belongs to."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")

@@ -1,7 +1,7 @@
-"""The shapes world's own prompts in the formats of two benchmarks: dense ones as DPG-Bench's, pairs as TIIF-Bench's.
+"""Writes prompts of the shapes world in the formats of two benchmarks: dense ones as DPG-Bench, pairs as TIIF-Bench.
 
-Their questions are those that `tbac.evaluation.judges.detector.DetectorJudge` answers, so that a closed world is scored
-by the code that scores the real benchmarks.
+The same code scores this closed world and the real benchmarks, since
+`tbac.evaluation.judges.detector.DetectorJudge` can answer their questions.
 """
 
 import csv
@@ -41,7 +41,7 @@ PAIR_TYPES = ("shape+color", "2d_spatial_relation", "numeracy", "color+2d", "tex
 
 
 def list_dense_questions(scene: Scene) -> list[Asked]:
-    """Questions about every object, its colour, neighbours' relations, numbers, and the background; numbered from 1."""
+    """List questions about objects, colours, relations of neighbours, numbers, and the background; numbered from 1."""
     asked: list[Asked] = []
     entity: dict[Item, int] = {}
     for item in scene.items:
@@ -60,7 +60,7 @@ def list_dense_questions(scene: Scene) -> list[Asked]:
 
 
 def write_dense(rng: Random, count: int, folder: Path) -> None:
-    """`prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for held-out scenes of five and six objects."""
+    """Write `prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for held-out scenes of 5 and 6 objects."""
     prompts = folder / "prompts"
     prompts.mkdir(parents=True)
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
@@ -76,7 +76,7 @@ def write_dense(rng: Random, count: int, folder: Path) -> None:
 
 
 def _select_held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
-    """The first scenes that are held out, each once."""
+    """Select the first scenes that are held out, each of them once."""
     seen: set[Scene] = set()
     for scene in scenes:
         if scene.held_out and scene not in seen:
@@ -87,7 +87,7 @@ def _select_held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
 
 
 def draw_pair_scene(rng: Random, kind: str) -> Scene:
-    """A scene that a short caption of this type determines."""
+    """Draw a scene that is fully described by a short caption of this type."""
     if kind == "text":
         return draw_word_scene(rng)
     background = rng.choice(list(BACKGROUNDS))
@@ -100,7 +100,7 @@ def draw_pair_scene(rng: Random, kind: str) -> Scene:
 
 
 def write_pair(rng: Random, kind: str, scene: Scene) -> tuple[str, list[str]]:
-    """The short description of a scene, and the questions that both descriptions answer with yes."""
+    """Write the short description of a scene, and the questions that both descriptions answer with yes."""
     items = scene.items
     if kind == "text":
         color = items[0].color
@@ -120,7 +120,7 @@ def write_pair(rng: Random, kind: str, scene: Scene) -> tuple[str, list[str]]:
 
 
 def write_pairs(rng: Random, count: int, folder: Path) -> None:
-    """`prompts/<type>.jsonl` and `questions/<type>.jsonl`, as TIIF-Bench has them: short and long of one scene."""
+    """Write `prompts/<type>.jsonl` and `questions/<type>.jsonl`, as TIIF-Bench has them, two prompts of each scene."""
     for part in ("prompts", "questions"):
         (folder / part).mkdir(parents=True)
     for kind in PAIR_TYPES:

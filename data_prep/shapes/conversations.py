@@ -1,4 +1,4 @@
-"""Conversations that the shapes world's MLLM learns from: about pictures, and about captions alone."""
+"""Draws the conversations that the shapes world's MLLM learns from, about pictures and about captions alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,12 +54,12 @@ class Conversation:
 
 
 def find_last_ids(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> list[int]:
-    """Token id of the last word of each name, as it reads within a sentence."""
+    """Find the token id of the last word of each name, as it stands within a sentence."""
     return [tokenizer(" " + w.split()[-1], add_special_tokens=False)["input_ids"][-1] for w in words]
 
 
 def choose_window(rng: Random, scene: Scene, side: int) -> tuple[Scene, list[int], int]:
-    """A window of `side` x `side` cells that shows an object: what is in it, its cells, its side."""
+    """Choose a window of `side` x `side` cells that shows an object; returns what is in it, its cells and its side."""
     if side >= CELLS:
         return scene, list(range(CELLS * CELLS)), CELLS
     item = rng.choice(scene.items)
@@ -139,7 +139,7 @@ class Conversations:
         rng = self.rng
         picture = rng.randrange(len(self.scenes))
         scene, cells, side = choose_window(rng, self.scenes[picture], CELLS if kind == "imagine" else side)
-        # What is told in words takes the place of the picture, and only what was told can be asked for.
+        # A caption takes the place of the picture; then only what it says can be asked for.
         text, colored = "", True
         kinds: tuple[str, ...] = QUESTION_KINDS
         if kind in ("name", "answer", "imagine") and not seen:
@@ -147,7 +147,7 @@ class Conversations:
             text = sample_caption(rng, scene)
             colored = any(color in text for color in COLORS)
             kinds = TOLD_KINDS + (COLOR_KINDS if colored else ())
-        # What is asked, and what is the answer.
+        # Each kind of conversation teaches something else, with questions and answers, or with an imagined picture.
         turns: list[tuple[str, str]] = []
         imagined: tuple[tuple[int, int], ...] = ()
         if kind in ("name", "answer"):
@@ -166,7 +166,7 @@ class Conversations:
         return self._add_turns(prefix, kind, turns, imagined, picture)
 
     def _describe(self, scene: Scene, with_edits: bool) -> list[tuple[str, str]]:
-        """The scene in words, and what two edits would make of it."""
+        """Describe the scene in words, and what two edits would make of it."""
         turns = [("", write_long_caption(scene))]
         if with_edits:
             edits = (sample_edit(self.rng, scene) for _ in range(2))
@@ -174,13 +174,13 @@ class Conversations:
         return turns
 
     def _repeat_caption(self) -> tuple[str, str]:
-        """A caption, and what it says without its opening."""
+        """Draw a caption; returns it with and without its opening."""
         said = sample_caption(self.rng, sample_scene(self.rng, self.mixture))
         opening = max((opening for opening in OPENINGS if said.startswith(opening)), key=len)
         return said, said.removeprefix(opening)
 
     def _layout(self, scene: Scene, colored: bool, lit: bool) -> tuple[tuple[int, int], ...]:
-        """Two words for each cell: colour and shape, or twice the shape, the background or "nothing"."""
+        """Lay out a scene: two words for each cell: colour and shape, or twice shape, background or "nothing"."""
         nothing = self.word[scene.background if lit else "nothing"]
         said = {}
         for item in scene.items:
@@ -189,7 +189,7 @@ class Conversations:
         return tuple(said.get(cell, (nothing, nothing)) for cell in range(CELLS * CELLS))
 
     def _build_prefix(self, kind: str, text: str, cells: list[int], side: int, imagines: bool) -> _Prefix:
-        """What all branches see: the system message, the picture, the text, and what stands for imagined cells."""
+        """Build what all branches see: the system message, the picture, the text, and tokens for imagined cells."""
         system = ANSWER_SYSTEM if kind in ("answer", "name") else SYSTEM_PROMPT
         prefix = _Prefix(cells)
         prefix.add_text(self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))

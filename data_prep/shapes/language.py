@@ -1,4 +1,4 @@
-"""What is said about a scene: captions, edit instructions, questions with answers, and GenEval-format prompts."""
+"""Writes what is said about a scene: captions, edits, questions with answers, and prompts in GenEval's format."""
 
 import math
 from collections import Counter
@@ -27,17 +27,19 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 def make_plural(shape: str) -> str:
+    """Make the plural of a shape's name."""
     if shape.startswith("letter "):
         return "letters " + shape.split()[1]
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def name_object(item: Item, with_color: bool = True) -> str:
+    """Name an object by its shape, with or without its colour."""
     return f"{item.color} {item.shape}" if with_color else item.shape
 
 
 def find_relations(first: Item, second: Item) -> list[str]:
-    """Relations in which the first object clearly stands to the second: at most 60 degrees off the axis (GenEval)."""
+    """Find where the first object clearly stands relative to the second: at most 60 degrees off an axis (GenEval)."""
     dx, dy = first.column - second.column, first.row - second.row
     distance = math.hypot(dx, dy)
     named = ((dx, "left of", "right of"), (dy, "above", "below"))
@@ -45,7 +47,7 @@ def find_relations(first: Item, second: Item) -> list[str]:
 
 
 def write_long_caption(scene: Scene) -> str:
-    """Everything in the scene: background, then each object with its colour and place, in reading order."""
+    """Describe everything in a scene: the background, then each object with its colour and place, in reading order."""
     parts = [f"a {name_object(i)} at the {i.place}" for i in scene.items]
     return f"on a {scene.background} background: " + ", ".join(parts) if parts else f"a {scene.background} background"
 
@@ -56,7 +58,7 @@ def is_stacked(scene: Scene) -> bool:
 
 
 def list_objects(scene: Scene, with_color: bool) -> str:
-    """The objects in reading order as counted groups, such as "three red squares and a circle"."""
+    """List the objects in reading order as counted groups, such as "three red squares and a circle"."""
     groups = Counter(name_object(i, with_color) for i in scene.items)
     parts = []
     for item in scene.items:
@@ -69,7 +71,7 @@ def list_objects(scene: Scene, with_color: bool) -> str:
 
 
 def sample_short_caption(rng: Random, scene: Scene) -> str:
-    """A caption that leaves places out: a listing in reading order, or for two objects how they stand to each other."""
+    """Draw a caption without places: the objects in reading order, or where one of two stands relative to the other."""
     items = list(scene.items)
     with_color = rng.random() < 0.7
     body = list_objects(scene, with_color)
@@ -83,12 +85,12 @@ def sample_short_caption(rng: Random, scene: Scene) -> str:
 
 
 def write_word_caption(scene: Scene) -> str:
-    """What a picture of a word says, its colour, and in which row."""
+    """Describe a picture of a word: its letters, its colour and its row."""
     return f'the word "{scene.letters}" in {scene.items[0].color} at the {ROW_NAMES[scene.items[0].row]}'
 
 
 def sample_caption(rng: Random, scene: Scene) -> str:
-    """A short caption where the places follow from it as pictures are composed; else, or sometimes, the long one."""
+    """Draw a caption: mostly a short one if the places follow from how pictures are composed, else the long one."""
     if scene.word:
         return rng.choice(OPENINGS) + write_word_caption(scene) if rng.random() > 0.1 else write_long_caption(scene)
     follows = scene.composed or is_stacked(scene)
@@ -106,7 +108,7 @@ class Edit:
 
 
 def sample_edit(rng: Random, source: Scene) -> Edit:
-    """Draw an edit of the scene; the object meant is always named without ambiguity."""
+    """Draw an edit of the scene, whose instruction never fits two objects."""
     names = Counter(name_object(item) for item in source.items)
     unique = [item for item in source.items if names[name_object(item)] == 1]
     kind = rng.choice(_list_possible_edits(source, unique))
@@ -131,7 +133,7 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
 
 
 def _list_possible_edits(source: Scene, unique: list[Item]) -> list[str]:
-    """Kinds of edits of a scene, of whose objects `unique` can be named without ambiguity."""
+    """List the kinds of edits that a scene allows; `unique` are the objects whose names fit no other object."""
     kinds = ["background"]
     if unique:
         kinds += ["replace", "recolor"]
@@ -145,7 +147,7 @@ def _list_possible_edits(source: Scene, unique: list[Item]) -> list[str]:
 
 
 def _change_item(rng: Random, kind: str, item: Item, source: Scene) -> tuple[Item, str]:
-    """An object after an edit of it, and the instruction."""
+    """Change an object by an edit of this kind; returns the new object and the instruction."""
     if kind == "replace":
         changed = replace(item, shape=rng.choice([shape for shape in GLYPHS if shape != item.shape]))
         return changed, f"replace the {name_object(item)} with a {name_object(changed)}"
@@ -159,17 +161,20 @@ def _change_item(rng: Random, kind: str, item: Item, source: Scene) -> tuple[Ite
 
 
 def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION_KINDS) -> tuple[str, str]:
-    """Draw a question about the scene and its answer; what is asked for is named last, before the question mark."""
+    """Draw a question about the scene and its answer; the word just before the question mark says what is asked for."""
     shapes = Counter(i.shape for i in scene.items)
     colors = Counter(i.color for i in scene.items)
+    # A question about "the circle" needs that there is only one.
+    of_single_shape = [i for i in scene.items if shapes[i.shape] == 1]
+    of_single_color = [i for i in scene.items if colors[i.color] == 1]
     kind = rng.choice(kinds)
-    if kind in ("color", "where") and (single := [i for i in scene.items if shapes[i.shape] == 1]):
-        item = rng.choice(single)
+    if kind in ("color", "where") and of_single_shape:
+        item = rng.choice(of_single_shape)
         if kind == "where":
             return f"where is the {item.shape}?", item.place
         return f"what color is the {item.shape}?", item.color
-    if kind == "shape" and (single := [i for i in scene.items if colors[i.color] == 1]):
-        item = rng.choice(single)
+    if kind == "shape" and of_single_color:
+        item = rng.choice(of_single_color)
         return f"what shape is {item.color}?", item.shape
     if kind == "count" and shapes:
         shape = rng.choice(list(shapes)) if rng.random() < 0.7 else rng.choice(list(GLYPHS))
@@ -181,7 +186,7 @@ def sample_question(rng: Random, scene: Scene, kinds: tuple[str, ...] = QUESTION
 
 
 def sample_geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
-    """Prompts in the format of GenEval's `evaluation_metadata.jsonl`, `per_tag` for each of its six tags."""
+    """Draw prompts in the format of GenEval's `evaluation_metadata.jsonl`, `per_tag` for each of its six tags."""
     rows = []
     for tag in GENEVAL_TAGS:
         seen: set[str] = set()
@@ -199,7 +204,7 @@ def sample_geneval_prompts(rng: Random, per_tag: int) -> list[dict]:
 
 
 def _sample_geneval_prompt(rng: Random, tag: str, index: int) -> tuple[str, dict]:
-    """What a prompt of a tag says, and `include` and `exclude`, what GenEval looks for."""
+    """Draw the text of a prompt of a tag, and `include` and `exclude`, the objects that GenEval looks for."""
     shapes = list(GLYPHS)
     a, b = rng.sample(shapes, 2)
     color_a, color_b = rng.sample(list(COLORS), 2)

@@ -1,15 +1,15 @@
-"""Scenes of coloured shapes and letters: what is in a picture, and how it is drawn.
+"""Draws scenes of coloured shapes and letters, and pictures of them.
 
-A picture is 24 x 24 pixels, divided into 3 x 3 cells of 8. An object is a 6 x 6 glyph in the middle of a cell, so that
-two pixels of background are between neighbours. The light is uneven, as in photographs: red grows from top to bottom
-and blue from left to right in the background, so that a single patch tells where it is.
+A picture is 24 x 24 pixels, divided into 3 x 3 cells of 8. An object is a 6 x 6 glyph in the middle of a cell, so there
+are two pixels of background between neighbours. The light is uneven, as in photographs: in the background red grows
+from top to bottom and blue from left to right, so that a single patch tells where it is.
 
 Most pictures are composed, as photographs are: one object stands in the centre, two stand side by side or one above the
-other, more stand in a row, in the corners, in two rows. A caption may then leave the places out. In the other pictures
-objects stand anywhere, and captions say where.
+other, and more stand in a row, in the corners or in two rows. A caption may then leave out where they stand. In the
+other pictures objects stand anywhere, and captions say where.
 
-Everything is a function of a `random.Random`, so a seed gives the same world on every machine. A tenth of all possible
-scenes, by a hash of the scene itself, is held out of training.
+Everything is a function of a `random.Random`, so a seed gives the same world on every machine. A hash of the scene
+decides which tenth of all possible scenes is held out of training.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ COLORS = {
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (88, 88, 88)}
 
-# What the light adds to the background: (row, column, channel), at most 15 levels either way.
+# The light adds at most 15 levels to the background, or takes them away: (row, column, channel).
 _SLOPE = np.repeat(np.linspace(-15, 15, CELLS), CELL_SIZE).round().astype(int)
 LIGHT = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), int)
 LIGHT[:, :, 0] = _SLOPE[:, None]
@@ -54,7 +54,7 @@ MARGIN = (CELL_SIZE - GLYPH_SIZE) // 2
 ROW_NAMES = ("top", "middle", "bottom")
 COLUMN_NAMES = ("left", "center", "right")
 
-# Cells (row, column) of composed pictures by their number of objects; two objects also stand one above the other.
+# Number of objects -> cells (row, column) of a composed picture; two objects may also stand one above the other.
 COMPOSED = {
     1: ((1, 1),),
     2: ((1, 0), (1, 2)),
@@ -69,10 +69,10 @@ LETTERS = tuple(name for name in GLYPHS if name.startswith("letter "))
 
 @dataclass(frozen=True)
 class Mixture:
-    """What else than usual is among the scenes.
+    """Shares of unusual scenes.
 
     Args:
-        words: share of words: two or three letters of one colour, written in one row from the left.
+        words: share of words: two or three letters of one colour in one row, from the left.
         dense: share of pictures of five or six objects, besides the few among the usual ones.
     """
 
@@ -104,7 +104,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and up to six objects, in reading order; `word` = they are drawn as a word."""
+    """A background and up to six objects in reading order; `word` says that they are the letters of a word."""
 
     background: str
     items: tuple[Item, ...]
@@ -117,7 +117,7 @@ class Scene:
 
     @property
     def composed(self) -> bool:
-        """Whether the objects stand where the number of them alone would put them."""
+        """Whether the objects stand where a composed picture has so many objects."""
         return self.cells == COMPOSED.get(len(self.items))
 
     @property
@@ -132,11 +132,12 @@ class Scene:
 
 
 def arrange_scene(background: str, items: list[Item]) -> Scene:
+    """Make a scene of objects, sorted in reading order."""
     return Scene(background, tuple(sorted(items, key=lambda i: (i.row, i.column))))
 
 
 def list_free_cells(items: list[Item] | tuple[Item, ...]) -> list[tuple[int, int]]:
-    """Cells that hold no object."""
+    """List the cells that hold no object."""
     taken = {(i.row, i.column) for i in items}
     return [(r, c) for r in range(CELLS) for c in range(CELLS) if (r, c) not in taken]
 
@@ -169,7 +170,7 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
             return draw_word_scene(rng)
         if draw < mixture.words + mixture.dense:
             return draw_crowded_scene(rng)
-    # What is in it: one object, two different ones, a group of one kind, or a mixture.
+    # The objects: one, two different ones, a group of one kind, or a mixture, as captions distinguish them.
     shapes, colors = list(GLYPHS), list(COLORS)
     kind = rng.random()
     if kind < 0.25:
@@ -180,7 +181,7 @@ def sample_scene(rng: Random, mixture: Mixture = USUAL) -> Scene:
         wanted = [(rng.choice(shapes), rng.choice(colors))] * rng.randint(2, 4)
     else:
         wanted = [(rng.choice(shapes), rng.choice(colors)) for _ in range(rng.randint(3, 6))]
-    # Where they stand: sometimes anywhere, mostly composed.
+    # The places: mostly composed, so that captions may leave them out; sometimes anywhere, so that others are learned.
     background = rng.choice(list(BACKGROUNDS))
     items: list[Item] = []
     if len(wanted) <= 3 and rng.random() < 0.3:

@@ -105,6 +105,7 @@ def unpack_archive(parts: Sequence[Path], scratch: Path) -> list[Path]:
     """
     match = ARCHIVE.match(parts[0].name)
     assert match is not None
+    # Members of an uncompressed tar can be read at their places; in a compressed one there are none.
     if not match["zip"] and not match["tgz"]:
         return list(parts)
     target = scratch / f"{match['stem']}.tar"

@@ -54,6 +54,7 @@ def build_from_paths(
     Returns:
         The sample, or why there is none. Values of any type are accepted, since they come from a dataset's files.
     """
+    # What a row lacks is told apart from pictures that it names and that aren't there.
     if not isinstance(text, str) or not text.strip():
         return Rejected(key, "no caption")
     if not isinstance(output, str) or not output:

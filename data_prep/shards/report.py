@@ -61,6 +61,7 @@ def write_report(facts: Facts, folder: Path, unit: str, out: Path) -> str:
     (out / "report.json").write_text(json.dumps(_to_json(facts), indent=2) + "\n")
     lines = [f"# Shards of {folder}", "", "| what | |", "| --- | ---: |"]
     lines += [f"| {name} | {value} |" for name, value in list_findings(facts, unit)]
+    # Such captions are no fault, but a reader of the score has to know of them.
     if facts.geneval:
         lines += [
             "",

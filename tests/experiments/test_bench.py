@@ -89,7 +89,7 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
         found = report["training"]["cases"][case]
         assert found["ratio"] == pytest.approx(found["median_s"][BASELINE] / found["median_s"][OURS], rel=0.2)
         assert set(found["memory"]) == {"release", "ours", "ours, checkpointed"}
-    assert report["sampling"]["cases"]["text, 1, 4 x 4"]["difference"]["release"] < 1e-3
+    assert report["sampling"]["cases"]["text, 2, 4 x 4"]["difference"]["release"] < 1e-3
     for case in ("text", "image + text"):
         found = report["cached"]["cases"][case]
         assert found["losses"][IMAGES] == pytest.approx(found["losses"][LATENTS], rel=1e-5)

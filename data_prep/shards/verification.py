@@ -211,7 +211,7 @@ class TokenCounter:
         if self._tokenizer is None:
             from transformers import AutoTokenizer  # takes seconds to import, and counting words doesn't need it
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.source)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -103,36 +103,31 @@ def fit(model: UniImage, run: Fit, cfg: dict[str, Any], device: torch.device) ->
         clip=0.5,
     )
     module = LadderTuningModule(model, stage)
-    logger = instantiate({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(run.folder)})
+    options = cfg["overhead"]
+    logger = instantiate(options["logger"], save_dir=str(run.folder)) if run.folder else False
     trainer = instantiate(
-        {"_target_": "lightning.Trainer"},
+        options["trainer"],
         accelerator="cuda" if device.type == "cuda" else "cpu",
-        devices=1,
         precision=cfg["precision"],
         max_steps=run.steps,
-        max_epochs=-1,
         gradient_clip_val=stage.clip,
         callbacks=list(run.callbacks),
-        logger=logger if run.folder else False,
-        log_every_n_steps=25,
+        logger=logger,
         enable_progress_bar=bool(run.folder),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
     )
     trainer.fit(module, DataLoader(Repeated(batch, run.steps), batch_size=None))
     return float(trainer.callback_metrics["train/loss"])
 
 
-def watchers() -> list[Callback]:
-    """What a run has beside the training itself: guard, average, rates, progress."""
-    return [
-        EMA(0.9999),
-        Guard(RobustRule(), then="skip"),
-        instantiate({"_target_": "lightning.pytorch.callbacks.LearningRateMonitor", "logging_interval": "step"}),
-        Throughput(25),
-        instantiate({"_target_": "lightning.pytorch.callbacks.TQDMProgressBar", "refresh_rate": 25}),
-    ]
+def make_guards() -> list[Callback]:
+    """Average and guard, which look at every step."""
+    return [EMA(0.9999), Guard(RobustRule(), then="skip")]
+
+
+def make_watchers(cfg: dict[str, Any]) -> list[Callback]:
+    """What a run has beside the training itself: guard, average, throughput, rates, progress."""
+    options = cfg["overhead"]
+    return [*make_guards(), Throughput(25), *(instantiate(part) for part in options["watchers"].values())]
 
 
 def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -148,7 +143,7 @@ def bench_first_steps(cfg: dict[str, Any], device: torch.device) -> Iterator[dic
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        loss = fit(model, Fit(name, cases[kind], 2, watchers()[:2]), cfg, device)
+        loss = fit(model, Fit(name, cases[kind], 2, make_guards()), cfg, device)
         wait_for(device)
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else float("nan")
@@ -185,14 +180,14 @@ def bench_overhead(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         for _ in range(options["turns"]):
             for name, values in seconds.items():
                 clock = StepClock(options["warm_up"])
-                more = watchers() if name == "watched" else []
+                more = make_watchers(cfg) if name == "watched" else []
                 logs = Path(folder) if name == "watched" else None
                 run = Fit("t2i_pretrain", case, options["warm_up"] + options["steps"], [*more, clock], logs)
                 fit(model, run, cfg, device)
                 values.append(clock.seconds / clock.steps)
                 gc.collect()
     waits = {
-        name: count_waits(model, case, more, cfg, device) for name, more in (("bare", []), ("watched", watchers()[:2]))
+        name: count_waits(model, case, more, cfg, device) for name, more in (("bare", []), ("watched", make_guards()))
     }
     best = {name: min(values) for name, values in seconds.items()}
     ratio = best["watched"] / best["bare"]

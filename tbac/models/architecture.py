@@ -92,6 +92,7 @@ class Architecture:
         # diffusers adds keys such as `_class_name`, which aren't arguments of the constructors.
         transformer = {k: v for k, v in configs["transformer"].items() if not k.startswith("_")}
         autoencoder = {k: v for k, v in configs["autoencoder"].items() if not k.startswith("_")}
+        check_mllm_kind(configs["mllm"], f"{prefix}mllm={mllm}")
         return cls(Qwen2_5_VLConfig(**configs["mllm"]), transformer, autoencoder, configs["scheduler"])
 
     @property
@@ -109,6 +110,15 @@ class Architecture:
     @property
     def caption_channels(self) -> int:
         return self.transformer["caption_channels"]
+
+
+def check_mllm_kind(config: Any, place: str) -> None:
+    """Raise ValueError for the config of another kind of model, or for one that names code of its folder to be run."""
+    if not isinstance(config, Mapping) or config.get("model_type") != "qwen2_5_vl":
+        kind = config.get("model_type") if isinstance(config, Mapping) else config
+        raise ValueError(f"{place}: its config.json must be of model_type qwen2_5_vl, got {kind!r}")
+    if "auto_map" in config:
+        raise ValueError(f"{place}: its config.json names code in auto_map, and no code of a model's folder is run")
 
 
 def check_arguments(kind: type, arguments: Mapping[str, Any], place: str) -> None:

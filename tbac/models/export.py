@@ -18,7 +18,7 @@ from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, locate_f
 
 FORMAT = "tbac-uniimage-2"
 OLD_FORMAT = "tbac-uniimage-1"
-FILES = ("config.json", "model.safetensors", "mllm/*", "denoiser/vae/*")
+FILES = ("config.json", "model.safetensors", *(f"mllm/{name}" for name in MLLM_FILES), "denoiser/vae/*")
 AUTOENCODER_FILES = tuple(name for name in DENOISER_FILES if name.startswith("vae/"))
 MLLM, DENOISER = "mllm", "denoiser"  # folders of the frozen parts within a standalone export
 

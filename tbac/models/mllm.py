@@ -135,7 +135,6 @@ class FrozenMLLM(nn.Module):
         super().__init__()
         check_mllm(model.config)
         self.model = model.eval().requires_grad_(False)
-        pad_vision_mlps(self.body.visual)
         self.num_layers = num_layers or model.config.text_config.num_hidden_layers
         self._read_full_model = read_full_model
         self.register_buffer("prompt_embeddings", prompt_embeddings)
@@ -206,6 +205,8 @@ class FrozenMLLM(nn.Module):
             pixel_values: (patch, patch channel).
             grids: (image, 3), patches in time, height and width; on the CPU, so that nothing waits for the device.
         """
+        if pixel_values.is_cuda:
+            pad_vision_mlps(self.body.visual)
         visual, device = self.body.visual, pixel_values.device
         # Windows and lengths follow from the grids alone, so they are computed on the grids' device.
         order, window_ends = get_vision_window_index(

@@ -83,7 +83,11 @@ class PromptProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "PromptProcessor":
         """Read tokenizer and image processor from a folder or hub id."""
-        return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
+        return cls(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            Qwen2VLImageProcessorPil.from_pretrained(folder),
+            **options,
+        )
 
     def process_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Compute `pixel_values` and `image_grid_thw` of images of any size and mode.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
+from tbac.models.architecture import check_mllm_kind
 from tbac.models.config import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.sources import MLLM_FILES, locate_folder, read_config
@@ -74,7 +75,9 @@ def open_mllm(option: str, source: str, dtype: str, quantization: str | None = N
         ValueError: for anything that doesn't fit or isn't there.
     """
     check_precision("", dtype, quantization)
-    check_mllm(Qwen2_5_VLConfig(**read_config(option, source, "config.json")))
+    config = read_config(option, source, "config.json")
+    check_mllm_kind(config, f"{option}={source}")
+    check_mllm(Qwen2_5_VLConfig(**config))
     folder = locate_folder(option, source, MLLM_FILES)
     with _no_report():
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))

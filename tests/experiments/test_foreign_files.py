@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from tbac.models import UniImage
 from tbac.models.export import read_export
 from tbac.models.saved import read_checkpoint, read_saved_model
 from tests.helpers.commands import FEW, run_to_message
@@ -251,3 +253,30 @@ def test_only_the_user_s_own_config_is_made_by_name() -> None:
                 assert not reads, f"{file}: {function.name} makes parts by name and reads a file with {reads}"
             seen += len(made)
     assert seen > 10
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "evil.C"}}, "no code of a model's folder is run"),
+        (
+            "config.json",
+            {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}},
+            "model_type qwen2_5_vl, got 'evil'",
+        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}, ""),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.C"}}, ""),
+    ],
+)
+def test_no_code_of_a_folder_is_run(
+    in_world: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: dict[str, Any], words: str
+) -> None:
+    """A standalone export may hold any file; the library would offer to run one that a config names, and hear yes."""
+    load_small_model(in_world).save_pretrained("out", standalone=True)
+    Path("out/mllm/evil.py").write_text(f"open({TRACE!r}, 'w')\nclass C: pass\n")
+    config = Path("out/mllm") / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        UniImage.from_pretrained("out")
+    assert not Path(TRACE).exists()

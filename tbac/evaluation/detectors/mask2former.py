@@ -113,7 +113,7 @@ class Mask2FormerDetector:
         self.names = [GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
         folder = locate_folder("judge.clip", clip, MODEL_FILES)
         self.clip_processor = CLIPImageProcessorPil.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.clip = CLIPModel.from_pretrained(folder).to(self.device).eval()
         self.identity = f"Mask2Former {segmenter} and CLIP {clip}"
         self._classifiers: dict[str, Tensor] = {}

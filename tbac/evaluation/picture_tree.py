@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
@@ -27,6 +27,9 @@ class Target:
         prompt: what to draw.
         samples: numbers of the samples that it shows: one, or four in a grid of two by two.
         images: input pictures, for edits.
+
+    Raises:
+        ValueError: for a path that leads out of the tree.
     """
 
     path: str
@@ -34,6 +37,12 @@ class Target:
     prompt: str
     samples: tuple[int, ...] = (0,)
     images: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Names of pictures come from benchmark files, which may come from anywhere.
+        path = PurePosixPath(self.path)
+        if not self.path or path.is_absolute() or ".." in path.parts or path.name != self.path.split("/")[-1]:
+            raise ValueError(f"a picture's name must stay inside its folder, got {self.path!r}")
 
 
 class TreeError(ValueError):
@@ -91,6 +100,10 @@ class Tree:
     def _name_record(self, target: Target) -> Path:
         return self.records / f"{target.path}.json"
 
+    def _name_mark(self, target: Target) -> Path:
+        """Name the file that is there while a picture and its record are being written."""
+        return self.records / f"{target.path}.writing"
+
     def _describe_target(self, target: Target) -> dict:
         """Collect everything that the picture of a target depends on, as its record keeps it."""
         sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
@@ -103,7 +116,8 @@ class Tree:
             TreeError: when it was made with other settings, or by something else, and `overwrite` is off.
         """
         path, record = self.root / target.path, self._name_record(target)
-        if not path.is_file() or not is_readable(path):
+        # A process that was ended between picture and record leaves this mark, and no record.
+        if not path.is_file() or not is_readable(path) or self._name_mark(target).is_file():
             return False
         recorded = json.loads(record.read_text()) if record.is_file() else None
         expected = self._describe_target(target)
@@ -121,12 +135,16 @@ class Tree:
         path, record = self.root / target.path, self._name_record(target)
         for file in (path, record):
             file.parent.mkdir(parents=True, exist_ok=True)
-        # Between the two writes there must never be an old record beside a new picture.
+        # Between the two writes there must never be an old record beside a new picture, and a process that is ended
+        # there must not leave a picture that seems to be somebody else's.
+        mark = self._name_mark(target)
+        mark.touch()
         record.unlink(missing_ok=True)
         png = io.BytesIO()
         join_grid(pictures).save(png, format="PNG")
         write_whole(path, png.getvalue(), self.records)
         write_whole(record, json.dumps(self._describe_target(target)).encode())
+        mark.unlink()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tbac.evaluation.picture_tree import (
     join_grid,
     list_pending,
 )
+from tbac.files import write_whole
 
 ROWS = [{"tag": "single_object", "prompt": f"a photo of {i} cats", "include": []} for i in range(7)]
 SETTINGS = {"seed": 1, "checkpoint": "abc"}
@@ -145,3 +147,30 @@ def test_seeds_are_functions_of_seed_prompt_and_sample() -> None:
     assert len(seeds) == 8
     assert derive_seed(0, "a", 0) == derive_seed(0, "a", 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("path", ["../a.png", "a/../../b.png", "/tmp/a.png", "", "..", "a/"])
+def test_a_picture_stays_inside_its_tree(path: str) -> None:
+    with pytest.raises(ValueError, match="must stay inside its folder"):
+        Target(path, "item", "a red circle", (0,))
+
+
+def test_a_picture_whose_writing_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between picture and record, which leaves a picture without one."""
+    tree, target = Tree(tmp_path / "tree", {"seed": 1}), Target("a.png", "item", "a red circle", (0,))
+    written = []
+
+    def write_one(path: Path, *arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_whole(path, *arguments)
+
+    monkeypatch.setattr("tbac.evaluation.picture_tree.write_whole", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        tree.write(target, [Image.new("RGB", (8, 8))])
+    monkeypatch.undo()
+    assert (tmp_path / "tree/a.png").is_file()
+    assert not tree.is_made(target)
+    tree.write(target, [Image.new("RGB", (8, 8))])
+    assert tree.is_made(target)

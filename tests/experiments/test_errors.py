@@ -25,7 +25,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         "transformers.Qwen2_5_VLModel.from_pretrained",
         "transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained",
         "tbac.models.weights.WeightFiles.read",
-        "tbac.models.weights.WeightFiles.digest",
+        "tbac.models.weights.WeightFiles.compute_digest",
         "diffusers.SanaTransformer2DModel.from_pretrained",
         "diffusers.AutoencoderDC.from_pretrained",
     ):

@@ -40,9 +40,9 @@ def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool
         tags=["text-to-image", "image-to-image", "ladder-side-diffusion-tuning"],
     )
     taps = config["taps"]
-    blocks = [taps["layers"][i] for i in taps["assignment"]]
-    if taps["mixed"]:
-        blocks = f"mixes of {taps['layers']}"
+    blocks = f"mixes of {taps['layers']}"
+    if not taps["mixed"]:
+        blocks = str([taps["layers"][i] for i in taps["assignment"]])
     # The table says what the model is made of, and by which digests its frozen parts are known.
     rows = {
         "MLLM": config["mllm"],

@@ -401,7 +401,7 @@ class FrozenMLLM(nn.Module):
         return output[:, inputs["input_ids"].shape[1] :]
 
 
-def pad_vision_mlps(visual: nn.Module, multiple: int = 8) -> None:
+def pad_vision_mlps(visual: Any, multiple: int = 8) -> None:
     """Widen the MLPs of a vision tower with zero channels, up to a multiple that a GPU's fast matrix products need.
 
     Qwen2.5-VL's MLPs are 3,420 wide, which isn't aligned for bfloat16. The new channels are silu(0) * 0 = 0, so the

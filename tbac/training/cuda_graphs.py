@@ -122,4 +122,5 @@ class StepGraphs:
             self._pools[name] = torch.cuda.graph_pool_handle()
         with self._precision():
             held = tuple(t.clone() if not t.requires_grad else t for t in sample)
-            return torch.cuda.make_graphed_callables(module, held, pool=self._pools[name])
+            recorded: Any = torch.cuda.make_graphed_callables(module, held, pool=self._pools[name])
+        return recorded

@@ -225,10 +225,10 @@ def list_settings(setting: Setting) -> list[Setting]:
         ("fsdp", "adamw", None, False, True),
         ("fsdp", "adamw", "nf4", True, True),
     )
-    names = ("strategy", "optimizer", "quantization", "checkpointing", "ema")
     settings = [setting]
-    for values in others:
-        settings.append(replace(setting, **dict(zip(names, values, strict=True))))
+    for strategy, optimizer, quantization, checkpointing, ema in others:
+        other = replace(setting, strategy=strategy, optimizer=optimizer, quantization=quantization)
+        settings.append(replace(other, checkpointing=checkpointing, ema=ema))
     return list(dict.fromkeys(settings))
 
 

@@ -18,6 +18,7 @@ from tbac.app import CONF, keep_freed_memory, report_user_errors, to_plain
 @report_user_errors
 def main(cfg: DictConfig) -> None:
     from experiments.speed.parts import bench, check  # torch and diffusers, only when the config is right
+    from experiments.speed.running import format_result
     from experiments.speed.training import utilisation
 
     keep_freed_memory()
@@ -25,12 +26,9 @@ def main(cfg: DictConfig) -> None:
     check(options)
     out = Path(cfg.out)
     report = bench(options, out)
-    # A part that failed has an error in place of its table, or beside the part of it that was measured.
-    texts = {}
+    texts = {part: format_result(report[part]) for part in options["parts"]}
     for part in options["parts"]:
-        result = report[part]
-        texts[part] = "\n\n".join(result[key] for key in ("table", "error") if key in result)
-        result.pop("table", None)
+        report[part].pop("table", None)
     # Utilisation needs three parts, which may have run at different times.
     if all("line" in report.get(part, {}) for part in ("flops", "rates", "training")):
         texts["training"] += "\n\n" + utilisation(report["flops"], report["rates"], report["training"])

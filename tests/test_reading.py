@@ -1,4 +1,4 @@
-"""What can be counted of how the code reads (STYLE.md, rules 16 and 18), and where a model's options stand."""
+"""What can be counted of how the code reads, nested comprehensions and arguments, and where a model's options stand."""
 
 import ast
 from dataclasses import fields

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from experiments.reports import format_table
-from experiments.speed.measure import wait_for
+from experiments.speed.measure import record_kernels, wait_for
 from experiments.speed.training import (
     COMPILED,
     COMPILED_GRAPHED,
@@ -17,8 +16,8 @@ from experiments.speed.training import (
     Side,
     arguments_of,
     failures_of,
+    find_shortest_and_longest,
     make_model,
-    training_cases,
 )
 
 HEADER = ["step", "family", "ms", "kernels"]
@@ -56,43 +55,47 @@ def family_of(kernel: str) -> str:
 
 
 def bench_kernels(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Milliseconds of one step by family, of every kind of prompt, plain and compiled where the sides name it."""
-    model, rows, found = make_model(cfg["model"], device.type), [], {}
+    """Milliseconds of one step by family, of the sides that differ in their kernels; given anew after each step."""
+    model, rows, steps = make_model(cfg["model"], device.type), [], {}
     optimizer = None
-    for name in (side for side in (OURS, COMPILED, COMPILED_GRAPHED) if side in cfg["sides"]):
+    for name in (OURS, COMPILED, COMPILED_GRAPHED):
+        if name not in cfg["sides"]:
+            continue
         side = Side(name, model, cfg, optimizer)
         optimizer = side.optimizer
-        for case in (training_cases(cfg)[0], training_cases(cfg)[-1]):
+        for case in find_shortest_and_longest(cfg):
+            # Compilers and libraries set themselves up in the first steps.
             arguments = arguments_of(model, case, cfg)
             if failures_of({name: side}, arguments):
                 continue
             for _ in range(2):
                 side.step(*arguments)
+            # Without the profiler, which slows the launches, then with it.
             wait_for(device)
             started = time.perf_counter()
             side.step(*arguments)
             wait_for(device)
             wall_ms = 1000 * (time.perf_counter() - started)
             label = f"{name}; {case.name}, {case.tokens}"
-            found[label] = one = profile_step(side, arguments, device) | {"wall_ms": round(wall_ms, 2)}
-            families = sorted(one["families_ms"].items(), key=lambda item: -item[1])
-            rows += [[label, family, f"{ms:.2f}", one["counts"][family]] for family, ms in families]
+            steps[label] = profile_step(side, arguments, device) | {"wall_ms": round(wall_ms, 2)}
+            rows += _list_families(label, steps[label])
             side.forget_graphs()
-            yield {"steps": found, "table": format_table(HEADER, rows)}
-            rows.append([label, "all; without a profiler", f"{one['busy_ms']:.2f}; {wall_ms:.2f}", one["kernels"]])
-        del side
-    busy = {label: f"{100 * one['busy_ms'] / one['wall_ms']:.0f} %" for label, one in found.items()}
-    table = format_table(["step", "family", "ms", "kernels"], rows)
-    tops = "\n".join(
-        f"{label}: " + "; ".join(f"{n} {ms:.2f}" for n, ms in one["longest"]) for label, one in found.items()
-    )
-    return {"steps": found, "table": f"{table}\n\n{tops}", "line": f"busy: {busy}"}
+            yield {"steps": steps, "table": format_table(HEADER, rows)}
+    busy = {label: f"{100 * step['busy_ms'] / step['wall_ms']:.0f} %" for label, step in steps.items()}
+    yield {"steps": steps, "table": format_table(HEADER, rows), "line": f"busy: {busy}"}
+
+
+def _list_families(label: str, step: dict[str, Any]) -> list[list[Any]]:
+    """Rows of a step's table: its families, those that take longest first, and all of them together."""
+    families = sorted(step["families_ms"].items(), key=lambda item: -item[1])
+    rows = [[label, family, f"{ms:.2f}", step["counts"][family]] for family, ms in families]
+    total = f"{step['busy_ms']:.2f}; {step['wall_ms']:.2f}"
+    return [*rows, [label, "all; without a profiler", total, step["kernels"]]]
 
 
 def profile_step(side: Side, arguments: tuple, device: torch.device) -> dict[str, Any]:
-    """Milliseconds and counts of one step's kernels by family, and the ten kernels that take longest."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as recorded:
+    """Milliseconds and counts of one step's kernels by family, and the kernels that take longest."""
+    with record_kernels(device) as recorded:
         side.step(*arguments)
         wait_for(device)
     times: dict[str, float] = defaultdict(float)

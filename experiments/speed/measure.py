@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from experiments.reports import format_table
 
@@ -219,6 +220,14 @@ def copy_rate(device: torch.device, mib: int, repeats: int = 20) -> float:
     target = torch.empty_like(source)
     seconds = interleaved({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
     return 2 * mib * MIB / statistics.median(seconds)
+
+
+def record_kernels(device: torch.device) -> profile:
+    """A profiler of what runs on the device, and of the operators that start it."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    return profile(activities=activities)
 
 
 def wait_for(device: torch.device) -> None:

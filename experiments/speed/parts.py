@@ -13,13 +13,13 @@ from experiments.speed.loader import bench_loader
 from experiments.speed.measure import bench_rates
 from experiments.speed.memory import bench_memory
 from experiments.speed.real_size import bench_step
-from experiments.speed.running import run_parts
+from experiments.speed.running import Part, run_parts
 from experiments.speed.sampling import bench_sampling
 from experiments.speed.trainer import bench_first_steps, bench_overhead, device_name
 from experiments.speed.training import BASELINE, OURS, SIDES, bench_batches, bench_training, count_flops
 from tbac.app import pick_device
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "first_steps": bench_first_steps,
     "rates": bench_rates,
     "flops": count_flops,
@@ -40,17 +40,20 @@ def check(cfg: dict[str, Any]) -> None:
     """Raise ValueError for what can't be measured."""
     if wrong := [part for part in cfg["parts"] if part not in PARTS]:
         raise ValueError(f"parts may hold {', '.join(PARTS)}; got {wrong[0]!r}")
+    # Sides and device: the release's way and ours are what everything is compared with.
     sides = cfg["sides"]
     if sides[:2] != [BASELINE, OURS] or set(sides) - set(SIDES):
         raise ValueError(f"sides must begin with {BASELINE}, {OURS} and hold no others than {SIDES}; got {sides}")
     device = pick_device(cfg["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={cfg['device']}: this computer has no CUDA device; device=cpu runs anywhere")
+    # Precision: one step alone runs in bfloat16 throughout, to fit; all else as training does.
     accepted = ("32-true", "bf16-true") if "step" in cfg["parts"] else ("32-true", "bf16-mixed")
     if cfg["precision"] not in accepted:
         raise ValueError(f"precision must be {' or '.join(accepted)} for these parts, got {cfg['precision']!r}")
     if "step" in cfg["parts"] and len(cfg["parts"]) > 1:
         raise ValueError(f"parts=[step] measures a fresh process, so it comes alone; got {cfg['parts']}")
+    # Sizes: a prompt is longer than what all prompts begin with, and nothing is measured no times.
     lengths = cfg["tokens"]["text"] + cfg["tokens"]["image"]
     if not lengths or min(lengths) <= cfg["shared_tokens"]:
         raise ValueError(f"every entry of tokens must exceed shared_tokens={cfg['shared_tokens']}, got {cfg['tokens']}")

@@ -47,15 +47,17 @@ def run_parts(parts: Mapping[str, Part], cfg: dict[str, Any], device: torch.devi
         except ChildError as error:
             found[name] = {**(error.partial or {}), "error": str(error)}
         seconds = time.monotonic() - started
-        write_whole(
-            file,
-            (json.dumps({"digest": wanted, "seconds": round(seconds, 1), **found[name]}, indent=2) + "\n").encode(),
-        )
-        text = "\n\n".join(found[name][key] for key in ("table", "error") if key in found[name])
-        write_whole(out / f"{name}.md", f"{text}\n".encode())
+        kept = {"digest": wanted, "seconds": round(seconds, 1), **found[name]}
+        write_whole(file, f"{json.dumps(kept, indent=2)}\n".encode())
+        write_whole(out / f"{name}.md", f"{format_result(found[name])}\n".encode())
         said = found[name].get("error", found[name].get("line", "done")).strip().splitlines()[-1]
         print(f"{name} ({seconds:.0f} s): {said}", flush=True)
     return found
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """What a part has found as text: its table, and why it failed where it did."""
+    return "\n\n".join(result[key] for key in ("table", "error") if key in result)
 
 
 def digest_of(cfg: dict[str, Any]) -> str:

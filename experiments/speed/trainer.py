@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, IterableDataset
 
 from experiments.costs import Case, make_inputs
 from experiments.reports import format_table
-from experiments.speed.measure import MIB, wait_for
+from experiments.speed.measure import MIB, record_kernels, wait_for
 from experiments.speed.training import make_model, targets, training_cases
 from tbac.models import UniImage
 from tbac.sampling.guidance import Guidance
@@ -88,12 +87,14 @@ class Fit:
 
 def fit(model: UniImage, run: Fit, cfg: dict[str, Any], device: torch.device) -> float:
     """Train on one batch of random prompts and latents; returns the last loss."""
+    # The batch begins on the CPU, in pinned memory for a GPU, as the loader gives it.
     inputs = make_inputs(model, run.case, cfg["shared_tokens"], device="cpu")
     latents = targets(model, run.case.batch, cfg["latent_side"], device="cpu")[0]
     keys = [str(i) for i in range(run.case.batch)]
     batch = Batch(inputs, keys, latents=latents, positions=list(range(run.case.batch)))
     if device.type == "cuda":
         batch = batch.pin_memory()
+    # The recipe's optimizer, at a rate that changes next to nothing.
     stage = Stage(
         run.stage,
         partial(adamw, lr=1e-6),
@@ -175,6 +176,7 @@ def bench_overhead(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds a step with and without guard, average, logs and progress, in turns, and the waits for the device."""
     options, model = cfg["overhead"], make_model(cfg["model"], device.type)
     case = next(case for case in training_cases(cfg) if case.name == "image + text")
+    # Times first, in turns; the profiler that counts waits would disturb them.
     seconds: dict[str, list[float]] = {"bare": [], "watched": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options["turns"]):
@@ -187,7 +189,8 @@ def bench_overhead(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
                 values.append(clock.seconds / clock.steps)
                 gc.collect()
     waits = {
-        name: count_waits(model, case, more, cfg, device) for name, more in (("bare", []), ("watched", make_guards()))
+        "bare": count_waits(model, case, [], cfg, device),
+        "watched": count_waits(model, case, make_guards(), cfg, device),
     }
     best = {name: min(values) for name, values in seconds.items()}
     ratio = best["watched"] / best["bare"]
@@ -208,16 +211,10 @@ def count_waits(
     """Waits for the device in a step: those of many steps less those of a few, so that start and end don't count."""
     counts = []
     for steps in (3, 8):
-        with profile(activities=list(_activities(device))) as recorded:
+        with record_kernels(device) as recorded:
             fit(model, Fit("t2i_pretrain", case, steps, callbacks), cfg, device)
         counts.append(sum(e.count for e in recorded.key_averages() if e.key in WAITS))
     return (counts[1] - counts[0]) / 5
-
-
-def _activities(device: torch.device) -> Iterator[ProfilerActivity]:
-    yield ProfilerActivity.CPU
-    if device.type == "cuda":
-        yield ProfilerActivity.CUDA
 
 
 def device_name(device: torch.device) -> str:

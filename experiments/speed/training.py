@@ -75,6 +75,12 @@ def training_cases(cfg: dict[str, Any]) -> list[Case]:
     return cases
 
 
+def find_shortest_and_longest(cfg: dict[str, Any]) -> list[Case]:
+    """The first case, text alone, and the last one, the longest prompt with an image."""
+    cases = training_cases(cfg)
+    return [cases[0], cases[-1]]
+
+
 def layer_functions(model: UniImage) -> LayerFunctions:
     """What runs each kind of layer: what compiling replaces, by part and attribute."""
     return {
@@ -275,15 +281,12 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[s
     names = list(cfg["sides"])
     difference = in_child(compare_sides, cfg, device.type) if cfg["compare"] else {}
     model = None if cfg["isolate"] else make_model(cfg["model"], device.type)
-    sides: dict[str, Side] = {}
-    for name in names if model is not None else []:
-        same = sides.get(OURS)
-        sides[name] = Side(name, model, cfg, same.optimizer if same else None)
+    sides = {} if model is None else _build_sides(names, model, cfg)
     cases: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for case in training_cases(cfg):
         # What each side takes, in turns, and what it holds, in a process of its own.
-        alone = {}
+        alone: dict[str, dict[str, Any]] = {}
         if model is None:
             seconds, alone = _time_isolated(cfg, device, case)
         else:
@@ -306,6 +309,15 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[s
     ratios = {label: one["median_s"][BASELINE] / min(one["median_s"].values()) for label, one in cases.items()}
     line = "release / ours at best: " + "; ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
     yield {"cases": cases, "failed": failed, "table": _training_tables(cases, names, failed), "line": line}
+
+
+def _build_sides(names: list[str], model: UniImage, cfg: dict[str, Any]) -> dict[str, Side]:
+    """All sides in one process; those that train the same model share its optimizer."""
+    sides: dict[str, Side] = {}
+    for name in names:
+        same = sides.get(OURS)
+        sides[name] = Side(name, model, cfg, same.optimizer if same else None)
+    return sides
 
 
 def _time_isolated(
@@ -363,9 +375,8 @@ def bench_batches(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[st
     """The largest batches that fit into capped memory of a GPU, given anew after each kind of step."""
     found: dict[str, Any] = {}
     line = "left out: a CPU has no allocator whose memory can be capped"
-    cases = training_cases(cfg)
     for name in (OURS, CHECKPOINTED) if device.type == "cuda" else ():
-        for case in (cases[0], cases[-1]):
+        for case in find_shortest_and_longest(cfg):
             label = f"{name}; {case.name}, {case.tokens}"
             found[label] = in_child(largest_batches, name, cfg, device.type, case)
             line = str(found)

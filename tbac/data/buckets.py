@@ -92,7 +92,8 @@ def parse_buckets(value: str | Sequence[Sequence[int]] | None, image_size: int) 
         return Buckets(tuple((height * unit, width * unit) for height, width in SANA))
     if isinstance(value, str) or not isinstance(value, Sequence) or not value or not all(map(_is_size, value)):
         raise ValueError(f"data.buckets must be null, sana, or a list of [height, width] in pixels; got {value!r}")
-    return Buckets(tuple((height, width) for height, width in value))
+    sizes: Sequence[Any] = value
+    return Buckets(tuple((height, width) for height, width in sizes))
 
 
 def _is_size(value: Any) -> bool:

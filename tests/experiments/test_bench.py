@@ -12,6 +12,7 @@ import torch
 from experiments.costs import Case, make_inputs
 from experiments.reports import format_table
 from experiments.speed.cached import IMAGES, LATENTS
+from experiments.speed.kernels import bench_kernels
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
 from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
 from experiments.speed.release import ReleaseWay
@@ -227,3 +228,14 @@ def test_the_largest_batch_is_found(most: int) -> None:
 
 def test_tables_are_markdown() -> None:
     assert format_table(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_kernels_of_each_step_are_counted_by_family(config: dict) -> None:
+    given = list(bench_kernels({**config, "sides": ["release", "ours"]}, torch.device("cpu")))
+    assert [one["table"].count("all; without a profiler") for one in given] == [1, 2, 2]
+    assert len(given[-1]["steps"]) == 2
+    for label, step in given[-1]["steps"].items():
+        assert step["busy_ms"] == pytest.approx(sum(step["families_ms"].values()), abs=0.1)
+        assert step["kernels"] == sum(step["counts"].values())
+        assert step["families_ms"]["matrix products"] > 0
+        assert label in given[-1]["line"]

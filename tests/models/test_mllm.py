@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tbac.models import UniImage
-from tbac.models.mllm import pad_vision_mlps
+from tbac.models.vision import pad_vision_mlps
 from tbac.types import Condition
 from tests.helpers.pictures import make_prompt_cases
 from tests.helpers.worlds import load_small_model

@@ -140,12 +140,14 @@ class PictureBenchmark(ABC):
         seed: base of every sample's seed.
         batch_size: how many pictures are drawn together when they are drawn in memory.
         needs: what judges its pictures: a `detector`, a judge that answers `questions`, or `nothing`.
+        questions_source: what its option `questions` must name before pictures can be judged; empty where it has none.
 
     Raises:
         ValueError: for an option that can't be used, a file of the wrong form, or a class that lacks a method.
     """
 
     needs: ClassVar[Needs]
+    questions_source: ClassVar[str] = ""
 
     name: str
     title: str = ""
@@ -208,6 +210,8 @@ class PictureBenchmark(ABC):
             )
         if self.needs == "questions" and not hasattr(judge, "ask"):
             raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
+        if self.questions_source and not getattr(self, "questions", None):
+            raise ValueError(f"benchmark.questions is needed for scoring: {self.questions_source}")
 
     def build_sampling_options(self) -> dict[str, Any]:
         """Build the options that the pipeline draws the pictures with, all but seed and batch size."""

@@ -204,6 +204,7 @@ class DPG(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "questions"
+    questions_source: ClassVar[str] = "DPG-Bench's dpg_bench.csv"
 
     file: str
     questions: str | None = None
@@ -227,12 +228,6 @@ class DPG(PictureBenchmark):
     def list_targets(self) -> list[Target]:
         """List the targets `<stem>.png`."""
         return list_dpg_targets(self.prompts)
-
-    def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that answers no questions, or when there are none to ask."""
-        super().check_judge(judge)
-        if not self.questions:
-            raise ValueError("benchmark.questions is needed for scoring: DPG-Bench's dpg_bench.csv")
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """Ask every question about every quarter of the grid.

@@ -169,6 +169,7 @@ class ImgEdit(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "questions"
+    questions_source: ClassVar[str] = "ImgEdit's prompts.json"
 
     file: str
     images: str
@@ -189,12 +190,6 @@ class ImgEdit(PictureBenchmark):
     def find_group(self, target: Target) -> str:
         """Find the kind of edit."""
         return self.edits[target.item].kind
-
-    def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that answers no questions, or when its prompts aren't given."""
-        super().check_judge(judge)
-        if not self.judge_prompts:
-            raise ValueError("benchmark.questions is needed for scoring: ImgEdit's prompts.json")
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """Ask the judge to rate the edit; it sees the source and the edited picture."""

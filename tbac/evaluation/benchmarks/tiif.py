@@ -178,6 +178,7 @@ class TIIF(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "questions"
+    questions_source: ClassVar[str] = "TIIF-Bench's folder of eval prompts"
 
     file: str
     questions: str | None = None
@@ -200,12 +201,6 @@ class TIIF(PictureBenchmark):
     def find_group(self, target: Target) -> str:
         """Find the type of its pair."""
         return self.pair_of[target.path].kind
-
-    def check_judge(self, judge: Any) -> None:
-        """Raise ValueError for a judge that answers no questions, or when there are none to ask."""
-        super().check_judge(judge)
-        if not self.questions:
-            raise ValueError("benchmark.questions is needed for scoring: TIIF-Bench's folder of eval prompts")
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """Ask all questions about a picture at once, as TIIF-Bench asks them."""

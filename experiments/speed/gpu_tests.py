@@ -17,7 +17,7 @@ def run_gpu_tests(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
         RuntimeError: with the end of their output, when one fails.
     """
     only_collect = [] if device.type == "cuda" else ["--collect-only"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", *only_collect]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", *only_collect]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"tests failed\n{done.stdout[-6000:]}\n{done.stderr[-1000:]}")

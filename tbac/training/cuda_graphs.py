@@ -70,7 +70,7 @@ class StepGraphs:
     """
 
     def __init__(self, model: UniImage, dtype: torch.dtype | None) -> None:
-        if model.ladder.prompt_context or model.denoiser.reference_embed is not None:
+        if model.ladder.prompt_layers or model.denoiser.reference_embed is not None:
             raise ValueError(
                 "machine.cuda_graphs=true needs ladder.prompt_context=false and model.reference_latents=false"
             )
@@ -122,5 +122,7 @@ class StepGraphs:
             self._pools[name] = torch.cuda.graph_pool_handle()
         with self._precision():
             held = tuple(t.clone() if not t.requires_grad else t for t in sample)
-            recorded: Any = torch.cuda.make_graphed_callables(module, held, pool=self._pools[name])
+            recorded: Any = torch.cuda.make_graphed_callables(
+                module, held, allow_unused_input=True, pool=self._pools[name]
+            )
         return recorded

@@ -52,8 +52,9 @@ def make_trainer(steps: int, **options: Any) -> Any:
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
+        "accelerator": "cpu",
     }
-    return L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **(quiet | options))
+    return L.Trainer(max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, **(quiet | options))
 
 
 def make_data(model: UniImage, *overrides: str) -> Any:

@@ -4,7 +4,8 @@ No weights are read and no memory is taken: the real modules run on tensors with
 device.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class Setting:
         devices: GPUs of all nodes together.
         mixed: True for bf16 autocast, False for float32 throughout.
         cached: whether latents come from the shards, so that no encoder is needed.
+        accumulating: whether gradients of several batches are added up, so that they stay from one to the next.
     """
 
     optimizer: str
@@ -47,6 +49,7 @@ class Setting:
     devices: int
     mixed: bool
     cached: bool
+    accumulating: bool = False
 
     @property
     def label(self) -> str:
@@ -92,12 +95,12 @@ def count_parts(model: UniImage) -> dict[str, int]:
 
 
 def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activations, batch: int) -> dict[str, float]:
-    """Estimate the peak memory of each device in bytes, by kind.
+    """Estimate the memory of each device at its peak in bytes, by kind.
 
     The frozen weights are those that training uses: the MLLM up to the deepest tap, the autoencoder's decoder for
-    sample pictures, and its encoder where latents aren't cached. Gradients and activations are both counted in full,
-    although the backward pass frees activations while it makes gradients, so this is slightly too much. DDP holds the
-    gradients a second time, in its buckets.
+    sample pictures, and its encoder where latents aren't cached. The backward pass frees activations while it makes
+    gradients, so the peak is at its beginning (all activations) or at its end (all gradients), whichever is more. DDP
+    holds the gradients a second time, in its buckets, throughout.
 
     Args:
         model: on the meta device.
@@ -126,21 +129,35 @@ def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activat
         copies += 2 * kept.fixed / model.denoiser.num_blocks
     ddp = setting.strategy.startswith("ddp") and setting.devices > 1
     buckets = 4.0 * trained if ddp else 0.0
+    gradients = 4.0 * trained / share
+    activations = batch * kept.per_sample(setting.checkpointing, setting.checkpointing)
+    # While a block runs backward, its activations have gradients as large as they are, and so have its copied weights.
+    block = batch * max(kept.queries / kept.num_layers, kept.denoiser / kept.num_blocks)
+    begin = {
+        "their bf16 copies": copies,
+        "gradients": buckets + (gradients if setting.accumulating else 0.0),
+        "activations": activations + block,
+        "prompt cache": batch * kept.cache,
+    }
+    end = {
+        "their bf16 copies": 2 * kept.fixed / model.denoiser.num_blocks,
+        "gradients": buckets + gradients,
+        "activations": 2 * block,
+        "prompt cache": batch * kept.cache,
+    }
     return {
         "frozen weights": frozen,
         "trained weights": 4.0 * trained / share,
-        "their bf16 copies": copies,
-        "gradients": 4.0 * trained / share + buckets,
         "optimizer": OPTIMIZER_BYTES[setting.optimizer] * trained / share,
         "averaged weights": 4.0 * trained / share if setting.ema else 0.0,
-        "activations": batch * kept.per_sample(setting.checkpointing, setting.checkpointing),
-        "prompt cache": batch * kept.cache,
+        **max(begin, end, key=lambda moment: sum(moment.values())),
     }
 
 
-def compute_largest_batch(limit: float, fixed: float, each: float) -> int:
-    """Compute how many samples of `each` bytes fit into `limit` bytes, of which `fixed` are taken at any batch size."""
-    return max(0, int((limit - fixed) // each))
+def find_largest_batch(limit: float, estimate: Callable[[int], float]) -> int:
+    """Find the largest batch, up to a million, that needs at most `limit` bytes by an estimate that grows with it."""
+    sizes = range(1, 1_000_001)
+    return bisect_right(sizes, limit, key=estimate)
 
 
 def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
@@ -176,11 +193,11 @@ def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     # The batches that fit, with this setting and with others that one might try.
     fits = {}
     for choice in list_settings(setting):
-        empty, one = (sum(estimate_memory(model, dtype, choice, kept, batch).values()) for batch in (0, 1))
-        fixed = empty + overhead
-        fits[choice.label] = {
-            str(gb): compute_largest_batch(gb * 1e9, fixed, one - empty) for gb in options["memory_gb"]
-        }
+
+        def estimate(batch: int, choice: Setting = choice) -> float:
+            return overhead + sum(estimate_memory(model, dtype, choice, kept, batch).values())
+
+        fits[choice.label] = {str(gb): find_largest_batch(gb * 1e9, estimate) for gb in options["memory_gb"]}
     return {
         "stage": stage["name"],
         "setting": {**asdict(setting), "batch": stage["batch_size"], "image_size": stage["image_size"]},
@@ -209,6 +226,7 @@ def read_setting(options: dict[str, Any]) -> Setting:
         devices=max(1, machine["devices"]) * int(machine["num_nodes"]),
         mixed=machine["precision"] == "bf16-mixed",
         cached=options["cached_latents"],
+        accumulating=options["stage"]["accumulate"] > 1,
     )
 
 

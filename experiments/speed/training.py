@@ -366,7 +366,12 @@ def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> 
     def step(batch: int) -> None:
         sized = replace(case, batch=batch)
         inputs = make_inputs(shapes, sized, cfg["shared_tokens"], device=device)
-        side.step(inputs, *targets(shapes, batch, cfg["latent_side"], device=device))
+        try:
+            side.step(inputs, *targets(shapes, batch, cfg["latent_side"], device=device))
+        except torch.OutOfMemoryError:  # perhaps with some of the optimizer's state made, which no step can begin with
+            side.optimizer.state.clear()
+            side.optimizer.zero_grad()
+            raise
 
     return {str(cap): largest_batch(step, int(cap * 1024**3)) for cap in cfg["memory_caps_gib"]}
 

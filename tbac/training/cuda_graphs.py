@@ -59,7 +59,8 @@ class StepGraphs:
     """What `UniImage.encode_condition` and `predict_velocity` compute, by recorded graphs, one for each shape.
 
     Gradients stay in the memory that was recorded, so they must be used before the next step: there is no accumulation
-    over batches.
+    over batches. When a shape is recorded, nothing of an earlier step's computation, such as its loss with its history,
+    may be alive, or PyTorch would record its gradients on another stream and fail.
 
     Args:
         model: trains on a CUDA device; without prompt context and references.
@@ -72,7 +73,8 @@ class StepGraphs:
     def __init__(self, model: UniImage, dtype: torch.dtype | None) -> None:
         if model.ladder.prompt_layers or model.denoiser.reference_embed is not None:
             raise ValueError(
-                "machine.cuda_graphs=true needs ladder.prompt_context=false and model.reference_latents=false"
+                "cuda_graphs record contexts of one length: ladder.prompt_context and model.reference_latents must be "
+                "false"
             )
         self._model, self._dtype = model, dtype
         self._recorded: dict[Any, Callable[..., Tensor]] = {}
@@ -109,6 +111,7 @@ class StepGraphs:
     def forget(self) -> None:
         """Drop all recorded graphs, because other parameters train now or weights have moved in memory."""
         self._recorded.clear()
+        self._pools.clear()  # memory that no graph uses any more is gone
 
     def _precision(self) -> torch.autocast:
         """Make an autocast without a cache of cast weights, which a graph would read after they have been freed."""

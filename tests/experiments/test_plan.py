@@ -1,13 +1,14 @@
 """The planner against formulas, published counts and measurement."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.budget import Setting, build_on_meta, compute_largest_batch, estimate_memory
+from experiments.budget import Setting, build_on_meta, estimate_memory, find_largest_batch
 from experiments.costs import (
     Case,
     _count_convolution_backward,
@@ -126,6 +127,8 @@ def test_activations_grow_with_the_batch_alone(config: dict) -> None:
     kept = measure_activations(config, Case("text", 24, 1), 4, mixed=False)
     assert kept.fixed == 0
     assert kept.denoiser > kept.block_inputs > 0
+    checkpointed = {**config, "denoiser_checkpointing": True, "query_checkpointing": True}
+    assert measure_activations(checkpointed, Case("text", 24, 1), 4, mixed=False) == kept
     mixed = measure_activations(config, Case("text", 24, 1), 4, mixed=True)
     assert 0.4 * kept.denoiser < mixed.denoiser < kept.denoiser
     trained = sum(
@@ -135,8 +138,23 @@ def test_activations_grow_with_the_batch_alone(config: dict) -> None:
 
 
 def test_what_fits_is_what_remains() -> None:
-    assert compute_largest_batch(100.0, 40.0, 7.0) == 8
-    assert compute_largest_batch(30.0, 40.0, 7.0) == 0
+    assert find_largest_batch(100.0, lambda batch: 40.0 + 7.0 * batch) == 8
+    assert find_largest_batch(30.0, lambda batch: 40.0 + 7.0 * batch) == 0
+    assert find_largest_batch(100.0, lambda batch: max(90.0, 2.0 * batch)) == 50
+
+
+def test_activations_and_gradients_have_their_peaks_at_different_times(config: dict) -> None:
+    """Few samples: the peak is at the end of the backward pass; many: at its beginning, unless gradients stay."""
+    model, kept = build_on_meta(config), measure_activations(config, Case("text", 24, 1), 4, mixed=True)
+    setting = Setting("adamw", None, False, False, "auto", 1, True, True)
+    trained = 4.0 * sum(p.numel() for part in (model.ladder, model.denoiser) for p in part.parameters())
+    few, many = (estimate_memory(model, "float32", setting, kept, batch) for batch in (1, 1000))
+    assert (few["gradients"], many["gradients"]) == (trained, 0.0)
+    assert many["activations"] > 1000 * (kept.queries + kept.denoiser)
+    added = estimate_memory(model, "float32", replace(setting, accumulating=True), kept, 1000)
+    assert sum(added.values()) == sum(many.values()) + trained
+    totals = [sum(estimate_memory(model, "float32", setting, kept, batch).values()) for batch in range(1, 200)]
+    assert totals == sorted(totals)
 
 
 @pytest.mark.slow
@@ -145,7 +163,8 @@ def test_planned_memory_is_near_the_measured(case: Case) -> None:
     config = to_plain(compose_config("bench"))
     model = build_on_meta(config["model"])
     kept = measure_activations(config["model"], case, 16, mixed=False)
-    setting = Setting("adamw", None, False, False, "auto", 1, False, True)
+    # A CPU's allocator keeps what was freed, so what is needed at different times adds up, as if gradients stayed.
+    setting = Setting("adamw", None, False, False, "auto", 1, False, True, accumulating=True)
     planned = estimate_memory(model, "float32", setting, kept, case.batch)
     above = sum(p.numel() for p in model.mllm.body.language_model.layers[-1].parameters()) * 4  # it has all its layers
     measured = in_child(one_side, OURS, config, "cpu", case, 0)["memory"]["peak_mib"]

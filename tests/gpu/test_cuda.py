@@ -123,20 +123,23 @@ def test_recorded_steps_compute_the_same(model: UniImage, dtype: torch.dtype | N
         model.compile_parts()
     graphs, found = StepGraphs(model, dtype), {}
     words = "three green squares and a letter L at the top left on a black background and "
+
+    def step(texts: list[str], images: Any, seed: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Loss and gradients; of its computation nothing may live on when the next step is recorded."""
+        inputs = model.prompt(texts, images).to("cuda")
+        latents, noise, sigma = targets(model, len(texts), 6, seed=seed)
+        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = module.compute_loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
+        queries = module.ladder.queries.grad.clone()
+        module.zero_grad(set_to_none=True)
+        return loss.item(), gradients, queries
+
+    cases = [*make_prompt_cases().values(), ([words * 5, "a red circle"], None)]
     for recorded in (False, True):
         module.graphs = graphs if recorded else None
-        results = []
-        for round_ in range(2):
-            for texts, images in (*make_prompt_cases().values(), ([words * 5, "a red circle"], None)):
-                inputs = model.prompt(texts, images).to("cuda")
-                latents, noise, sigma = targets(model, len(texts), 6, seed=round_)
-                with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
-                    loss = module.compute_loss(Batch(inputs, [""] * len(texts)), noise, sigma, latents)
-                loss.backward()
-                gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
-                results.append((loss.item(), gradients.clone(), module.ladder.queries.grad.clone()))
-                module.zero_grad(set_to_none=True)
-        found[recorded] = results
+        found[recorded] = [step(texts, images, seed) for seed in range(2) for texts, images in cases]
     limit = 2e-3 if dtype is None else 0.1
     for computed, replayed in zip(found[False], found[True], strict=True):
         assert replayed[0] == pytest.approx(computed[0], rel=limit)

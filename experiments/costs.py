@@ -208,13 +208,12 @@ def measure_activations(model_config: dict[str, Any], case: Case, latent_side: i
         mixed: True for bf16 autocast, False for float32 throughout.
     """
     # Two batch sizes: the difference is what one sample keeps, the rest is kept at any batch size.
-    # Whether the model's own config computes activations again is left to `Activations.per_sample`.
-    plain: dict[str, Any] = {"random_init": True, "dtype": "bfloat16" if mixed else "float32", "compile": False}
-    plain |= {"denoiser_checkpointing": False, "query_checkpointing": False}
+    dtype = "bfloat16" if mixed else "float32"
     saved = {}
     for batch in (2, 3):
         with FakeTensorMode():
-            model = UniImage.from_config(instantiate(model_config, **plain))
+            model = UniImage.from_config(instantiate(model_config, random_init=True, dtype=dtype, compile=False))
+            model.set_checkpointing(denoiser=False, queries=False)  # that is left to `Activations.per_sample`
             saved[batch] = _measure_saved_bytes(model, replace(case, batch=batch), latent_side, mixed)
     two, three = saved[2], saved[3]
     each = {name: three[name] - two[name] for name in two}

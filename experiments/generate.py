@@ -82,6 +82,7 @@ def main(cfg: DictConfig) -> None:
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     if cfg.compile:
         pipeline.model.denoiser.compile_blocks()
+    pipeline.set_progress_bar_config(desc="denoising", leave=False)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     # Every picture has a seed that follows from its number, so that its noise is the same at any batch size.
@@ -102,7 +103,6 @@ def main(cfg: DictConfig) -> None:
             height=cfg.height,
             width=cfg.width,
             generator=[torch.Generator().manual_seed(cfg.seed + first + i) for i in range(count)],
-            progress=True,
         ).images
         for index, image in enumerate(pictures):
             image.save(out / f"{first + index:05d}.png")

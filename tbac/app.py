@@ -180,4 +180,6 @@ def open_model(
     is_export = (folder / "config.json").is_file()
     load = UniImage.from_pretrained if is_export else UniImage.from_checkpoint
     model = load(folder, mllm, denoiser, dtype, quantization, connector)
-    return UniImagePipeline(model.to(pick_device(device)))
+    pipeline = UniImagePipeline(model.to(pick_device(device)))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

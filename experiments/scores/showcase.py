@@ -47,6 +47,7 @@ def run_showcase(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
     untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], get_run_folder()).model))
     pipeline = UniImagePipeline(untrained)
+    pipeline.set_progress_bar_config(disable=True)
     # Before training: how well the detector reads pictures, and what the MLLM answers.
     reading = measure_reading(benchmarks.detector, benchmarks.answers, pipeline)
     before = benchmarks.answers.score(pipeline.model)

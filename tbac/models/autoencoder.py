@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderDC
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from tbac.models.weights import WeightFiles
@@ -70,6 +71,7 @@ class FrozenAutoencoder(nn.Module):
             part.requires_grad_(False)
         return part
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels as scaled latents (batch, channel, height / compression, width / compression).
@@ -82,6 +84,7 @@ class FrozenAutoencoder(nn.Module):
         weight = next(self.load_part("encoder", pixels.device).parameters())
         return self.model.encode(pixels.to(weight.dtype)).latent * self.model.config.scaling_factor
 
+    @apply_forward_hook
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents to pixels (batch, 3, height, width), clamped to [-1, 1]."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -136,6 +137,7 @@ class LadderDenoiser(nn.Module):
         """Compile the blocks; `options` are those of `torch.compile`."""
         self._run_block = torch.compile(_run_block, **options)
 
+    @apply_forward_hook
     def project(self, condition: Condition) -> ProjectedCondition:
         """Compute keys and values of every block's cross-attention.
 

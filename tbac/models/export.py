@@ -13,6 +13,7 @@ from torch import Tensor
 from tbac import __version__
 from tbac.models.card import is_hub_id, make_model_card
 from tbac.models.config import Connector, ModelConfig
+from tbac.models.diffusers_index import write_index
 from tbac.models.saved import PROMPT_EMBEDDINGS, SavedModel
 from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, locate_folder
 
@@ -127,6 +128,7 @@ def write_export(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_index(folder, written.architecture.scheduler if written.architecture else None)
     card = make_model_card(values, [config.mllm, config.denoiser], standalone, notes or {})
     (folder / "README.md").write_text(card)
 

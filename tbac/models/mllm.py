@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -130,6 +131,7 @@ class FrozenMLLM(nn.Module):
         """Return the word embeddings (token, hidden) that prompts are read with."""
         return self.body.get_input_embeddings().weight if self.prompt_embeddings is None else self.prompt_embeddings
 
+    @apply_forward_hook
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Embed tokens and put image features in the places of image tokens: (batch, token, hidden)."""
         embeddings = nn.functional.embedding(inputs["input_ids"], self.get_prompt_table())
@@ -158,6 +160,7 @@ class FrozenMLLM(nn.Module):
         kinds = (ids == self.model.config.image_token_id).int()
         return self.body.get_rope_index(ids, kinds, inputs["image_grid_thw"], attention_mask=mask)[0]
 
+    @apply_forward_hook
     @torch.no_grad()
     def read_prefix(self, inputs: dict[str, Tensor], depth: int, layers: Sequence[int] = ()) -> Prefix:
         """Run the prompt through the first `depth` layers without gradient.
@@ -264,6 +267,7 @@ class FrozenMLLM(nn.Module):
             self._constants = (circumstances, keys_values)
         return self._constants[1]
 
+    @apply_forward_hook
     def read_queries(self, queries: Tensor, prefix: Prefix, layers: Sequence[int]) -> Tensor:
         """Run the queries after a prompt, with gradient.
 
@@ -305,6 +309,7 @@ class FrozenMLLM(nn.Module):
             states[self.num_layers] = language_model.norm(hidden)
         return torch.stack([states[tap] for tap in layers])
 
+    @apply_forward_hook
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Generate token ids (batch, new token) greedily with the untouched model; `inputs` are padded on the left."""

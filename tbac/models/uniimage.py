@@ -70,6 +70,10 @@ class UniImage(nn.Module):
         return self.ladder.queries.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.ladder.queries.dtype
+
+    @property
     def size_multiple(self) -> int:
         """Pixels that each side of a picture must be a multiple of."""
         return self.autoencoder.compression * self.denoiser.transformer.config.patch_size
@@ -186,17 +190,27 @@ class UniImage(nn.Module):
         self.load_state_dict(state, strict=False, assign=assign)
 
     def save_pretrained(
-        self, folder: str | Path, standalone: bool = False, notes: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        standalone: bool = False,
+        notes: Mapping[str, Any] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an exported folder: `model.safetensors`, `config.json` and the model card `README.md`.
+        """Write an exported folder: `model.safetensors`, `config.json`, the model card `README.md`, and for diffusers
+        `model_index.json` with what it names.
 
         Args:
             folder: made where it doesn't exist.
             standalone: also copy the frozen parts' files, so that the folder loads without network.
             notes: more rows for the card.
+            scheduler: config of a scheduler of diffusers that takes the place of the base model's.
         """
+        config = self.provenance.config
+        if scheduler is not None:
+            assert config.architecture is not None
+            config = replace(config, architecture=replace(config.architecture, scheduler=dict(scheduler)))
         saved = SavedModel(
-            self.provenance.config,
+            config,
             self.provenance.digests,
             self.get_trained_state(),
             str(folder),

@@ -1,56 +1,266 @@
-"""UniImagePipeline: makes pictures from prompts and images, and answers questions."""
+"""UniImagePipeline, a pipeline of diffusers: makes pictures from prompts and images, and answers questions."""
 
-from collections.abc import Sequence
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 
 from tbac.models import UniImage
 from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.guidance import Guidance
-from tbac.sampling.solver import solve
+from tbac.sampling.inputs import ImageInput, group_images
+from tbac.sampling.solver import FlowSolver, check_flow_scheduler, make_scheduler, set_timesteps
+from tbac.types import Condition
 
-Images = Image.Image | Sequence[Image.Image]
-OUTPUT_TYPES = ("pil", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents",)
+log = logging.get_logger(__name__)
 
 
 @dataclass
-class UniImageOutput:
+class UniImageOutput(BaseOutput):
     """The result of a call of the pipeline.
 
     Attributes:
-        images: PIL images; or pixels (image, 3, height, width) in [0, 1]; or scaled latents. Images of one prompt
-            follow each other.
+        images: PIL images; or pixels in [0, 1], as an array (image, height, width, 3) or a tensor (image, 3, height,
+            width); or scaled latents. Images of one prompt follow each other.
     """
 
     images: Any
 
 
-class UniImagePipeline:
+class UniImagePipeline(DiffusionPipeline):
     """Generates and answers with one model.
+
+    Loading, `to`, `components`, `progress_bar` and so on are those of diffusers. A scheduler of diffusers that follows
+    a flow may take the place of `scheduler`; each call works on a copy of it, so several may run at once.
 
     Args:
         model: the model, which is put into evaluation mode.
+        scheduler: the base model's own if None.
     """
 
-    def __init__(self, model: UniImage) -> None:
-        self.model = model.eval()
+    _optional_components: ClassVar[list[str]] = ["scheduler"]
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
+
+    def __init__(self, model: UniImage, scheduler: Any = None) -> None:
+        super().__init__()
+        scheduler = make_scheduler(model.scheduler_config) if scheduler is None else scheduler
+        self.register_modules(model=model.eval(), scheduler=scheduler)
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._guidance_scale = self._image_guidance_scale = 1.0
+        self._offloaded: tuple[torch.device, list[Any]] | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
+        pretrained_model_name_or_path: str | Path,
+        torch_dtype: torch.dtype | str | None = None,
+        scheduler: Any = None,
+        device_map: str | None = None,
         **options: Any,
     ) -> "UniImagePipeline":
-        """Load an exported folder; `options` are further arguments of `UniImage.from_pretrained`."""
-        return cls(UniImage.from_pretrained(folder, dtype=dtype, **options).to(device))
+        """Load an exported folder; nothing that its files name is imported.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or its hub id.
+            torch_dtype: type of all weights; float32 if None. `dtype` is another name for it.
+            scheduler: takes the place of the folder's own.
+            device_map: `cpu` or `cuda`: where the model goes, as `to` would move it.
+            options: further arguments of `UniImage.from_pretrained`; others of diffusers are ignored with a warning.
+
+        Raises:
+            ValueError: as `UniImage.from_pretrained`, and for a device map that isn't accepted.
+        """
+        if device_map not in (None, "cpu", "cuda"):
+            raise ValueError(f"device_map must be null, cpu or cuda; got {device_map!r}")
+        torch_dtype = options.pop("dtype", None) or torch_dtype or torch.float32
+        known = inspect.signature(UniImage.from_pretrained).parameters
+        ignored = sorted(options.keys() - known)
+        if ignored:
+            log.warning(f"{', '.join(ignored)}: not an option of {cls.__name__}.from_pretrained, ignored")
+        options = {name: value for name, value in options.items() if name in known}
+        model = UniImage.from_pretrained(pretrained_model_name_or_path, dtype=torch_dtype, **options)
+        pipeline = cls(model, scheduler)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline if device_map is None else pipeline.to(device_map)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        standalone: bool = False,
+        notes: Mapping[str, Any] | None = None,
+        **unused: Any,
+    ) -> None:
+        """Write an exported folder, as `UniImage.save_pretrained` does, with this pipeline's scheduler.
+
+        Args:
+            save_directory: made where it doesn't exist.
+            standalone: also copy the frozen parts' files, so that the folder loads without network.
+            notes: more rows for the card.
+            unused: what diffusers' own method takes besides; files are always whole safetensors.
+        """
+        scheduler = json.loads(self.scheduler.to_json_string())
+        self.model.save_pretrained(save_directory, standalone, notes, scheduler)
+
+    # Parts of the model under the names that diffusers' pipelines have for them.
+
+    @property
+    def transformer(self) -> Any:
+        return self.model.denoiser.transformer
+
+    @property
+    def vae(self) -> Any:
+        return self.model.autoencoder.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.model.prompt.tokenizer
+
+    # What the running or last call was asked for, for callbacks.
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def image_guidance_scale(self) -> float:
+        return self._image_guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`: the steps that are left aren't taken."""
+        return self._interrupt
+
+    # Moving parts to a device only while they run.
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep MLLM, denoiser and autoencoder on the CPU, each on the device only while it runs.
+
+        Queries and connectors are small and stay on the device.
+
+        Args:
+            gpu_id: index of the device.
+            device: `cuda` if None.
+
+        Raises:
+            ValueError: without a device to compute on.
+        """
+        if device is None and not torch.cuda.is_available():
+            raise ValueError("enable_model_cpu_offload() needs a GPU: torch finds none here; give device=")
+        target = torch.device(device or "cuda")
+        if gpu_id is not None:
+            target = torch.device(target.type, gpu_id)
+        self.remove_all_hooks()
+        self.to("cpu")
+        self.model.ladder.to(target)
+        hooks: list[Any] = []
+        for part in (self.model.mllm, self.model.denoiser, self.model.autoencoder):
+            hooks.append(cpu_offload_with_hook(part, target, hooks[-1] if hooks else None)[1])
+        self._offloaded = (target, hooks)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Refuse: the ladder runs layers part by part, which diffusers' hooks on whole layers don't see."""
+        raise NotImplementedError("sequential offload isn't supported; use enable_model_cpu_offload()")
+
+    def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
+        """Refuse, for the same reason."""
+        raise NotImplementedError("group offload isn't supported; use enable_model_cpu_offload()")
+
+    def remove_all_hooks(self) -> None:
+        """End offloading; the parts stay where they are."""
+        for hook in self._offloaded[1] if self._offloaded else ():
+            hook.remove()
+        self._offloaded = None
+
+    def maybe_free_model_hooks(self) -> None:
+        """Move the part that ran last back to the CPU, where offloading is on."""
+        for hook in self._offloaded[1] if self._offloaded else ():
+            hook.offload()
+
+    def to(self, *arguments: Any, **options: Any) -> "UniImagePipeline":
+        """Move or cast the model as `torch.nn.Module.to` does; ends offloading."""
+        self.remove_all_hooks()
+        return super().to(*arguments, **options)
+
+    # From prompts to conditions.
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = "",
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encode prompts for text-to-image, to be given to a call instead of the texts.
+
+        Args:
+            prompt: one text or several.
+            negative_prompt: one for all or one per prompt; None is the empty text.
+            do_classifier_free_guidance: also encode the negative prompts.
+            num_images_per_prompt: how often each prompt's rows are repeated.
+
+        Returns:
+            prompt_embeds (prompt * num_images_per_prompt, block, query, channel), their mask (…, query) of 1 and 0, and
+            both of the negative prompts, or None.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = repeat_negatives(negative_prompt, len(prompts))
+        # Both are encoded together, so that they get one length where prompts are part of the context.
+        texts = prompts + negatives if do_classifier_free_guidance else prompts
+        inputs = self.model.prompt(texts, [None] * len(texts)).to(self.model.device)
+        condition = self.model.encode_condition(inputs)
+        states = condition.states.transpose(0, 1)
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(states.shape[0], states.shape[2], device=states.device)
+        found = []
+        for rows in (slice(0, len(prompts)), slice(len(prompts), None)):
+            found += [values[rows].repeat_interleave(num_images_per_prompt, 0) for values in (states, mask)]
+        embeds, embeds_mask, negative_embeds, negative_mask = found
+        if not do_classifier_free_guidance:
+            return embeds, embeds_mask, None, None
+        return embeds, embeds_mask, negative_embeds, negative_mask
+
+    def _join_embeds(self, guidance: Guidance, prompt: dict[str, Tensor | None]) -> ProjectedCondition:
+        """Build the condition of all guidance branches from what `encode_prompt` returned."""
+        kinds = ["negative_prompt", "prompt"] if len(guidance.branches) == 2 else ["prompt"]
+        parts: dict[str, list[Tensor]] = {"embeds": [], "attention_mask": []}
+        for kind in kinds:
+            embeds = prompt[f"{kind}_embeds"]
+            if embeds is None or embeds.ndim != 4 or embeds.shape[1] != self.model.denoiser.num_blocks:
+                shape = None if embeds is None else tuple(embeds.shape)
+                raise ValueError(
+                    f"{kind}_embeds must have shape (prompt, {self.model.denoiser.num_blocks}, query, channel), as "
+                    f"encode_prompt() returns; got {shape}"
+                )
+            mask = prompt[f"{kind}_attention_mask"]
+            parts["embeds"].append(embeds)
+            parts["attention_mask"].append(embeds.new_ones(embeds.shape[0], embeds.shape[2]) if mask is None else mask)
+        sizes = {tuple(embeds.shape) for embeds in parts["embeds"]}
+        if len(sizes) > 1:
+            raise ValueError(f"prompt_embeds and negative_prompt_embeds must have one shape; got {sorted(sizes)}")
+        device = self.model.device
+        states = torch.cat(parts["embeds"]).transpose(0, 1).to(device)
+        mask = torch.cat(parts["attention_mask"]).to(device)
+        return self.model.denoiser.project(Condition(states, None if bool(mask.all()) else mask, None))
 
     def _branch_inputs(
         self, branch: str, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str]
@@ -103,9 +313,9 @@ class UniImagePipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        image: Images | Sequence[Images | None] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
+        image: ImageInput | Sequence[ImageInput | None] | None = None,
+        negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 30,
         guidance_scale: float = 4.5,
         image_guidance_scale: float = 1.5,
@@ -115,40 +325,69 @@ class UniImagePipeline:
         output_type: str = "pil",
         height: int | None = None,
         width: int | None = None,
-        progress: bool = False,
+        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
+        return_dict: bool = True,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         batch_branches: bool = True,
-    ) -> UniImageOutput:
+    ) -> Any:
         """Generate pictures.
 
         Args:
             prompt: one text or several.
             image: input image(s) to edit: for one prompt an image or a list of images; for several prompts one entry
-                per prompt (an image, a list, or None; a batch is either all edits or all text-to-image).
-            negative_prompt: what the unconditional branch reads; one for all or one per prompt.
+                per prompt (an image, a list, or None; a batch is either all edits or all text-to-image). An image is a
+                PIL image, an array (height, width, 3), a tensor (3, height, width), or a path.
+            negative_prompt: what the unconditional branch reads; one for all or one per prompt; None is the empty text.
             num_inference_steps: solver steps.
             guidance_scale: text guidance; 1 turns it off for text-to-image.
             image_guidance_scale: image guidance, for edits; 1 or less turns it off.
             num_images_per_prompt: pictures of each prompt.
             generator: source of the starting noise, or one per picture.
             latents: the starting noise itself (prompt * num_images_per_prompt, channel, height, width).
-            output_type: `pil`, `pt` or `latent`.
+            output_type: `pil`, `np`, `pt` or `latent`.
             height: pixels; default: the denoiser's own size.
             width: pixels; default: the denoiser's own size.
-            progress: show a progress bar.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
+                returns takes the place of the tensors. Set `pipeline._interrupt = True` in it to take no more steps.
+            callback_on_step_end_tensor_inputs: which tensors it gets; there is `latents`.
+            return_dict: False returns a tuple.
+            timesteps: your own noise levels, 1000 = pure noise, for schedulers that take them.
+            sigmas: the same in [0, 1].
+            prompt_embeds: instead of `prompt`, what `encode_prompt` returned.
+            prompt_attention_mask: of `prompt_embeds`; None = all take part.
+            negative_prompt_embeds: as `prompt_embeds`; needed with it where there is guidance.
+            negative_prompt_attention_mask: of `negative_prompt_embeds`.
             guidance_interval: noise levels (sigma) between which there is guidance; narrower is faster and changes
                 the pictures.
             batch_branches: predict all guidance branches in one batch; False takes less memory and more time.
+
+        Returns:
+            `UniImageOutput`; or a tuple of its one value.
 
         Raises:
             ValueError: for numbers that don't fit each other or values that aren't accepted, before anything runs.
         """
         # Everything that the user can get wrong is checked before any weight is used.
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give prompt or prompt_embeds, and not both")
+        if prompt_embeds is not None and image is not None:
+            raise ValueError("prompt_embeds are for text-to-image; give image= with prompt=")
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        else:
+            prompts = [""] * len(prompt_embeds)
         images = group_images(image, len(prompts))
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        negatives = repeat_negatives(negative_prompt, len(prompts))
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs may hold {CALLBACK_TENSORS}; got {unknown[0]!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         if num_inference_steps < 1 or num_images_per_prompt < 1:
@@ -167,25 +406,80 @@ class UniImagePipeline:
         noise = self._draw_noise(shape, generator) if latents is None else latents
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
+        check_flow_scheduler(self.scheduler)
+        scheduler = copy.deepcopy(self.scheduler)
+        set_timesteps(scheduler, num_inference_steps, self.model.device, timesteps, sigmas)
 
-        factor = self.model.autoencoder.compression
-        condition = self.encode(prompts, images, negatives, guidance, (shape[2] * factor, shape[3] * factor))
+        if prompt_embeds is None:
+            factor = self.model.autoencoder.compression
+            condition = self.encode(prompts, images, negatives, guidance, (shape[2] * factor, shape[3] * factor))
+        else:
+            given = {
+                "prompt_embeds": prompt_embeds,
+                "prompt_attention_mask": prompt_attention_mask,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            }
+            condition = self._join_embeds(guidance, given)
         # Rows (branch, prompt) -> (branch, prompt, picture): each picture keeps the condition of its own prompt.
         if num_images_per_prompt > 1:
             rows = torch.arange(len(guidance.branches) * len(prompts), device=self.model.device)
             condition = condition[rows.repeat_interleave(num_images_per_prompt)]
+
         # Schedulers that add noise take one generator, so with one per picture they draw from torch's own.
         single = generator if isinstance(generator, torch.Generator) else None
-        noise = noise.to(self.model.device)
-        solved = solve(self.model, condition, guidance, noise, num_inference_steps, single, progress)
-        if output_type == "latent":
-            return UniImageOutput(solved)
-        pixels = (self.model.autoencoder.decode(solved) + 1) / 2
-        return UniImageOutput(pixels if output_type == "pt" else convert_to_pil(pixels))
+        solver = FlowSolver(self.model, condition, guidance, scheduler, single)
+        solved = solver.scale_noise(noise.to(self.model.device))
+        self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
+        self._interrupt, self._num_timesteps = False, len(solver.timesteps)
+        with self.progress_bar(total=len(solver.timesteps)) as bar:
+            for index, timestep in enumerate(solver.timesteps):
+                if self.interrupt:
+                    break
+                solved = solver.step(solved, index)
+                if callback_on_step_end is not None:
+                    tensors = {"latents": solved} if callback_on_step_end_tensor_inputs else {}
+                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                    solved = changed.get("latents", solved)
+                bar.update()
+        made = self._convert_output(solved, output_type)
+        self.maybe_free_model_hooks()
+        return UniImageOutput(images=made) if return_dict else (made,)
 
-    def answer(self, question: str, image: Images | None = None, max_new_tokens: int = 64) -> str:
-        """Answer a question, about an image or several if given, with the untouched MLLM."""
-        return self.model.answer([question], group_images(image, 1), max_new_tokens)[0]
+    @torch.no_grad()
+    def answer(
+        self,
+        question: str | Sequence[str],
+        image: ImageInput | Sequence[ImageInput | None] | None = None,
+        max_new_tokens: int = 64,
+    ) -> Any:
+        """Answer a question, about an image or several if given, with the untouched MLLM.
+
+        Args:
+            question: one text; or several, which are answered in one batch.
+            image: as of a call: for one question an image or a list of images, for several one entry per question.
+            max_new_tokens: longest answer in tokens.
+
+        Returns:
+            The answer; a list of answers for a list of questions.
+        """
+        questions = [question] if isinstance(question, str) else list(question)
+        if not questions:
+            return []
+        answers = self.model.answer(questions, group_images(image, len(questions)), max_new_tokens)
+        self.maybe_free_model_hooks()
+        return answers[0] if isinstance(question, str) else answers
+
+    def _convert_output(self, latents: Tensor, output_type: str) -> Any:
+        """Convert scaled latents to what was asked for."""
+        if output_type == "latent":
+            return latents
+        pixels = (self.model.autoencoder.decode(latents) + 1) / 2
+        if output_type == "pt":
+            return pixels
+        if output_type == "np":
+            return pixels.float().permute(0, 2, 3, 1).cpu().numpy()
+        return convert_to_pil(pixels)
 
     def _compute_latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         config, factor = self.model.denoiser.transformer.config, self.model.autoencoder.compression
@@ -209,27 +503,17 @@ class UniImagePipeline:
         return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
 
 
-def group_images(image: Any, prompts: int) -> list[list[Image.Image] | None]:
-    """Group input images as one list (or None) per prompt."""
-    if image is None:
-        return [None] * prompts
-    if isinstance(image, Image.Image):
-        image = [image]
-    entries = list(image)
-    if prompts == 1 and all(isinstance(e, Image.Image) for e in entries):
-        return [entries or None]
-    if len(entries) != prompts:
-        raise ValueError(f"{len(entries)} input images for {prompts} prompts; give one entry per prompt")
-    groups: list[list[Image.Image] | None] = []
-    for entry in entries:
-        if isinstance(entry, Image.Image):
-            groups.append([entry])
-        else:
-            groups.append(list(entry) if entry else None)
-    return groups
+def repeat_negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    """Give each of `count` prompts its negative prompt."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    negatives = list(negative_prompt)
+    if len(negatives) != count:
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts")
+    return negatives
 
 
 def convert_to_pil(pixels: Tensor) -> list[Image.Image]:
     """Convert pixels (image, 3, height, width) in [0, 1] to PIL images."""
-    arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    arrays = (pixels.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]

@@ -26,6 +26,8 @@ IMPORT = [
     f"denoiser={RELEASED}/base/Sana-tiny",
 ]
 
+EXPORTED = ["README.md", "config.json", "model", "model.safetensors", "model_index.json", "pipeline.py", "scheduler"]
+
 
 def test_the_released_checkpoint_becomes_a_folder_that_draws_and_answers(capfd: pytest.CaptureFixture[str]) -> None:
     text = run_to_success("import_official", capfd, *IMPORT, "out=imported", "image_pixels=3136", "hydra.run.dir=run")
@@ -121,7 +123,7 @@ def test_pushing_uploads_the_folder(capfd: pytest.CaptureFixture[str], monkeypat
     assert "pushed: address" in text
     assert asked == [
         ("owner/name", {"private": True, "exist_ok": True}),
-        ["README.md", "config.json", "model.safetensors"],
+        EXPORTED,
     ]
 
 

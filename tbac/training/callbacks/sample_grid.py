@@ -50,7 +50,9 @@ class SampleGrid(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
         model = pl_module.model
         training = model.training
-        images = UniImagePipeline(model)(
+        pipeline = UniImagePipeline(model)
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(
             self.prompts,
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_inference_steps,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tbac.app import CONF, open_model, read_opening_options, report_user_errors
+from tbac.pictures import open_picture
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +46,6 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def read_image(path: str) -> Image.Image:
-    """Open an image as RGB, turned upright as its EXIF data says.
-
-    Raises:
-        ValueError: when the file is absent or not an image.
-    """
-    try:
-        return ImageOps.exif_transpose(Image.open(Path(path).expanduser())).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {path} can't be read ({error})") from None
-
-
 @hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
@@ -67,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         prompts += read_prompts(cfg.prompt_file)
     if not prompts:
         raise ValueError("nothing to draw: give prompts=[...] or prompt_file=PATH")
-    images = [read_image(path) for path in cfg.images]
+    images = [open_picture(path, f"image {path}") for path in cfg.images]
     if images and len(images) not in (1, len(prompts)):
         raise ValueError(
             f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt"

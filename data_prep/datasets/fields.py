@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from data_prep.datasets.archives import FileStore, LookupFailedError
 from data_prep.shards.conversion import Record, Rejected
-from tbac.data.decoding import IMAGE_EXTENSIONS
+from tbac.pictures import IMAGE_EXTENSIONS
 
 MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from data_prep.datasets.fields import build_text_to_image
 from data_prep.datasets.rows import cut_into_units
 from data_prep.shards.conversion import Record, Rejected
-from tbac.data.decoding import IMAGE_EXTENSIONS
 from tbac.data.shards import DataError
+from tbac.pictures import IMAGE_EXTENSIONS
 
 
 class ImageFolder:

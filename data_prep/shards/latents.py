@@ -14,11 +14,12 @@ from torch import Tensor
 from data_prep.shards.resumable import Result, ResumableWork
 from data_prep.shards.writer import ShardWriter
 from tbac.data.buckets import Buckets, read_sizes
-from tbac.data.decoding import IMAGE_EXTENSIONS, CorruptSampleError, check_reducing_gap, decode_sample
+from tbac.data.decoding import CorruptSampleError, check_reducing_gap, decode_sample
 from tbac.data.shards import DataError, read_manifest
 from tbac.data.tars import NOWHERE, TarIndex, TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
+from tbac.pictures import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 NAME = "latents"  # name of this work in manifests

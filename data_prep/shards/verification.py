@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from data_prep.shards.geneval_captions import is_geneval_template
 from tbac.data.buckets import write_sizes
-from tbac.data.decoding import IMAGE_EXTENSIONS, CorruptSampleError, decode_sample
+from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import read_manifest
 from tbac.data.tars import NOWHERE, TarIndex, TarReader
+from tbac.pictures import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 NAMED = 20  # how many samples with the same kind of fault are named

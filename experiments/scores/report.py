@@ -11,8 +11,9 @@ from textwrap import shorten
 from typing import Any
 
 from experiments.reports import format_table
-from tbac.evaluation.benchmarks.base import Row, Summary, open_picture
+from tbac.evaluation.benchmarks.base import Row, Summary
 from tbac.evaluation.benchmarks.published import PUBLISHED
+from tbac.pictures import open_picture
 from tbac.sampling.grid import join_pictures
 
 SHOWN = 40  # pictures on a sheet, but at most half of all

@@ -18,10 +18,10 @@ from experiments.scores.steps import score_checkpoint
 from experiments.training_run import train
 from tbac.app import get_run_folder, open_model
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import open_picture
 from tbac.evaluation.benchmarks.edits import KIND, Edits, parse_scan
 from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.models import UniImage
+from tbac.pictures import open_picture
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import join_pictures
 from tbac.sampling.pipeline import convert_to_pil

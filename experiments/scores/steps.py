@@ -19,12 +19,13 @@ from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Findings, write_report
 from tbac.app import open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder, open_picture
+from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Tree, generate, list_pending
 from tbac.files import write_whole
 from tbac.models.weights import compute_digest
+from tbac.pictures import open_picture
 from tbac.training.tracking import make_tag_name, open_parent_run
 
 log = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from data_prep.shards.writer import write_shards
 from experiments.reports import format_table
 from experiments.speed.measure import MIB, in_child, interleaved, summary
 from tbac.data.datamodule import ShardDataModule
-from tbac.data.decoding import IMAGE_FORMATS
 from tbac.data.tars import TarReader
 from tbac.data.transforms import ConditionDropout
 from tbac.models.prompt import PromptProcessor
+from tbac.pictures import IMAGE_FORMATS
 
 PLAIN, PILLOW = "read + decode alone", "read + decode + crop by Pillow, to floats"
 OURS, REDUCED, BUCKETS = "ours", "ours, reducing_gap=1", "ours, buckets"

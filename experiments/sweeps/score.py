@@ -22,6 +22,7 @@ from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.config import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
+from tbac.pictures import open_picture
 from tbac.training.module import get_latents
 from tbac.training.randomness import draw_noise
 
@@ -142,4 +143,4 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
 
 def open_grid(point: Point) -> list[Image.Image]:
     """Open the point's pictures of the fixed prompts."""
-    return [Image.open(file).convert("RGB") for file in sorted((point.folder / "grid").glob("*.png"))]
+    return [open_picture(file) for file in sorted((point.folder / "grid").glob("*.png"))]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tbac.data.decoding import IMAGE_EXTENSIONS, IMAGE_FORMATS, ORIENTATION, TURNED, UNREADABLE
 from tbac.data.order import Draw
 from tbac.data.tars import Members, TarIndex
 from tbac.files import write_whole
+from tbac.pictures import IMAGE_EXTENSIONS, IMAGE_FORMATS, ORIENTATION, TURNED, UNREADABLE
 
 log = logging.getLogger(__name__)
 

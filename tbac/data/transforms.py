@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from tbac.pictures import to_upright_rgb
 from tbac.types import Sample
 
 
@@ -70,12 +71,11 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
     Returns:
         (height, width, 3), uint8.
     """
+    image = to_upright_rgb(image)
     height, width = size
     scale = min(image.width / width, image.height / height)
     part = min(round(height * scale), image.height), min(round(width * scale), image.width)
     top, left = (image.height - part[0]) // 2, (image.width - part[1]) // 2
-    if image.mode != "RGB":
-        image = image.convert("RGB")
     pixels = torch.from_numpy(np.asarray(image)[top : top + part[0], left : left + part[1]].copy())
     if part == size:
         return pixels

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from tbac.files import write_whole
+from tbac.pictures import PictureError, open_picture
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ def derive_seed(seed: int, prompt: str, sample: int) -> int:
 def is_readable(path: Path) -> bool:
     """Whether a picture file decodes to its end."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError):
+        open_picture(path)
+    except PictureError:
         return False
     return True
 

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tbac.models.config import SYSTEM_PROMPT
+from tbac.pictures import MAX_ASPECT_RATIO, to_upright_rgb
 
 ANSWER_SYSTEM = "You are a helpful assistant."
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
-MAX_ASPECT_RATIO = 200
 ON_CPU = ("image_grid_thw", "shared_ids")
 
 
@@ -97,6 +97,7 @@ class PromptProcessor:
         """
         if not images:
             return {}
+        images = [to_upright_rgb(image) for image in images]
         for image in images:
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise ValueError(
@@ -104,7 +105,7 @@ class PromptProcessor:
                     f"{MAX_ASPECT_RATIO} times the other"
                 )
         size = {"shortest_edge": self.image_pixels, "longest_edge": self.image_pixels}
-        return dict(self.image_processor(images=[i.convert("RGB") for i in images], size=size, return_tensors="pt"))
+        return dict(self.image_processor(images=images, size=size, return_tensors="pt"))
 
     def tokenize_text(self, text: str, before: str = "", after: str = "") -> list[int]:
         """Turn text into token ids, cut to `max_text_tokens`; what looks like a special token is read as plain text.
@@ -300,7 +301,7 @@ def make_references(images: Sequence[Image.Image | None], size: tuple[int, int])
     pixels = torch.zeros(len(images), 3, height, width)
     for row, image in enumerate(images):
         if image is not None:
-            fitted = image.convert("RGB")
+            fitted = to_upright_rgb(image)
             if fitted.size != (width, height):
                 fitted = ImageOps.fit(fitted, (width, height), Image.Resampling.LANCZOS)
             pixels[row] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from tbac.pictures import open_picture, to_upright_rgb
 
 SingleImage = Image.Image | np.ndarray | Tensor | str | Path
 ImageInput = SingleImage | Sequence[SingleImage]
@@ -49,22 +51,19 @@ def _list_entries(image: Any) -> list[Any]:
 
 
 def read_image(image: Any) -> Image.Image:
-    """Convert an image to PIL.
+    """Convert an image to PIL, upright and RGB, as `tbac.pictures` does everywhere.
 
     Args:
-        image: a PIL image, which is returned as it is; a path; an array (height, width, 3) or a tensor (3, height,
+        image: a PIL image; a path; an array (height, width, 3) or a tensor (3, height,
             width), of bytes or of numbers in [0, 1].
 
     Raises:
         ValueError: when it is something else, has another shape, or the file can't be read.
     """
     if isinstance(image, Image.Image):
-        return image
+        return to_upright_rgb(image)
     if isinstance(image, str | Path):
-        try:
-            return ImageOps.exif_transpose(Image.open(Path(image).expanduser())).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"image {image} can't be read ({error})") from None
+        return open_picture(image, f"image {image}")
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.numpy() if image.dtype == torch.uint8 else image.float().numpy()

@@ -5,10 +5,11 @@ import struct
 import zlib
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from tbac.data.decoding import ORIENTATION
+from tbac.pictures import ORIENTATION
 
 
 def make_noise_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -36,14 +37,27 @@ def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _make_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _make_png(header: bytes, pixels: bytes, chunks: dict[str, bytes]) -> bytes:
+    middle = b"".join(_make_chunk(kind.encode(), data) for kind, data in chunks.items())
+    ends = _make_chunk(b"IDAT", zlib.compress(pixels)) + _make_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + _make_chunk(b"IHDR", header) + middle + ends
+
+
 def make_png_of_size(width: int, height: int) -> bytes:
     """Make a PNG whose header promises a size and whose data is only a few bytes."""
+    return _make_png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"\0", {})
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+def make_png(depth: int, color_type: int, pixels: np.ndarray, **chunks: bytes) -> bytes:
+    """Make a PNG of a kind that Pillow doesn't write: rows of pixels in network order, and further chunks."""
+    height, width = pixels.shape[:2]
+    pixels = pixels.astype(pixels.dtype.newbyteorder(">"))
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    return _make_png(struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0), rows, chunks)
 
 
 FRAMES = [make_noise_image(i, (16, 16)) for i in range(3)]

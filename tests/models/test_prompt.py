@@ -130,12 +130,11 @@ def test_tokens_pixels_and_grids_are_the_released_processor_s(released: PromptPr
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
 def test_images_of_any_size_and_mode_are_read_as_released(
     released: PromptProcessor, size: tuple[int, int], mode: str
 ) -> None:
-    image = make_noise_image(1, size)
-    image = image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    image = make_noise_image(1, size).convert(mode)
     ours = released([""], [[image]])
     theirs = plain_processor(released, "", [image.convert("RGB")])
     assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbac.evaluation.benchmarks.base import open_picture, read_rows
+from tbac.evaluation.benchmarks.base import read_rows
 from tbac.evaluation.rules import is_same_answer
+from tbac.pictures import open_picture
 
 MAX_NEW_TOKENS = 8  # of an answer
 

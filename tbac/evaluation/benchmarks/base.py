@@ -16,6 +16,7 @@ from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
+from tbac.pictures import PictureError, open_picture
 
 Needs = Literal["detector", "questions", "nothing"]
 
@@ -240,19 +241,13 @@ class PictureBenchmark(ABC):
             yield Row(target.path, group, target.prompt, "scored", verdict.score, verdict.reason, dict(verdict.details))
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Open and decode a picture file."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 def make_picture_finder(root: Path) -> Callable[[Target], Image.Image | None]:
     """Make a function that opens the picture of a target in a tree; None when it is absent or can't be decoded."""
 
     def find_picture(target: Target) -> Image.Image | None:
         try:
             return open_picture(root / target.path)
-        except (OSError, SyntaxError, ValueError):
+        except PictureError:
             return None
 
     return find_picture

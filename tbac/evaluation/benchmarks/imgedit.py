@@ -19,10 +19,10 @@ from tbac.evaluation.benchmarks.base import (
     list_count_difference,
     list_edit_targets,
     list_judge_difference,
-    open_picture,
 )
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
+from tbac.pictures import open_picture
 
 PLACEHOLDER = "<edit_prompt>"  # marks the place of the instruction in the judge's prompts
 NUM_KINDS = 9  # that the published macro mean is over

@@ -24,6 +24,7 @@ from transformers import (
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
 from tbac.models.sources import locate_folder
+from tbac.pictures import to_upright_rgb
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
 MAX_DETECTIONS = 100  # of all classes, before any threshold
@@ -121,7 +122,7 @@ class Mask2FormerDetector:
     @torch.no_grad()
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
         """Read one picture; only objects whose name is in `colored` get a colour. The background has no name."""
-        image = image.convert("RGB")
+        image = to_upright_rgb(image)
         inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
         outputs = self.segmenter(**inputs)
         # The processor pads the picture; its mask tells which part of the input is the picture.

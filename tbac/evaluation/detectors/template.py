@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.pictures import to_upright_rgb
 
 
 class TemplateDetector:
@@ -74,7 +75,7 @@ class TemplateDetector:
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
         """Read one picture of any mode, without resizing it. All objects get their colour, whatever `colored` says."""
         # The nearest colour of the palette tells for each pixel which object colour or background it has.
-        pixels = np.asarray(image.convert("RGB"), np.float32)
+        pixels = np.asarray(to_upright_rgb(image), np.float32)
         distance = ((pixels[:, :, None] - self.palette) ** 2).sum(-1)
         nearest = distance.argmin(-1)
         num_colors = len(self.color_names)

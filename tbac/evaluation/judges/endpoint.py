@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
+from tbac.pictures import to_upright_rgb
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between tries; each wait is twice the one before
 LONGEST_REQUEST = 60.0  # seconds that an endpoint may ask us to wait
@@ -110,5 +111,5 @@ def read_requested_wait(error: Exception) -> float:
 def encode_png(image: Image.Image) -> bytes:
     """Encode a picture as a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    to_upright_rgb(image).save(buffer, format="PNG")
     return buffer.getvalue()

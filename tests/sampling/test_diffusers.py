@@ -181,7 +181,7 @@ def test_images_come_in_the_forms_of_diffusers(pipeline: UniImagePipeline, form:
         (np.zeros((4, 4)), r"got shape \(4, 4\)"),
         (np.full((8, 8, 3), 7.0), r"must lie in \[0, 1\]"),
         ([5], "got int 5"),
-        ("missing.png", "missing.png can't be read"),
+        ("missing.png", "missing.png can't be opened"),
     ],
 )
 def test_what_isn_t_an_image_is_refused(pipeline: UniImagePipeline, image: Any, words: str) -> None:

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, pick_device, report_user_errors, to_plain
+from tbac.app import command, pick_device, to_plain
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="cache_latents")
-@report_user_errors
+@command("cache_latents")
 def main(cfg: DictConfig) -> None:
     # A wrong path is reported at once, before torch and diffusers are imported.
     source, out = Path(cfg.path).expanduser(), Path(cfg.out).expanduser().absolute()

@@ -3,17 +3,14 @@
 import logging
 from pathlib import Path
 
-import hydra
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tbac.app import CONF, report_user_errors
+from tbac.app import CONF, command, make_part
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="convert")
-@report_user_errors
+@command("convert")
 def main(cfg: DictConfig) -> None:
     if "dataset" not in cfg:
         known = sorted(file.stem for file in (Path(CONF) / "dataset").glob("*.yaml"))
@@ -24,8 +21,8 @@ def main(cfg: DictConfig) -> None:
     # Imported here, so that --help doesn't wait for what decodes pictures.
     from data_prep.shards.conversion import convert, format_counts
 
-    options = instantiate(cfg.options)
-    dataset = instantiate(cfg.dataset, _convert_="all")
+    options = make_part(cfg.options, "options")
+    dataset = make_part(cfg.dataset, "dataset", _convert_="all")
     out = Path(cfg.out).expanduser().absolute()
     counts = convert(dataset, out, options, cfg.processes)
     print(f"\n{dataset.name} in {out}:\n{format_counts(counts)}")

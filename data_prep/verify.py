@@ -7,16 +7,14 @@ import logging
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, get_run_folder, report_user_errors
+from tbac.app import command, get_run_folder
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="verify")
-@report_user_errors
+@command("verify")
 def main(cfg: DictConfig) -> None:
     folder = Path(cfg.path).expanduser()
     if not folder.is_dir():

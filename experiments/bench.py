@@ -8,14 +8,12 @@ python experiments/bench.py experiment=real_size_cpu                 one step of
 import json
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, keep_freed_memory, report_user_errors, to_plain
+from tbac.app import command, keep_freed_memory, to_plain
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="bench")
-@report_user_errors
+@command("bench")
 def main(cfg: DictConfig) -> None:
     from experiments.speed.parts import bench, check  # torch and diffusers, only when the config is right
     from experiments.speed.running import format_result

@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra import compose
 from omegaconf import DictConfig
 
-from tbac.app import CONF, report_user_errors, to_plain
+from tbac.app import command, compose_checked, to_plain
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -47,8 +45,7 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="demo")
-@report_user_errors
+@command("demo")
 def main(cfg: DictConfig) -> None:
     # Torch and the libraries of models are imported only when the config is right.
     from data_prep.shapes.parts import build_world
@@ -58,7 +55,7 @@ def main(cfg: DictConfig) -> None:
     started = time.monotonic()
     out = Path(cfg.out)
     os.environ["TBAC_SHAPES"] = cfg.world_folder  # where all configs look for the world
-    build_world(compose("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
+    build_world(compose_checked("shapes", [f"seed={cfg.seed}", *cfg.world_overrides]))
     built = time.monotonic()
     with open_parent_run(cfg.tracking_uri, "tbac", "demo") as run:
         run.log_config(to_plain(cfg))

@@ -6,11 +6,10 @@ is the same folder: `generate` writes the tree that the benchmark's own scorer r
 logs the scores to the checkpoint's MLflow run. `answers` draws nothing and has no steps.
 """
 
-import hydra
 from omegaconf import DictConfig
 
 from experiments.scores.benchmarks import make_benchmark
-from tbac.app import CONF, report_user_errors
+from tbac.app import command
 
 STEPS = ("generate", "score", "report")
 
@@ -26,8 +25,7 @@ def check_steps(cfg: DictConfig) -> None:
         raise ValueError("several processes take steps=[generate]; score and report are for one, when all are done")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
-@report_user_errors
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
     check_steps(cfg)
     benchmark = make_benchmark(cfg)

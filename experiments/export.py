@@ -7,10 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, open_model, read_opening_options, report_user_errors
+from tbac.app import command, open_model, read_opening_options
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         ) from None
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
-@report_user_errors
+@command("export")
 def main(cfg: DictConfig) -> None:
     check_options(cfg)
     model = open_model(cfg.checkpoint, **read_opening_options(cfg)).model

@@ -4,10 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, open_model, read_opening_options, report_user_errors
+from tbac.app import command, open_model, read_opening_options
 from tbac.pictures import open_picture
 
 log = logging.getLogger(__name__)
@@ -46,11 +45,10 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
-@report_user_errors
+@command("generate")
 def main(cfg: DictConfig) -> None:
     # Prompts and images are checked before a model is loaded.
-    prompts = [str(prompt) for prompt in cfg.prompts]
+    prompts = list(cfg.prompts)
     if cfg.prompt_file:
         prompts += read_prompts(cfg.prompt_file)
     if not prompts:
@@ -60,9 +58,6 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(
             f"images has {len(images)} entries for {len(prompts)} prompts; give none, one, or one per prompt"
         )
-    for name in ("batch_size", "height", "width"):
-        if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < 1):
-            raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
     import torch  # takes seconds, so only when the options are right
 
     # One image serves all prompts.

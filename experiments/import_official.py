@@ -7,16 +7,14 @@ import json
 import logging
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, get_run_folder, report_user_errors
+from tbac.app import command, get_run_folder
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="import_official")
-@report_user_errors
+@command("import_official")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and any(out.iterdir()):

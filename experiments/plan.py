@@ -6,13 +6,11 @@ python experiments/plan.py world=real machine=slurm optim=adamw8bit
 import json
 from typing import Any
 
-import hydra
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
-from tbac.app import CONF, get_run_folder, report_user_errors
+from tbac.app import command, compose_checked, get_run_folder
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -64,11 +62,10 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="plan")
-@report_user_errors
+@command("plan")
 def main(cfg: DictConfig) -> None:
     others = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("stage=")]
-    stages = [compose("plan", [*others, f"stage={name}"]) for name in cfg.stages]
+    stages = [compose_checked("plan", [*others, f"stage={name}"]) for name in cfg.stages]
 
     from experiments.budget import plan_run  # torch and diffusers, only when the config is right
 

@@ -4,10 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose
 from omegaconf import DictConfig
 
-from tbac.app import to_plain
+from tbac.app import compose_checked, to_plain
 
 PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
 
@@ -24,7 +23,7 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
     common = [override for override in overrides if override.split("=")[0] not in ("stage", "stages")]
     configs = []
     for name in cfg.stages:
-        configs.append(compose("train", [*common, f"stage={name}", *cfg.stage_overrides.get(name, [])]))
+        configs.append(compose_checked("train", [*common, f"stage={name}", *cfg.stage_overrides.get(name, [])]))
     # One model, one trainer and one logger serve all stages, so only some parts may differ.
     first = to_plain(configs[0], resolve=False)
     for name, config in zip(cfg.stages, configs, strict=True):

@@ -8,14 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.sweeps.points import read_choices, read_points
-from tbac.app import CONF, report_user_errors, to_plain
+from tbac.app import command, compose_checked, make_part, to_plain
 
 log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
@@ -23,8 +20,8 @@ TRAIN = Path(__file__).parent / "train.py"
 
 def build_world_if_missing(cfg: DictConfig) -> None:
     """Build the shapes world if the sweep trains on it and it is missing, so that a sweep runs in a fresh clone."""
-    world = compose("shapes")
-    mllm = compose("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
+    world = compose_checked("shapes", [])
+    mllm = compose_checked("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
     if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
         log.info("%s trains on the shapes world, which is built first", cfg.name)
         from data_prep.shapes.parts import build_world
@@ -36,14 +33,13 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
     """Train every point that isn't finished yet, each as a child of the parent run."""
     command = [
         sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
-        f"parent_run_id={parent_run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", *cfg.overrides,
+        f"parent_run_id={parent_run_id}", f"logger.tracking_uri={cfg.tracking_uri}", *cfg.overrides,
     ]  # fmt: skip
     if subprocess.run(command).returncode:
         raise ValueError(f"a point of {cfg.name} failed, as its message says; the same command goes on from there")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
-@report_user_errors
+@command("sweep")
 def main(cfg: DictConfig) -> None:
     # A wrong name is an error before anything is built or trained.
     choices = read_choices(cfg.name)
@@ -67,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         if len(points) < expected:
             log.warning("%d of %d points are finished", len(points), expected)
         # Scores of every point that is finished, and what it logged while it trained.
-        detector = instantiate(cfg.judge)
+        detector = make_part(cfg.judge, "judge")
         histories: dict[Path, dict[str, Any]] = {}
         for number, point in enumerate(points, start=1):
             point.scores = score_point(point, cfg, detector)

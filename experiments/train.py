@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from experiments.stage_configs import compose_stages, is_finished
-from tbac.app import CONF, get_run_folder, keep_freed_memory, report_user_errors, to_plain
+from tbac.app import command, get_run_folder, keep_freed_memory, to_plain
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ def act_as_only_run() -> Iterator[None]:
             del os.environ[name]
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@report_user_errors
+@command("train")
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     overrides = HydraConfig.get().overrides.task

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.stage_configs import PER_STAGE
-from tbac.app import to_plain
+from tbac.app import make_part, to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.models import UniImage
 from tbac.models.architecture import check_config
@@ -78,10 +77,10 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     seed_everything(cfg.seed)
     # Everything that can be checked without the model is checked before it is loaded, which may take minutes.
     stages = [build_stage(c) for c in configs]
-    model_config: ModelConfig = instantiate(cfg.model)
+    model_config: ModelConfig = make_part(cfg.model, "model")
     start = find_start(cfg, stages, model_config, folder)
     check_config(model_config)
-    data = StagedDataModule([instantiate(c.data) for c in configs], start.stage)
+    data = StagedDataModule([make_part(c.data, "data") for c in configs], start.stage)
     try_schedules(configs, stages, data)
 
     # The model, with the weights that the run starts with.
@@ -96,14 +95,15 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     module.first_step = start.first_step
 
     # All stages share one logger, and only the first process opens it, so that nothing is logged twice.
-    logger = RunLogger(instantiate(cfg.logger)) if cfg.logger and not read_process_rank() else None
+    logger = RunLogger(make_part(cfg.logger, "logger")) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
         log_run([logger.logger], collect_config(stages), collect_run_facts() | digests)
 
     # Each stage has a trainer of its own, which the transition asks for when the stage begins.
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
-        trainer: L.Trainer = instantiate(configs[stage].trainer, callbacks=list(callbacks), logger=logger or False)
+        options = configs[stage].trainer
+        trainer: L.Trainer = make_part(options, "trainer", callbacks=list(callbacks), logger=logger or False)
         if cfg.logger and not logger:
             log_nowhere(trainer)
         return trainer
@@ -130,12 +130,12 @@ def build_stage(cfg: DictConfig) -> Stage:
     """Build the stage that a config describes."""
     names = ("name", "steps", "samples", "patience", "min_delta", "weight_decay", "clip", "accumulate", "val_every")
     return Stage(
-        optimizer=instantiate(cfg.optim),
-        scheduler=instantiate(cfg.schedule),
-        flow=instantiate(cfg.flow),
+        optimizer=make_part(cfg.optim, "optim", partial=True),
+        scheduler=make_part(cfg.schedule, "schedule", partial=True),
+        flow=make_part(cfg.flow, "flow"),
         trainable=list(cfg.stage.trainable),
         keep_optimizer=cfg.stage.keep_optimizer,
-        callbacks=[instantiate(c) for c in cfg.callbacks.values()] if cfg.callbacks else [],
+        callbacks=[make_part(c, f"callbacks.{name}") for name, c in (cfg.callbacks or {}).items()],
         config=to_plain(cfg),
         **{name: cfg.stage[name] for name in names},
     )

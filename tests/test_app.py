@@ -28,13 +28,14 @@ def test_a_wrapped_error_of_ours_is_not_shown_as_the_user_s() -> None:
 
 
 def test_the_folder_of_a_point_names_its_overrides_and_not_those_of_the_machine() -> None:
-    overrides = "+callbacks.x={a:1,b:2},logger=csv,machine.devices=2,machine=cuda,stage.lr=0.001,taps=last_n"
+    overrides = ["taps=last_n", "stage.lr=0.001", "machine=cuda", "+callbacks.x={a:1,b:2}", "logger=csv"]
     assert name_point(overrides) == "stage.lr=0.001,taps=last_n"
-    assert name_point("machine=cuda") == "default"
-    assert name_point("taps.layers=[1,2,3]") == "taps.layers=[1,2,3]"
+    assert name_point(["machine=cuda"]) == "default"
+    assert name_point(["taps.layers=[1,2,3]"]) == "taps.layers=[1,2,3]"
+    assert name_point(overrides, ["machine"]) == "machine=cuda,stage.lr=0.001,taps=last_n"
 
 
 def test_long_names_stay_short_and_distinct() -> None:
-    names = {name_point(f"init=/a/{'b' * 300},stage.lr={lr}") for lr in (1, 2)}
-    assert len(names) == 2
-    assert all(len(name) <= 120 and "/" not in name for name in names)
+    names = {name_point([f"init=/a/{letter * 300}", f"stage.lr={lr}"]) for lr in (1, 2) for letter in ("b", "猫")}
+    assert len(names) == 4
+    assert all(len(name.encode()) <= 120 and "/" not in name for name in names)

@@ -11,7 +11,7 @@ from tests.helpers.source import CODE, find_circle, list_arrows, list_files, lis
 ROWS = [
     ["experiments/"],
     ["data_prep/"],
-    ["tbac/app.py"],
+    ["tbac/app/"],
     ["tbac/training/", "tbac/sampling/", "tbac/evaluation/"],
     ["tbac/models/", "tbac/data/"],
     ["tbac/flow.py", "tbac/types.py", "tbac/files.py", "tbac/pictures.py", "tbac/distributed.py", "tbac/__init__.py"],
@@ -24,7 +24,7 @@ STRANGERS = [
 NEVER_UP = [("tbac/sampling/", "tbac/training/"), ("tbac/sampling/", "tbac/evaluation/")]
 # Library -> the files that may import it.
 RESERVED = {
-    "hydra": ("experiments/", "data_prep/", "tbac/app.py"),
+    "hydra": ("experiments/", "data_prep/", "tbac/app/"),
     "lightning": ("tbac/training/", "tbac/data/datamodule.py"),
     "mlflow": ("tbac/training/tracking.py",),
 }

@@ -3,16 +3,14 @@
 import logging
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from tbac.app import CONF, report_user_errors
+from tbac.app import command
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="shapes")
-@report_user_errors
+@command("shapes")
 def main(cfg: DictConfig) -> None:
     from data_prep.shapes.parts import build_world  # torch and diffusers, only when the config is right
 

@@ -1,8 +1,8 @@
 """Making the benchmark of a config, without torch: what is wrong with it is said at once."""
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from tbac.app import make_part
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark
 
@@ -13,7 +13,7 @@ def make_benchmark(cfg: DictConfig) -> PictureBenchmark | Answers:
     Raises:
         ValueError: for options or files that can't be used, and for a class that isn't a benchmark.
     """
-    benchmark = instantiate(cfg.benchmark)
+    benchmark = make_part(cfg.benchmark, "benchmark")
     if not isinstance(benchmark, PictureBenchmark | Answers):
         raise ValueError(f"benchmark._target_={cfg.benchmark._target_} isn't derived from PictureBenchmark")
     return benchmark

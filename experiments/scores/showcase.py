@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -16,7 +14,7 @@ from data_prep.shapes.pretrain_autoencoder import stack_pixels
 from experiments.scores.sheets import score_with_sheet
 from experiments.scores.steps import score_checkpoint
 from experiments.training_run import train
-from tbac.app import get_run_folder, open_model
+from tbac.app import compose_checked, get_run_folder, make_part, open_model
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.edits import KIND, Edits, parse_scan
 from tbac.evaluation.benchmarks.geneval import GenEval
@@ -44,8 +42,8 @@ class Benchmarks:
 def run_showcase(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     """Train, score, draw and answer; returns the report."""
     out = Path(cfg.out)
-    benchmarks = Benchmarks(*(instantiate(part) for part in (cfg.geneval, cfg.edits, cfg.answers, cfg.judge)))
-    untrained = UniImage.from_config(instantiate(compose_training(cfg, cfg.stages[0], get_run_folder()).model))
+    benchmarks = Benchmarks(*(make_part(cfg[name], name) for name in ("geneval", "edits", "answers", "judge")))
+    untrained = UniImage.from_config(make_part(compose_training(cfg, cfg.stages[0], get_run_folder()).model, "model"))
     pipeline = UniImagePipeline(untrained)
     pipeline.set_progress_bar_config(disable=True)
     # Before training: how well the detector reads pictures, and what the MLLM answers.
@@ -87,7 +85,11 @@ def train_stages(cfg: DictConfig, run: ParentRun) -> list[dict[str, Any]]:
     """Train all stages, as a child of `run`; returns the report of each, with its last checkpoint."""
     folder = get_run_folder() / "stages"
     folder.mkdir(parents=True, exist_ok=True)
-    tracked = [f"parent_run_id={run.run_id}", f"logger.tracking_uri='{cfg.tracking_uri}'", "logger.run_name=stages"]
+    tracked = [
+        f"parent_run_id={run.run_id}",
+        f"logger.tracking_uri={cfg.tracking_uri}",
+        "logger.run_name=stages",
+    ]
     report = train([compose_training(cfg, stage, folder, *tracked) for stage in cfg.stages], folder)
     return report.get("stages", [report])
 
@@ -114,7 +116,7 @@ def score_suites(cfg: DictConfig, model: Path) -> dict[str, float]:
 def compose_training(cfg: DictConfig, stage: str, folder: Path, *overrides: str) -> DictConfig:
     """Compose the config of `experiments/train.py` for one stage on the shapes world."""
     chosen = [f"stage={stage}", "world=shapes", f"run_dir={folder}", f"seed={cfg.seed}", *overrides]
-    return compose("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
+    return compose_checked("train", [*chosen, *cfg.train_overrides, *cfg.stage_overrides.get(stage, [])])
 
 
 def measure_reading(detector: Any, answers: Answers, pipeline: UniImagePipeline) -> dict[str, float]:

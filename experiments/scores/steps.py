@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
 from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Findings, write_report
-from tbac.app import open_model, read_opening_options, to_plain
+from tbac.app import compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
@@ -50,9 +48,14 @@ def run_benchmark(cfg: DictConfig, benchmark: PictureBenchmark | Answers) -> Che
 
 def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) -> CheckpointScores:
     """Run all steps of a benchmark on the CPU, with the options of its YAML."""
-    chosen = [f"benchmark={name}", f"checkpoint='{checkpoint}'", f"out='{out.absolute()}'", "overwrite=true"]
-    fixed = [f"tracking_uri='{tracking_uri}'", "device=cpu", "rank=0", "world_size=1"]
-    cfg = compose("evaluate", [*chosen, *fixed])
+    chosen = [
+        f"benchmark={name}",
+        f"checkpoint={checkpoint}",
+        f"out={out.absolute()}",
+        "overwrite=true",
+    ]
+    fixed = [f"tracking_uri={tracking_uri}", "device=cpu", "rank=0", "world_size=1"]
+    cfg = compose_checked("evaluate", [*chosen, *fixed])
     return run_benchmark(cfg, make_benchmark(cfg))
 
 
@@ -86,7 +89,7 @@ def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mappin
 
 def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
     """Make the benchmark's judge; a slow one keeps its replies in `<benchmark>.judged.jsonl`, so that none is lost."""
-    judge = instantiate(cfg.judge)
+    judge = make_part(cfg.judge, "judge")
     if benchmark.needs == "questions":
         judge = answer_by_detection(judge)
     benchmark.check_judge(judge)

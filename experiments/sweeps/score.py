@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.scores.steps import score_checkpoint
 from experiments.sweeps.points import Point
-from tbac.app import open_model
+from tbac.app import make_part, open_model
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.transforms import ConditionDropout
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
@@ -50,7 +49,7 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
             return known
     # GenEval's rules, and a few of its pictures for the report.
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
-    scored = score_in_memory(pipeline, instantiate(cfg.geneval), detector)
+    scored = score_in_memory(pipeline, make_part(cfg.geneval, "geneval"), detector)
     chosen = choose_of_each_tag([row.group for row in scored.rows], cfg.prompts_per_tag)
     pictures = point.folder / "grid"
     pictures.mkdir(exist_ok=True)
@@ -76,7 +75,7 @@ def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) ->
     suite_scores: dict[str, float] = {}
     for name in cfg.suites:
         if name == "edits":
-            scores = score_in_memory(pipeline, instantiate(cfg.edits), detector).summary.scores
+            scores = score_in_memory(pipeline, make_part(cfg.edits, "edits"), detector).summary.scores
         else:
             scores = score_checkpoint(name, point.checkpoint, point.folder / name, cfg.tracking_uri).scores
         # A benchmark that isn't in SUITE_SCORES is represented by the score that it lists first.

@@ -95,7 +95,7 @@ def test_the_first_comment_of_a_command_s_config_is_the_command(name: str) -> No
     text = (CONF / f"{name}.yaml").read_text()
     script = re.search(r"^# python (\S+\.py)\b", text, re.MULTILINE)
     assert script, text
-    assert f'config_name="{name}"' in (ROOT / script[1]).read_text()
+    assert f'@command("{name}")' in (ROOT / script[1]).read_text()
 
 
 def test_the_readme_knows_every_group() -> None:

@@ -14,7 +14,7 @@ COMMANDS = sorted(
     file.relative_to(ROOT).as_posix()
     for top in ("experiments", "data_prep")
     for file in (ROOT / top).rglob("*.py")
-    if "@hydra.main(" in file.read_text()
+    if "@command(" in file.read_text()
 )
 # Runs command lines one after the other; prints exit status, heavy modules that were imported, and the text of each.
 RUN = """

@@ -102,7 +102,7 @@ def test_a_stage_ends_when_validation_gets_no_better(capfd: pytest.CaptureFixtur
         ("stage.steps=0", "stage.steps must be at least 1, got 0"),
         ("stage.steps=null", "give stage.steps or stage.samples"),
         ("stage.patience=0", "stage.patience must be at least 1"),
-        ("stage.clip=-1", "stage.clip must be positive or null, got -1"),
+        ("stage.clip=-1", "stage.clip must be positive, got -1"),
     ],
 )
 def test_bad_stages_are_named(argument: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
@@ -33,7 +32,7 @@ from experiments.studies.faults.local_slurm import (
     wait_until,
 )
 from experiments.studies.faults.runs import Run, end_identically
-from tbac.app import CONF, report_user_errors
+from tbac.app import command
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]
@@ -339,8 +338,7 @@ def cause_faults(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
         yield name, row
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="study/faults")
-@report_user_errors
+@command("study/faults")
 def main(cfg: DictConfig) -> None:
     unknown = set(cfg.rows) - set(ROWS)
     if unknown:

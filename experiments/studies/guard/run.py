@@ -13,13 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hydra
-from hydra import compose
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
 from experiments.stage_configs import compose_stages
-from tbac.app import CONF, keep_freed_memory, report_user_errors
+from tbac.app import command, compose_checked, keep_freed_memory
 
 log = logging.getLogger(__name__)
 STAGES = "[t2i_pretrain,ti2i_pretrain,finetune]"
@@ -38,7 +36,7 @@ def measure_overhead(cfg: DictConfig, folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True)
     for times in AlternatingGuard.times:
         times.clear()
-    train([compose("train", chosen)], folder)
+    train([compose_checked("train", chosen)], folder)
     without, with_guard = map(median, AlternatingGuard.times)
     return {
         "without": without,
@@ -57,14 +55,13 @@ def count_rejects(cfg: DictConfig, folder: Path) -> dict[str, int]:
         f"run_dir={folder}", "~callbacks.progress", *cfg.overrides,
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    train(compose_stages(compose("train", chosen), chosen), folder)
+    train(compose_stages(compose_checked("train", chosen), chosen), folder)
     lines = [json.loads(text) for text in (folder / "sample_log" / "rank_0.jsonl").read_text().splitlines()]
     rejected = sum(line["rejected"] for line in lines)
     return {"taken": len(lines) - rejected, "rejected": rejected}
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="study/guard")
-@report_user_errors
+@command("study/guard")
 def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     out = Path(cfg.out).absolute()

@@ -4,12 +4,11 @@ import logging
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments.speed.measure import MIB
-from tbac.app import open_model, read_opening_options
+from tbac.app import make_part, open_model, read_opening_options
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.models import UniImage
 
@@ -44,8 +43,8 @@ def count_layer_bytes(model: UniImage) -> int:
 
 def measure_options(cfg: DictConfig) -> list[dict[str, Any]]:
     """Measure every option in turn; returns a row for each."""
-    geneval, answers = instantiate(cfg.geneval), instantiate(cfg.answers)
-    detector = instantiate(cfg.judge)
+    geneval, answers = make_part(cfg.geneval, "geneval"), make_part(cfg.answers, "answers")
+    detector = make_part(cfg.judge, "judge")
     prompts = [row["prompt"] for row in geneval.prompts]
     rows: list[dict[str, Any]] = []
     reference: Tensor | None = None

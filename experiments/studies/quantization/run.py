@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
-from tbac.app import CONF, report_user_errors
+from tbac.app import command
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="study/quantization")
-@report_user_errors
+@command("study/quantization")
 def main(cfg: DictConfig) -> None:
     # Torch and diffusers are imported only when the config is right.
     from experiments.studies.quantization.measure import measure_options

@@ -1,0 +1,30 @@
+"""What the commands share: options and their check, messages for users, run folders, sweeps, opening a model.
+
+Every command imports this first. It imports neither torch nor a model library at the top, so that `--help` and a
+mistake in the config are answered at once. `kinds.py` has the kinds of values, `parts.py` and `options.py` what each
+option accepts.
+"""
+
+from tbac.app.arguments import quote
+from tbac.app.command import CONF, command, compose_checked, get_run_folder, to_plain
+from tbac.app.errors import report_user_errors
+from tbac.app.folders import claim_folder, name_point
+from tbac.app.making import make_part
+from tbac.app.opening import keep_freed_memory, open_model, pick_device, read_opening_options
+
+__all__ = [
+    "CONF",
+    "claim_folder",
+    "command",
+    "compose_checked",
+    "get_run_folder",
+    "keep_freed_memory",
+    "make_part",
+    "name_point",
+    "open_model",
+    "pick_device",
+    "quote",
+    "read_opening_options",
+    "report_user_errors",
+    "to_plain",
+]

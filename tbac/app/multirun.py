@@ -1,0 +1,153 @@
+"""Multiruns: each point has a folder of its own, and one that fails is one that fails."""
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from tbac.app.arguments import quote
+from tbac.app.errors import describe_error, is_user_error, print_error
+from tbac.app.folders import name_point
+from tbac.files import write_whole
+
+log = logging.getLogger(__name__)
+FAILED = "failed.txt"
+MODULE = "hydra_plugins.tbac"  # Hydra takes sweepers of the package hydra_plugins alone
+SWEEPER = f"{MODULE}.PointSweeper"
+
+
+@dataclass(frozen=True)
+class PointFailure:
+    """What a point of a multirun returns when it failed.
+
+    Attributes:
+        folder: its run folder.
+        message: why it failed.
+    """
+
+    folder: str
+    message: str
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Remove the note of an earlier failure."""
+        (folder / FAILED).unlink(missing_ok=True)
+
+
+def note_failure(folder: Path, message: str) -> PointFailure:
+    """Say that a point failed, on the screen and in a file of its folder."""
+    print_error(f"{folder.name}: {message}")
+    write_whole(folder / FAILED, f"{message}\n".encode())
+    return PointFailure(str(folder), message)
+
+
+class PointSweeper(Sweeper):
+    """Runs every combination of the values that a multirun lists, as Hydra's own sweeper does.
+
+    Each point has a folder that is named by its overrides, and is never another point's. When points fail, or can't be
+    composed, the others run; then the multirun ends with exit status 1 and names those that failed.
+
+    Args:
+        max_batch_size: as Hydra's sweeper has it; all points are launched together.
+        params: key -> values, besides those of the command line.
+    """
+
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
+        self.params = dict(params or {})
+        self.config: DictConfig | None = None
+        self.context: HydraContext | None = None
+        self.launcher: Any = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run all points.
+
+        Args:
+            arguments: overrides, some of them with several values.
+        """
+        assert self.config is not None
+        assert self.context is not None
+        lines = [f"{key}={values}" for key, values in self.params.items()]
+        overrides = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(lines + arguments)
+        points, varied = combine_overrides(overrides)
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        # A folder that the user names is left to the user.
+        names_folders = any(line.startswith("hydra.sweep.subdir=") for line in self.config.hydra.overrides.hydra)
+        failures: list[PointFailure] = []
+        jobs = []
+        for point in points:
+            name = name_point(point, varied)
+            job = point if names_folders else [*point, f"hydra.sweep.subdir={quote(name)}"]
+            failure = self._try_to_compose(job, folder / name)
+            if failure is None:
+                jobs.append(job)
+            else:
+                failures.append(failure)
+        results: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
+        failures += [r.return_value for r in results if isinstance(r.return_value, PointFailure)]
+        finish_multirun(len(points), failures)
+        return results
+
+    def _try_to_compose(self, job: list[str], folder: Path) -> PointFailure | None:
+        """Compose the config of a point; what can't be composed is a point that failed."""
+        assert self.context is not None
+        assert self.config is not None
+        try:
+            self.context.config_loader.load_sweep_config(self.config, job)
+        except Exception as error:
+            if not is_user_error(error):
+                raise
+            folder.mkdir(parents=True, exist_ok=True)
+            return note_failure(folder, describe_error(error))
+        return None
+
+
+PointSweeper.__module__ = MODULE
+
+
+def combine_overrides(overrides: Sequence[Override]) -> tuple[list[list[str]], list[str]]:
+    """Combine the values that overrides list.
+
+    Returns:
+        The overrides of each point, and the keys that have several values.
+    """
+    values: dict[str, list[str]] = {}
+    varied = []
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+            continue
+        if not override.is_discrete_sweep():
+            raise HydraException(f"{override.input_line}: a sweep lists its values, as {key}=a,b")
+        values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        varied.append(key.lstrip("+~"))
+    return [list(point) for point in itertools.product(*values.values())], varied
+
+
+def finish_multirun(count: int, failures: Sequence[PointFailure]) -> None:
+    """Say how many points finished; with exit status 1 when some failed."""
+    if not failures:
+        return
+    lines = [f"  {Path(failure.folder).name}: {failure.message}" for failure in failures]
+    print_error(f"{count - len(failures)} of {count} points finished; these failed:\n" + "\n".join(lines))
+    sys.exit(1)

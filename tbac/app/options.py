@@ -1,0 +1,329 @@
+"""The options of each command, and the check of a whole config before anything heavy is loaded.
+
+A command has the name of its file in conf/. A key that isn't here is no option, except in what a class checks itself:
+one from elsewhere, and the dataclasses of a model.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from tbac.app.kinds import (
+    Kind,
+    anything,
+    choice,
+    flag,
+    list_of,
+    mapping_of,
+    name,
+    new_folder,
+    number,
+    optional,
+    path,
+    plain_mapping,
+    seed,
+    some_of,
+    text,
+    unique,
+    whole,
+)  # fmt: skip
+from tbac.app.parts import (
+    BENCHMARK,
+    CALLBACKS,
+    CONVERSION,
+    DATA,
+    DATASET,
+    DEVICE,
+    FLOW,
+    GUARD,
+    JUDGE,
+    LOGGER,
+    MACHINE,
+    NAMES_TO_LISTS,
+    OPTIM,
+    PRECISION,
+    PRETRAINING,
+    PROBABILITY,
+    RECIPE,
+    SCENES,
+    SCHEDULE,
+    SIZES,
+    STAGE,
+    TRAINER,
+    Fields,
+    Part,
+    Parts,
+    counts,
+)  # fmt: skip
+from tbac.models.config import DTYPE_NAMES, QUANTIZATIONS
+
+OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+OVERRIDES = list_of(text())
+CHECKED_BY_THE_MODEL = plain_mapping()
+MODEL: Fields = {"model": CHECKED_BY_THE_MODEL, "taps": CHECKED_BY_THE_MODEL, "ladder": CHECKED_BY_THE_MODEL}
+OPENING: Fields = {
+    "checkpoint": path(),
+    "mllm": optional(path()),
+    "denoiser": optional(path()),
+    "connector": optional(plain_mapping()),
+}
+PIPELINE: Fields = {
+    **OPENING,
+    "device": DEVICE,
+    "dtype": choice(*DTYPE_NAMES),
+    "quantization": optional(choice(*QUANTIZATIONS)),
+}
+PROCESSES: Fields = {"rank": whole(0), "world_size": whole()}
+STAGES = unique(list_of(name(), least=1))
+COMMANDS: dict[str, Fields] = {
+    "train": {
+        "seed": seed(),
+        "stages": optional(STAGES),
+        "stage_overrides": NAMES_TO_LISTS,
+        "init": optional(path()),
+        "resume": optional(path()),
+        "run_dir": path(),
+        "parent_run_id": optional(text()),
+        "stage": STAGE,
+        **MODEL,
+        "flow": FLOW,
+        "data": DATA,
+        "optim": OPTIM,
+        "schedule": SCHEDULE,
+        "guard": GUARD,
+        "callbacks": CALLBACKS,
+        "logger": LOGGER,
+        "machine": MACHINE,
+        "trainer": TRAINER,
+    },
+    "generate": {
+        **PIPELINE,
+        "prompts": list_of(text()),
+        "prompt_file": optional(path()),
+        "images": list_of(path()),
+        "negative_prompt": text(empty=True),
+        **counts("num_inference_steps", "num_images_per_prompt", "batch_size"),
+        "guidance_scale": number(least=0),
+        "image_guidance_scale": number(least=0),
+        "guidance_interval": list_of(PROBABILITY, count=2, single=False),
+        "batch_branches": flag(),
+        "compile": flag(),
+        "height": optional(whole()),
+        "width": optional(whole()),
+        "seed": seed(),
+        "out": new_folder(),
+    },
+    "answer": {**PIPELINE, "question": text(), "image": optional(path()), "max_new_tokens": whole()},
+    "evaluate": {
+        **PIPELINE,
+        "benchmark": BENCHMARK,
+        "judge": JUDGE,
+        "steps": some_of("generate", "score", "report"),
+        "samples": whole(),
+        "tracking_uri": text(),
+        "out": new_folder(),
+        "overwrite": flag(),
+        **PROCESSES,
+    },
+    "export": {
+        **OPENING,
+        "out": new_folder(),
+        "standalone": flag(),
+        "push_to_hub": optional(text()),
+        "private": flag(),
+    },
+    "import_official": {
+        **dict.fromkeys(("checkpoint", "mllm", "denoiser"), path()),
+        "out": new_folder(),
+        "image_pixels": whole(),
+        "standalone": flag(),
+    },
+    "plan": {
+        **MODEL,
+        "stage": STAGE,
+        "optim": OPTIM,
+        "machine": MACHINE,
+        "stages": STAGES,
+        **counts("text_tokens", "image_tokens"),
+        "edit_share": mapping_of(PROBABILITY, "a mapping from stages to shares"),
+        "cached_latents": flag(),
+        "peak_tflops": number(above=0),
+        "utilisation": number(above=0, most=1),
+        "overhead_gib": number(least=0),
+        "memory_gb": list_of(number(above=0), least=1),
+    },
+    "demo": {
+        **dict.fromkeys(("geneval", "edits", "answers"), BENCHMARK),
+        "judge": JUDGE,
+        "title": text(),
+        "out": new_folder(),
+        "world_folder": new_folder(),
+        "seed": seed(),
+        "stages": STAGES,
+        "world_overrides": OVERRIDES,
+        "train_overrides": OVERRIDES,
+        "stage_overrides": NAMES_TO_LISTS,
+        "suites": NAMES_TO_LISTS,
+        "tracking_uri": text(),
+    },
+    "sweep": {
+        **dict.fromkeys(("geneval", "edits"), BENCHMARK),
+        "judge": JUDGE,
+        "name": name(),
+        "overrides": OVERRIDES,
+        "out": new_folder(),
+        "tracking_uri": text(),
+        "suites": unique(list_of(name())),
+        "prompts_per_tag": whole(),
+    },
+    "convert": {"out": new_folder(), "processes": whole(), "options": CONVERSION, "dataset": DATASET},
+    "verify": {
+        "path": path(),
+        "tokenizer": optional(path()),
+        "processes": whole(),
+        "samples": flag(),
+        "write_sizes": flag(),
+    },
+    "cache_latents": {
+        **dict.fromkeys(("path", "denoiser"), path()),
+        "out": new_folder(),
+        **counts("image_size", "batch_size"),
+        "buckets": anything(),  # read with the side of the square, by `parse_buckets`
+        "reducing_gap": optional(number(least=1)),
+        **dict.fromkeys(("dtype", "encode_dtype"), choice(*DTYPE_NAMES)),
+        "keep_images": flag(),
+        "device": DEVICE,
+        **PROCESSES,
+    },
+    "shapes": {
+        **MODEL,
+        "out": new_folder(),
+        "seed": seed(),
+        "processes": whole(),
+        "sizes": SIZES,
+        "scenes": SCENES,
+        "autoencoder": PRETRAINING,
+        "denoiser": PRETRAINING,
+        "mllm": RECIPE,
+    },
+    "bench": {
+        **MODEL,
+        "optim": OPTIM,
+        "stage": {"lr": number(above=0)},
+        "device": DEVICE,
+        "limits_s": mapping_of(number(above=0), "a mapping from parts to seconds"),
+        "precision": PRECISION,
+        **dict.fromkeys(("parts", "sides"), unique(list_of(text(), least=1))),
+        **dict.fromkeys(("isolate", "compare", "measure_memory"), flag()),
+        "tokens": mapping_of(list_of(whole()), "a mapping from kinds of prompts to lengths"),
+        "batch": mapping_of(whole(), "a mapping from kinds of prompts to batch sizes"),
+        **counts("turns", "latent_side", "repeats", "copy_mib", "matmul_size"),
+        **dict.fromkeys(("shared_tokens", "warm_up"), whole(0)),
+        **dict.fromkeys(("compile_options", "overhead", "sampling", "cached", "loader"), plain_mapping()),
+        "memory_caps_gib": list_of(number(above=0)),
+        "out": new_folder(),
+    },
+    "study/faults": {"rows": list_of(name()), "kills": whole(0), "seed": seed(), "out": new_folder()},
+    "study/guard": {"steps": whole(), "overrides": OVERRIDES, "out": new_folder()},
+    "study/quantization": {
+        **OPENING,
+        **dict.fromkeys(("geneval", "answers"), BENCHMARK),
+        "judge": JUDGE,
+        "device": DEVICE,
+        "out": new_folder(),
+    },
+}
+
+
+def check_config(command: str, cfg: DictConfig) -> None:
+    """Check every option of a command, and put in place what is meant where it was said in another way.
+
+    Args:
+        command: name of its file in conf/.
+        cfg: as Hydra composed it.
+
+    Raises:
+        ValueError: naming the option, its value and what is accepted; for a key that isn't an option, too.
+    """
+    _check_fields(cfg, COMMANDS[command], "")
+
+
+def find_kind(command: str, option: str) -> Kind | None:
+    """Find what an option accepts; None for one that isn't known by its name alone.
+
+    Args:
+        command: name of its file in conf/.
+        option: dotted name, as on a command line.
+    """
+    fields: Any = COMMANDS[command]
+    for key in option.split("."):
+        if isinstance(fields, Part):
+            options = [of_class[key] for of_class in fields.options.values() if key in of_class]
+            fields = options[0] if options else None
+        elif isinstance(fields, Mapping):
+            fields = fields.get(key)
+        else:
+            return None
+    return fields if isinstance(fields, Kind) else None
+
+
+def _check_fields(config: DictConfig, fields: Fields, prefix: str, foreign: bool = False) -> None:
+    """Check the options below a node.
+
+    Args:
+        config: the node.
+        fields: its options.
+        prefix: its dotted name and a dot, or nothing for the root.
+        foreign: whether it may have other keys too.
+    """
+    for key in map(str, config):
+        if key not in fields and not foreign:
+            near = difflib.get_close_matches(key, list(fields), 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            raise ValueError(f"{prefix}{key} isn't an option; {hint}")
+    for key, accepted in fields.items():
+        if key not in config:
+            continue
+        option = f"{prefix}{key}"
+        if OmegaConf.is_missing(config, key):
+            words = accepted.accepted if isinstance(accepted, Kind) else "a mapping"
+            raise ValueError(f"{option} is needed: give {option}=…, {words}")
+        _check_option(config, key, accepted, option)
+
+
+def _check_option(config: DictConfig, key: str, accepted: Any, option: str) -> None:
+    """Check one option, and write what is meant in its place."""
+    value = config[key]
+    if isinstance(accepted, Kind):
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        meant = accepted.check(option, plain)
+        if type(meant) is not type(plain) or meant != plain:
+            with read_write(config), open_dict(config):
+                config[key] = meant
+        return
+    if value is None and isinstance(accepted, Part) and not accepted.needed:
+        return
+    if value is None and isinstance(accepted, Parts):  # no callback at all
+        return
+    if not isinstance(value, DictConfig):
+        way = f", or leave it out with ~{option}" if value is None else ""
+        raise ValueError(f"{option} must be a mapping of its options; got {value!r}{way}")
+    if isinstance(accepted, Parts):
+        for named in map(str, value):
+            _check_option(value, named, accepted.part, f"{option}.{named}")
+    elif isinstance(accepted, Part):
+        _check_part(value, accepted, option)
+    else:
+        _check_fields(value, accepted, f"{option}.")
+
+
+def _check_part(config: DictConfig, part: Part, option: str) -> None:
+    """Check the options of a class that is named by `_target_`."""
+    target = config.get("_target_")
+    if not isinstance(target, str) or not target:
+        raise ValueError(f"{option}._target_ must name a class, as module.Class; got {target!r}")
+    own = part.options.get(target)
+    words = {"_target_": text(), "_partial_": flag(), "_convert_": text(), "_recursive_": flag(), "_args_": anything()}
+    _check_fields(config, {**(part.common if own is None else own), **words}, f"{option}.", foreign=own is None)

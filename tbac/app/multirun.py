@@ -121,7 +121,9 @@ class PointSweeper(Sweeper):
         return None
 
 
+# Under this name Hydra registers the class, and finds it again by an import.
 PointSweeper.__module__ = MODULE
+sys.modules[MODULE] = sys.modules[__name__]
 
 
 def combine_overrides(overrides: Sequence[Override]) -> tuple[list[list[str]], list[str]]:

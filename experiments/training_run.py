@@ -90,7 +90,8 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
         log.info("going on from %s" if start.resumed else "starting from the weights of %s", start.saved.origin)
     facts = describe_model(model)
     for source in data.stages:
-        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple)
+        latent_form = (model.latent_channels, model.autoencoder.compression)
+        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple, latent_form)
     module = LadderTuningModule(model, stages[start.stage], cfg.seed, facts)
     module.first_step = start.first_step
 

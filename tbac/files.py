@@ -58,6 +58,11 @@ def shorten(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def spell_out(text: str) -> str:
+    """Spell out what a terminal or a file can't show of a text from elsewhere: control characters and no Unicode."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def expand_path(value: Any, name: str) -> Path:
     """Make a path of what a user or a file has given: `~` becomes the home folder.
 

@@ -219,7 +219,7 @@ class _UnitWriter:
             try:
                 decode_sample({"__key__": key, **record.fields}, use_latents=False)
             except CorruptSampleError as error:
-                self.counts.reject(f"{record.key}: {str(error).splitlines()[0]}", error.kind)
+                self.counts.reject(f"{record.key}: {error}", error.kind)
                 return
         self._keys.add(key)
         self._write(key, record.fields)

@@ -175,7 +175,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
                 raise CorruptSampleError("a field that it has twice")
             waiting.append(_read_target(reader.read(tar, number), sizes[number], options))
         except CorruptSampleError as error:
-            log.warning("left out %s of %s: %s", key, tar, str(error).splitlines()[0])
+            log.warning("left out %s of %s: %s", key, tar, error)
             left_out += 1
         if len(waiting) == options.batch_size:
             _write_encoded(writer, waiting, autoencoder, options)

@@ -19,11 +19,13 @@ from data_prep.shards.geneval_captions import is_geneval_template
 from tbac.data.buckets import write_sizes
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.shards import read_manifest
-from tbac.data.tars import NOWHERE, TarIndex, TarReader
+from tbac.data.tars import NOWHERE, TOO_LARGE, TarIndex, TarReader
+from tbac.files import spell_out
 from tbac.pictures import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 NAMED = 20  # how many samples with the same kind of fault are named
+OF_A_SAMPLE = ("a second", "a field that is too large")  # refused members that are counted with their samples
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Facts:
     def count_fault(self, kind: str, name: str, count: int = 1) -> None:
         """Count a fault."""
         self.faults[kind] += count
+        name = spell_out(name)
         named = self.named.setdefault(kind, [])
         if len(named) < NAMED:
             named.append(name)
@@ -117,7 +120,18 @@ def examine_tar(tar: Path, listed: Mapping[str, Any] | None, count_tokens: Calla
         if NOWHERE in members.values():
             facts.count_fault("a field that a sample has twice", name)
             continue
-        _examine_sample(facts, name, reader.read(tar, number), count_tokens)
+        if TOO_LARGE in members.values():
+            facts.count_fault("a field that is too large", name)
+            continue
+        try:
+            raw = reader.read(tar, number)
+        except CorruptSampleError as error:
+            facts.count_fault(error.kind, name)
+            continue
+        except OSError as error:
+            facts.count_fault("unreadable shard", f"{name}: {error.strerror or error}")
+            continue
+        _examine_sample(facts, name, raw, count_tokens)
     reader.close()
     return facts
 
@@ -139,8 +153,10 @@ def _check_tar(facts: Facts, tar: Path, index: TarIndex, listed: Mapping[str, An
     """Count the faults of a tar as a whole."""
     if index.broken is not None:
         facts.count_fault("a shard that breaks off", f"{tar.name}: {index.broken}")
+    for damage in index.damage:
+        facts.count_fault("a shard with a damaged header", f"{tar.name}: {damage}")
     for kind, count in index.refused.items():
-        if not kind.startswith("a second"):  # a field that a sample has twice is counted with the sample
+        if not kind.startswith(OF_A_SAMPLE):
             facts.count_fault(f"a member that is {kind}", tar.name, count)
     if listed is not None and listed.get("samples") != len(index.samples):
         facts.count_fault(
@@ -160,7 +176,7 @@ def _examine_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
             decode_sample(raw, use_latents=True)
         sample = decode_sample(raw, use_latents=cached and not targets)
     except CorruptSampleError as error:
-        facts.count_fault(error.kind, f"{name}: {str(error).splitlines()[0]}")
+        facts.count_fault(error.kind, f"{name}: {error}")
         return
     # Shards with unlike samples are easy to overlook, so the kinds of samples are counted.
     facts.schemas[" ".join(map(strip_format, fields))] += 1

@@ -96,6 +96,7 @@ class ShardDataModule(L.LightningDataModule):
             [shards.source for shards in self._training], [sum(shards.samples) for shards in self._training]
         )
         self._collator: Collator | None = None
+        self._latent_form: tuple[int, int] | None = None
 
     def _find_shards(self, fields: Mapping[str, Any]) -> SourceShards:
         """Find the shards of an entry of the config, and download them if they lie behind a URL."""
@@ -124,13 +125,21 @@ class ShardDataModule(L.LightningDataModule):
     def _bucket_lists(self) -> list[list[int]] | None:
         return self._buckets.to_lists() if self._buckets else None
 
-    def bind(self, prompt: PromptCode, autoencoder_digest: str | None = None, multiple: int = 1) -> None:
+    def bind(
+        self,
+        prompt: PromptCode,
+        autoencoder_digest: str | None = None,
+        multiple: int = 1,
+        latent_form: tuple[int, int] | None = None,
+    ) -> None:
         """Prepare for a model: take its prompt code, and check that it can train on this data.
 
         Args:
             prompt: `model.prompt`.
             autoencoder_digest: sha256 of the model's autoencoder, to compare with the one that made cached latents.
             multiple: number of pixels that every side of a target must be a multiple of.
+            latent_form: channels of the model's latents, and pixels that one of them stands for on each side; cached
+                ones of another shape are then counted as bad and replaced. None takes them as they are.
 
         Raises:
             DataError: when cached latents come from another autoencoder.
@@ -142,7 +151,7 @@ class ShardDataModule(L.LightningDataModule):
         for side in sorted({side for size in target_sizes for side in size}):
             if side % multiple:
                 raise ValueError(f"{name}: sides must be multiples of {multiple} pixels for this model, got {side}")
-        self._collator = Collator(prompt)
+        self._collator, self._latent_form = Collator(prompt), latent_form
         # Latents of another autoencoder would train without an error, and never give a picture.
         if not (self.use_latents and autoencoder_digest):
             return
@@ -220,6 +229,7 @@ class ShardDataModule(L.LightningDataModule):
             use_latents=self.use_latents,
             max_bad_share=self.max_bad_share,
             reducing_gap=self.reducing_gap,
+            latent_form=self._latent_form,
         )
         # Plans are whole batches already (batch_size=None); forked workers share what this process has read.
         return CleanLoader(

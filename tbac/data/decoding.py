@@ -1,20 +1,27 @@
 """Decodes raw WebDataset samples into `Sample`s, and refuses whatever can't be decoded completely."""
 
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from tbac.pictures import IMAGE_EXTENSIONS, PictureError, decode_picture
+from tbac.files import ForeignFileError, describe_error, parse_json, spell_out
+from tbac.pictures import IMAGE_EXTENSIONS, UNREADABLE, PictureError, decode_picture
 from tbac.types import Sample
+
+MAX_CAPTION = 2**16  # characters; a model reads a few hundred tokens
+MAX_LATENT = 1e4  # scaled latents have a standard deviation of about 1
+LATENT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SOURCE = re.compile(rf"(source(?:_\d+)?)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
 class CorruptSampleError(ValueError):
-    """A sample that is incomplete or can't be decoded.
+    """A sample that is incomplete or can't be decoded. Its message is one line that can be written anywhere.
 
     Args:
         message: names the field and what is wrong with it.
@@ -22,7 +29,7 @@ class CorruptSampleError(ValueError):
     """
 
     def __init__(self, message: str, kind: str = "incomplete") -> None:
-        super().__init__(message)
+        super().__init__(spell_out(message.split("\n")[0]))  # what is wrong may quote the bytes
         self.kind = kind
 
 
@@ -49,21 +56,27 @@ def check_reducing_gap(gap: float | None, name: str) -> None:
 def decode_text(raw: Mapping[str, Any]) -> str:
     """Read the caption: `txt`, or else `instruction` or `caption` of `json`.
 
+    A byte order mark, line breaks of other systems, and space around the text aren't part of it.
+
     Raises:
-        CorruptSampleError: when there is no text, or it can't be read.
+        CorruptSampleError: when there is no text, it can't be read, or is longer than any caption.
     """
     try:
         if "txt" in raw:
             text = raw["txt"].decode("utf-8-sig")
         elif "json" in raw:
-            fields = json.loads(raw["json"])
+            fields = parse_json(raw["json"], "json", finite=False)
             text = fields.get("instruction", fields.get("caption")) if isinstance(fields, dict) else None
         else:
             raise CorruptSampleError("neither txt nor json", "no caption")
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (UnicodeDecodeError, ForeignFileError) as error:
         raise CorruptSampleError(f"text can't be read ({error})", "unreadable text") from None
-    if not isinstance(text, str) or not text.strip():
+    text = text.replace("\r\n", "\n").strip() if isinstance(text, str) else None
+    if not text:
         raise CorruptSampleError("the caption or instruction is missing or empty", "no caption")
+    if len(text) > MAX_CAPTION:
+        message = f"the caption or instruction has {len(text)} characters; at most {MAX_CAPTION} are accepted"
+        raise CorruptSampleError(message, "absurd text")
     return text
 
 
@@ -94,6 +107,19 @@ def decode_sample(
     Raises:
         CorruptSampleError: when a part is missing or unreadable.
     """
+    try:
+        return _decode_fields(raw, use_latents, size, reducing_gap)
+    except CorruptSampleError:
+        raise
+    # Whatever else a parser raises for the bytes of one sample is about this sample alone.
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"it can't be decoded ({describe_error(error)})", "unreadable sample") from None
+
+
+def _decode_fields(
+    raw: Mapping[str, Any], use_latents: bool, size: tuple[int, int] | None, reducing_gap: float | None
+) -> Sample:
+    """Decode a sample; arguments as in `decode_sample`."""
     key, origin = raw["__key__"], raw.get("__url__", "")
     text = decode_text(raw)
     sources = decode_sources(raw)
@@ -119,8 +145,7 @@ def decode_sources(raw: Mapping[str, Any]) -> list[Image.Image]:
     Raises:
         CorruptSampleError: when one is unreadable.
     """
-    fields = [field for field in raw if field.startswith("source") and field.endswith(IMAGE_EXTENSIONS)]
-    names = {field.rsplit(".", 1)[0] for field in fields}
+    names = {match[1] for field in raw if (match := SOURCE.fullmatch(field))}
     sources = []
     # By length first, so that source_2 comes before source_10.
     for name in sorted(names, key=lambda name: (len(name), name)):
@@ -139,11 +164,17 @@ def decode_latents(packed: bytes) -> Tensor:
     """
     try:
         latents = load_safetensors(packed)["latents"]
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         raise CorruptSampleError(f"cached latents can't be read ({error})", "unreadable latents") from None
-    if latents.ndim != 3:
-        message = f"cached latents have shape {tuple(latents.shape)} instead of three axes"
-        raise CorruptSampleError(message, "unreadable latents")
-    if not latents.isfinite().all():
-        raise CorruptSampleError("cached latents aren't finite", "unreadable latents")
+    problem = ""
+    if latents.ndim != 3 or not latents.numel():
+        problem = f"have shape {tuple(latents.shape)} instead of three axes"
+    elif latents.dtype not in LATENT_TYPES:
+        problem = f"are of type {latents.dtype}, which isn't one of floating point numbers of 16 bits or more"
+    elif not latents.isfinite().all():
+        problem = "aren't finite"
+    elif latents.abs().max() > MAX_LATENT:
+        problem = f"are as large as {latents.abs().max().item():.3g}; at most {MAX_LATENT:.0f} are accepted"
+    if problem:
+        raise CorruptSampleError(f"cached latents {problem}", "unreadable latents")
     return latents.float()

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.order import BatchPlan, Draw
 from tbac.data.shards import DataError
-from tbac.data.tars import TarReader
+from tbac.data.tars import ShardChangedError, TarReader
 from tbac.data.transforms import ConditionDropout
 from tbac.types import Batch, Sample
 
@@ -78,6 +78,8 @@ class ShardReader(Dataset[Batch]):
             number of samples of a pass.
         reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, as long
             as that is at least this many times what is kept; None decodes in full.
+        latent_form: channels of latents, and pixels that one of them stands for on each side; cached ones of another
+            shape are refused. None takes them as they are.
 
     Attributes:
         tally: how many samples were seen and refused.
@@ -94,12 +96,17 @@ class ShardReader(Dataset[Batch]):
     max_bad_share: float = 0.05
     min_seen: int = 200
     reducing_gap: float | None = None
+    latent_form: tuple[int, int] | None = None
     tally: Tally = field(default_factory=Tally, init=False)
     tars: TarReader = field(default_factory=TarReader, init=False)
 
     def __post_init__(self) -> None:
         check_bad_share(self.max_bad_share)
         self.min_seen = min(self.min_seen, sum(map(sum, self.sizes)))
+        # How many samples each tar should have, until it is compared with how many it has.
+        self._counts: dict[Path, int] = {}
+        for tars, sizes in zip(self.shards, self.sizes, strict=True):
+            self._counts |= dict(zip(tars, sizes, strict=True))
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         batch = self.collate(self.read_samples(plan), plan.size or self.size)
@@ -145,6 +152,8 @@ class ShardReader(Dataset[Batch]):
             try:
                 sample = self._read_and_decode(path, index, bucket or self.size)
                 usable = bucket is None or sample.latents is None or _has_aspect_ratio(sample.latents, bucket)
+                if usable and sample.latents is not None:
+                    self._check_shape(sample.latents, bucket or self.size)
             except CorruptSampleError as error:
                 self._count_refused(f"sample {index} of {path}", error)
                 usable = False
@@ -172,10 +181,12 @@ class ShardReader(Dataset[Batch]):
             DataError: when the shard is gone.
         """
         try:
+            self._compare_count(path)
             raw = self.tars.read(path, index)
-        except FileNotFoundError:
+        except (FileNotFoundError, ShardChangedError) as error:
+            state = "is gone" if isinstance(error, FileNotFoundError) else "was written over"
             raise DataError(
-                f"shard {path} was there when training began and is gone; put it back and start again to go on from "
+                f"shard {path} was there when training began and {state}; put it back and start again to go on from "
                 "the newest checkpoint"
             ) from None
         except OSError as error:
@@ -189,6 +200,27 @@ class ShardReader(Dataset[Batch]):
             return decode_sample(raw, self.use_latents, size, self.reducing_gap)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{raw['__key__']!s}: {error}", error.kind) from None
+
+    def _compare_count(self, path: Path) -> None:
+        """Warn, once for each tar, when it holds another number of samples than is drawn from it."""
+        if (expected := self._counts.pop(path, None)) is None:
+            return
+        found = len(self.tars.read_index(path).samples)
+        if found != expected:
+            log.warning("%s holds %d samples, its manifest says %d", path, found, expected)
+
+    def _check_shape(self, latents: Tensor, size: tuple[int, int]) -> None:
+        """Raise CorruptSampleError for latents that aren't of the model's shape for a (height, width) in pixels."""
+        if self.latent_form is None:
+            return
+        channels, pixels = self.latent_form
+        expected = (channels, size[0] // pixels, size[1] // pixels)
+        if tuple(latents.shape) != expected:
+            raise CorruptSampleError(
+                f"cached latents have shape {tuple(latents.shape)} instead of {expected}; are data.buckets and "
+                "stage.image_size those that they were cached with?",
+                "latents of another shape",
+            )
 
     def _count_refused(self, what: str, why: CorruptSampleError) -> None:
         """Count and log a refused sample.

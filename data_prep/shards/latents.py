@@ -15,7 +15,7 @@ from data_prep.shards.resumable import Result, ResumableWork
 from data_prep.shards.writer import ShardWriter
 from tbac.data.buckets import Buckets, read_sizes
 from tbac.data.decoding import CorruptSampleError, check_reducing_gap, decode_sample
-from tbac.data.shards import DataError, read_manifest
+from tbac.data.shards import DataError, check_shards, read_manifest
 from tbac.data.tars import NOWHERE, TarIndex, TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -111,6 +111,8 @@ def cache_latents(
     # Copies of other shards must not pass for these: the manifest's digests tell, or the sizes where there are none.
     entries = manifest["shards"]
     identities = {name: entries.get(name, {}).get("sha256", tar.stat().st_size) for name, tar in tars.items()}
+    # Copies of a shard that was cut or changed would look whole.
+    check_shards(list(tars.values()), entries)
     work = ResumableWork(out, NAME, {"source": identities, "autoencoder_digest": digest, **options.to_recipe()})
     if work.read_finished() is not None:
         return

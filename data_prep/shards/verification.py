@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_prep.shards.geneval_captions import is_geneval_template
 from tbac.data.buckets import write_sizes
 from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import read_manifest
+from tbac.data.shards import check_regular, check_shards, read_manifest
 from tbac.data.tars import NOWHERE, TOO_LARGE, TarIndex, TarReader
 from tbac.files import spell_out
 from tbac.pictures import IMAGE_EXTENSIONS
@@ -241,6 +241,7 @@ def list_tars(folder: Path) -> list[Path]:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ValueError(f"path={folder} holds no *.tar")
+    check_regular(tars)
     return tars
 
 
@@ -265,7 +266,8 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
 
 def write_all_sizes(folder: Path, processes: int) -> None:
     """Write the sizes of targets beside all shards of a folder, read from headers alone."""
-    tars = list_tars(folder)
+    tars, manifest = list_tars(folder), read_manifest(folder) or {"shards": {}}
+    check_shards(tars, manifest["shards"])
     counts = list(_process_tars(write_sizes, tars, processes, "reading sizes"))
     log.info("%s: the sizes of %d samples in %d shards are kept beside them", folder, sum(counts), len(tars))
 

@@ -12,7 +12,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from tbac.data.shards import MANIFEST, SCHEMA_VERSION
+from tbac.data.shards import MANIFEST, SCHEMA_VERSION, read_manifest
 from tbac.files import write_whole
 
 
@@ -110,8 +110,7 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / MANIFEST
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "shards": {}}
-    if file.is_file():
-        manifest = json.loads(file.read_text())
+    manifest = read_manifest(folder) or manifest
     manifest.update(facts or {})
     # A tar is opened for its first sample, so none stays empty.
     shards, writer, index = manifest["shards"], None, 0

@@ -2,10 +2,11 @@
 
 import hashlib
 import io
-import json
 import logging
 import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from tbac.data.order import Draw
-from tbac.data.tars import Members, TarIndex
-from tbac.files import write_whole
+from tbac.data.tars import Members, TarIndex, open_regular
+from tbac.files import describe_error, parse_json, read_bytes, write_whole
 from tbac.pictures import IMAGE_EXTENSIONS, IMAGE_FORMATS, ORIENTATION, TURNED, UNREADABLE
 
 log = logging.getLogger(__name__)
+MAX_SIZES_BYTES = 2**26  # of the sizes of a shard, which are 16 bytes for each sample
+MAX_HEADER_BYTES = 2**16  # of cached latents, which have one tensor
 
 
 # SANA's table in sixteenths of the nominal side, (height, width): 40 shapes of about the same area, from 1:4 to 4:1.
@@ -112,6 +115,7 @@ class BucketIndex:
 
     def __init__(self, buckets: Buckets, shards: Sequence[Sequence[Path]], use_latents: bool = True) -> None:
         self.sizes = buckets.sizes
+        self._squarest = int(buckets.find_nearest(np.zeros((1, 2)))[0])
 
         @lru_cache(maxsize=4096)
         def of_shard(source: int, shard: int) -> np.ndarray:
@@ -120,9 +124,9 @@ class BucketIndex:
         self._of_shard: Callable[[int, int], np.ndarray] = of_shard
 
     def __call__(self, draw: Draw) -> int:
-        """Return the index of the bucket of a draw; 0 for a sample that isn't there, which reading will report."""
+        """Return the index of the bucket of a draw; a sample that isn't there, as reading will report, is a square."""
         buckets = self._of_shard(draw.source, draw.shard)
-        return int(buckets[draw.sample]) if draw.sample < len(buckets) else 0
+        return int(buckets[draw.sample]) if draw.sample < len(buckets) else self._squarest
 
 
 def name_sizes_file(shard: Path) -> Path:
@@ -133,20 +137,40 @@ def name_sizes_file(shard: Path) -> Path:
 def load_target_sizes(shard: Path, use_latents: bool = True) -> np.ndarray:
     """Load height and width of the target of each sample (sample, 2); 0 where they can't be read.
 
-    They come from the file beside the shard if it was written for this very shard, else from the headers in the shard.
-    Where latents are cached and used, the sizes are those of the latents, which have the same aspect ratios.
+    They come from the file beside the shard if that is whole and was written for this very shard, else from the headers
+    in the shard. Where latents are cached and used, the sizes are those of the latents, which have the same aspect
+    ratios.
     """
-    file = name_sizes_file(shard)
+    sizes = _load_sizes_file(shard, use_latents)
+    if sizes is not None:
+        return sizes
     try:
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as kept:
-                if str(kept["shard"]) == _compute_fingerprint(shard):
-                    return kept["latents" if use_latents else "images"]
-            log.warning("%s was written for another %s, so sizes are read from the shard", file, shard.name)
         return read_sizes(shard, use_latents)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         log.warning("sizes of the pictures in %s can't be read (%s)", shard, error)
         return np.zeros((0, 2), np.int32)
+
+
+def _load_sizes_file(shard: Path, use_latents: bool) -> np.ndarray | None:
+    """Load what the file beside a shard says of it; None where there is none that can be used."""
+    file = name_sizes_file(shard)
+    if not file.is_file():
+        return None
+    try:
+        content = io.BytesIO(read_bytes(file, limit=MAX_SIZES_BYTES))
+        # A file that someone has packed may hold much more than its own size.
+        if sum(part.file_size for part in zipfile.ZipFile(content).infolist()) > MAX_SIZES_BYTES:
+            raise ValueError(f"it holds more than {MAX_SIZES_BYTES} bytes")
+        with np.load(content, allow_pickle=False) as kept:
+            fingerprint, sizes = str(kept["shard"]), kept["latents" if use_latents else "images"]
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or sizes.dtype != np.int32 or (sizes < 0).any():
+            raise ValueError(f"it holds an array {sizes.shape} of {sizes.dtype}")
+        if fingerprint == _compute_fingerprint(shard):
+            return sizes
+        log.warning("%s was written for another %s, so sizes are read from the shard", file, shard.name)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, *UNREADABLE) as error:
+        log.warning("%s can't be read, so sizes are read from the shard (%s)", file, describe_error(error))
+    return None
 
 
 def write_sizes(shard: Path) -> int:
@@ -171,7 +195,7 @@ def read_sizes(shard: Path, use_latents: bool = True, index: TarIndex | None = N
         OSError: when the shard can't be read.
     """
     samples = (index or TarIndex(shard)).samples
-    descriptor = os.open(shard, os.O_RDONLY)
+    descriptor = open_regular(shard)
     try:
         sizes = [_read_target_size(descriptor, members, use_latents) for _, members in samples]
     finally:
@@ -202,9 +226,13 @@ def _read_target_size(descriptor: int, members: Members, use_latents: bool) -> t
 
 def _read_latents_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
     (length,) = struct.unpack("<Q", os.pread(descriptor, 8, offset))
-    header = json.loads(os.pread(descriptor, min(length, size), offset + 8))
+    if length > min(size, MAX_HEADER_BYTES):
+        raise ValueError(f"a header of {length} bytes")
+    header = parse_json(os.pread(descriptor, length, offset + 8), "the header of cached latents", dict)
     _, height, width = header["latents"]["shape"]
-    return int(height), int(width)
+    if not all(type(side) is int and 0 <= side < 2**31 for side in (height, width)):
+        raise ValueError(f"latents of {height} x {width}")
+    return height, width
 
 
 def _read_image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from data_prep.shards.writer import write_shards
+from tbac.data import shards
 from tbac.data.decoding import decode_sample as plain
 from tbac.data.shards import DataError
 from tbac.data.transforms import ConditionDropout, crop_to
@@ -102,8 +103,7 @@ def test_a_broken_manifest_is_named(tmp_path: Path, in_world: Path, broken: str)
 
 def test_a_manifest_is_read_once(model: UniImage, in_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    plain_read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), plain_read(path))[1])
+    monkeypatch.setattr(shards, "read_bytes", lambda path: (read.append(path), path.read_bytes())[1])
     data = instantiate(compose_config("train", "run_dir=.", "stage=ti2i_pretrain").data)
     data.bind(model.prompt, model.provenance.digests["autoencoder"])
     data.compute_manifest_digests()

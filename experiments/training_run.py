@@ -99,7 +99,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     logger = RunLogger(make_part(cfg.logger, "logger")) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
-        log_run([logger.logger], collect_config(stages), collect_run_facts() | digests)
+        log_run(logger, collect_config(stages), collect_run_facts() | digests)
 
     # Each stage has a trainer of its own, which the transition asks for when the stage begins.
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":

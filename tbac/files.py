@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,3 +233,38 @@ def write_whole(path: Path, content: bytes, scratch: Path | None = None) -> None
     temporary = folder / f".{path.name}.{uuid.uuid4().hex}"  # not the process's number, which repeats on other machines
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a file of lines; where they don't fit on the disk, the file is left as it was.
+
+    Raises:
+        OSError: when they can't be written.
+    """
+    if not lines:
+        return
+    with path.open("ab") as file:
+        size = file.seek(0, os.SEEK_END)
+        # A process that was killed may have left a line without its end.
+        start = b"\n" if size and not _ends_with_newline(path) else b""
+        try:
+            file.write(start + "".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """Read the values of a file of JSON lines that we write ourselves; a line that is torn is left out."""
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            continue

@@ -14,7 +14,15 @@ ROWS = [
     ["tbac/app/"],
     ["tbac/training/", "tbac/sampling/", "tbac/evaluation/"],
     ["tbac/models/", "tbac/data/"],
-    ["tbac/flow.py", "tbac/types.py", "tbac/files.py", "tbac/pictures.py", "tbac/distributed.py", "tbac/__init__.py"],
+    [
+        "tbac/flow.py",
+        "tbac/types.py",
+        "tbac/files.py",
+        "tbac/pictures.py",
+        "tbac/distributed.py",
+        "tbac/redaction.py",
+        "tbac/__init__.py",
+    ],
 ]
 # Rooms of one row that import nothing of one another; training and evaluation may draw with what sampling has.
 STRANGERS = [

@@ -13,11 +13,14 @@ from omegaconf import DictConfig
 from experiments.stage_configs import PER_STAGE
 from tbac.app import make_part, to_plain
 from tbac.data.datamodule import StagedDataModule
+from tbac.files import write_whole
 from tbac.models import UniImage
 from tbac.models.architecture import check_config
 from tbac.models.config import ModelConfig
 from tbac.models.export import read_export
 from tbac.models.saved import FACTS, SavedModel, read_checkpoint, read_saved_model
+from tbac.redaction import hide_secrets
+from tbac.training.callbacks.preemption import Preemption
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
     describe_model,
@@ -26,6 +29,7 @@ from tbac.training.checkpoints import (
     load_weights,
     read_optimizer_state,
 )
+from tbac.training.interruptions import INTERRUPTION, InterruptedRun, outlast_terminal
 from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
 from tbac.training.stages import Stage
@@ -73,10 +77,31 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: for an option that can't be used, before a weight is loaded.
     """
-    cfg = configs[0]
-    seed_everything(cfg.seed)
+    seed_everything(configs[0].seed)
     # Everything that can be checked without the model is checked before it is loaded, which may take minutes.
     stages = [build_stage(c) for c in configs]
+    preemption = find_preemption(stages)
+    with outlast_terminal(), INTERRUPTION.watch(preemption.signals if preemption else []):
+        try:
+            report = run_stages(configs, stages, folder)
+        except InterruptedRun as interrupted:
+            assert preemption is not None
+            preemption.end(interrupted.received, "when all that was done was saved; the same command goes on")
+        # A signal that came as the run ended still says that nothing must follow, such as the next run of a sweep.
+        if preemption and INTERRUPTION.received in preemption.stop:
+            raise InterruptedRun(INTERRUPTION.received)
+    return report
+
+
+def find_preemption(stages: Sequence[Stage]) -> Preemption | None:
+    """Find the callback that says which signals end the run; None when it was left out."""
+    callbacks = [callback for stage in stages for callback in stage.callbacks]
+    return next((callback for callback in callbacks if isinstance(callback, Preemption)), None)
+
+
+def run_stages(configs: Sequence[DictConfig], stages: Sequence[Stage], folder: Path) -> dict[str, Any]:
+    """Run stages whose options have been checked; returns what `report.json` holds."""
+    cfg = configs[0]
     model_config: ModelConfig = make_part(cfg.model, "model")
     start = find_start(cfg, stages, model_config, folder)
     check_config(model_config)
@@ -123,7 +148,10 @@ def write_report(reports: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         done["checkpoint"] = str(folder / "checkpoints" / f"{done['name']}-step={done['steps']}.ckpt")
     report = reports[0] if len(reports) == 1 else {"stages": reports}
     if not read_process_rank():
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        try:
+            write_whole(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        except OSError as error:
+            log.error("%s can't be written (%s); all weights are saved", folder / "report.json", error)
     return report
 
 
@@ -137,7 +165,7 @@ def build_stage(cfg: DictConfig) -> Stage:
         trainable=list(cfg.stage.trainable),
         keep_optimizer=cfg.stage.keep_optimizer,
         callbacks=[make_part(c, f"callbacks.{name}") for name, c in (cfg.callbacks or {}).items()],
-        config=to_plain(cfg),
+        config=hide_secrets(to_plain(cfg)),
         **{name: cfg.stage[name] for name in names},
     )
 

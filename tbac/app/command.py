@@ -21,6 +21,8 @@ from tbac.app.errors import describe_error, is_user_error, print_error, report_u
 from tbac.app.folders import claim_folder
 from tbac.app.multirun import SWEEPER, PointFailure, PointSweeper, note_failure
 from tbac.app.options import check_config, find_kind
+from tbac.files import write_whole
+from tbac.redaction import hide_in_text, hide_secrets_in_logs
 
 log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns that an optional package is missing
@@ -89,9 +91,22 @@ def prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
 
 def run_checked(main: Callable[[DictConfig], Any], config_name: str, cfg: DictConfig) -> Any:
     """Check the config, and call the function of the command while its run folder is this process's own."""
+    hide_secrets_in_logs()
+    hide_secrets_in_files(get_run_folder())
     check_config(config_name, cfg)
     with claim_folder(get_run_folder()):
         return main(cfg)
+
+
+def hide_secrets_in_files(folder: Path) -> None:
+    """Hide secrets in the files in which Hydra has noted config and command line."""
+    for file in [*(folder / ".hydra").glob("*.yaml"), folder.parent / "multirun.yaml"]:
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        hidden = hide_in_text(text)
+        if hidden != text:
+            write_whole(file, hidden.encode(errors="surrogateescape"))
 
 
 def run_point(main: Callable[[DictConfig], Any], config_name: str, cfg: DictConfig) -> Any:

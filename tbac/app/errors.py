@@ -12,6 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from tbac.redaction import hide_in_text
+
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 OF_LIGHTNING = "MisconfigurationException"  # by name, since Lightning takes seconds to import
 
@@ -89,4 +91,4 @@ def report_user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfi
 
 def print_error(message: str) -> None:
     """Print the message that a command ends with."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {hide_in_text(message)}", file=sys.stderr)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from tbac.redaction import hide_in_text
+
 log = logging.getLogger(__name__)
 # Overrides that don't belong to an experiment: they change no point's name, unless a sweep varies them.
 NOT_OF_THE_EXPERIMENT = (
@@ -46,7 +48,7 @@ def name_point(overrides: Sequence[str], varied: Collection[str] = (), limit: in
         if key in varied or re.split(r"[./@]", key)[0] not in NOT_OF_THE_EXPERIMENT:
             distinguishing.append(override)
     whole = ",".join(distinguishing) or "default"
-    name = re.sub(r"[/\s\0]", "_", whole)
+    name = re.sub(r"[/\s\0]", "_", hide_in_text(whole))
     if name == whole and len(name.encode()) <= limit:
         return name
     # What was replaced or cut off is still told apart, by its digest.

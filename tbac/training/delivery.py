@@ -77,13 +77,13 @@ class Delivery:
             self._queue.append(record)
             self._changed.notify_all()
 
-    def flush(self, patience: float = PATIENCE, longest: float = LONGEST_END) -> bool:
+    def flush(self, patience: float | None = None) -> bool:
         """Wait until everything is delivered; returns whether it is.
 
         Args:
-            patience: seconds that a receiver may fail.
-            longest: seconds at all.
+            patience: seconds that a receiver may fail; None = `PATIENCE`.
         """
+        patience = PATIENCE if patience is None else patience
         start = moved = time.monotonic()
         left = -1
         with self._changed:
@@ -93,17 +93,17 @@ class Delivery:
                     left, moved = len(self._queue), now
                 # A receiver that doesn't fail may take its time: a new store makes its tables first.
                 allowed = patience if self._failing else SLOWEST
-                if now - start > longest or now - moved > allowed:
+                if now - start > LONGEST_END or now - moved > allowed:
                     return False
                 self._changed.wait(0.1)
         return True
 
-    def close(self, patience: float = PATIENCE) -> None:
+    def close(self) -> None:
         """Deliver what is left, as long as that goes on; then keep it for the next start, or say that it is lost."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self.flush(patience)
+        self.flush()
         with self._changed:
             left = len(self._queue)
             if left:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tbac.distributed import get_local_part, is_sharded
+from tbac.distributed import find_max_over_ranks, get_local_part, is_sharded
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: T
         if is_sharded(parameter):
             assert parameter.grad is not None
             get_local_part(parameter.grad).mul_(factor)
+
+
+def are_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether every value of tensors is finite, and every value of their shards on all processes.
+
+    Args:
+        tensors: sharded or not.
+        device: where the processes' answers are compared.
+    """
+    finite = [get_local_part(tensor.detach()).isfinite().all() for tensor in tensors]
+    return find_max_over_ranks(int(not torch.stack(finite).all()), device) == 0

@@ -4,22 +4,28 @@ The arithmetic is torch's. The callback is written here because Lightning's (`We
 and by its own account does not work where it is sharded; this one keeps the average of the shards that a process holds.
 """
 
+import logging
+import math
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tbac.distributed import gather_parts, get_local_part, shard_like
+from tbac.distributed import find_max_over_ranks, gather_parts, get_local_part, shard_like
 from tbac.training.module import LadderTuningModule
 
+log = logging.getLogger(__name__)
 CURRENT = "current_model_state"
+LARGEST = 100.0  # an average with a value above this multiple of the largest weight is broken
 
 
 class EMA(L.Callback):
     """Keeps the average; validation and checkpoints' `state_dict` use it, `current_model_state` is what trains.
 
-    The first step's weights are taken as they are. A rejected step leaves the average untouched.
+    The first step's weights are taken as they are. A rejected step leaves the average untouched. Before the average is
+    used or saved it is looked at: one that isn't finite, or is far larger than the weights, starts anew from them.
 
     Args:
         decay: share of the old average that a step keeps.
@@ -52,6 +58,22 @@ class EMA(L.Callback):
         update(self.average, current, self.updates)
         self.updates += 1
 
+    def restart_if_broken(self, pl_module: L.LightningModule) -> None:
+        """Start the average anew from the weights if it can't be an average of them."""
+        weights = [get_local_part(p.detach()) for p in pl_module.parameters()]
+        broken = []
+        for (name, _), average, weight in zip(pl_module.named_parameters(), self.average, weights, strict=True):
+            largest = weight.abs().max() if weight.numel() else weight.new_zeros(())  # a process may hold no part of it
+            limit = LARGEST * (1.0 + largest.nan_to_num(nan=math.inf))
+            broken.append((name, ~(average.abs() <= limit).all()))
+        flags = torch.stack([flag for _, flag in broken])
+        if not find_max_over_ranks(int(flags.any()), pl_module.device):
+            return
+        names = [name for (name, _), flag in zip(broken, flags.tolist(), strict=True) if flag]
+        log.error("the weight average is broken in %s; it starts anew from the weights", ", ".join(names[:5]))
+        for average, weight in zip(self.average, weights, strict=True):
+            average.copy_(weight)
+
     def swap(self, pl_module: L.LightningModule) -> None:
         """Exchange average and current weights."""
         for average, parameter in zip(self.average, pl_module.parameters(), strict=True):
@@ -62,6 +84,7 @@ class EMA(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.average:
+            self.restart_if_broken(pl_module)
             self.swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,6 +94,7 @@ class EMA(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the model."""
         if self.average:
+            self.restart_if_broken(pl_module)
             self.swap(pl_module)
             self.average = []
 
@@ -83,6 +107,7 @@ class EMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.average:
             return
+        self.restart_if_broken(pl_module)
         checkpoint[CURRENT] = checkpoint["state_dict"]
         averaged = {
             name: gather_parts(parameter.detach(), average)

@@ -1,7 +1,9 @@
 """The guard judges the gradient norm and the loss of each optimizer step before the step is taken."""
 
 import logging
+import math
 from collections import deque
+from statistics import median
 from typing import Any, Literal
 
 import lightning as L
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from tbac.distributed import average_over_ranks, gather_objects, get_local_part
 from tbac.training.callbacks.ema import EMA
-from tbac.training.gradients import GradientNorms
+from tbac.training.gradients import GradientNorms, are_finite
 from tbac.training.module import LadderTuningModule
-from tbac.training.spikes import SpikeRule
+from tbac.training.spikes import KEPT, SpikeRule
 from tbac.types import Batch
 
 log = logging.getLogger(__name__)
+VAL_RATIO = 3.0  # a validation loss above this multiple of the usual one is reported
 
 
 class DivergedError(ValueError):
@@ -70,6 +73,7 @@ class Guard(L.Callback):
         self.max_rejects, self.log_every = max_rejects, log_every
         self.recent: deque[bool] = deque(maxlen=over)
         self.in_a_row = 0
+        self.val_losses: deque[float] = deque(maxlen=16)
         # Keys and losses of the micro-batches since the last optimizer step.
         self._keys: list[str] = []
         self._losses: list[Tensor] = []
@@ -169,6 +173,23 @@ class Guard(L.Callback):
             config.scheduler.base_lrs = [lr * self.lr_factor for lr in config.scheduler.base_lrs]
         log.warning("%d rejected steps in a row: learning rate times %g", self.patience, self.lr_factor)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Watch the loss of the average model, which no training step sees."""
+        value = trainer.callback_metrics.get("val/loss")
+        if value is None:
+            return
+        assert isinstance(pl_module, LadderTuningModule)
+        loss, step = float(value), pl_module.steps
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the validation loss after step {step} of stage {pl_module.stage.name} is {loss}, although every step "
+                "before was finite; look at the validation samples and at model.dtype and machine.precision"
+            )
+        usual = median(self.val_losses) if len(self.val_losses) >= 2 else math.inf
+        if loss > VAL_RATIO * usual:
+            log.warning("the validation loss after step %d is %.4g, that of others %.4g", step, loss, usual)
+        self.val_losses.append(loss)
+
     def _list_averages(self, trainer: L.Trainer) -> list[EMA]:
         return [c for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
 
@@ -176,6 +197,10 @@ class Guard(L.Callback):
         if self.then != "rewind":
             return
         assert isinstance(pl_module, LadderTuningModule)
+        # Whoever goes back must find weights that work. Where these don't, the snapshot before them is kept.
+        if self._snapshot is not None and not are_finite(pl_module.parameters(), pl_module.device):
+            log.error("the weights after step %d aren't finite; a rewind leads to those before", pl_module.steps)
+            return
         state = trainer.optimizers[0].state
         self._snapshot = {
             "weights": [_copy(p.data) for p in pl_module.parameters()],
@@ -211,7 +236,8 @@ class Guard(L.Callback):
             callback.updates = updates
             for average, value in zip(callback.average, values, strict=True):
                 average.copy_(value)
-        self.rule.load_state_dict(snapshot["rule"])
+        kept = {name: part for name, part in self.rule.state_dict().items() if name == KEPT}
+        self.rule.load_state_dict({**snapshot["rule"], **kept})
         pl_module.steps = snapshot["steps"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -5,16 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch import callbacks
 
 from tbac.distributed import find_max_over_ranks
 from tbac.training.callbacks.checkpoint import Checkpoint, validation_follows
+from tbac.training.interruptions import INTERRUPTION
 from tbac.training.module import LadderTuningModule
 
 log = logging.getLogger(__name__)
@@ -23,8 +22,9 @@ log = logging.getLogger(__name__)
 class Preemption(callbacks.Checkpoint):
     """When a signal has come to any process, writes a checkpoint after the current step and ends the run.
 
-    The same command goes on from there. A second signal of the same kind has its usual effect. If a validation follows
-    the step, the run ends after it. Must come after `Checkpoint` in the list of callbacks.
+    The same command goes on from there. If a validation follows the step, the run ends after it. Before the first step
+    of a stage nothing is unsaved, so the run ends at once. A signal that comes again within a second is the same one; a
+    later one has its usual effect. Must come after `Checkpoint` in the list of callbacks.
 
     Args:
         stop: names of signals that end the run with exit status 128 + number, as if they had not been handled.
@@ -38,7 +38,7 @@ class Preemption(callbacks.Checkpoint):
 
     def __init__(
         self,
-        stop: Sequence[str] = ("SIGTERM", "SIGINT"),
+        stop: Sequence[str] = ("SIGTERM", "SIGINT", "SIGHUP"),
         requeue: Sequence[str] = ("SIGUSR1",),
     ) -> None:
         for name in [*stop, *requeue]:
@@ -46,26 +46,41 @@ class Preemption(callbacks.Checkpoint):
                 raise ValueError(f"callbacks.preemption: {name!r} isn't the name of a signal, such as SIGTERM")
         self.stop = [signal.Signals[name] for name in stop]
         self.requeue = [signal.Signals[name] for name in requeue]
-        self._received: signal.Signals | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_signals()
+    @property
+    def signals(self) -> list[signal.Signals]:
+        """All signals that it obeys."""
+        return [*self.stop, *self.requeue]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end_now_if_told(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take signals already in the validation before a stage's first step."""
-        self._take_signals()
+        self._take_signals(trainer)
+        if trainer.state.fn == "validate":  # the validation before a stage's first step
+            self._end_now_if_told(trainer)
 
-    def _take_signals(self) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_signals(trainer)
+        self._end_now_if_told(trainer)
+        INTERRUPTION.may_end = False
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The stage's last checkpoint is on disk now, so the run may end in the hand-over to the next stage."""
+        self._end_now_if_told(trainer)
+        INTERRUPTION.may_end = trainer.world_size == 1
+
+    def _take_signals(self, trainer: L.Trainer) -> None:
         """Take the place of Lightning's handlers, which would save in the middle of a step."""
-        if self._received is not None:  # a second signal has its usual effect
-            return
-        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
-            for number in [*self.stop, *self.requeue]:
-                signal.signal(number, self._note)
+        INTERRUPTION.take(self.signals)
+        if trainer.world_size > 1:  # all processes must decide to end at the same place
+            INTERRUPTION.may_end = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def _end_now_if_told(self, trainer: L.Trainer) -> None:
+        """End the run at a moment at which nothing is unsaved, if a signal has come to any process."""
+        received = find_max_over_ranks(INTERRUPTION.received or 0, trainer.strategy.root_device)
+        if received:
+            self._end(trainer, signal.Signals(received), "all that was done is saved")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,22 +95,30 @@ class Preemption(callbacks.Checkpoint):
             self._stop_if_told(trainer, pl_module)
 
     def _stop_if_told(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
-        received = find_max_over_ranks(self._received or 0, trainer.strategy.root_device)
+        received = find_max_over_ranks(INTERRUPTION.received or 0, trainer.strategy.root_device)
         if not received:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint):
                 callback.save(trainer, pl_module)
                 callback.finish(trainer)
+        done = f"after step {pl_module.steps} of stage {pl_module.stage.name}; the same command goes on from there"
+        self._end(trainer, signal.Signals(received), done)
+
+    def _end(self, trainer: L.Trainer, received: signal.Signals, done: str) -> NoReturn:
         # The first process's exit status is the run's. If another one failed, the launcher would kill the rest.
         if not trainer.is_global_zero:
             raise SystemExit(0)
-        log.warning(
-            "stopped by %s after step %d of stage %s; the same command goes on from there",
-            signal.Signals(received).name,
-            pl_module.steps,
-            pl_module.stage.name,
-        )
+        self.end(received, done)
+
+    def end(self, received: signal.Signals, done: str) -> NoReturn:
+        """End the run as a signal asks for.
+
+        Args:
+            received: the signal.
+            done: when it was obeyed, for the message.
+        """
+        log.warning("stopped by %s %s", received.name, done)
         if received in self.requeue or (received == signal.SIGTERM and slurm_job_runs_on()):
             requeue_slurm_job()
         raise SystemExit(128 + received if received in self.stop else 0)

@@ -1,17 +1,24 @@
 """Pictures of fixed prompts from fixed noise, at every validation."""
 
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from tbac.distributed import hold_gathered
+from tbac.files import describe_error, write_whole
+from tbac.models import UniImage
 from tbac.sampling.grid import join_pictures
 from tbac.sampling.pipeline import UniImagePipeline
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_picture
+
+log = logging.getLogger(__name__)
 
 
 class SampleGrid(L.Callback):
@@ -48,18 +55,28 @@ class SampleGrid(L.Callback):
 
     @rank_zero_only
     def _draw(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        path = self.folder / f"step_{pl_module.run_step:07d}.png"
         model = pl_module.model
         training = model.training
+        # Whatever goes wrong with a picture, from a full disk to a full memory, isn't worth a run.
+        try:
+            png = io.BytesIO()
+            join_pictures(self._draw_prompts(model), columns=4, scale=self.scale).save(png, format="PNG")
+            write_whole(path, png.getvalue())
+        except Exception as error:  # noqa: BLE001
+            log.warning("the pictures %s are left out (%s); training goes on", path, describe_error(error))
+            return
+        finally:
+            model.train(training)
+        log_picture(trainer.loggers, path)
+
+    def _draw_prompts(self, model: UniImage) -> list[Image.Image]:
         pipeline = UniImagePipeline(model)
         pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(
+        drawn: list[Image.Image] = pipeline(
             self.prompts,
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_inference_steps,
             generator=torch.Generator().manual_seed(self.seed),
         ).images
-        model.train(training)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{pl_module.run_step:07d}.png"
-        join_pictures(images, columns=4, scale=self.scale).save(path)
-        log_picture(trainer.loggers, path)
+        return drawn

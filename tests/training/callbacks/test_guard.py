@@ -199,3 +199,69 @@ def test_after_going_on_a_rewind_leads_to_the_checkpoint(model: UniImage, tmp_pa
     )
     assert module.run_step == 8
     assert module.steps == 5  # step 5 was taken and undone, two were rejected, the last one counts
+
+
+class SpoilAverage(L.Callback):
+    """Spoils one value of the weight average after a batch, and notes the weights then."""
+
+    def __init__(self, average: EMA, value: float, at: int) -> None:
+        self.average, self.value, self.at = average, value, at
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            self.average.average[3].flatten()[0] = self.value
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["validated", "saved"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 1e6])
+def test_an_average_that_is_none_starts_anew_before_it_is_used_or_saved(
+    model: UniImage, tmp_path: Path, value: float, saved: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    average = EMA(0.9)
+    validation = {"limit_val_batches": 0} if saved else {"val_check_interval": 1, "check_val_every_n_epoch": None}
+    trainer = make_trainer(4, callbacks=[average, SpoilAverage(average, value, 3), guard_of()], **validation)
+
+    class Save(L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    trainer.callbacks.append(Save())
+    trainer.fit(make_module(model), datamodule=StagedDataModule([make_data(model)]))
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert all(v.isfinite().all() and v.abs().max() < 1e4 for v in state["state_dict"].values())
+    assert "the weight average is broken in" in caplog.text
+    assert all(p.isfinite().all() for p in model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 100.0])
+def test_the_validation_loss_of_the_average_is_watched(
+    model: UniImage, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make_module(model, steps=8)
+    module.validation_step = lambda batch, batch_idx: module.log(  # type: ignore[method-assign]
+        "val/loss", torch.tensor(value if module.steps > 4 else 0.5), batch_size=1
+    )
+    options = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+    trainer = make_trainer(6, callbacks=[EMA(0.9), guard_of()], **options)
+    data = make_data(model)
+    if value == 100.0:
+        trainer.fit(module, datamodule=data)
+        assert "the validation loss after step 5 is 100" in caplog.text
+        return
+    with pytest.raises(DivergedError, match=f"validation loss after step 5 of stage t2i_pretrain is {value}"):
+        trainer.fit(module, datamodule=data)
+
+
+def test_a_snapshot_is_of_weights_that_work(model: UniImage, start: dict, caplog: pytest.LogCaptureFixture) -> None:
+    guard = guard_of(then="rewind", patience=2)
+
+    class SpoilWeights(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                next(pl_module.parameters()).data.flatten()[0] = float("nan")
+                guard.on_save_checkpoint(trainer, pl_module, {})
+
+    module, held = trained(model, start, 9, SpoilWeights(), guard)
+    assert "the weights after step 4 aren't finite" in caplog.text
+    assert all(w.isfinite().all() for w in held["weights"])
+    assert module.steps == 3  # back to the start after two rejected steps, and three more

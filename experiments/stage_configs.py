@@ -1,11 +1,11 @@
 """Composes the configs of the stages of one run, and says whether the run is finished."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from experiments.reports import read_run_report
 from tbac.app import compose_checked, to_plain
 
 PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
@@ -39,11 +39,10 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
 
 def is_finished(stages: Sequence[DictConfig], folder: Path) -> bool:
     """Whether the run in this folder has taken all steps of its last stage and has kept the last checkpoint."""
-    file = folder / "report.json"
-    if not (stages[0].resume == "auto" and file.is_file()):
+    reports = read_run_report(folder / "report.json") if stages[0].resume == "auto" else None
+    if reports is None:
         return False
-    report = json.loads(file.read_text())
-    last, steps = report.get("stages", [report])[-1], stages[-1].stage.steps
+    last, steps = reports[-1], stages[-1].stage.steps
     if last["name"] != stages[-1].stage.name or steps is None or last["steps"] < steps:
         return False
     return (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from math import prod
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from experiments.sweeps.points import read_choices, read_points
 from tbac.app import command, compose_checked, make_part, to_plain
+from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
@@ -29,13 +31,15 @@ def build_world_if_missing(cfg: DictConfig) -> None:
         build_world(world)
 
 
-def train_points(cfg: DictConfig, out: Path, parent_run_id: str) -> None:
+def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
     """Train every point that isn't finished yet, each as a child of the parent run."""
     command = [
         sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
-        f"parent_run_id={parent_run_id}", f"logger.tracking_uri={cfg.tracking_uri}", *cfg.overrides,
+        f"parent_run_id={parent_run_id or 'null'}", *cfg.overrides,
     ]  # fmt: skip
-    if subprocess.run(command).returncode:
+    # In the environment, since anyone may read a command line, and the address may hold a password.
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": cfg.tracking_uri}
+    if subprocess.run(command, env=environment).returncode:
         raise ValueError(f"a point of {cfg.name} failed, as its message says; the same command goes on from there")
 
 
@@ -72,7 +76,7 @@ def main(cfg: DictConfig) -> None:
         # The report, beside the points and in the parent run.
         report = write_report(cfg.name, points, histories, out, expected)
         summary = [{"choices": p.choices, "report": p.report, "scores": p.scores} for p in points]
-        (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(out / "report.json", (json.dumps(summary, indent=2) + "\n").encode())
         for file in [report, out / "report.json", *sorted(out.glob("*.png"))]:
             run.log_file(file)
     print(f"\n{report.read_text()}\nThe report is {report}.")

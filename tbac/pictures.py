@@ -96,6 +96,22 @@ def open_picture(path: Path | str, name: str | None = None) -> Image.Image:
     return decode_picture(data, name)
 
 
+def check_header(path: Path, name: str | None = None) -> None:
+    """Check that a file begins as a picture of a sensible size does, without decoding it.
+
+    Raises:
+        PictureError: for what isn't a regular file with the header of a JPEG, PNG or WebP.
+    """
+    name = name or str(path)
+    try:
+        with Image.open(io.BytesIO(read_bytes(path, name, MAX_BYTES)), formats=IMAGE_FORMATS) as image:
+            check_size(image.size, name)
+    except PictureError:
+        raise
+    except UNREADABLE as error:
+        raise PictureError(f"{name} is not a readable image ({error or type(error).__name__})") from None
+
+
 def to_upright_rgb(image: Image.Image, name: str = "an input image") -> Image.Image:
     """Convert a picture that the caller has opened or made to what `decode_picture` makes of its file.
 

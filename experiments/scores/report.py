@@ -13,6 +13,7 @@ from typing import Any
 from experiments.reports import format_table
 from tbac.evaluation.benchmarks.base import Row, Summary
 from tbac.evaluation.benchmarks.published import PUBLISHED
+from tbac.files import write_whole
 from tbac.pictures import open_picture
 from tbac.sampling.grid import join_pictures
 
@@ -166,9 +167,9 @@ def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
     for heading, file, chosen in choose_sheets(rows):
         draw_sheet(chosen, root, out / f"{file}.png")
         parts.append(Picture(heading, f"{file}.png"))
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "report.md").write_text(render_markdown(findings.title, parts))
-    (out / "report.html").write_text(render_html(findings.title, parts, out))
+    write_whole(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(out / "report.md", render_markdown(findings.title, parts).encode())
+    write_whole(out / "report.html", render_html(findings.title, parts, out).encode())
     return report
 
 

@@ -17,14 +17,15 @@ from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Findings, write_report
 from tbac.app import compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder
+from tbac.evaluation.benchmarks.base import STATES, PictureBenchmark, Row, check_score, make_picture_finder
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Tree, generate, list_pending
-from tbac.files import write_whole
+from tbac.files import parse_json, read_text, reading, shorten, write_whole
 from tbac.models.weights import compute_digest
 from tbac.pictures import open_picture
-from tbac.training.tracking import make_tag_name, open_parent_run
+from tbac.redaction import hide_secrets
+from tbac.training.tracking import make_tag_name, open_parent_run, read_run_id
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str
     """Ask the benchmark's questions, and write the share of right answers to `report.json`."""
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
-    (out / "report.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_whole(out / "report.json", (json.dumps(scores, indent=2) + "\n").encode())
     log_scores(cfg, scores, [out / "report.json"])
     log.info("%s: %s", benchmark.name, json.dumps(scores))
     return scores
@@ -151,12 +152,11 @@ def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) 
 
 def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, results: Path) -> Mapping[str, float]:
     """Write the report of what was judged, and log its scores; returns them."""
-    if not results.is_file():
-        raise ValueError(f"{results} doesn't exist; steps=[score] writes it")
-    named, *lines = (json.loads(line) for line in results.read_text().splitlines())
-    rows = [Row(**line) for line in lines]
-    summary = benchmark.summarize(rows, named["judge"])
-    findings = Findings(benchmark.name, benchmark.title, summary, rows, str(cfg.checkpoint), named["judge"])
+    judge, rows = read_results(results, benchmark)
+    # What a benchmark finds in the details of a row is its own affair, so anything may be wrong with a damaged one.
+    with reading(f"{results}, which steps=[score] writes anew,"):
+        summary = benchmark.summarize(rows, judge)
+    findings = Findings(benchmark.name, benchmark.title, summary, rows, str(cfg.checkpoint), judge)
     report = write_report(findings, out / benchmark.name, out)
     log_scores(cfg, summary.scores, [out / f"report.{kind}" for kind in ("json", "md", "html")])
     log.info(
@@ -170,16 +170,74 @@ def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, resul
     return summary.scores
 
 
+def read_results(file: Path, benchmark: PictureBenchmark) -> tuple[str, list[Row]]:
+    """Read what `steps=[score]` has written: the name of the judge, and a row for each picture of the benchmark.
+
+    Raises:
+        ValueError: when there is no such file, or it isn't of this benchmark, or is damaged.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} doesn't exist; steps=[score] writes it")
+    first, *lines = [line for line in read_text(file).split("\n") if line] or [""]
+    named = parse_json(first, f"{file}:1", dict)
+    if not isinstance(named.get("judge"), str):
+        raise ValueError(f"{file}:1 must name the judge, got {shorten(named)}; steps=[score] writes it anew")
+    targets = {target.path: target for target in benchmark.list_targets()}
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        row = read_row(parse_json(line, f"{file}:{number}", dict), f"{file}:{number}")
+        target = targets.pop(row.picture, None)
+        if target is None or row.prompt != target.prompt:
+            raise ValueError(
+                f"{file}:{number}: {shorten(row.picture)!r} isn't a picture of this benchmark, or stands there twice; "
+                "steps=[score] writes the file anew"
+            )
+        rows.append(row)
+    if targets:
+        some = next(iter(targets))
+        raise ValueError(f"{file} has no row for {len(targets)} pictures, such as {some}; steps=[score] writes it anew")
+    return named["judge"], rows
+
+
+def read_row(values: Mapping[str, Any], place: str) -> Row:
+    """Read the row of one picture.
+
+    Args:
+        values: what stands in the file.
+        place: file and line, for messages.
+
+    Raises:
+        ValueError: for other fields, other types, an unknown state, or a score that isn't in [0, 1].
+    """
+    texts = ("picture", "group", "prompt", "state", "reason")
+    if set(values) != {*texts, "score", "details"}:
+        raise ValueError(f"{place} must have the fields of a scored picture, got {shorten(sorted(values))}")
+    for name in texts:
+        if not isinstance(values[name], str):
+            raise ValueError(f"{place} needs {name!r} as str, got {shorten(values[name])}")
+    if values["state"] not in STATES:
+        raise ValueError(f"{place}: state must be one of {', '.join(STATES)}, got {shorten(values['state'])!r}")
+    if not isinstance(values["details"], dict):
+        raise ValueError(f"{place} needs 'details' as dict, got {shorten(values['details'])}")
+    try:
+        check_score(values["score"])
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if values["score"] is not None and values["state"] != "scored":
+        raise ValueError(f"{place}: a picture whose state is {values['state']!r} has no score, got {values['score']}")
+    return Row(**values)
+
+
 def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Path]) -> None:
     """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
     name = cfg.benchmark.name
     folder = Path(cfg.checkpoint).expanduser().absolute()
     # Training leaves the run's id in the run folder, which is the checkpoint's or up to two folders above it.
     candidates = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
-    run_id_file = next((str(file) for file in candidates if file.is_file()), None)
+    run_id_file = next((str(file) for file in candidates if read_run_id(file)), None)
     with open_parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
         if run_id_file is None:
-            run.log_config(to_plain(cfg))
+            run.log_config(hide_secrets(to_plain(cfg)))
         run.log_metrics({f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()})
         for file in files:
             run.log_file(file)

@@ -1,6 +1,6 @@
 """Reads the points of a sweep: their folders, what was varied, what they reported."""
 
-import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,11 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from experiments.reports import read_run_report
 from tbac.app import CONF
+from tbac.files import ForeignFileError, describe_error, read_text
 
+log = logging.getLogger(__name__)
 SEED = "seed"
 
 
@@ -42,7 +45,7 @@ class Point:
     def run_id(self) -> str | None:
         """The id of its MLflow run, if it was logged."""
         file = self.folder / "mlflow_run_id"
-        return file.read_text().strip() if file.is_file() else None
+        return file.read_bytes().decode(errors="replace").strip() or None if file.is_file() else None
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -81,9 +84,25 @@ def read_points(folder: Path, keys: list[str]) -> list[Point]:
     """
     points = []
     for file in sorted(folder.glob("*/report.json")):
-        overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text())
-        given = {o.lstrip("+").partition("=")[0]: o.partition("=")[2] for o in overrides}
+        given = read_overrides(file.parent)
         choices = {key: given[key] for key in keys if key in given}
-        if len(choices) == len(keys):
-            points.append(Point(file.parent, choices, json.loads(file.read_text())))
+        reports = read_run_report(file) if len(choices) == len(keys) else None
+        if reports:
+            report = reports[0] if len(reports) == 1 else {"stages": reports}
+            points.append(Point(file.parent, choices, report))
     return points
+
+
+def read_overrides(folder: Path) -> dict[str, str]:
+    """Read the overrides that a run was started with, key -> value; none, with a warning, if they can't be read."""
+    file = folder / ".hydra" / "overrides.yaml"
+    try:
+        overrides = yaml.safe_load(read_text(file))
+    except (ForeignFileError, yaml.YAMLError) as error:
+        log.warning("%s isn't counted: %s can't be read (%s)", folder, file, describe_error(error))
+        return {}
+    if not isinstance(overrides, list):
+        log.warning("%s isn't counted: %s holds no list of overrides", folder, file)
+        return {}
+    texts = [override for override in overrides if isinstance(override, str)]
+    return {text.lstrip("+").partition("=")[0]: text.partition("=")[2] for text in texts}

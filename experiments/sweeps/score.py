@@ -1,6 +1,8 @@
 """Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
 
+import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +18,16 @@ from tbac.app import make_part, open_model
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.transforms import ConditionDropout
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
-from tbac.files import write_whole
+from tbac.files import ForeignFileError, read_json, write_whole
 from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.config import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
-from tbac.pictures import open_picture
+from tbac.pictures import PictureError, open_picture
 from tbac.training.module import get_latents
 from tbac.training.randomness import draw_noise
 
+log = logging.getLogger(__name__)
 FILE = "scores.json"
 SUITE_SCORES = {
     "edits": ("score", "happened", "kept"),
@@ -43,10 +46,9 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     """
     # What was scored before is kept, unless other suites were asked for then.
     file = point.folder / FILE
-    if file.is_file():
-        known = json.loads(file.read_text())
-        if known.get("asked", []) == list(cfg.suites):
-            return known
+    known = read_scores(file)
+    if known is not None and known["asked"] == list(cfg.suites) and open_grid(point):
+        return known
     # GenEval's rules, and a few of its pictures for the report.
     pipeline = open_model(str(point.checkpoint), "auto", "float32")
     scored = score_in_memory(pipeline, make_part(cfg.geneval, "geneval"), detector)
@@ -54,7 +56,9 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     pictures = point.folder / "grid"
     pictures.mkdir(exist_ok=True)
     for i in chosen:
-        scored.pictures[i].save(pictures / f"{i:05d}.png")
+        png = io.BytesIO()
+        scored.pictures[i].save(png, format="PNG")
+        write_whole(pictures / f"{i:05d}.png", png.getvalue())
     # What each tap is worth, and what further benchmarks say.
     model, plan = pipeline.model, pipeline.model.ladder.plan
     scores = {
@@ -68,6 +72,23 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     }
     write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
+
+
+def read_scores(file: Path) -> dict[str, Any] | None:
+    """Read the scores of a point; None where there are none, with a warning where they can't be used."""
+    if not file.exists():
+        return None
+    kinds = {"geneval": dict, "prompts": dict, "loss": float, "without": dict, "layers": list, "suites": dict}
+    try:
+        known: dict[str, Any] = read_json(file, kind=dict)
+        wrong = [name for name, kind in kinds.items() if not isinstance(known.get(name), kind)]
+        wrong += [name for name in ("mix", "asked") if name not in known]
+        if wrong:
+            raise ForeignFileError(f"{file} lacks {', '.join(wrong)}")
+    except ForeignFileError as error:
+        log.warning("%s; the point is scored anew", error)
+        return None
+    return known
 
 
 def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) -> dict[str, float]:
@@ -141,5 +162,9 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
 
 
 def open_grid(point: Point) -> list[Image.Image]:
-    """Open the point's pictures of the fixed prompts."""
-    return [open_picture(file) for file in sorted((point.folder / "grid").glob("*.png"))]
+    """Open the point's pictures of the fixed prompts; none if one of them can't be read."""
+    try:
+        return [open_picture(file) for file in sorted((point.folder / "grid").glob("*.png"))]
+    except PictureError as error:
+        log.warning("%s; the point is scored anew", error)
+        return []

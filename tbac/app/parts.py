@@ -144,13 +144,13 @@ FLOW = Part(
 GUARD = Part(
     {
         "tbac.training.spikes.RobustRule": {
-            **counts("window", "warmup"),
+            **counts("window", "warmup", "common"),
             "deviations": number(above=0),
-            "min_ratio": number(least=1),
+            **dict.fromkeys(("min_ratio", "max_ratio", "common_ratio"), number(least=1)),
         },
         "tbac.training.spikes.RunningMeanRule": {
             "decay": number(least=0, below=1),
-            **dict.fromkeys(("loss_ratio", "norm_ratio", "min_norm", "max_norm"), number(above=0)),
+            **dict.fromkeys(("loss_ratio", "norm_ratio", "min_norm", "max_norm", "max_loss"), number(above=0)),
         },
     }
 )
@@ -203,6 +203,7 @@ LOGGER = Part(
             "save_dir": path(), "name": optional(text(empty=True)), "version": anything(), "prefix": text(empty=True),
             "flush_logs_every_n_steps": whole(),
         },
+        "tbac.training.csv_log.LastingCSVLogger": {"save_dir": path(), "name": text(empty=True)},
         "tbac.training.tracking.make_mlflow_logger": {
             "experiment_name": text(),
             "run_name": optional(text()),

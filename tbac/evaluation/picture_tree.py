@@ -14,8 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from tbac.files import write_whole
+from tbac.files import ForeignFileError, is_valid_text, read_json, shorten, write_whole
 from tbac.pictures import PictureError, open_picture
+
+# Bytes; the longest name of a file that is made beside a picture, in its records, has 45 more. Most systems take 255.
+LONGEST_NAME, LONGEST_PATH = 200, 1000
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Target:
         images: input pictures, for edits.
 
     Raises:
-        ValueError: for a path that leads out of the tree.
+        ValueError: for a path that leads out of the tree or can't name a file, and for a prompt that is no text.
     """
 
     path: str
@@ -43,7 +46,17 @@ class Target:
         # Names of pictures come from benchmark files, which may come from anywhere.
         path = PurePosixPath(self.path)
         if not self.path or path.is_absolute() or ".." in path.parts or path.name != self.path.split("/")[-1]:
-            raise ValueError(f"a picture's name must stay inside its folder, got {self.path!r}")
+            raise ValueError(f"a picture's name must stay inside its folder, got {shorten(self.path)!r}")
+        if not is_valid_text(self.path) or not self.path.isprintable() or path.name.startswith("."):
+            raise ValueError(f"a picture's name must be of signs that can be seen, got {shorten(ascii(self.path))}")
+        longest = max(len(part.encode()) for part in path.parts)
+        if longest > LONGEST_NAME or len(self.path.encode()) > LONGEST_PATH:
+            raise ValueError(
+                f"a picture's name may have {LONGEST_NAME} bytes and its path {LONGEST_PATH}, got {longest} and "
+                f"{len(self.path.encode())} in {shorten(self.path)!r}"
+            )
+        if not is_valid_text(self.prompt) or not self.prompt.strip():
+            raise ValueError(f"the prompt of {self.path} must be a text, got {shorten(ascii(self.prompt))}")
 
 
 class TreeError(ValueError):
@@ -119,15 +132,23 @@ class Tree:
         # A process that was ended between picture and record leaves this mark, and no record.
         if not path.is_file() or not is_readable(path) or self._name_mark(target).is_file():
             return False
-        recorded = json.loads(record.read_text()) if record.is_file() else None
         expected = self._describe_target(target)
+        recorded = None
+        if record.exists():
+            # A record that is torn says that the picture was made here, and not how: it is made anew.
+            try:
+                recorded = read_json(record, kind=dict)
+            except ForeignFileError:
+                return False
         if recorded == expected:
             return True
         if self.overwrite:
             return False
         if recorded is None:
             raise TreeError(f"{path} wasn't made here; give another folder, or overwrite=true")
-        changed = [f"{k} {recorded.get(k)} -> {v}" for k, v in expected.items() if recorded.get(k) != v]
+        changed = [
+            f"{k} {shorten(recorded.get(k))} -> {shorten(v)}" for k, v in expected.items() if recorded.get(k) != v
+        ]
         raise TreeError(f"{path} was made otherwise ({', '.join(changed)}); give another folder, or overwrite=true")
 
     def write(self, target: Target, pictures: Sequence[Image.Image]) -> None:

@@ -163,7 +163,11 @@ def close(logger: RunLogger) -> None:
     logger.close()
 
 
-@pytest.mark.parametrize("when", ["at the start", "in the middle", "after a restart"])
+SLOW = pytest.mark.slow
+WHEN = [pytest.param("at the start", marks=SLOW), "in the middle", pytest.param("after a restart", marks=SLOW)]
+
+
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_local_store_that_fails_ends_nothing_and_loses_nothing(
     name: str, when: str, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -273,10 +277,15 @@ def test_files_that_find_no_room_keep_no_numbers_back(
 class BadLogger:
     """A logger of someone else's, all of whose methods fail."""
 
-    group_separator = "/"
-
     def __getattr__(self, name: str) -> Any:
-        raise OSError(28, "No space left on device", name)
+        if name in ("name", "version", "save_dir"):
+            raise OSError(28, "No space left on device")
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        fail.__name__ = name
+        return fail
 
 
 def test_any_logger_s_errors_are_reported_once_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbac.evaluation.benchmarks.base import read_rows
+from tbac.evaluation.benchmarks.base import locate_picture, read_rows
 from tbac.evaluation.rules import is_same_answer
+from tbac.files import expand_path
 from tbac.pictures import open_picture
 
 MAX_NEW_TOKENS = 8  # of an answer
@@ -44,7 +45,7 @@ class Answers:
 
     def __post_init__(self) -> None:
         self.questions = read_questions(self.file)
-        self.folder = Path(self.file).expanduser().parent
+        self.folder = expand_path(self.file, "benchmark.file").parent
 
     def score(self, model: Any) -> AnswerScores:
         """Ask a `UniImage` every question."""
@@ -60,4 +61,8 @@ class Answers:
 
 def read_questions(path: str | Path) -> list[dict]:
     """Read rows with `image` (a file beside the list), `question` and `answer`."""
-    return read_rows(path, {"image": str, "question": str, "answer": str})
+    rows = read_rows(path, {"image": str, "question": str, "answer": str})
+    folder = expand_path(path, "benchmark.file").parent
+    for number, row in enumerate(rows):
+        locate_picture(folder, row["image"], f"{path}: question {number}")
+    return rows

@@ -5,7 +5,7 @@ when it is built, so that a wrong file is reported before a model is loaded. To 
 `PictureBenchmark`, and write a YAML that names it by `_target_`.
 """
 
-import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,16 @@ from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
-from tbac.pictures import PictureError, open_picture
+from tbac.files import ForeignFileError, describe_error, expand_path, parse_json, read_text, shorten
+from tbac.pictures import PictureError, check_header, open_picture
+from tbac.redaction import hide_in_text
 
+FILE_NAME = re.compile(r"\w[\w.-]{0,99}")  # what may name a folder of ours
+STATES = ("scored", "missing", "failed")  # of a picture
 Needs = Literal["detector", "questions", "nothing"]
 
 
-class BenchmarkFileError(ValueError):
+class BenchmarkFileError(ForeignFileError):
     """A benchmark file has the wrong form; the message names file, line and field."""
 
 
@@ -35,37 +39,74 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
 
     Raises:
         BenchmarkFileError: when the file is absent or empty, or a row has the wrong form.
+        ForeignFileError: when it can't be read, or a line isn't JSON.
     """
     # A path that someone typed may be wrong, and so may be the kind of file.
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = expand_path(path, "benchmark.file")
+    if not path.exists():
         raise BenchmarkFileError(f"benchmark file {path} doesn't exist")
     rows = []
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError:
-        raise BenchmarkFileError(f"{path} is not UTF-8 text; JSON lines are expected") from None
-    # Each row is checked now, since a fault that only shows up after hours of drawing is expensive.
-    for number, line in enumerate(lines, start=1):
+    # Each row is checked now, since a fault that only shows up after hours of drawing is expensive. Lines end with a
+    # newline alone: a text within JSON may hold other signs that Python takes for the end of a line.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BenchmarkFileError(f"{path}:{number} is not JSON ({error})") from None
+        place = f"{path}:{number}"
+        row = parse_json(line, place, dict)
         # The required fields are checked first, so that `check` may rely on them.
-        if not isinstance(row, dict):
-            raise BenchmarkFileError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
-        for name, kind in required.items():
-            if not isinstance(row.get(name), kind):
-                raise BenchmarkFileError(f"{path}:{number} needs {name!r} as {kind.__name__}, got {row.get(name)!r}")
+        check_fields(row, required, place)
         problem = check(row) if check else ""
         if problem:
-            raise BenchmarkFileError(f"{path}:{number}: {problem}")
+            raise BenchmarkFileError(f"{place}: {problem}")
         rows.append(row)
     if not rows:
         raise BenchmarkFileError(f"{path} holds no row")
     return rows
+
+
+def check_fields(row: Any, required: Mapping[str, type], place: str) -> None:
+    """Check that a row is a mapping with fields of the right types.
+
+    Raises:
+        BenchmarkFileError: naming the place, the field, its type and its value.
+    """
+    if not isinstance(row, dict):
+        raise BenchmarkFileError(f"{place} must be a mapping, got {shorten(row)}")
+    for name, kind in required.items():
+        value = row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # in Python True is an int
+            raise BenchmarkFileError(f"{place} needs {name!r} as {kind.__name__}, got {shorten(value)}")
+
+
+def locate_picture(folder: Path, name: str, place: str) -> Path:
+    """Find a picture that a benchmark file names, in the folder that it must lie in.
+
+    What the file names is shown to a model or sent to a judge, so nothing outside of the folder may be named, by `..`
+    or by a link. Links into the blobs of a download of the Hugging Face hub stay inside of that download.
+
+    Args:
+        folder: of the pictures.
+        name: of the file, relative to it.
+        place: file and row that name it, for messages.
+
+    Raises:
+        BenchmarkFileError: for a name that leads out of the folder, and for what isn't a picture.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not name:
+        raise BenchmarkFileError(f"{place}: a picture's path must stay inside of {folder}, got {shorten(name)!r}")
+    try:
+        real, root = (folder / path).resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BenchmarkFileError(f"{place}: {shorten(name)!r} can't be a path ({describe_error(error)})") from None
+    allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    if not any(real.is_relative_to(parent) for parent in allowed):
+        raise BenchmarkFileError(f"{place}: a picture's path must stay inside of {folder}, got a link to {real}")
+    try:
+        check_header(real, str(folder / path))
+    except PictureError as error:
+        raise BenchmarkFileError(f"{place}: {error}") from None
+    return folder / path
 
 
 @dataclass(frozen=True)
@@ -76,11 +117,28 @@ class PictureVerdict:
         score: in [0, 1]; None where the benchmark has no score.
         reason: what is wrong with the picture.
         details: whatever else `summarize` needs.
+
+    Raises:
+        ScoreError: for a score that isn't a number in [0, 1], such as NaN.
     """
 
     score: float | None
     reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+
+
+class ScoreError(ValueError):
+    """A judge has given a score that is none."""
+
+
+def check_score(score: Any) -> None:
+    """Raise ScoreError for what is neither None nor a number in [0, 1]."""
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if score is not None and not (is_number and 0 <= score <= 1):
+        raise ScoreError(f"a score must be a number from 0 to 1, got {shorten(score)}")
 
 
 @dataclass(frozen=True)
@@ -172,8 +230,20 @@ class PictureBenchmark(ABC):
             value = getattr(self, option)
             if type(value) is not int or value < 1:
                 raise ValueError(f"benchmark.{option} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.name, str) or not FILE_NAME.fullmatch(self.name):
+            raise ValueError(f"benchmark.name must be letters, digits, '_', '-' and '.', got {shorten(self.name)!r}")
         self.title = self.title or self.name
         self.read_files()
+        self.check_targets()
+
+    def check_targets(self) -> None:
+        """Raise ValueError unless there are pictures to draw, each of which has a place of its own."""
+        paths = [target.path for target in self.list_targets()]
+        if not paths:
+            raise ValueError(f"the benchmark {self.name} lists no picture")
+        if len(set(paths)) < len(paths):
+            twice = next(path for path in paths if paths.count(path) > 1)
+            raise ValueError(f"the benchmark {self.name} wants several pictures at the same place, {shorten(twice)}")
 
     @abstractmethod
     def read_files(self) -> None:
@@ -235,8 +305,8 @@ class PictureBenchmark(ABC):
                 continue
             try:
                 verdict = self.judge_picture(target, picture, judge)
-            except JudgeError as error:
-                yield Row(target.path, group, target.prompt, "failed", None, str(error))
+            except (JudgeError, ScoreError) as error:
+                yield Row(target.path, group, target.prompt, "failed", None, hide_in_text(str(error)))
                 continue
             yield Row(target.path, group, target.prompt, "scored", verdict.score, verdict.reason, dict(verdict.details))
 

@@ -1,6 +1,7 @@
 """DPG-Bench: dense prompts, with yes/no questions that depend on one another."""
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +12,20 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
+    BenchmarkFileError,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
     Summary,
+    check_fields,
     list_count_difference,
     list_judge_difference,
 )
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
 from tbac.evaluation.judges.base import JudgeError, read_yes_or_no
 from tbac.evaluation.picture_tree import Target
+from tbac.files import MAX_BYTES, expand_path, read_text, reading, shorten
 
 YES_OR_NO = "{question} Answer with yes or no."
 Mode = Literal["official", "fixed"]
@@ -54,26 +58,30 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     Raises:
         ValueError: when the file, a column or a number isn't there.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"DPG-Bench's questions {path} don't exist")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    path = expand_path(path, "benchmark.questions")
+    if not path.exists():
+        raise BenchmarkFileError(f"DPG-Bench's questions {path} don't exist")
+    text = read_text(path)
+    with reading(str(path)):
+        csv.field_size_limit(MAX_BYTES)
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     absent = needed - set(rows[0] if rows else ())
     if absent:
-        raise ValueError(f"{path} lacks the columns {', '.join(sorted(absent))}")
+        raise BenchmarkFileError(f"{path} lacks the columns {', '.join(sorted(absent))}")
     # Line 1 of the file is its header, which messages have to count.
     questions: dict[str, list[Question]] = defaultdict(list)
     first = 1 if mode == "official" else 0
     for line, row in enumerate(rows[first:], start=2 + first):
+        # A row that is too short has no value in its last columns.
+        check_fields(row, dict.fromkeys(needed, str), f"{path}:{line}")
         try:
             number = int(row["proposition_id"])
             parents = tuple(int(d) for d in row["dependency"].split(",") if int(d) != 0)
         except ValueError:
-            raise ValueError(
+            raise BenchmarkFileError(
                 f"{path}:{line}: proposition_id and dependency must be whole numbers, got "
-                f"{row['proposition_id']!r} and {row['dependency']!r}"
+                f"{shorten(row['proposition_id'])!r} and {shorten(row['dependency'])!r}"
             ) from None
         category = row["tuple"].split("(")[0].strip()
         questions[row["item_id"]].append(Question(number, row["question_natural_language"], parents, category))
@@ -223,7 +231,9 @@ class DPG(PictureBenchmark):
         self.questions_by_mode["fixed"] = read_dpg_questions(self.questions, "fixed")
         absent = sorted(set(self.prompts) - set(self.questions_by_mode["fixed"]))
         if absent:
-            raise ValueError(f"{self.questions} has no question about {len(absent)} prompts, such as {absent[0]}")
+            raise BenchmarkFileError(
+                f"{self.questions} has no question about {len(absent)} prompts, such as {absent[0]}"
+            )
 
     def list_targets(self) -> list[Target]:
         """List the targets `<stem>.png`."""

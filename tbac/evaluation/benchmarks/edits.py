@@ -1,5 +1,6 @@
 """Edits that an exact detector can judge: whether the edit happened, and whether the rest stayed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from tbac.evaluation.benchmarks.base import (
     Row,
     Summary,
     list_edit_targets,
+    locate_picture,
     read_rows,
 )
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.rules import EVERY, Thresholds, aggregate_by_tag, judge_edit
+from tbac.files import describe_error, expand_path, shorten
 
 KIND = "happened, "  # before the kind of edit, in the names of scores
 
@@ -41,7 +44,7 @@ class Edits(PictureBenchmark):
     def read_files(self) -> None:
         """Read the edits; their source pictures lie beside the file."""
         self.edits = read_edits(self.file)
-        self.folder = Path(self.file).expanduser().parent
+        self.folder = expand_path(self.file, "benchmark.file").parent
 
     def list_targets(self) -> list[Target]:
         """List the targets `{i:04d}.png`."""
@@ -81,10 +84,42 @@ class Edits(PictureBenchmark):
 
 def read_edits(path: str | Path) -> list[dict]:
     """Read rows with `image` (a file beside the list), `instruction`, `kind`, and the scans `source` and `target`."""
-    return read_rows(path, {"image": str, "instruction": str, "kind": str, "source": dict, "target": dict})
+    required = {"image": str, "instruction": str, "kind": str, "source": dict, "target": dict}
+    rows = read_rows(path, required, describe_problem)
+    folder = expand_path(path, "benchmark.file").parent
+    for number, row in enumerate(rows):
+        locate_picture(folder, row["image"], f"{path}: edit {number}")
+    return rows
+
+
+def describe_problem(row: dict) -> str:
+    """Describe what is wrong with the scans of a row; "" when nothing is."""
+    for name in ("source", "target"):
+        try:
+            parse_scan(row[name])
+        except (KeyError, TypeError, ValueError) as error:
+            return f"{name!r} must be {{background, objects: [{{name, color, box}}]}} ({describe_error(error)})"
+    if not isinstance(row.get("anywhere", False), bool):
+        return f"'anywhere' must be true or false, got {shorten(row['anywhere'])}"
+    return ""
 
 
 def parse_scan(value: Mapping[str, Any]) -> Scan:
-    """Make a `Scan` of `{background, objects: [{name, color, box}]}`."""
-    items = (Detection(o["name"], o["color"], tuple(o["box"]), 1.0) for o in value["objects"])
-    return Scan(value["background"], tuple(items))
+    """Make a `Scan` of `{background, objects: [{name, color, box}]}`.
+
+    Raises:
+        KeyError: for a field that isn't there.
+        TypeError: for one of another type.
+        ValueError: for a box that isn't four finite numbers.
+    """
+    detections = []
+    for item in value["objects"]:
+        left, top, right, bottom = map(float, item["box"])
+        if not math.isfinite(left + top + right + bottom):
+            raise ValueError("a box must be four finite numbers")
+        if not isinstance(item["name"], str) or not isinstance(item["color"], str):
+            raise TypeError("name and color must be texts")
+        detections.append(Detection(item["name"], item["color"], (left, top, right, bottom), 1.0))
+    if not isinstance(value["background"], str):
+        raise TypeError("background must be a text")
+    return Scan(value["background"], tuple(detections))

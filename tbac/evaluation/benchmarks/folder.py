@@ -9,6 +9,7 @@ from PIL import Image
 
 from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, PictureVerdict, Row, Summary
 from tbac.evaluation.picture_tree import Target
+from tbac.files import expand_path, read_text
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,11 +54,12 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: when there is no such file or folder, no prompt in it, or an empty one.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path, "benchmark.file")
     if path.is_dir():
-        prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
+        prompts = {file.stem: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Only a newline ends a line; a prompt may hold other signs that Python takes for one.
+        lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
         prompts = {f"{i:05d}": line for i, line in enumerate(lines)}
     else:
         raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")

@@ -20,7 +20,7 @@ from tbac.evaluation.benchmarks.base import (
 )
 from tbac.evaluation.picture_tree import Target, name_records_folder
 from tbac.evaluation.rules import EVERY, RELATIONS, aggregate_by_tag, judge_geneval
-from tbac.files import write_whole
+from tbac.files import shorten, write_whole
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,20 +82,36 @@ def describe_problem(row: dict) -> str:
     for part in ("include", "exclude"):
         entries = row.get(part, [])
         if not isinstance(entries, list):
-            return f"{part!r} must be a list, got {entries!r}"
+            return f"{part!r} must be a list, got {shorten(entries)}"
         for index, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
-                return f"{part}[{index}] needs a 'class', got {entry!r}"
-            if not isinstance(entry.get("count"), int) or entry["count"] < 1:
-                return f"{part}[{index}] needs a positive whole 'count', got {entry.get('count')!r}"
-            # A position is judged relative to objects of an earlier entry, so it must point at one.
-            if "position" in entry:
-                position = entry["position"]
-                if not (isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS):
-                    return f"{part}[{index}].position must be [one of {', '.join(RELATIONS)}, index], got {position!r}"
-                if not (isinstance(position[1], int) and 0 <= position[1] < index):
-                    return f"{part}[{index}].position must point at an earlier entry, got {position[1]!r}"
+            problem = describe_problem_of_entry(entry, index)
+            if problem:
+                return f"{part}[{index}]{problem}"
     return "" if row.get("include") else "'include' must hold at least one object"
+
+
+def describe_problem_of_entry(entry: Any, index: int) -> str:
+    """Describe what is wrong with an object that a prompt asks for; "" when nothing is."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
+        return f" needs a 'class', got {shorten(entry)}"
+    if not is_whole(entry.get("count")) or entry["count"] < 1:
+        return f" needs a positive whole 'count', got {shorten(entry.get('count'))}"
+    if not isinstance(entry.get("color", ""), str):
+        return f".color must be a text, got {shorten(entry['color'])}"
+    if "position" not in entry:
+        return ""
+    # A position is judged relative to objects of an earlier entry, so it must point at one.
+    position = entry["position"]
+    if not (isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS):
+        return f".position must be [one of {', '.join(RELATIONS)}, index], got {shorten(position)}"
+    if not (is_whole(position[1]) and 0 <= position[1] < index):
+        return f".position must point at an earlier entry, got {shorten(position[1])}"
+    return ""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; JSON's true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def list_geneval_targets(rows: Sequence[Mapping], samples: int = 4) -> list[Target]:

@@ -1,6 +1,5 @@
 """ImgEdit: edits of nine kinds, which a judge rates; scores are averages by kind."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,15 @@ from tbac.evaluation.benchmarks.base import (
     PictureVerdict,
     Row,
     Summary,
+    check_fields,
     list_count_difference,
     list_edit_targets,
     list_judge_difference,
+    locate_picture,
 )
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
+from tbac.files import expand_path, read_json, shorten
 from tbac.pictures import open_picture
 
 PLACEHOLDER = "<edit_prompt>"  # marks the place of the instruction in the judge's prompts
@@ -119,15 +121,12 @@ def read_imgedit(path: str | Path, images: str | Path) -> dict[str, EditItem]:
         BenchmarkFileError: when a field or a picture is missing; the message names file, key and field.
     """
     rows = _read_object(path)
+    folder = expand_path(images, "benchmark.images")
     items = {}
     for key, row in rows.items():
-        for name in ("id", "prompt", "edit_type"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                raise BenchmarkFileError(f"{path}: edit {key!r} needs {name!r} as str")
-        items[key] = EditItem(row["edit_type"], row["prompt"], Path(images).expanduser() / row["id"])
-    absent = [item.image for item in items.values() if not item.image.is_file()]
-    if absent:
-        raise BenchmarkFileError(f"{len(absent)} pictures of {path} aren't there, such as {absent[0]}")
+        place = f"{path}: edit {shorten(key)!r}"
+        check_fields(row, {"id": str, "prompt": str, "edit_type": str}, place)
+        items[key] = EditItem(row["edit_type"], row["prompt"], locate_picture(folder, row["id"], place))
     return items
 
 
@@ -146,15 +145,12 @@ def read_judge_prompts(path: str | Path, kinds: set[str]) -> dict[str, str]:
 
 def _read_object(path: str | Path) -> dict:
     """Read a JSON file that holds an object with at least one entry."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = expand_path(path, "benchmark.file")
+    if not file.exists():
         raise BenchmarkFileError(f"benchmark file {file} doesn't exist")
-    try:
-        rows = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
-    if not isinstance(rows, dict) or not rows:
-        raise BenchmarkFileError(f"{file} must hold a JSON object with at least one entry")
+    rows: dict = read_json(file, kind=dict)
+    if not rows:
+        raise BenchmarkFileError(f"{file} must hold a mapping with at least one entry")
     return rows
 
 

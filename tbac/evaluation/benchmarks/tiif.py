@@ -22,6 +22,7 @@ from tbac.evaluation.benchmarks.base import (
 )
 from tbac.evaluation.judges.base import JudgeError, read_yes_or_no_lines
 from tbac.evaluation.picture_tree import Target
+from tbac.files import expand_path, shorten
 
 LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
 {questions}"""
@@ -98,18 +99,19 @@ def read_pairs(prompts: str | Path, questions: str | Path | None = None) -> list
             question = asked[kind][number] if questions else {"yn_question_list": [], "yn_answer_list": []}
             texts = question["yn_question_list"]
             # Some files say "Yes" and some "yes"; anything else would silently count as no.
-            answers = [str(answer).strip().lower() for answer in question["yn_answer_list"]]
+            answers = [shorten(answer).strip().lower() for answer in question["yn_answer_list"]]
+            place = f"{questions}: type {kind!r}, row {number}"
             if len(texts) != len(answers) or not set(answers) <= {"yes", "no"}:
-                raise BenchmarkFileError(
-                    f"{questions}: type {kind!r}, row {number}: yn_answer_list must hold yes or no for each question"
-                )
+                raise BenchmarkFileError(f"{place}: yn_answer_list must hold yes or no for each question")
+            if questions and not (texts and all(isinstance(text, str) and text.strip() for text in texts)):
+                raise BenchmarkFileError(f"{place}: yn_question_list must hold questions, got {shorten(texts)}")
             described = {length: row[f"{length}_description"] for length in LENGTHS}
             pairs.append(Pair(kind, number, described, texts, [answer == "yes" for answer in answers]))
     return pairs
 
 
 def _read_rows_by_type(folder: str | Path, required: Mapping[str, type]) -> dict[str, list[dict]]:
-    folder = Path(folder).expanduser()
+    folder = expand_path(folder, "benchmark.file")
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise BenchmarkFileError(f"TIIF-Bench's folder {folder} has no *.jsonl file")
@@ -122,7 +124,7 @@ def _read_rows_by_type(folder: str | Path, required: Mapping[str, type]) -> dict
 
 def _describe_unknown_type(row: Mapping[str, str]) -> str:
     """Describe what is wrong with the type of a row; "" when nothing is."""
-    return "" if row["type"] in TYPES else f"unknown type {row['type']!r}"
+    return "" if row["type"] in TYPES else f"unknown type {shorten(row['type'])!r}"
 
 
 def name_picture(pair: Pair, length: str, model_name: str) -> str:

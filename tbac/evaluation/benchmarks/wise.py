@@ -1,6 +1,5 @@
 """WISE: prompts that need knowledge of the world; a judge gives three ratings, which become the WiScore."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,16 @@ from tbac.evaluation.benchmarks.base import (
     PictureVerdict,
     Row,
     Summary,
+    check_fields,
     list_count_difference,
     list_judge_difference,
 )
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
+from tbac.files import expand_path, read_json, shorten
 
 NUM_PROMPTS = 1000
+LAST_ID = 10**9  # greatest prompt_id; it names a picture
 WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1}
 SHARES = {"culture": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1}
 INSTRUCTION = """Rate a generated picture against its prompt. Prompt: {prompt}
@@ -70,40 +72,32 @@ def read_wise(path: str | Path) -> list[WisePrompt]:
     Raises:
         BenchmarkFileError: when a file is absent or has the wrong form; the message names file, row and field.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path, "benchmark.file")
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise BenchmarkFileError(f"WISE's prompts {path} don't exist; give a JSON file or the folder of its three")
     rows = []
     for file in files:
-        for index, row in enumerate(read_list(file)):
+        for index, row in enumerate(read_json(file, kind=list)):
             rows.append(read_prompt(row, f"{file}: prompt {index}"))
+    if not rows:
+        raise BenchmarkFileError(f"{path} holds no prompt")
     numbers = [row.number for row in rows]
     if len(set(numbers)) != len(numbers):
         raise BenchmarkFileError(f"{path}: several prompts have the prompt_id {max(numbers, key=numbers.count)}")
     return sorted(rows, key=lambda row: row.number)
 
 
-def read_list(file: Path) -> list:
-    """Read a JSON file that holds a list."""
-    try:
-        rows = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BenchmarkFileError(f"{file} isn't JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise BenchmarkFileError(f"{file} must hold a list of prompts, got {type(rows).__name__}")
-    return rows
-
-
 def read_prompt(row: Any, origin: str) -> WisePrompt:
     """Read a row of WISE's files; `origin` tells where it stands, for messages."""
-    needed = {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}
-    for name, kind in needed.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise BenchmarkFileError(f"{origin} needs {name!r} as {kind.__name__}")
+    check_fields(row, {"prompt_id": int, "Prompt": str, "Explanation": str, "Category": str}, origin)
+    if not 0 <= row["prompt_id"] <= LAST_ID:
+        raise BenchmarkFileError(f"{origin} needs a 'prompt_id' from 0 to {LAST_ID}, got {shorten(row['prompt_id'])}")
     category = find_category(row["Category"], str(row.get("Subcategory", "")))
     if not category:
-        raise BenchmarkFileError(f"{origin} has the category {row['Category']!r}; known are {', '.join(SHARES)}")
+        raise BenchmarkFileError(
+            f"{origin} has the category {shorten(row['Category'])!r}; known are {', '.join(SHARES)}"
+        )
     return WisePrompt(row["prompt_id"], row["Prompt"], row["Explanation"], category)
 
 

@@ -1,7 +1,9 @@
 """Keeps what slow judges and detectors have said, so that scoring resumes where it stopped."""
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,9 @@ from PIL import Image
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.judges.base import Judge
 from tbac.evaluation.rules import EVERY, Thresholds
+from tbac.files import append_lines, read_json_lines
+
+log = logging.getLogger(__name__)
 
 
 class Cache:
@@ -24,29 +29,39 @@ class Cache:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known: dict[str, Any] = {}
-        for line in file.read_text().splitlines() if file.is_file() else ():
-            try:
-                row = json.loads(line)
+        for row in read_json_lines(file) if file.is_file() else ():
+            if isinstance(row, dict) and isinstance(row.get("key"), str) and "value" in row:
                 self._known[row["key"]] = row["value"]
-            except (ValueError, KeyError, TypeError):
-                continue
 
-    def get(self, about: Sequence[Any], images: Sequence[Image.Image], find_out: Callable[[], Any]) -> Any:
+    def get(
+        self,
+        about: Sequence[Any],
+        images: Sequence[Image.Image],
+        find_out: Callable[[], Any],
+        read: Callable[[Any], Any],
+    ) -> Any:
         """Return a value from the file, or compute it and write it there.
 
         Args:
             about: everything besides the pictures that the value depends on.
             images: the pictures that it depends on.
             find_out: computes the value; an error that it raises isn't kept.
+            read: turns what is in the file into what is returned. A value that makes it raise KeyError, TypeError or
+                ValueError was damaged, and is computed again.
         """
         pixels = [hashlib.sha256(f"{i.mode}{i.size}".encode() + i.tobytes()).hexdigest() for i in images]
         key = hashlib.sha256(json.dumps([about, pixels]).encode()).hexdigest()
-        if key not in self._known:
-            self._known[key] = find_out()
-            # The newline before it ends a line that an earlier process left unfinished.
-            with self.file.open("a") as file:
-                file.write(f"\n{json.dumps({'key': key, 'value': self._known[key]})}\n")
-        return self._known[key]
+        if key in self._known:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                return read(self._known[key])
+        value = find_out()
+        self._known[key] = value
+        # A reply that can't be kept has still been given.
+        try:
+            append_lines(self.file, [json.dumps({"key": key, "value": value})])
+        except OSError as error:
+            log.warning("%s can't be written (%s); what the judge says isn't kept", self.file, error)
+        return read(value)
 
 
 class CachedJudge:
@@ -64,7 +79,7 @@ class CachedJudge:
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
         """Return the reply that was kept, or ask for it now."""
-        return self.cache.get([self.identity, question], images, lambda: self.judge.ask(question, images))
+        return self.cache.get([self.identity, question], images, lambda: self.judge.ask(question, images), read_reply)
 
 
 class CachedDetector:
@@ -86,7 +101,22 @@ class CachedDetector:
             scan = self.detector(image, colored)
             return {"background": scan.background, "detections": [asdict(d) for d in scan.detections]}
 
-        kept = self.cache.get([self.identity, sorted(colored)], [image], scan_image)
+        scan: Scan = self.cache.get([self.identity, sorted(colored)], [image], scan_image, read_scan)
+        return scan
+
+
+def read_reply(kept: Any) -> str:
+    """Read a reply that was kept; raises TypeError for what isn't a text."""
+    if not isinstance(kept, str):
+        raise TypeError("a reply must be a text")
+    return kept
+
+
+def read_scan(kept: Any) -> Scan:
+    """Read a scan that was kept; raises KeyError, TypeError or ValueError for what isn't one."""
+    detections = []
+    for item in kept["detections"]:
         # JSON has no tuples, so boxes come back as lists.
-        detections = (Detection(**{**d, "box": tuple(d["box"])}) for d in kept["detections"])
-        return Scan(kept["background"], tuple(detections))
+        left, top, right, bottom = map(float, item["box"])
+        detections.append(Detection(**{**item, "box": (left, top, right, bottom), "score": float(item["score"])}))
+    return Scan(kept["background"], tuple(detections))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
 from tbac.pictures import to_upright_rgb
+from tbac.redaction import HIDDEN, hide_in_text
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between tries; each wait is twice the one before
 LONGEST_REQUEST = 60.0  # seconds that an endpoint may ask us to wait
@@ -44,7 +45,8 @@ class EndpointJudge:
             raise ValueError(f"judge=endpoint needs {' and '.join(missing)} in the environment")
         self._client = OpenAI(max_retries=0, timeout=timeout)
         self.model, self.max_retries, self.max_tokens = model, max_retries, max_tokens
-        self.identity = f"{model} at {self._client.base_url} (temperature 0, max_tokens {max_tokens})"
+        address = hide_in_text(str(self._client.base_url))
+        self.identity = f"{model} at {address} (temperature 0, max_tokens {max_tokens})"
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
         """Ask the endpoint for a reply.
@@ -76,7 +78,8 @@ class EndpointJudge:
                 wait = read_requested_wait(error) or wait
             except (AttributeError, IndexError, TypeError, ValueError) as error:
                 problem = f"the reply isn't a chat completion ({type(error).__name__}: {error})"
-        raise JudgeError(problem)
+        # A server may repeat the key that it was given.
+        raise JudgeError(hide_in_text(problem.replace(self._client.api_key, HIDDEN)))
 
     def _complete(self, content: list[dict[str, Any]]) -> Any:
         """Ask once; returns a text if the endpoint keeps to the protocol."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tbac.evaluation.benchmarks.imgedit import EditItem, aggregate_edits, read_imgedit, read_judge_prompts, read_score
+from tests.helpers.pictures import make_noise_image
 
 REPLY = "Brief reasoning: fine\nPrompt Compliance: 5\nVisual Naturalness: 4\nPhysical & Detail Integrity: 4"
 
@@ -79,7 +80,7 @@ def test_the_published_kinds_give_the_published_overall(cells: tuple[float, ...]
 
 
 def test_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:
-    (tmp_path / "cat.png").write_bytes(b"")
+    make_noise_image(0).save(tmp_path / "cat.png")
     row = {"id": "cat.png", "prompt": "make it red", "edit_type": "adjust"}
     file, prompts = tmp_path / "edits.json", tmp_path / "prompts.json"
     file.write_text(json.dumps({"7": row}))
@@ -92,7 +93,7 @@ def test_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:
         ("[", "isn't JSON"),
         ("{}", "at least one entry"),
         (json.dumps({"7": {"id": "cat.png"}}), "edit '7' needs 'prompt' as str"),
-        (json.dumps({"7": {**row, "id": "dog.png"}}), r"1 pictures of .* aren't there, such as .*dog\.png"),
+        (json.dumps({"7": {**row, "id": "dog.png"}}), r"edit '7': .*dog\.png can't be opened"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):

@@ -18,7 +18,7 @@ from typing import Any
 MAX_BYTES = 64 * 2**20  # of a JSON or text file; the longest that we know of, a tokenizer, has 11 MiB
 MAX_DEPTH = 64  # lists and mappings within each other
 MAX_DIGITS = 200  # characters of one number
-KINDS = {dict: "a mapping", list: "a list"}
+KINDS: dict[type, str] = {dict: "a mapping", list: "a list"}
 
 
 class ForeignFileError(ValueError):

@@ -50,10 +50,10 @@ class CleanLoader(DataLoader):
     whole group of processes, which asks the run to end, leaves them alone until the step in hand is over.
     """
 
-    def __init__(self, *args: Any, sampler: Sampler, **options: Any) -> None:
+    def __init__(self, dataset: Any, sampler: Sampler, **options: Any) -> None:
         self.ending = mmap.mmap(-1, 1)  # shared with the workers: not 0 when this process ends
         prepare = partial(spare_worker, self.ending)
-        super().__init__(*args, sampler=Remainder(sampler), worker_init_fn=prepare, **options)
+        super().__init__(dataset, sampler=Remainder(sampler), worker_init_fn=prepare, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         remainder, deaths = self.sampler, 0

@@ -128,7 +128,7 @@ def outlast_terminal() -> Iterator[None]:
     """Within the block, no closed or full output ends the run."""
     before = sys.stdout, sys.stderr
     raising = logging.raiseExceptions
-    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     logging.raiseExceptions = False  # a log file on a full disk prints no traceback for each line
     try:
         yield

@@ -280,7 +280,7 @@ def read_run_id(file: Path | None) -> str | None:
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Flatten a config to parameters: `model/taps/layers` -> value as text, as long as MLflow takes it."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}/")
@@ -441,19 +441,19 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str | None:
-        return self._read("name")  # type: ignore[no-any-return]
+        return self._read("name")
 
     @property
     def version(self) -> int | str | None:
-        return self._read("version")  # type: ignore[no-any-return]
+        return self._read("version")
 
     @property
     def save_dir(self) -> str | None:
-        return self._read("save_dir")  # type: ignore[no-any-return]
+        return self._read("save_dir")
 
     @property
     def log_dir(self) -> str | None:
-        return self._read("log_dir")  # type: ignore[no-any-return]
+        return self._read("log_dir")
 
     @property
     def group_separator(self) -> str:

@@ -28,6 +28,7 @@ from tbac.training.checkpoints import (
     find_newest_readable,
     load_weights,
     read_optimizer_state,
+    read_resumable,
 )
 from tbac.training.interruptions import INTERRUPTION, InterruptedRun, outlast_terminal
 from tbac.training.module import LadderTuningModule
@@ -259,7 +260,7 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
         return None
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
     # A folder may hold a checkpoint that was cut off, so the newest that can be read is taken; a file must be readable.
-    newest = find_newest_readable(named) if named.is_dir() else (named, read_checkpoint(named))
+    newest = find_newest_readable(named) if named.is_dir() else (named, read_resumable(named))
     if newest is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
     if newest is None:

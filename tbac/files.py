@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import reprlib
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ MAX_BYTES = 64 * 2**20  # of a JSON or text file; the longest that we know of, a
 MAX_DEPTH = 64  # lists and mappings within each other
 MAX_DIGITS = 200  # characters of one number
 KINDS: dict[type, str] = {dict: "a mapping", list: "a list"}
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
 
 
 class ForeignFileError(ValueError):
@@ -26,7 +29,7 @@ class ForeignFileError(ValueError):
 
 
 @contextmanager
-def reading(place: str) -> Iterator[None]:
+def reading(place: str, kind: str | None = None) -> Iterator[None]:
     """Turn whatever a library raises while it reads a file from elsewhere into a `ForeignFileError`.
 
     A library that is given the wrong bytes may raise almost anything: KeyError, TypeError, RecursionError, an error of
@@ -34,13 +37,15 @@ def reading(place: str) -> Iterator[None]:
 
     Args:
         place: the file or folder, as it shall be named in the message.
+        kind: what it is read as, such as "safetensors".
     """
     try:
         yield
     except ForeignFileError:
         raise
     except Exception as error:
-        raise ForeignFileError(f"{place} can't be read ({describe_error(error)})") from error
+        manner = f" as {kind}" if kind else ""
+        raise ForeignFileError(f"{place} can't be read{manner} ({describe_error(error)})") from error
 
 
 def describe_error(error: BaseException, limit: int = 200) -> str:
@@ -52,9 +57,14 @@ def describe_error(error: BaseException, limit: int = 200) -> str:
 
 def shorten(value: Any, limit: int = 100) -> str:
     """Show a value for a message: a text as it is, and anything else as Python writes it, cut to `limit` characters."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * limit:
-        return f"a number of {value.bit_length()} bits"  # Python doesn't write numbers of more than 4300 digits
-    text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = SHORT.repr(value)  # a plain `repr` of lists within lists could have no end
+        except ValueError:
+            text = f"a {type(value).__name__} that is too long to be written"  # Python writes at most 4300 digits
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

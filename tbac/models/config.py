@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from tbac.files import ForeignFileError, reading, shorten
 from tbac.models.taps import TapPlan, TapRule, last_n
 
 CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
@@ -69,7 +70,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 
 
 def check_plain(values: Any, place: str) -> None:
-    """Raise ValueError when a config from a file names something to be imported or called.
+    """Raise ValueError when a config from a file isn't plain data, or names something to be imported or called.
 
     Args:
         values: the config, or a part of it.
@@ -86,6 +87,8 @@ def check_plain(values: Any, place: str) -> None:
     elif isinstance(values, list | tuple):
         for index, value in enumerate(values):
             check_plain(value, f"{place}[{index}]")
+    elif not isinstance(values, str | int | float | None):
+        raise ValueError(f"{place} must be plain data, such as a text or a number; got {shorten(values)}")
 
 
 def check_keys(values: Any, accepted: Sequence[str], place: str) -> None:
@@ -336,19 +339,24 @@ class ModelConfig:
         Raises:
             ValueError: for anything else, naming the file.
         """
-        try:
-            check_plain(values, "model")
-            check_keys(values, [f.name for f in fields(cls)], "model")
-            missing = [name for name in ("mllm", "denoiser", "image_pixels", "taps", "ladder") if name not in values]
-            if missing:
-                raise ValueError(f"model lacks the key {missing[0]!r}")
-            read = {
-                "taps": TapPlan.from_dict(values["taps"]),
-                "ladder": LadderConfig.from_dict(values["ladder"], connector),
-            }
-            return cls(**{**values, **read})
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from None
+        with reading(origin):  # wrong types may end in any error
+            try:
+                return cls._from_plain(values, connector)
+            except ValueError as error:
+                raise ForeignFileError(f"{origin}: {error}") from None
+
+    @classmethod
+    def _from_plain(cls, values: Any, connector: Connector | None) -> "ModelConfig":
+        check_plain(values, "model")
+        check_keys(values, [f.name for f in fields(cls)], "model")
+        missing = [name for name in ("mllm", "denoiser", "image_pixels", "taps", "ladder") if name not in values]
+        if missing:
+            raise ValueError(f"model lacks the key {missing[0]!r}")
+        read = {
+            "taps": TapPlan.from_dict(values["taps"]),
+            "ladder": LadderConfig.from_dict(values["ladder"], connector),
+        }
+        return cls(**{**values, **read})
 
     def describe_taps(self) -> dict[str, Any]:
         """The resolved taps as plain values."""

@@ -1,23 +1,30 @@
-"""Reading and checking what training has made of a model, from a training checkpoint.
+"""What training has made of a model, and the frozen parts that it was made on.
 
-Files are opened as safetensors or with `weights_only`. The options in them are read into `ModelConfig` as plain data:
-nothing that a file names is imported or called.
+The options in a checkpoint are read into `ModelConfig` as plain data: nothing that a file names is imported or called.
 """
 
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tbac.files import ForeignFileError, expand_path, reading, shorten
+from tbac.models.checkpoint_file import FACTS, read_checkpoint
 from tbac.models.config import Connector, ModelConfig
-from tbac.models.weights import WeightFiles, compute_autoencoder_digest, compute_digest, compute_mllm_digest
+from tbac.models.weights import (
+    WeightFiles,
+    check_tensor,
+    compute_autoencoder_digest,
+    compute_digest,
+    compute_mllm_digest,
+)
 
-FACTS = "tbac"
+__all__ = ["FACTS", "SavedModel", "check_frozen", "read_checkpoint", "read_saved_model"]
 PROMPT_EMBEDDINGS = "mllm.prompt_embeddings"
+FROZEN = ("mllm", "autoencoder", "prompt_embeddings")  # the last one only where prompts are read with another table
 # Names in checkpoints from before version 2. They are only compared with, never imported.
 OLD_MODEL = "tbac.models.loading.load_model"
 OLD_TAP_RULE = "tbac.models.taps.TapRule"
@@ -42,30 +49,6 @@ class SavedModel:
     prompt_embeddings: Tensor | None = None
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint, with `weights_only`.
-
-    Args:
-        path: the file, or a run folder whose `checkpoints/last.ckpt` is meant.
-
-    Raises:
-        ValueError: when it doesn't exist or isn't a checkpoint of this project.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "checkpoints" / "last.ckpt"
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} doesn't exist")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # tensors are read on use
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{file} can't be read as a checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or FACTS not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} isn't a training checkpoint of tbac")
-    return checkpoint
-
-
 def read_saved_model(checkpoint: Mapping[str, Any], origin: str, connector: Connector | None = None) -> SavedModel:
     """Take the model out of a training checkpoint.
 
@@ -78,16 +61,39 @@ def read_saved_model(checkpoint: Mapping[str, Any], origin: str, connector: Conn
         ValueError: when it doesn't say what the model is made of, or names something that isn't an option.
     """
     facts, state = checkpoint[FACTS], dict(checkpoint["state_dict"])
-    values = facts.get("config", {}).get("model")
+    options = facts.get("config")
+    values = options.get("model") if isinstance(options, Mapping) else None
     if not isinstance(values, Mapping):
-        raise ValueError(f"{origin} doesn't say what its model is made of")
-    if values.get("_target_") == OLD_MODEL:
-        # Before version 2 a checkpoint held the config of the YAML, without the architecture of its denoiser.
-        values = resolve_old_taps(values, facts.get("taps"), state)
-        config = replace(ModelConfig.from_dict(values, origin, connector), architecture=None)
-    else:
-        config = ModelConfig.from_dict(values, origin, connector)
-    return SavedModel(config, facts["frozen"], state, origin)
+        raise ForeignFileError(f"{origin} doesn't say what its model is made of")
+    with reading(origin):
+        if values.get("_target_") == OLD_MODEL:
+            # Before version 2 a checkpoint held the config of the YAML, without the architecture of its denoiser.
+            values = resolve_old_taps(values, facts.get("taps"), state)
+            config = replace(ModelConfig.from_dict(values, origin, connector), architecture=None)
+        else:
+            config = ModelConfig.from_dict(values, origin, connector)
+    digests = facts.get("frozen")
+    if not config.random_init:
+        check_frozen_digests(digests, f"{origin}: frozen")
+    return SavedModel(config, digests, state, origin)
+
+
+def check_frozen_digests(digests: Any, place: str) -> None:
+    """Raise ForeignFileError unless a file says by digests which frozen parts its model was trained on.
+
+    A part whose digest it lacks is refused by `check_frozen`, when the digest can be compared.
+
+    Args:
+        digests: what the file holds.
+        place: the file and the name of the part, for messages.
+    """
+    if not isinstance(digests, Mapping):
+        raise ForeignFileError(f"{place} must be a mapping of parts to digests, got {shorten(digests)}")
+    for part, digest in digests.items():
+        if part not in FROZEN or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ForeignFileError(
+                f"{place} must hold the sha256 of {', '.join(FROZEN)}, got {shorten(part)}: {shorten(digest)}"
+            )
 
 
 def resolve_old_taps(values: Mapping[str, Any], taps: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -134,11 +140,13 @@ def read_prompt_embeddings(folder: str | None) -> Tensor | None:
     """
     if folder is None:
         return None
-    file = Path(folder).expanduser() / "model.safetensors"
+    file = expand_path(folder, "model.prompt_embeddings") / "model.safetensors"
     files = WeightFiles(file.parent) if file.is_file() else None
     if files is None or PROMPT_EMBEDDINGS not in files.file_of:
         raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
-    return files.read_tensor(PROMPT_EMBEDDINGS)
+    table = files.read_tensor(PROMPT_EMBEDDINGS)
+    check_tensor(PROMPT_EMBEDDINGS, table, str(file), files.read_digests().get(PROMPT_EMBEDDINGS))
+    return table
 
 
 def compute_digests(mllm: Path, denoiser: Path, depth: int, prompt_embeddings: Tensor | None) -> dict[str, str]:

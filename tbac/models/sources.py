@@ -1,6 +1,5 @@
 """Finding the files of a model's part, which the user names by a hub id or a folder."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from tbac.files import expand_path, read_json
 
 MLLM_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 DENOISER_FILES = tuple(
@@ -31,9 +32,9 @@ def read_config(option: str, source: str, path: str, local_only: bool = False) -
         local_only: look for files of the hub in the cache only.
 
     Raises:
-        ValueError: when there is no such file, or it isn't JSON.
+        ValueError: when there is no such file, or it isn't JSON that holds a mapping.
     """
-    folder = Path(source).expanduser()
+    folder = expand_path(source, option)
     hint = f"give a local folder with {option}=/path/to/folder"
     if folder.is_dir():
         file = folder / path
@@ -50,10 +51,8 @@ def read_config(option: str, source: str, path: str, local_only: bool = False) -
             ) from None
     else:
         raise ValueError(f"{option}={source}: no such folder; {hint}, or a hub id such as owner/name")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option}={source}: {path} isn't JSON ({error})") from None
+    # A scheduler's config holds -Infinity where nothing is clipped.
+    return read_json(file, f"{option}={source}: {path}", dict, finite=False)
 
 
 def locate_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
@@ -67,12 +66,12 @@ def locate_folder(option: str, source: str, patterns: Iterable[str]) -> Path:
     Raises:
         ValueError: when it can't be downloaded.
     """
-    folder = Path(source).expanduser()
+    folder = expand_path(source, option)
     if folder.is_dir():
         return folder
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{option}={source}: no such local folder, and its weights are neither cached nor to be downloaded "
             f"({type(error).__name__}); give a local folder with {option}=/path/to/folder"

@@ -296,7 +296,7 @@ class UniImage(nn.Module):
         Raises:
             ValueError: when it isn't a checkpoint, a part can't be found, its digest differs, or tensors don't fit.
         """
-        saved = read_saved_model(read_checkpoint(path), str(path), connector)
+        saved = read_saved_model(read_checkpoint(path, only_weights=True), str(path), connector)
         if quantization is not None:
             saved = replace(saved, config=replace(saved.config, quantization=quantization))
         return cls.from_saved(place_parts(saved, mllm, denoiser, dtype))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+from tbac.models.checkpoint_file import DIGESTS, FACTS, WRITTEN, compute_digests
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint = _sign(checkpoint)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -63,6 +67,15 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
     def wait(self) -> None:
         """Wait until what is being written is on disk."""
         self.teardown()
+
+
+def _sign(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Add when a checkpoint is written, and the digest of each of its tensors, by which damage is noticed."""
+    if FACTS not in checkpoint:
+        return checkpoint
+    facts = {name: value for name, value in checkpoint[FACTS].items() if name != DIGESTS} | {WRITTEN: time.time()}
+    unsigned = {**checkpoint, FACTS: facts}
+    return {**checkpoint, FACTS: facts | {DIGESTS: compute_digests(unsigned)}}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -58,6 +58,22 @@ def read_random_state() -> dict[str, Any]:
     }
 
 
+def check_random_state(states: list[dict[str, Any]]) -> None:
+    """Try the states of all processes on generators that nobody uses; raises what a generator raises."""
+    for state in states:
+        version, numbers, gauss = state["python"]
+        random.Random().setstate((version, tuple(numbers), gauss))
+        np.random.RandomState().set_state(_read_numpy_state(state))
+        torch.Generator().set_state(state["torch"])
+        if not all(isinstance(device, Tensor) and device.dtype is torch.uint8 for device in state["cuda"]):
+            raise ValueError("the states of CUDA's generators must be tensors of bytes")
+
+
+def _read_numpy_state(state: dict[str, Any]) -> dict[str, Any]:
+    words = np.asarray(state["numpy"]["state"]["key"], np.uint32)
+    return {**state["numpy"], "state": {**state["numpy"]["state"], "key": words}}
+
+
 def set_random_state(states: list[dict[str, Any]]) -> None:
     """Restore the global generators from the states of all processes.
 
@@ -68,8 +84,7 @@ def set_random_state(states: list[dict[str, Any]]) -> None:
     state = states[get_rank()]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    words = np.asarray(state["numpy"]["state"]["key"], np.uint32)
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": words}})
+    np.random.set_state(_read_numpy_state(state))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

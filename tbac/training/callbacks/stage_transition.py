@@ -16,6 +16,7 @@ import lightning as L
 
 from tbac.data.datamodule import StagedDataModule
 from tbac.distributed import gather_objects
+from tbac.files import reading
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import collect_named_state
 from tbac.training.stages import Stage
@@ -126,7 +127,8 @@ class StageTransition(L.Callback):
         and the micro-batches of an optimizer step, from before, although the number of processes may have changed.
         """
         pl_module.resume(checkpoint)
-        self._data(trainer).load_state_dict(checkpoint[StagedDataModule.__qualname__])
+        with reading(f"{self.origin}: the position in the data"):
+            self._data(trainer).load_state_dict(checkpoint[StagedDataModule.__qualname__])
         # Gradient scaling of 16-bit training, where there is any.
         precision = trainer.precision_plugin
         precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
@@ -137,7 +139,8 @@ class StageTransition(L.Callback):
         states = dict(checkpoint["callbacks"])
         for callback in callbacks:
             if callback.state_key in states:
-                callback.load_state_dict(deepcopy(states.pop(callback.state_key)))
+                with reading(f"{self.origin}: the state of {callback.state_key}"):
+                    callback.load_state_dict(deepcopy(states.pop(callback.state_key)))
         if states:
             log.warning("%s holds the state of callbacks that this run hasn't: %s", self.origin, ", ".join(states))
 
@@ -190,5 +193,5 @@ class StageTransition(L.Callback):
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        for name in self.state_dict():
+            setattr(self, name, state_dict[name])

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from experiments.reports import read_run_report
 from tbac.app import CONF
-from tbac.files import ForeignFileError, describe_error, read_text
+from tbac.files import ForeignFileError, read_text, reading
 
 log = logging.getLogger(__name__)
 SEED = "seed"
@@ -97,9 +97,10 @@ def read_overrides(folder: Path) -> dict[str, str]:
     """Read the overrides that a run was started with, key -> value; none, with a warning, if they can't be read."""
     file = folder / ".hydra" / "overrides.yaml"
     try:
-        overrides = yaml.safe_load(read_text(file))
-    except (ForeignFileError, yaml.YAMLError) as error:
-        log.warning("%s isn't counted: %s can't be read (%s)", folder, file, describe_error(error))
+        with reading(str(file)):
+            overrides = yaml.safe_load(read_text(file))
+    except ForeignFileError as error:
+        log.warning("%s isn't counted: %s", folder, error)
         return {}
     if not isinstance(overrides, list):
         log.warning("%s isn't counted: %s holds no list of overrides", folder, file)

@@ -96,7 +96,7 @@ def test_what_a_run_folder_says_of_its_overrides_is_read_as_text(
     monkeypatch.setenv("SECRET", "hidden")
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
     (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- taps=${oc.env:SECRET}\n- seed=1\n")
-    (tmp_path / "run" / "report.json").write_text("{}")
+    (tmp_path / "run" / "report.json").write_text('{"name": "finetune", "steps": 1, "checkpoint": "x.ckpt"}')
     (found,) = read_points(tmp_path, ["taps", "seed"])
     assert found.choices == {"taps": "${oc.env:SECRET}", "seed": "1"}
 

@@ -1,5 +1,6 @@
 """Callbacks that cause faults on purpose. Batches are counted from 0 in each process that starts."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -85,6 +86,71 @@ class Signal(Fault):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.due(batch_idx):
             os.kill(os.getpid(), self.number)
+
+
+class SignalAt(Callback):
+    """A signal comes at a moment of a stage.
+
+    Args:
+        stage: name of the stage.
+        moment: `setup`, `first_validation`, `train_start`, `batch`, `last_batch`, `validation`, `train_end`, `fit_end`
+            or `teardown`. In `batch` it comes in the middle of the third step, in `last_batch` in that of the last one.
+        name: of the signal.
+        times: how often it comes, one after the other.
+        group: whether it goes to the whole group of processes, as Ctrl-C does.
+        once: a file that is made when it happens, and prevents it when the run is started again.
+    """
+
+    def __init__(
+        self, stage: str, moment: str, once: str, name: str = "SIGTERM", times: int = 1, group: bool = False
+    ) -> None:
+        self.stage, self.moment, self.once = stage, moment, once
+        self.number, self.times, self.group = signal.Signals[name], times, group
+
+    def _send(self, pl_module: Any, moment: str) -> None:
+        if moment != self.moment or pl_module.stage.name != self.stage or os.path.exists(self.once):
+            return
+        with open(self.once, "w"):
+            pass
+        for _ in range(self.times):
+            send = os.killpg if self.group else os.kill
+            send(os.getpgrp() if self.group else os.getpid(), self.number)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":  # the stage is entered after this, by the last callback
+            self._send(pl_module, "setup")
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self._send(pl_module, "validation" if trainer.state.fn == "fit" else "first_validation")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._send(pl_module, "train_start")
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if pl_module.steps == 2:
+            self._send(pl_module, "batch")
+        if pl_module.steps + 1 == pl_module.stage.steps:
+            self._send(pl_module, "last_batch")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._send(pl_module, "train_end")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._send(pl_module, "fit_end")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._send(pl_module, "teardown")
+
+
+class KilledWorker(Fault):
+    """A loader process is killed, as when memory is short."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            children = multiprocessing.active_children()
+            assert children, "the run has no loader processes"
+            os.kill(children[0].pid or 0, signal.SIGKILL)
 
 
 class Stuck(Fault):

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tbac.app import command, open_model, read_opening_options
+from tbac.files import expand_path, parse_json, read_lines, shorten
 from tbac.pictures import open_picture
 
 log = logging.getLogger(__name__)
@@ -18,13 +19,11 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         ValueError: naming file and line, when it isn't of that form.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"prompt_file={path} doesn't exist")
-    try:
-        lines = file.read_text().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompt_file={path} is not UTF-8 text; give one prompt a line, or JSON lines") from None
+    place = f"prompt_file={path}"
+    file = expand_path(path, "prompt_file")
+    if not file.exists():
+        raise ValueError(f"{place} doesn't exist")
+    lines = read_lines(file, place)
     # Each line is a prompt, unless the file's name says that it holds JSON lines.
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -33,15 +32,13 @@ def read_prompts(path: str) -> list[str]:
         if file.suffix != ".jsonl":
             prompts.append(line.strip())
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"prompt_file={path}, line {number} is not JSON ({error})") from None
+        row = parse_json(line, f"{place}, line {number}")
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"prompt_file={path}, line {number} needs a 'prompt' that is a string, got {line.strip()}")
+            given = shorten(line.strip())
+            raise ValueError(f"{place}, line {number} needs a 'prompt' that is a string, got {given}")
         prompts.append(row["prompt"])
     if not prompts:
-        raise ValueError(f"prompt_file={path} holds no prompt")
+        raise ValueError(f"{place} holds no prompt")
     return prompts
 
 

@@ -4,17 +4,20 @@ A file from elsewhere may hold anything: another format, other types, 10 GB wher
 lists without end. What reads one raises `ForeignFileError`, which names the file and says what is wrong with it.
 """
 
+import csv
 import errno
+import io
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MAX_BYTES = 64 * 2**20  # of a JSON or text file; the longest that we know of, a tokenizer, has 11 MiB
 MAX_DEPTH = 64  # lists and mappings within each other
@@ -137,6 +140,63 @@ def read_text(path: Path, place: str | None = None, limit: int = MAX_BYTES) -> s
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ForeignFileError(f"{place or path} isn't UTF-8 (byte {error.start})") from None
+
+
+def read_lines(path: Path, place: str | None = None, limit: int = MAX_BYTES) -> list[str]:
+    """Read the lines of a UTF-8 file from elsewhere; arguments and errors as in `read_bytes`.
+
+    Lines end as on any system. Unicode has further characters that break lines on a screen, such as U+2028, and people
+    have them inside of their texts: they end no line here.
+    """
+    return re.split("\r\n|\n|\r", read_text(path, place, limit))
+
+
+def read_csv(path: Path, place: str | None = None, limit: int = MAX_BYTES) -> list[dict[str, str]]:
+    """Read the rows of a CSV file from elsewhere by the names of its columns; arguments as in `read_bytes`.
+
+    Raises:
+        ForeignFileError: as `read_text` does, and when it isn't CSV or a row doesn't have as many columns as the first.
+    """
+    place = place or str(path)
+    rows: list[dict[str, str]] = []
+    for number, row in iterate_csv(io.StringIO(read_text(path, place, limit), newline=""), place):
+        if isinstance(row, str):
+            raise ForeignFileError(f"{place}:{number}: {row}")
+        rows.append(row)
+    return rows
+
+
+def iterate_csv(text: TextIO, place: str) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """Read the rows of CSV one after the other, as (line, row) or (line, what is wrong with it).
+
+    Args:
+        text: opened with `newline=""`, so that line breaks inside of fields stay as they are.
+        place: of the file, for messages.
+
+    Raises:
+        ForeignFileError: when it isn't CSV.
+    """
+    # Python's limit for all readers is 128 KiB; a caption may be longer, and so may a picture that is written out.
+    csv.field_size_limit(MAX_BYTES)
+    reader = csv.reader(text, strict=True)
+    try:
+        columns = next((row for row in reader if row), [])
+    except csv.Error as error:
+        raise ForeignFileError(f"{place}:{reader.line_num} isn't CSV ({error})") from None
+    if len(set(columns)) < len(columns):
+        raise ForeignFileError(f"{place} has two columns of one name: {shorten(columns)}")
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the next line is read as if this one hadn't been there
+            yield reader.line_num, f"it isn't CSV ({error})"
+            continue
+        if len(row) == len(columns):
+            yield reader.line_num, dict(zip(columns, row, strict=True))
+        elif row:
+            yield reader.line_num, f"a row of {len(row)} fields where the first line has {len(columns)}"
 
 
 def read_json(

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from data_prep.datasets.archives import FileStore, LookupFailedError
+from data_prep.datasets.archives import FileStore
+from data_prep.datasets.folders import LookupFailedError
 from data_prep.shards.conversion import Record, Rejected
 from tbac.pictures import IMAGE_EXTENSIONS
 
@@ -23,8 +24,8 @@ def find_image_extension(data: bytes, name: str = "") -> str:
 
 
 def build_text_to_image(key: str, text: str, image: bytes, name: str = "") -> Record:
-    """Build a text-to-image sample; `name` is that of the picture's file."""
-    return Record(key, {find_image_extension(image, name): image, "txt": text.encode()})
+    """Build a text-to-image sample; `name` is that of the picture's file. What is no Unicode is found later."""
+    return Record(key, {find_image_extension(image, name): image, "txt": text.encode("utf-8", "surrogatepass")})
 
 
 def build_edit(key: str, instruction: str, sources: Sequence[bytes], target: bytes, kind: str = "") -> Record:
@@ -39,12 +40,19 @@ def build_edit(key: str, instruction: str, sources: Sequence[bytes], target: byt
 
 
 def build_from_paths(
-    store: FileStore, key: str, text: object, output: object, inputs: Sequence[object] | None, kind: str = ""
+    store: FileStore,
+    origin: str,
+    key: str,
+    text: object,
+    output: object,
+    inputs: Sequence[object] | None,
+    kind: str = "",
 ) -> Record | Rejected:
     """Build a sample from the paths of its pictures.
 
     Args:
         store: finds the pictures.
+        origin: path of the metadata, in the store.
         key: of the sample.
         text: caption or instruction.
         output: path of the target.
@@ -61,10 +69,11 @@ def build_from_paths(
         return Rejected(key, "no target image")
     if inputs is not None and not inputs:
         return Rejected(key, "no source image")
-    paths = [str(path) for path in inputs or ()]
+    if any(not isinstance(path, str) or not path for path in inputs or ()):
+        return Rejected(key, "a source image whose path isn't text")
     try:
-        sources = [store.read(path) for path in paths]
-        target = store.read(output)
+        sources = [store.read(str(path), origin) for path in inputs or ()]
+        target = store.read(output, origin)
     except LookupFailedError as error:
         return Rejected(key, f"a picture that isn't found: {error}")
     if inputs is None:

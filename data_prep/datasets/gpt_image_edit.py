@@ -8,7 +8,8 @@ from typing import Any
 
 from data_prep.datasets.archives import FileStore, find_archives, unpack_archive
 from data_prep.datasets.fields import build_from_paths
-from data_prep.datasets.rows import cut_into_units, parse_json_rows, read_rows, wrap_in_list
+from data_prep.datasets.folders import LookupFailedError
+from data_prep.datasets.rows import BrokenRow, Row, cut_into_units, parse_json_rows, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -22,7 +23,7 @@ def parse_row(row: Mapping[str, Any]) -> tuple[object, object, list, str]:
         kind = str(row.get("instruction_type") or "")
         return row.get("instruction"), row.get("output"), wrap_in_list(row.get("input")), kind
     # In training files the instruction is the first turn that holds more than the marks of pictures.
-    turns = [turn.get("value") for turn in row["conversations"] if isinstance(turn, dict)]
+    turns = [turn.get("value") for turn in wrap_in_list(row["conversations"]) if isinstance(turn, dict)]
     texts = [turn.replace(IMAGE_MARK, "").strip() for turn in turns if isinstance(turn, str)]
     instruction = next(filter(None, texts), "")
     *sources, target = wrap_in_list(row.get("image")) or [None]
@@ -60,12 +61,12 @@ class GPTImageEdit:
         if not (self.groups or self.metadata or self.loose):
             raise DataError(f"dataset.path={path} holds neither archives nor */metadata/*.json; see dataset.metadata")
         self._store: FileStore | None = None
-        self._rows: tuple[str, list[Mapping[str, Any]]] | None = None  # name of a JSON file, and what it holds
+        self._rows: tuple[str, list[Row | BrokenRow]] | None = None  # name of a JSON file, and what it holds
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_store": None, "_rows": None}  # each process opens the files itself
 
-    def _read_json(self, name: str) -> list[Mapping[str, Any]]:
+    def _read_json(self, name: str) -> list[Row | BrokenRow]:
         """Read the rows of a JSON file. The last file is kept, since the units of a file follow each other."""
         if self._rows is None or self._rows[0] != name:
             self._rows = name, list(read_rows(self.root / name))
@@ -90,7 +91,7 @@ class GPTImageEdit:
         name, start, stop = unit.rsplit(":", 2)
         rows = self._read_json(name)
         for number in range(int(start), int(stop)):
-            yield self._build_sample(self._store, f"{name.removesuffix('.json')}_{number:07d}", rows[number])
+            yield self._build_sample(self._store, name, number, rows[number])
 
     def _read_archive(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         group = next(g for g in self.groups if g[0].relative_to(self.root).as_posix() == unit)
@@ -105,13 +106,20 @@ class GPTImageEdit:
         if not metadata:
             yield Rejected(unit, "an archive without metadata")
         for name in sorted(metadata):
-            text = io.StringIO(store.read(name).decode("utf-8-sig"))
-            for number, row in enumerate(parse_json_rows(text, f"{unit}: {name}")):
-                yield self._build_sample(store, f"{name.removesuffix('.json')}_{number:07d}", row)
+            try:
+                text = io.StringIO(store.read(name).decode("utf-8-sig", "surrogateescape"))
+                for number, row in enumerate(parse_json_rows(text, f"{unit}: {name}")):
+                    yield self._build_sample(store, name, number, row)
+            except (LookupFailedError, DataError) as error:
+                yield Rejected(f"{unit}: {error}", "metadata that can't be read")
 
-    def _build_sample(self, store: FileStore, key: str, row: Mapping[str, Any]) -> Record | Rejected:
+    def _build_sample(self, store: FileStore, origin: str, number: int, row: Row | BrokenRow) -> Record | Rejected:
+        """Build the sample of a row; `origin` is the path of its metadata."""
+        if isinstance(row, BrokenRow):
+            return Rejected(f"{row.place}: {row.reason}", "a row that can't be read")
         instruction, target, sources, kind = parse_row(row)
-        return build_from_paths(store, key, instruction, target, sources, kind)
+        key = f"{origin.removesuffix('.json')}_{number:07d}"
+        return build_from_paths(store, origin, key, instruction, target, sources, kind)
 
 
 def _is_uncompressed(group: Sequence[Path]) -> bool:

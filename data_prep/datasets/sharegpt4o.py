@@ -1,12 +1,11 @@
 """ShareGPT-4o-Image: two JSON files, and pictures in tars or folders."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.datasets.archives import FileStore, find_archives
 from data_prep.datasets.fields import build_from_paths
-from data_prep.datasets.rows import cut_into_units, read_rows, wrap_in_list
+from data_prep.datasets.rows import BrokenRow, Row, cut_into_units, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -32,14 +31,14 @@ class ShareGPT4oImage:
         self.file = self.root / file
         if not self.file.is_file():
             raise DataError(f"dataset.path={path} has no {file}")
-        self._rows: list[Mapping[str, Any]] | None = None
+        self._rows: list[Row | BrokenRow] | None = None
         self._store: FileStore | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_rows": None, "_store": None}  # each process opens the files itself
 
     @property
-    def rows(self) -> list[Mapping[str, Any]]:
+    def rows(self) -> list[Row | BrokenRow]:
         """The entries of the JSON file."""
         if self._rows is None:
             self._rows = list(read_rows(self.file))
@@ -56,5 +55,10 @@ class ShareGPT4oImage:
         start, stop = map(int, unit.split(":"))
         for number in range(start, stop):
             row, key = self.rows[number], f"{self.half}_{number:06d}"
+            if isinstance(row, BrokenRow):
+                yield Rejected(f"{row.place}: {row.reason}", "a row that can't be read")
+                continue
             inputs = wrap_in_list(row.get("input_image")) if self.half == "edit" else None
-            yield build_from_paths(self._store, key, row.get("input_prompt"), row.get("output_image"), inputs)
+            yield build_from_paths(
+                self._store, self.file.name, key, row.get("input_prompt"), row.get("output_image"), inputs
+            )

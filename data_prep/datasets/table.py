@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.datasets.fields import build_edit, build_text_to_image
-from data_prep.datasets.rows import read_rows, wrap_in_list
+from data_prep.datasets.folders import DataFolder, LookupFailedError
+from data_prep.datasets.rows import BrokenRow, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
 
@@ -24,7 +26,8 @@ class Table:
         image: column of the target.
         sources: columns of input pictures, for edits; a column may hold a list.
         key: column of the key; None numbers the rows.
-        images: folder that paths are relative to; None takes the folder of the table.
+        images: folder that paths are relative to, and that no picture lies outside of; None takes the folder of the
+            table.
 
     Raises:
         DataError: when there is no such file, or a column isn't there.
@@ -44,14 +47,16 @@ class Table:
     def __post_init__(self) -> None:
         path = Path(self.path).expanduser()
         candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-        self.files = [file for file in candidates if file.suffix in self.kinds and file.is_file()]
+        folder = DataFolder(path if path.is_dir() else path.parent)
+        # A file that was named is read wherever it is a link to; one that is found in a folder has to belong to it.
+        self.files = [file for file in candidates if file.suffix in self.kinds and (file == path or folder.holds(file))]
         if not self.files:
             raise DataError(f"dataset.path={self.path} holds no table ({', '.join(self.kinds)})")
         needed = [self.text, self.image, *self.sources]
         if self.key:
             needed.append(self.key)
         for file in self.files:
-            first = next(iter(read_rows(file)), None)
+            first = next((row for row in read_rows(file) if not isinstance(row, BrokenRow)), None)
             absent = [column for column in needed if first is not None and column not in first]
             if first is not None and absent:
                 raise DataError(f"{file} has no column {absent[0]!r}; it has {', '.join(map(str, first))}")
@@ -63,12 +68,25 @@ class Table:
     def read(self, unit: str, scratch: Path) -> Iterator[Record | Rejected]:
         """Read the samples of a file in the order of its rows."""
         file = self.files[int(unit)]
-        folder = Path(self.images).expanduser() if self.images else file.parent
-        for number, row in enumerate(read_rows(file)):
-            key = str(row[self.key]) if self.key else f"{file.stem}_{number:07d}"
+        folder = DataFolder(Path(self.images).expanduser() if self.images else file.parent)
+        rows = read_rows(file)
+        for number in count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except DataError as error:
+                yield Rejected(str(error), "a table that breaks off")
+                return
+            if isinstance(row, BrokenRow):
+                yield Rejected(f"{row.place}: {row.reason}", "a row that can't be read")
+                continue
+            key = f"{file.stem}_{number:07d}"
+            if self.key:
+                key = "" if row.get(self.key) is None else str(row[self.key])
             yield self._read_sample(key, row, folder)
 
-    def _read_sample(self, key: str, row: Mapping[str, Any], folder: Path) -> Record | Rejected:
+    def _read_sample(self, key: str, row: Mapping[str, Any], folder: DataFolder) -> Record | Rejected:
         text = row.get(self.text)
         if not isinstance(text, str) or not text.strip():
             return Rejected(key, "no caption")
@@ -76,7 +94,7 @@ class Table:
         try:
             target = read_picture(row.get(self.image), folder)
             sources = [read_picture(value, folder) for value in values]
-        except OSError as error:
+        except LookupFailedError as error:
             return Rejected(f"{key}: {error}", "a picture that isn't found")
         if target is None:
             return Rejected(key, "no target image")
@@ -88,16 +106,16 @@ class Table:
         return build_edit(key, text, given, target)
 
 
-def read_picture(value: Any, folder: Path) -> bytes | None:
+def read_picture(value: Any, folder: DataFolder) -> bytes | None:
     """Return the bytes of a picture, given as such or read from its path; None where there is none.
 
     Raises:
-        OSError: when the file can't be read.
+        LookupFailedError: when the file can't be read, or isn't inside of the folder.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, str) and value:
-        return (folder / value).read_bytes()
+        return folder.read(folder.path / value)
     return None

@@ -1,14 +1,16 @@
 """Datasets that are published as WebDataset tars, such as BLIP3o-Pretrain-Long-Caption and BLIP3o-60k."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.datasets.fields import find_image_extension
+from data_prep.datasets.folders import DataFolder
 from data_prep.shards.conversion import Record, Rejected
-from tbac.data.shards import DataError
+from tbac.data.decoding import CorruptSampleError
+from tbac.data.shards import DataError, check_shards, read_manifest
 from tbac.data.tars import NOWHERE, TarReader
+from tbac.files import ForeignFileError, parse_json
 
 CAPTIONS = ("caption", "prompt", "text", "long_caption", "recaption")  # fields of `json` that may hold the caption
 
@@ -26,14 +28,29 @@ class WebDatasetTars:
         caption: field of `json` that holds the caption; None tries the usual ones.
 
     Raises:
-        DataError: when there is no tar.
+        DataError: when there is no tar, one lies outside of the folder, or one isn't as a manifest beside it says.
     """
 
     def __init__(self, path: str, name: str, expected: int | None = None, caption: str | None = None) -> None:
         self.root, self.name, self.expected, self.caption = Path(path).expanduser(), name, expected, caption
-        self.tars = sorted(self.root.rglob("*.tar"))
+        self.tars = sorted(tar for tar in self.root.rglob("*.tar") if not tar.is_dir())
         if not self.tars:
             raise DataError(f"dataset.path={path} holds no *.tar")
+        folder = DataFolder(self.root)
+        for tar in self.tars:
+            if not folder.holds(tar):
+                raise DataError(f"{tar} isn't a file inside of dataset.path={path}; give the folder that it leads to")
+        for parent in sorted({tar.parent for tar in self.tars}):
+            self._check_manifest(parent)
+
+    def _check_manifest(self, folder: Path) -> None:
+        """Hold the tars of a folder against its manifest, if it has one of ours; another's is none of our business."""
+        try:
+            manifest = read_manifest(folder)
+        except DataError:
+            return
+        if manifest is not None:
+            check_shards([tar for tar in self.tars if tar.parent == folder], manifest["shards"])
 
     def list_units(self) -> Sequence[str]:
         """List the tars."""
@@ -49,11 +66,18 @@ class WebDatasetTars:
             if NOWHERE in members.values():
                 yield Rejected(name, "a field that it has twice")
                 continue
-            yield self._build_record(name, reader.read(path, number))
+            try:
+                raw = reader.read(path, number)
+            except CorruptSampleError as error:
+                yield Rejected(f"{name}: {error}", error.kind)
+                continue
+            yield self._build_record(name, raw)
         for kind, count in index.refused.items():
             if not kind.startswith("a second"):
                 for _ in range(count):
                     yield Rejected(unit, f"a member that is {kind}")
+        for damage in index.damage:
+            yield Rejected(f"{unit}: {damage}", "an archive with a damaged header")
         if index.broken is not None:
             yield Rejected(f"{unit}: {index.broken}", "an archive that breaks off")
 
@@ -64,8 +88,8 @@ class WebDatasetTars:
         text = raw.get("txt")
         if text is None and "json" in raw:
             try:
-                values = json.loads(raw["json"])
-            except (ValueError, RecursionError):
+                values = parse_json(raw["json"], "json", finite=False)
+            except ForeignFileError:
                 return Rejected(name, "unreadable text")
             text = self._find_caption(values)
         if text is None:
@@ -82,5 +106,5 @@ class WebDatasetTars:
         if isinstance(values, dict):
             for name in names:
                 if isinstance(values.get(name), str):
-                    return values[name].encode()
+                    return values[name].encode("utf-8", "surrogatepass")
         return None

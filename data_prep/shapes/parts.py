@@ -43,7 +43,7 @@ def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
     """Make a folder, unless it was already made from the same recipe. It has its name only when it is complete."""
     marker = folder / "recipe.json"
     text = json.dumps(recipe, indent=2, sort_keys=True, default=str) + "\n"
-    if marker.is_file() and marker.read_text() == text:
+    if marker.is_file() and marker.read_bytes() == text.encode():
         log.info("%s is there already", folder)
         return
     partial = folder.with_name(folder.name + ".partial")

@@ -5,6 +5,7 @@ of `resumable.py`. At the end the tars get their numbers in the order of the uni
 same, whatever the number of processes and however often the conversion was killed.
 """
 
+import hashlib
 import re
 import shutil
 from collections import Counter
@@ -12,15 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_prep.shards.resumable import Result, ResumableWork
 from data_prep.shards.writer import ShardWriter
-from tbac.data.decoding import CorruptSampleError, decode_sample
-from tbac.data.shards import DataError
+from tbac.data.decoding import CorruptSampleError, decode_sample, decode_text
+from tbac.data.shards import DataError, check_shards
+from tbac.files import describe_error, spell_out, write_whole
+from tbac.pictures import UNREADABLE
 
 NAME = "conversion"  # name of this work in manifests
 SPLITS = ("train", "val")
+NUMBERING = "numbering"  # file that is there while tars get their numbers
 NAMED = 20  # how many rejected samples of each kind a report names
 
 
@@ -118,7 +122,7 @@ class Counts:
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
         names = self.named.setdefault(reason, [])
         if len(names) < NAMED:
-            names.append(name)
+            names.append(spell_out(name))
 
     def add(self, other: "Counts") -> None:
         """Add the counts of other samples."""
@@ -133,6 +137,23 @@ class Counts:
 def clean_key(text: str) -> str:
     """Make a shard's key of a text: letters, digits, `_` and `-` stay, any run of others becomes one `_`."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_")
+
+
+def make_key(text: str, taken: Mapping[str, str]) -> str:
+    """Make the key of a sample that no other one has.
+
+    Names that differ only in what a key can't hold, such as those in other letters than A to Z, are told apart by a
+    digest of the whole name.
+
+    Args:
+        text: name of the sample.
+        taken: keys of the other samples -> their names.
+    """
+    key = clean_key(text)
+    if not key or taken.get(key, text) != text:
+        digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+        key = f"{key}_{digest}" if key else digest
+    return key
 
 
 def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: int = 1) -> Counts:
@@ -151,9 +172,9 @@ def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: 
     work = ResumableWork(out, NAME, {"dataset": dataset.name, "units": units, **asdict(options)})
     manifest = work.read_finished()
     if manifest is not None:
-        return Counts(**manifest[NAME]["counts"])
+        return _read_counts(manifest[NAME], out)
     parts = {f"unit-{index:06d}": (index, unit) for index, unit in enumerate(units)}
-    work.make_parts(parts, partial(convert_unit, dataset, options, work.folder), processes)
+    work.make_parts(parts, partial(convert_unit, dataset, options, work.folder), processes, partial(_is_whole, work))
     results = work.read_results(parts)
     assert results is not None, "all units were converted here"
     return _number_tars(dataset, work, results)
@@ -200,7 +221,7 @@ class _UnitWriter:
     def __init__(self, stem: Path, options: ConversionOptions, val_samples: int) -> None:
         self.stem, self.options, self.val_samples = stem, options, val_samples
         self.counts = Counts(written=dict.fromkeys(SPLITS, 0))
-        self._keys: set[str] = set()
+        self._names: dict[str, str] = {}  # key -> name of the sample
         self._open: dict[str, ShardWriter] = {}
         self._closed: dict[str, list[Result]] = {split: [] for split in SPLITS}
 
@@ -210,18 +231,19 @@ class _UnitWriter:
         if isinstance(record, Rejected):
             self.counts.reject(record.name, record.reason)
             return
-        key = clean_key(record.key)
-        if not key or key in self._keys:
-            self.counts.reject(record.key, "no key" if not key else "a key that another sample has")
+        key = make_key(record.key, self._names)
+        if not record.key or key in self._names:
+            self.counts.reject(record.key, "a key that another sample has" if record.key else "no key")
             return
         # Training would refuse it too, only much later.
-        if self.options.check_images:
-            try:
+        try:
+            decode_text(record.fields)
+            if self.options.check_images:
                 decode_sample({"__key__": key, **record.fields}, use_latents=False)
-            except CorruptSampleError as error:
-                self.counts.reject(f"{record.key}: {error}", error.kind)
-                return
-        self._keys.add(key)
+        except CorruptSampleError as error:
+            self.counts.reject(f"{record.key}: {error}", error.kind)
+            return
+        self._names[key] = record.key
         self._write(key, record.fields)
 
     def _write(self, key: str, fields: Mapping[str, bytes]) -> None:
@@ -248,12 +270,38 @@ class _UnitWriter:
         return self._closed
 
 
+def _read_counts(kept: Mapping[str, Any], out: Path) -> Counts:
+    """Read the counts that a manifest keeps.
+
+    Raises:
+        DataError: when they aren't counts.
+    """
+    try:
+        counts = Counts(**kept["counts"])
+        format_counts(counts)
+    except UNREADABLE as error:
+        raise DataError(f"{out} holds counts of another form ({describe_error(error)})") from None
+    return counts
+
+
+def _is_whole(work: ResumableWork, result: Result) -> bool:
+    """Whether the tars of a unit are there as its result says, unless they have their numbers already."""
+    if (work.folder / NUMBERING).exists():
+        return True
+    tars = [tar for tars_of_split in result["shards"].values() for tar in tars_of_split]
+    files = [(work.folder / tar["file"], tar["bytes"]) for tar in tars]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
 def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result]) -> Counts:
     """Give the tars their numbers and write the manifest, or resume where that stopped."""
     total = Counts(expected=dataset.expected)
     for result in results:
         total.add(Counts(**result["counts"]))
+    if not total.total:
+        raise DataError(f"no sample of {dataset.name} could be converted: {total.rejected or 'it is empty'}")
     shards: dict[str, Result] = {}
+    write_whole(work.folder / NUMBERING, b"")
     for split in SPLITS:
         tars = [shard for result in results for shard in result["shards"][split]]
         for number, shard in enumerate(tars):
@@ -262,8 +310,7 @@ def _number_tars(dataset: Dataset, work: ResumableWork, results: Sequence[Result
             if unnumbered.is_file():  # else an attempt that was killed has renamed it already
                 unnumbered.rename(work.out / name)
             shards[name] = {k: v for k, v in shard.items() if k != "file"}
-    if not total.total:
-        raise DataError(f"no sample of {dataset.name} could be converted: {total.rejected or 'it is empty'}")
+    check_shards([work.out / name for name in shards], shards, f"remove {work.out} and convert again")
     work.finish(shards, {"provenance": {"dataset": dataset.name}}, {"counts": asdict(total)})
     return total
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from data_prep.shards.conversion import make_key
 from data_prep.shards.resumable import Result, ResumableWork
 from data_prep.shards.writer import ShardWriter
 from tbac.data.buckets import Buckets, read_sizes
 from tbac.data.decoding import CorruptSampleError, check_reducing_gap, decode_sample
 from tbac.data.shards import DataError, check_shards, read_manifest
-from tbac.data.tars import NOWHERE, TarIndex, TarReader
+from tbac.data.tars import NOWHERE, TOO_LARGE, TarIndex, TarReader
 from tbac.data.transforms import crop_to
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.pictures import IMAGE_EXTENSIONS
@@ -118,7 +119,7 @@ def cache_latents(
         return
     rank, world_size = share
     tars_of_rank = dict(list(tars.items())[rank::world_size])
-    work.make_parts(tars_of_rank, partial(cache_tar, out, autoencoder, options))
+    work.make_parts(tars_of_rank, partial(cache_tar, out, autoencoder, options), is_whole=partial(_is_whole, out))
     # Only the process that finishes last has the results of all, and writes the manifest.
     results = work.read_results(tars)
     if results is None:
@@ -163,7 +164,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
         tar: the original.
 
     Returns:
-        `shard`, its entry of the manifest, and `left_out`, how many samples couldn't be decoded.
+        `name`; `shard`, its entry of the manifest, and `left_out`, how many samples couldn't be decoded.
     """
     writer, reader = ShardWriter(out / name), TarReader()
     index = reader.read_index(tar)
@@ -171,11 +172,16 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
     # Samples wait until there are enough for the autoencoder to encode at once.
     left_out = 0
     waiting: list[_Waiting] = []
+    names: dict[str, str] = {}  # key of a copy -> that of its original
     for number, (key, members) in enumerate(index.samples):
         try:
-            if NOWHERE in members.values():
-                raise CorruptSampleError("a field that it has twice")
-            waiting.append(_read_target(reader.read(tar, number), sizes[number], options))
+            if NOWHERE in members.values() or TOO_LARGE in members.values():
+                raise CorruptSampleError("a field that it has twice, or that is too large")
+            raw = reader.read(tar, number)
+            # Keys of shards from elsewhere may hold folders.
+            raw["__key__"] = make_key(key, names) if "/" in key else key
+            waiting.append(_read_target(raw, sizes[number], options))
+            names[raw["__key__"]] = key
         except CorruptSampleError as error:
             log.warning("left out %s of %s: %s", key, tar, error)
             left_out += 1
@@ -184,7 +190,13 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
             waiting.clear()
     _write_encoded(writer, waiting, autoencoder, options)
     reader.close()
-    return {"shard": writer.close(), "left_out": left_out}
+    return {"name": name, "shard": writer.close(), "left_out": left_out}
+
+
+def _is_whole(out: Path, result: Result) -> bool:
+    """Whether the copy that a result speaks of is there, of the size that it says."""
+    copy = out / result["name"]
+    return copy.is_file() and copy.stat().st_size == result["shard"]["bytes"]
 
 
 def _read_target(raw: Mapping[str, Any], size: tuple[int, int], options: CachingOptions) -> _Waiting:

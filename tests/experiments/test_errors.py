@@ -152,7 +152,7 @@ def test_real_models_without_weights_say_what_is_missing(name: str, capfd: pytes
     ("content", "expected"),
     [
         ("", "holds no row"),
-        ("not json\n", "geneval.jsonl:1 is not JSON"),
+        ("not json\n", "geneval.jsonl:1 isn't JSON"),
         ('{"tag": "colors"}\n', "needs 'prompt'"),
         ('{"tag": "colors", "prompt": "x", "include": [{"count": 1}]}\n', "needs a 'class'"),
         ('{"tag": "t", "prompt": "x", "include": [{"class": "a", "count": 1, "position": ["near", 0]}]}\n', "'near'"),

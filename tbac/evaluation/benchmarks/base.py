@@ -16,7 +16,7 @@ from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError
 from tbac.evaluation.picture_tree import Target
-from tbac.files import ForeignFileError, describe_error, expand_path, parse_json, read_text, shorten
+from tbac.files import ForeignFileError, describe_error, expand_path, parse_json, read_lines, shorten
 from tbac.pictures import PictureError, check_header, open_picture
 from tbac.redaction import hide_in_text
 
@@ -48,7 +48,7 @@ def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[d
     rows = []
     # Each row is checked now, since a fault that only shows up after hours of drawing is expensive. Lines end with a
     # newline alone: a text within JSON may hold other signs that Python takes for the end of a line.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"

@@ -1,7 +1,5 @@
 """DPG-Bench: dense prompts, with yes/no questions that depend on one another."""
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from tbac.evaluation.benchmarks.base import (
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
 from tbac.evaluation.judges.base import JudgeError, read_yes_or_no
 from tbac.evaluation.picture_tree import Target
-from tbac.files import MAX_BYTES, expand_path, read_text, reading, shorten
+from tbac.files import expand_path, read_csv, shorten
 
 YES_OR_NO = "{question} Answer with yes or no."
 Mode = Literal["official", "fixed"]
@@ -61,10 +59,7 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     path = expand_path(path, "benchmark.questions")
     if not path.exists():
         raise BenchmarkFileError(f"DPG-Bench's questions {path} don't exist")
-    text = read_text(path)
-    with reading(str(path)):
-        csv.field_size_limit(MAX_BYTES)
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = read_csv(path)
     needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     absent = needed - set(rows[0] if rows else ())
     if absent:
@@ -73,7 +68,6 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     questions: dict[str, list[Question]] = defaultdict(list)
     first = 1 if mode == "official" else 0
     for line, row in enumerate(rows[first:], start=2 + first):
-        # A row that is too short has no value in its last columns.
         check_fields(row, dict.fromkeys(needed, str), f"{path}:{line}")
         try:
             number = int(row["proposition_id"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, PictureVerdict, Row, Summary
 from tbac.evaluation.picture_tree import Target
-from tbac.files import expand_path, read_text
+from tbac.files import expand_path, read_lines, read_text
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,7 +59,7 @@ def read_prompt_folder(path: str | Path) -> dict[str, str]:
         prompts = {file.stem: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
     elif path.is_file():
         # Only a newline ends a line; a prompt may hold other signs that Python takes for one.
-        lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        lines = [line.strip() for line in read_lines(path) if line.strip()]
         prompts = {f"{i:05d}": line for i, line in enumerate(lines)}
     else:
         raise ValueError(f"benchmark.file={path} is neither a text file of prompts nor a folder of such files")

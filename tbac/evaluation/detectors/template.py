@@ -3,7 +3,6 @@
 It is built from the `world.json` that such a world ships.
 """
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.files import read_json
 from tbac.pictures import to_upright_rgb
 
 
@@ -46,7 +46,7 @@ class TemplateDetector:
     @classmethod
     def from_world(cls, path: str | Path) -> "TemplateDetector":
         """Build from a world's `world.json` (fields `colors`, `backgrounds`, `glyphs` as rows of '#' and '.')."""
-        world = json.loads(Path(path).read_text())
+        world = read_json(Path(path), kind=dict)
         glyphs = {name: np.array([list(row) for row in rows]) == "#" for name, rows in world["glyphs"].items()}
         return cls(world["colors"], world["backgrounds"], glyphs)
 

@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist 
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint ui
+.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint app ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-gpu-pack: $(READY) ## what bench-gpu needs where there is no network: buil
 
 shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
 	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)
+
+app: $(READY) ## draw, edit, ask and look into the ladder in a browser, at http://127.0.0.1:7860; the demo's model
+	$(BIN)/python experiments/app.py $(ARGS)
 
 ui: $(READY) ## compare runs in the MLflow UI, at http://127.0.0.1:5000; PORT=... for another port
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db} --host 127.0.0.1 --port $(PORT)

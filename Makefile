@@ -35,11 +35,11 @@ test-slow: $(READY) slurm-packages ## the test suite with the tests that take mi
 	$(PYTEST) $(ARGS) || [ $$? -eq 5 ]  # 5: none of those that ARGS selects
 	$(BIN)/python -m pytest -m "(slow or slurm or browser) and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
-# Debian's packages for a SLURM cluster on this machine; without them, and without root, those tests are skipped
+# Debian's packages for a SLURM cluster and a browser on this machine; without them, and without root, those tests are skipped
 slurm-packages:
-	@command -v slurmctld >/dev/null && command -v munged >/dev/null || { command -v apt-get >/dev/null && \
-	  $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge'; } || \
-	  echo "slurm-wlm and munge aren't installed and can't be: the SLURM tests will be skipped"
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v chromedriver >/dev/null || { command -v apt-get >/dev/null && \
+	  $(if $(filter 0,$(shell id -u)),,sudo -n) sh -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge chromium chromium-driver'; } || \
+	  echo "slurm-wlm, munge and chromium aren't installed and can't be: their tests will be skipped"
 
 stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="world=shapes ..." pass through
 	$(TRAIN) stage=t2i_pretrain machine=$(MACHINE) $(ARGS)

@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 
 from tbac.app import command, open_model, read_opening_options
 from tbac.files import expand_path, parse_json, read_lines, shorten
-from tbac.pictures import open_picture
 
 log = logging.getLogger(__name__)
 SETTINGS = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
@@ -66,6 +65,8 @@ def take_recipe(cfg: DictConfig) -> str:
 
 @command("generate")
 def main(cfg: DictConfig) -> None:
+    from tbac.pictures import open_picture  # numpy and Pillow, only when the options are right
+
     model = take_recipe(cfg) if cfg["from"] else None
     # Prompts and images are checked before a model is loaded.
     prompts = list(cfg.prompts)

@@ -61,7 +61,7 @@ def list_points(overrides: list[str]) -> list[list[str]]:
 
 def check_command(script: str, arguments: list[str]) -> None:
     """Compose the config of a command, with each choice that a sweep gives."""
-    name = re.search(r'config_name="([\w/]+)"', (ROOT / script).read_text())
+    name = re.search(r'@command\("([\w/]+)"', (ROOT / script).read_text())
     assert name, f"{script} is no command"
     if any(argument.startswith("--config-dir") for argument in arguments):  # it names parts that a reader has
         return

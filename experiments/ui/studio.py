@@ -111,7 +111,7 @@ class Studio:
             if progress.step < progress.steps or weights is not None:
                 yield progress
                 continue
-            yield progress._replace(path=self._save(progress.picture, recipe))
+            yield Progress(progress.picture, progress.step, progress.steps, self._save(progress.picture, recipe))
 
     def _save(self, picture: Image.Image, recipe: Recipe) -> Path:
         with self._numbers:

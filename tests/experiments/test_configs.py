@@ -29,6 +29,7 @@ WORLDS = sorted(f.stem for f in (CONF / "world").glob("*.yaml"))
 STAGES = sorted(f.stem for f in (CONF / "stage").glob("*.yaml"))
 PRESETS = sorted(f.stem for f in (CONF / "experiment").glob("*.yaml"))
 REQUIRED = {
+    "app": ["out=x"],
     "answer": ["checkpoint=x", "question=x"],
     "cache_latents": ["path=x", "out=x", "denoiser=x"],
     "convert": ["dataset=folder", "dataset.path=x", "out=x"],

@@ -9,7 +9,6 @@ import io
 import struct
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -171,6 +170,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if image.mode.startswith("I;16"):
+        import numpy as np  # a tenth of a second, which few pictures need
+
         values = np.asarray(image)
         gray = (values // 257).astype(np.uint8)
         # One value may stand for what is transparent.

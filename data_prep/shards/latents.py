@@ -179,7 +179,7 @@ def cache_tar(out: Path, autoencoder: FrozenAutoencoder, options: CachingOptions
                 raise CorruptSampleError("a field that it has twice, or that is too large")
             raw = reader.read(tar, number)
             # Keys of shards from elsewhere may hold folders.
-            raw["__key__"] = make_key(key, names) if "/" in key else key
+            raw["__key__"] = make_key(key, names) if "/" in key or key in names else key
             waiting.append(_read_target(raw, sizes[number], options))
             names[raw["__key__"]] = key
         except CorruptSampleError as error:

@@ -46,6 +46,7 @@ class Facts:
         edits: number of samples with input images.
         cached: number of samples with cached latents.
         schemas: fields of a sample -> number of samples that have them.
+        shapes: shape of cached latents -> names of the samples that have it.
     """
 
     samples: int = 0
@@ -61,6 +62,7 @@ class Facts:
     edits: int = 0
     cached: int = 0
     schemas: Counter[str] = field(default_factory=Counter)
+    shapes: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
 
     def count_fault(self, kind: str, name: str, count: int = 1) -> None:
         """Count a fault."""
@@ -81,6 +83,8 @@ class Facts:
         for kind, names in other.named.items():
             named = self.named.setdefault(kind, [])
             named += names[: NAMED - len(named)]
+        for shape, names in other.shapes.items():
+            self.shapes.setdefault(shape, []).extend(names)
         self.geneval_named += other.geneval_named[: NAMED - len(self.geneval_named)]
 
     @property
@@ -173,7 +177,9 @@ def _examine_sample(facts: Facts, name: str, raw: Mapping[str, Any], count_token
     # Training reads the latents or the picture, as its options say, so both must be readable.
     try:
         if cached:
-            decode_sample(raw, use_latents=True)
+            latents = decode_sample(raw, use_latents=True).latents
+            if latents is not None:
+                facts.shapes.setdefault(tuple(latents.shape), []).append(name)
         sample = decode_sample(raw, use_latents=cached and not targets)
     except CorruptSampleError as error:
         facts.count_fault(error.kind, f"{name}: {error}")
@@ -253,7 +259,8 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
         tokenizer: folder or hub id; None counts words.
         processes: how many shards are examined at the same time.
     """
-    tars, listed = list_tars(folder), (read_manifest(folder) or {"shards": {}})["shards"]
+    tars, manifest = list_tars(folder), read_manifest(folder) or {"shards": {}}
+    listed = manifest["shards"]
     facts = Facts()
     for name in sorted(set(listed) - {tar.name for tar in tars}):
         facts.count_fault("a shard that is in the manifest and absent", name)
@@ -261,7 +268,29 @@ def verify(folder: Path, tokenizer: str | None, processes: int) -> Facts:
     examine = partial(_examine_quietly, listed=listed, count_tokens=count_tokens)
     for facts_of_tar in _process_tars(examine, tars, processes, "verifying"):
         facts.add(facts_of_tar)
+    _check_shapes(facts, manifest)
     return facts
+
+
+def _check_shapes(facts: Facts, manifest: Mapping[str, Any]) -> None:
+    """Count a fault for cached latents of another shape than those of the others, which training can't join to them.
+
+    With buckets there are several shapes, of the sides that the manifest lists. Where it doesn't say, latents of other
+    aspect ratios may belong to a bucket, but none of other channels or of a very different area.
+    """
+    if not facts.shapes:
+        return
+    channels, height, width = max(facts.shapes, key=lambda shape: len(facts.shapes[shape]))
+    sizes = manifest.get("buckets") or []
+    if manifest.get("image_size") and not sizes:
+        sizes = [[manifest["image_size"]] * 2]
+    pixels = {side // height for side, other in sizes if side * width == other * height and side >= height}
+    accepted = {(channels, side // n, other // n) for side, other in sizes for n in pixels}
+    for shape, names in facts.shapes.items():
+        area = shape[1] * shape[2] / (height * width)
+        is_usual = shape in accepted if accepted else shape[0] == channels and 0.5 <= area <= 2
+        for name in () if is_usual else names:
+            facts.count_fault("latents of another shape than the others", f"{name}: {shape}")
 
 
 def write_all_sizes(folder: Path, processes: int) -> None:

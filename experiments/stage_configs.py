@@ -46,3 +46,8 @@ def is_finished(stages: Sequence[DictConfig], folder: Path) -> bool:
     if last["name"] != stages[-1].stage.name or steps is None or last["steps"] < steps:
         return False
     return (folder / "checkpoints" / Path(last["checkpoint"]).name).is_file()
+
+
+def has_unsent_records(folder: Path) -> bool:
+    """Whether an earlier start of the run has left records that MLflow didn't take."""
+    return (folder / "mlflow_unsent.jsonl").is_file()

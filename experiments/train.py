@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
-from experiments.stage_configs import compose_stages, is_finished
+from experiments.stage_configs import compose_stages, has_unsent_records, is_finished
 from tbac.app import command, get_run_folder, keep_freed_memory, to_plain
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,10 @@ def main(cfg: DictConfig) -> None:
         return
     if is_finished(configs, get_run_folder()):
         log.info("finished before; give stage.steps=… for more steps")
+        if has_unsent_records(get_run_folder()):
+            from experiments.training_run import send_unsent
+
+            send_unsent(cfg)
         return
     # Lightning and diffusers take seconds to import, so the configs are checked before.
     from experiments.training_run import train

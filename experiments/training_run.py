@@ -35,7 +35,7 @@ from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
 from tbac.training.stages import Stage
 from tbac.training.strategies import read_process_rank
-from tbac.training.tracking import RunLogger, collect_run_facts, log_nowhere, log_run
+from tbac.training.tracking import MlflowLogger, RunLogger, collect_run_facts, log_nowhere, log_run
 
 if TYPE_CHECKING:
     import lightning as L
@@ -92,6 +92,14 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
         if preemption and INTERRUPTION.received in preemption.stop:
             raise InterruptedRun(INTERRUPTION.received)
     return report
+
+
+def send_unsent(cfg: DictConfig) -> None:
+    """Send what an earlier start of a run, which is finished, couldn't send to its logger."""
+    logger = make_part(cfg.logger, "logger") if cfg.logger else None
+    if isinstance(logger, MlflowLogger):
+        logger.log_tags({})
+        logger.finalize("success")
 
 
 def find_preemption(stages: Sequence[Stage]) -> Preemption | None:

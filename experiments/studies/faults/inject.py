@@ -1,5 +1,6 @@
 """Callbacks that cause faults on purpose. Batches are counted from 0 in each process that starts."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -188,6 +189,35 @@ class DiskFull(Fault):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
         if batch_idx == last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+class Filled(Fault):
+    """A file system has no space left from the first batch to the second one; the file `filling` takes it up."""
+
+    def __init__(self, batches: Sequence[int], folder: str, **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.file = Path(folder) / "filling"
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        first, last = sorted(self.batches)
+        if batch_idx == first:
+            with contextlib.suppress(OSError), self.file.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**16))
+        if batch_idx == last:
+            self.file.unlink(missing_ok=True)
+
+
+class Removed(Fault):
+    """A file is deleted."""
+
+    def __init__(self, batches: Sequence[int], path: str, **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.path = Path(path)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.due(batch_idx):
+            self.path.unlink(missing_ok=True)
 
 
 class Deleted(Fault):

@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -31,7 +31,8 @@ from experiments.studies.faults.local_slurm import (
     start_requeued_job,
     wait_until,
 )
-from experiments.studies.faults.runs import Run, end_identically
+from experiments.studies.faults.outside import OUTSIDE, STAGES
+from experiments.studies.faults.runs import NONE, Row, Run, compare_samples, end_identically, say_yes_or_no
 from tbac.app import command
 
 log = logging.getLogger(__name__)
@@ -48,27 +49,6 @@ BASE = [
 PAIR = ["machine.devices=2", "machine.strategy=ddp", f"stage.batch_size={BATCH // 2}"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    Attributes:
-        fault: what was caused.
-        release: what the release does.
-        ours: what happened here.
-        equal: whether the end is that of the run it is compared with, to the bit.
-        samples: keys lost and repeated in the sequence that the kept weights come from.
-        holds: whether the promise was kept.
-    """
-
-    fault: str
-    release: str
-    ours: str
-    equal: str
-    samples: str
-    holds: bool
-
-
 class Faults:
     """Runs training with and without faults, in folders under `root`."""
 
@@ -77,8 +57,13 @@ class Faults:
         self._references: dict[tuple[str, ...], Run] = {}
 
     def start(self, run: Run, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "experiments" / "train.py"), *BASE, *overrides]
-        command.append(f"hydra.run.dir={run.folder}")
+        chosen = {override.partition("=")[0] for override in overrides}
+        base = [override for override in BASE if override.partition("=")[0] not in chosen]
+        if STAGES in overrides:
+            base = [override for override in base if not override.startswith("stage=")]
+        command = [sys.executable, str(ROOT / "experiments" / "train.py"), *base, *overrides]
+        if "-m" not in overrides:
+            command.append(f"hydra.run.dir={run.folder}")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "output.txt").open("w") as output:
@@ -127,17 +112,17 @@ class Faults:
         ours = f"{count} step{'s' * (count > 1)} rejected, the rest as if never drawn"
         if "back from step" in run.text:
             ours += f"; {run.text.count('back from step')} times back to the newest checkpoint"
-        samples = _compare_samples(run.list_drawn_keys(), reference.list_drawn_keys())
+        samples = compare_samples(run.list_drawn_keys(), reference.list_drawn_keys())
         released = self.release(name, *overrides, fault=fault)
-        return Row(title, released, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
+        return Row(title, released, ours, say_yes_or_no(equal), samples, equal and samples == NONE)
 
     def goes_on(self, name: str, title: str, release: str, ours: str, run: Run, *overrides: str) -> Row:
         """Start a run again that a fault has ended: it must end as a run without the fault."""
         again = self.train(name, *overrides)
         reference = self.reference(*overrides)
         equal = again.status == 0 and end_identically(again, reference)
-        samples = _compare_samples(again.list_kept_keys(), reference.list_kept_keys())
-        return Row(title, release, ours, _say_yes_or_no(equal), samples, equal and samples == NONE)
+        samples = compare_samples(again.list_kept_keys(), reference.list_kept_keys())
+        return Row(title, release, ours, say_yes_or_no(equal), samples, equal and samples == NONE)
 
     # Each method below causes one fault; its name is the row's name in the config.
 
@@ -296,7 +281,7 @@ class Faults:
         # It must end as two processes that nobody stopped.
         reference = self.reference(*PAIR, "machine.num_workers=0")
         equal = end_identically(run, reference)
-        samples = _compare_samples(run.list_kept_keys(), reference.list_kept_keys())
+        samples = compare_samples(run.list_kept_keys(), reference.list_kept_keys())
         stopped = re.search(r"stopped by SIGTERM after step (\d+)", log.read_text())
         ours = (
             f"two-node job saved after step {stopped[1]}, back in its queue, {ended.lower()}"
@@ -305,35 +290,23 @@ class Faults:
         )
         holds = equal and samples == NONE and ended == "COMPLETED" and stopped is not None
         title = "another job takes the place of a SLURM job"
-        return Row(title, "the job script isn't put back †", ours, _say_yes_or_no(equal), samples, holds)
+        return Row(title, "the job script isn't put back †", ours, say_yes_or_no(equal), samples, holds)
 
 
 ROWS = (
     "nan_loss", "inf_on_one_rank", "spike", "ten_spikes", "nan_at_first", "nan_accumulated", "half_overflow", "kill_9",
-    "truncated", "disk_full", "deleted_shard", "dead_rank", "stuck_rank", "sigterm", "slurm_requeue",
+    "truncated", "disk_full", "deleted_shard", "dead_rank", "stuck_rank", "sigterm", *OUTSIDE, "slurm_requeue",
 )  # fmt: skip
-NONE = "none"
 
 
 def _make_fault_override(text: str | None) -> list[str]:
     return [f"+callbacks.fault={{_target_:experiments.studies.faults.inject.{text}}}"] if text else []
 
 
-def _compare_samples(keys: list[str], reference: list[str]) -> str:
-    if keys == reference:
-        return NONE
-    return f"{len(set(reference) - set(keys))} lost, {len(keys) - len(set(keys))} repeated"
-
-
-def _say_yes_or_no(equal: bool) -> str:
-    return "yes" if equal else "NO"
-
-
 def cause_faults(faults: Faults, names: list[str]) -> Iterator[tuple[str, Row]]:
     """Cause the named faults one after the other; yields the row of each."""
     for name in names:
-        cause: Callable[[], Row] = getattr(faults, name)
-        row = cause()
+        row: Row = OUTSIDE[name](faults) if name in OUTSIDE else getattr(faults, name)()
         log.info("%s: %s", name, row)
         yield name, row
 

@@ -8,6 +8,30 @@ from typing import Any
 PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "StagedDataModule")
 
 
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        fault: what was caused.
+        release: what the release does.
+        ours: what happened here.
+        equal: whether the end is that of the run it is compared with, to the bit.
+        samples: keys lost and repeated in the sequence that the kept weights come from.
+        holds: whether the promise was kept.
+    """
+
+    fault: str
+    release: str
+    ours: str
+    equal: str
+    samples: str
+    holds: bool
+
+
 @dataclass
 class Run:
     """A run folder and how its last process ended."""
@@ -78,3 +102,15 @@ def end_identically(one: Run, other: Run) -> bool:
     """Whether weights, average, moments, schedule and data position at the end agree in every bit."""
     first, second = one.read_checkpoint(), other.read_checkpoint()
     return all(are_identical(first[part], second[part]) for part in PARTS)
+
+
+def compare_samples(keys: list[str], reference: list[str]) -> str:
+    """Say how many samples were lost and repeated; `none` when the sequences are equal."""
+    if keys == reference:
+        return NONE
+    return f"{len(set(reference) - set(keys))} lost, {len(keys) - len(set(keys))} repeated"
+
+
+def say_yes_or_no(equal: bool) -> str:
+    """Say yes, or NO, which is seen in a table."""
+    return "yes" if equal else "NO"

@@ -43,14 +43,14 @@ def mount_disk(folder: Path, megabytes: int = SMALL_DISK) -> Iterator[Path]:
 
 
 def log_to(store: str) -> list[str]:
-    """Override the logger: MLflow with this store."""
-    return ["logger=mlflow", f"logger.tracking_uri={store}"]
+    """Override the logger: MLflow with this store, which is told every step."""
+    return ["logger=mlflow", f"logger.tracking_uri={store}", "trainer.log_every_n_steps=1"]
 
 
 def list_logged_steps(database: Path) -> set[int]:
-    """List the steps whose learning rate is in an MLflow database."""
+    """List the steps whose loss is in an MLflow database."""
     with contextlib.closing(sqlite3.connect(database)) as opened:
-        return {step for (step,) in opened.execute("SELECT step FROM metrics WHERE key LIKE 'lr-%'")}
+        return {step for (step,) in opened.execute("SELECT step FROM metrics WHERE key = 'train/loss'")}
 
 
 def compare(faults: "Faults", run: Run, *overrides: str) -> tuple[bool, str]:
@@ -211,7 +211,7 @@ def signals(faults: "Faults") -> Row:
         once, group = faults.root / f"signal_{number}", str(number % 2 == 1).lower()
         options = f"stage:{stage},moment:{moment},name:{name},once:'{once}',times:{1 + number % 3},group:{group}"
         causes.append(f"+callbacks.fault_{number}={{_target_:experiments.studies.faults.inject.SignalAt,{options}}}")
-    ends = []
+    ends: list[int] = []
     # The same command, until it ends by itself.
     while not ends or (ends[-1] and len(ends) <= len(MOMENTS)):
         run = faults.train("signals", *overrides, *causes)

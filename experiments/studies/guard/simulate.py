@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-import hydra
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
-from tbac.app import CONF, report_user_errors
+from tbac.app import command
 from tbac.training.spikes import RobustRule, RunningMeanRule, SpikeRule
 
 STEPS, CHANGE = 2000, 200
@@ -133,8 +132,7 @@ def simulate(rule: SpikeRule, scenario: Scenario, seed: int = 0) -> Outcome:
     return Outcome(rejected, None, last)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="study/guard")
-@report_user_errors
+@command("study/guard")
 def main(cfg: DictConfig) -> None:
     rows = []
     for scenario in SCENARIOS.values():

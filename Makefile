@@ -45,10 +45,10 @@ stage1: $(READY) ## text-to-image pre-training; MACHINE=..., ARGS="world=shapes 
 	$(TRAIN) stage=t2i_pretrain machine=$(MACHINE) $(ARGS)
 
 stage2: $(READY) ## image-text-to-image pre-training, from the newest stage1 checkpoint or INIT=...
-	$(TRAIN) stage=ti2i_pretrain machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+	$(TRAIN) stage=ti2i_pretrain machine=$(MACHINE) $(if $(INIT),init='$(subst ','\'',$(INIT))') $(ARGS)
 
 stage3: $(READY) ## fine-tuning on curated data, from the newest stage2 checkpoint or INIT=...
-	$(TRAIN) stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(INIT)') $(ARGS)
+	$(TRAIN) stage=finetune machine=$(MACHINE) $(if $(INIT),init='$(subst ','\'',$(INIT))') $(ARGS)
 
 stages: $(READY) ## all three stages in one process
 	$(TRAIN) 'stages=[t2i_pretrain,ti2i_pretrain,finetune]' machine=$(MACHINE) $(ARGS)
@@ -69,7 +69,7 @@ bench-gpu-pack: $(READY) ## what bench-gpu needs where there is no network: buil
 	cp experiments/speed/run_offline.sh build/bench-gpu/run.sh
 
 shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/blip3o_60k
-	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(DIR)') $(ARGS)
+	$(BIN)/python data_prep/verify.py $(if $(DIR),path='$(subst ','\'',$(DIR))') $(ARGS)
 
 app: $(READY) ## draw, edit, ask and look into the ladder in a browser, at http://127.0.0.1:7860; the demo's model
 	$(BIN)/python experiments/app.py $(ARGS)

@@ -17,6 +17,8 @@ import submitit
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from submitit.core.utils import FailedJobError
 
+from tbac.app import quote
+
 TRAIN = Path(__file__).with_name("train.py")
 OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # keys of the file that only Hydra's launcher understands
 
@@ -59,8 +61,8 @@ def submit(launcher: Mapping[str, Any], folder: Path, arguments: Sequence[str]) 
             "this machine is a SLURM cluster and its programs aren't here; submit from one of its login nodes"
         ) from error
     executor.update_parameters(**build_job_parameters(launcher, folder / "slurm-%j.log"))
-    # The job trains in this run folder, and leaves the config that was written there as it is.
-    words = [*arguments, f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    # The job trains in this run folder.
+    words = [*arguments, f"hydra.run.dir={quote(str(folder))}"]
     try:
         return executor.submit(train_in_job, words).job_id
     except FailedJobError as error:

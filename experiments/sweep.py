@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments.sweeps.points import read_choices, read_points
-from tbac.app import command, compose_checked, make_part, to_plain
+from experiments.sweeps.points import describe_failures, read_choices, read_failures, read_points
+from tbac.app import FAILED, claim_folder, command, compose_checked, make_part, note_failure, to_plain
 from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,25 @@ def build_world_if_missing(cfg: DictConfig) -> None:
 
 
 def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
-    """Train every point that isn't finished yet, each as a child of the parent run."""
+    """Train every point that isn't finished yet, each as a child of the parent run.
+
+    Raises:
+        ValueError: when the multirun was stopped, or ended before any point had a folder.
+    """
+    before = time.time()
     command = [
         sys.executable, str(TRAIN), "-m", f"sweep={cfg.name}", f"hydra.sweep.dir={out}",
         f"parent_run_id={parent_run_id or 'null'}", *cfg.overrides,
     ]  # fmt: skip
     # In the environment, since anyone may read a command line, and the address may hold a password.
     environment = {**os.environ, "MLFLOW_TRACKING_URI": cfg.tracking_uri}
-    if subprocess.run(command, env=environment).returncode:
-        raise ValueError(f"a point of {cfg.name} failed, as its message says; the same command goes on from there")
+    status = subprocess.run(command, env=environment).returncode
+    if not status:
+        return
+    # Points that failed are told in the report; a multirun that was stopped goes on first.
+    failed_now = [file for file in out.glob(f"*/{FAILED}") if file.stat().st_mtime >= before]
+    if status < 0 or status >= 128 or not failed_now:
+        raise ValueError(f"the training of {cfg.name} ended with status {status}; the same command goes on from there")
 
 
 @command("sweep")
@@ -52,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     if unknown:
         raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
     # Torch, diffusers and matplotlib are imported only when the config is right.
-    from experiments.sweeps.report import write_report
+    from experiments.sweeps.report import Completeness, write_report
     from experiments.sweeps.score import score_point
     from tbac.training.tracking import open_parent_run, read_metric_history
 
@@ -60,26 +71,39 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = prod(map(len, choices.values()))
-    with open_parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
+    with claim_folder(out), open_parent_run(cfg.tracking_uri, "tbac", cfg.name, str(out / "mlflow_run_id")) as run:
         run.log_config(to_plain(cfg))
         train_points(cfg, out, run.run_id)
         points = read_points(out, list(choices))
         if len(points) < expected:
             log.warning("%d of %d points are finished", len(points), expected)
+        if not points:
+            raise ValueError(f"no point of {cfg.name} is finished: {describe_failures(read_failures(out))}")
         # Scores of every point that is finished, and what it logged while it trained.
         detector = make_part(cfg.judge, "judge")
         histories: dict[Path, dict[str, Any]] = {}
         for number, point in enumerate(points, start=1):
-            point.scores = score_point(point, cfg, detector)
+            try:
+                point.scores = score_point(point, cfg, detector)
+            except (ValueError, OSError) as error:
+                note_failure(point.folder, f"it can't be scored: {error}")
+                continue
             histories[point.folder] = read_metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
             log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
         # The report, beside the points and in the parent run.
-        report = write_report(cfg.name, points, histories, out, expected)
+        points = [point for point in points if point.scores]
+        if not points:
+            raise ValueError(f"no point of {cfg.name} could be scored: {describe_failures(read_failures(out))}")
+        failures = read_failures(out)
+        report = write_report(cfg.name, points, histories, out, Completeness(expected, failures))
         summary = [{"choices": p.choices, "report": p.report, "scores": p.scores} for p in points]
         write_whole(out / "report.json", (json.dumps(summary, indent=2) + "\n").encode())
         for file in [report, out / "report.json", *sorted(out.glob("*.png"))]:
             run.log_file(file)
     print(f"\n{report.read_text()}\nThe report is {report}.")
+    if failures:
+        print(f"error: {len(points)} of {expected} points are finished: {describe_failures(failures)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from experiments.stage_configs import compose_stages, has_unsent_records, is_finished
-from tbac.app import command, get_run_folder, keep_freed_memory, to_plain
+from tbac.app import (
+    command,
+    describe_command,
+    get_run_folder,
+    keep_freed_memory,
+    quote,
+    record_config,
+    to_plain,
+)
 
 log = logging.getLogger(__name__)
 
 
-def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
+def submit_job(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     """Submit a SLURM job that trains these stages."""
     from experiments.slurm import submit
     from experiments.training_run import find_init
@@ -34,10 +43,25 @@ def submit_job(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
     if init and Path(init).is_file():
         read_checkpoint(init)
     arguments = [o for o in overrides if o.split("=")[0] != "init"]
-    arguments += [f"init='{Path(init).absolute()}'"] if init else []
+    arguments += [f"init={quote(str(Path(init).absolute()))}"] if init else []
     launcher = {**to_plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
+    record_config(cfg)
     job = submit(launcher, folder, arguments)
     print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
+
+
+def tell_finished(configs: Sequence[DictConfig]) -> None:
+    """Say that the run of this folder was finished before, and which options it wasn't trained with.
+
+    Raises:
+        ValueError: for options that make it another run.
+    """
+    from experiments.training_run import describe_finished
+
+    log.info("finished before; give stage.steps=… for more steps")
+    changes = describe_finished(configs, get_run_folder())
+    if changes:
+        log.warning("it was trained with other options, and nothing of these is used now: %s", ", ".join(changes))
 
 
 @contextmanager
@@ -72,10 +96,10 @@ def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     configs = compose_stages(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
-        submit_job(configs, overrides)
+        submit_job(cfg, configs, overrides)
         return
     if is_finished(configs, get_run_folder()):
-        log.info("finished before; give stage.steps=… for more steps")
+        tell_finished(configs)
         if has_unsent_records(get_run_folder()):
             from experiments.training_run import send_unsent
 
@@ -87,8 +111,18 @@ def main(cfg: DictConfig) -> None:
 
     if read_process_rank():  # all processes but the first log only warnings
         logging.getLogger().setLevel(logging.WARNING)
-    with act_as_only_run():
-        report = train(configs, get_run_folder())
+    going_on = describe_command()
+    log.info("the run folder is %s; after any end this command goes on there: %s", get_run_folder(), going_on)
+    try:
+        with act_as_only_run():
+            # A job of a cluster leaves what was written when it was submitted.
+            recorded = "slurm" in cfg.machine and (get_run_folder() / ".hydra").is_dir()
+            report = train(configs, get_run_folder(), None if recorded else partial(record_config, cfg))
+    except (SystemExit, KeyboardInterrupt) as end:
+        status = end.code if isinstance(end, SystemExit) else 130
+        if isinstance(status, int) and status >= 128:
+            print(f"to go on: {going_on}", file=sys.stderr)
+        raise SystemExit(status) from None
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
 

@@ -2,15 +2,16 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
 
-from experiments.stage_configs import PER_STAGE
+from experiments.going_on import compare_with_checkpoint, warn_of_replaced_data
+from experiments.stage_configs import PER_STAGE, lies_within
 from tbac.app import make_part, to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.files import write_whole
@@ -65,12 +66,13 @@ class Start:
     first_step: int = 0
 
 
-def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
+def train(configs: Sequence[DictConfig], folder: Path, accepted: Callable[[], None] | None = None) -> dict[str, Any]:
     """Run the stages that the configs describe, one after the other.
 
     Args:
         configs: of each stage; what isn't in `PER_STAGE` is the same in all.
         folder: the run folder.
+        accepted: called by the first process when all options are found right, before the model is loaded.
 
     Returns:
         what `report.json` holds.
@@ -80,6 +82,7 @@ def train(configs: Sequence[DictConfig], folder: Path) -> dict[str, Any]:
     """
     seed_everything(configs[0].seed)
     # Everything that can be checked without the model is checked before it is loaded, which may take minutes.
+    check_machine(cfg)
     stages = [build_stage(c) for c in configs]
     preemption = find_preemption(stages)
     with outlast_terminal(), INTERRUPTION.watch(preemption.signals if preemption else []):
@@ -112,17 +115,22 @@ def run_stages(configs: Sequence[DictConfig], stages: Sequence[Stage], folder: P
     """Run stages whose options have been checked; returns what `report.json` holds."""
     cfg = configs[0]
     model_config: ModelConfig = make_part(cfg.model, "model")
-    start = find_start(cfg, stages, model_config, folder)
-    check_config(model_config)
+    _, plan = check_config(model_config)
+    start = find_start(cfg, stages, replace(model_config, taps=plan), folder)
     data = StagedDataModule([make_part(c.data, "data") for c in configs], start.stage)
     try_schedules(configs, stages, data)
+    fingerprints = collect_fingerprints(data)
+    if start.resumed is not None:
+        warn_of_replaced_data(start.resumed, fingerprints)
+    if accepted is not None and not read_process_rank():
+        accepted()
 
     # The model, with the weights that the run starts with.
     model = UniImage.from_config(model_config)
     if start.saved is not None:
         load_weights(start.saved, model)
         log.info("going on from %s" if start.resumed else "starting from the weights of %s", start.saved.origin)
-    facts = describe_model(model)
+    facts = describe_model(model) | {"data": fingerprints}
     for source in data.stages:
         latent_form = (model.latent_channels, model.autoencoder.compression)
         source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple, latent_form)
@@ -179,12 +187,49 @@ def build_stage(cfg: DictConfig) -> Stage:
     )
 
 
+def describe_finished(configs: Sequence[DictConfig], folder: Path) -> list[str]:
+    """Describe in what the options differ from those that a finished run was trained with.
+
+    Raises:
+        ValueError: for options that no run can change when it goes on.
+    """
+    found = find_newest_readable(folder)
+    if found is None:
+        return []
+    path, checkpoint = found
+    model_config: ModelConfig = make_part(configs[0].model, "model")
+    _, plan = check_config(model_config)
+    saved = read_saved_model(checkpoint, str(path), model_config.ladder.own_connector)
+    now = replace(model_config, taps=plan)
+    return compare_with_checkpoint(checkpoint, str(path), to_plain(configs[-1]), saved.config, now)
+
+
 def collect_config(stages: Sequence[Stage]) -> dict[str, Any]:
     """Collect what is logged as the run's config: that of the first stage, and where later stages differ from it."""
     config = dict(stages[0].config)
     if len(stages) > 1:
         config["stages"] = {stage.name: {key: stage.config[key] for key in PER_STAGE} for stage in stages}
     return config
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Raise ValueError for GPUs that this computer hasn't; a process of a cluster's job asks for those of its node."""
+    kind, devices = cfg.machine.accelerator, cfg.machine.devices
+    count = torch.cuda.device_count()
+    if kind in ("cuda", "gpu") and not count and not torch.backends.mps.is_available():
+        raise ValueError(f"machine.accelerator={kind}: torch finds no GPU here; machine=local needs none")
+    if kind == "cuda" and isinstance(devices, int) and devices > count and cfg.machine.num_nodes == 1:
+        raise ValueError(f"machine.devices={devices}: torch finds {count} GPUs here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("machine.accelerator=mps: torch finds no such device here")
+
+
+def collect_fingerprints(data: StagedDataModule) -> dict[str, str]:
+    """Collect what tells the data of all stages from others of the same names."""
+    fingerprints: dict[str, str] = {}
+    for source in data.stages:
+        fingerprints |= source.compute_fingerprints()
+    return fingerprints
 
 
 def try_schedules(configs: Sequence[DictConfig], stages: Sequence[Stage], data: StagedDataModule) -> None:
@@ -208,6 +253,10 @@ def find_start(cfg: DictConfig, stages: Sequence[Stage], model_config: ModelConf
     index = _find_stage(stages, checkpoint, path)
     saved = read_saved_model(checkpoint, path, connector)
     progress = checkpoint["callbacks"][StageTransition.__qualname__]
+    _check_history([report["name"] for report in progress["history"]], stages[:index], path)
+    changes = compare_with_checkpoint(checkpoint, path, stages[index].config, saved.config, model_config)
+    if changes:
+        log.warning("going on with other options than before: %s", ", ".join(changes))
     steps, position = checkpoint[FACTS]["steps"], checkpoint[StagedDataModule.__qualname__]["position"]
     if not stages[index].is_over(steps, position, progress["stale"]) or index + 1 == len(stages):
         return Start(index, saved, resumed=checkpoint, history=progress["history"])
@@ -266,6 +315,10 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
     """
     if not cfg.resume:
         return None
+    # What this run has written itself is newer than what it began with, so the same command goes on from there.
+    own = find_newest_readable(folder)
+    if own is not None and (cfg.resume == "auto" or not lies_within(cfg.resume, folder) or _began_with(own[1], cfg)):
+        return str(own[0]), own[1]
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
     # A folder may hold a checkpoint that was cut off, so the newest that can be read is taken; a file must be readable.
     newest = find_newest_readable(named) if named.is_dir() else (named, read_resumable(named))
@@ -275,6 +328,21 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
         return None
     path, checkpoint = newest
     return str(path), checkpoint
+
+
+def _began_with(checkpoint: Mapping[str, Any], cfg: DictConfig) -> bool:
+    """Whether a checkpoint was written by a run that resumed what this one shall resume."""
+    return checkpoint[FACTS].get("config", {}).get("resume") == cfg.resume
+
+
+def _check_history(before: Sequence[str], earlier: Sequence[Stage], path: str) -> None:
+    """Raise ValueError when a checkpoint has other stages behind it than this run has before its stage."""
+    names = [stage.name for stage in earlier]
+    if list(before) != names:
+        raise ValueError(
+            f"{path} was trained after these stages: {list(before)}, and this run has {names} before its own; give the "
+            "same stages=, or begin a run of its own with init="
+        )
 
 
 def _find_stage(stages: Sequence[Stage], checkpoint: Mapping[str, Any], path: str) -> int:

@@ -1,6 +1,7 @@
 """Reads the points of a sweep: their folders, what was varied, what they reported."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments.reports import read_run_report
-from tbac.app import CONF
+from tbac.app import CONF, FAILED
 from tbac.files import ForeignFileError, read_text, reading
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,16 @@ def read_choices(name: str) -> dict[str, list[str]]:
     if not params:
         raise ValueError(f"{file} varies nothing: hydra.sweeper.params is empty")
     return {str(key): str(values).split(",") for key, values in params.items()}
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Read which points below a sweep's folder failed: name of the folder -> message."""
+    return {file.parent.name: file.read_text(errors="replace").strip() for file in sorted(folder.glob(f"*/{FAILED}"))}
+
+
+def describe_failures(failures: Mapping[str, str]) -> str:
+    """Describe the points that failed, in one text."""
+    return "; ".join(f"{name} failed ({message})" for name, message in failures.items()) or "none failed"
 
 
 def read_points(folder: Path, keys: list[str]) -> list[Point]:

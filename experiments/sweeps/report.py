@@ -1,6 +1,7 @@
 """Writes the report of a sweep: Markdown, with plots beside it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -91,8 +92,29 @@ def compare_ladder(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Completeness:
+    """How much of a sweep there is.
+
+    Attributes:
+        expected: number of points that the sweep has.
+        failures: folder of a point that failed -> why.
+    """
+
+    expected: int
+    failures: Mapping[str, str]
+
+
+def tabulate_failures(failures: Mapping[str, str]) -> str:
+    """Tabulate the points that failed; an empty text where none did."""
+    if not failures:
+        return ""
+    rows = [[f"`{name}`", " ".join(message.split()).replace("|", "\\|")] for name, message in failures.items()]
+    return "These points failed; the same command tries them again.\n\n" + format_table(["point", "why"], rows)
+
+
 def write_report(
-    name: str, points: Sequence[Point], histories: Mapping[Path, Mapping[str, Any]], out: Path, expected: int
+    name: str, points: Sequence[Point], histories: Mapping[Path, Mapping[str, Any]], out: Path, whole: Completeness
 ) -> Path:
     """Write `report.md` and its plots; returns its path.
 
@@ -101,7 +123,7 @@ def write_report(
         points: scored.
         histories: folder of a point -> its metrics over time.
         out: where the report goes.
-        expected: number of points that the sweep has.
+        whole: how many points the sweep has, and which of them failed.
     """
     groups = group_points(points)
     pictures = draw_plots(groups, points, histories, out)
@@ -111,8 +133,9 @@ def write_report(
     chosen = " ".join(f"{key}={value}" for key, value in best.choices.items() if key != SEED)
     sections = [
         f"# Sweep {name}",
-        f"{len(points)} of {expected} points are finished, {' and '.join(steps)} each. "
+        f"{len(points)} of {whole.expected} points are finished, {' and '.join(steps)} each. "
         f"`make sweep SWEEP={name}` printed this; ± is the standard deviation over seeds.",
+        tabulate_failures(whole.failures),
         tabulate(groups),
         tabulate_suites(groups),
         compare_ladder(points),

@@ -6,25 +6,38 @@ option accepts.
 """
 
 from tbac.app.arguments import quote
-from tbac.app.command import CONF, command, compose_checked, get_run_folder, to_plain
+from tbac.app.command import (
+    CONF,
+    command,
+    compose_checked,
+    describe_command,
+    get_run_folder,
+    record_config,
+    to_plain,
+)
 from tbac.app.errors import report_user_errors
 from tbac.app.folders import claim_folder, name_point
 from tbac.app.making import make_part
+from tbac.app.multirun import FAILED, note_failure
 from tbac.app.opening import keep_freed_memory, open_model, pick_device, read_opening_options
 
 __all__ = [
     "CONF",
+    "FAILED",
     "claim_folder",
     "command",
     "compose_checked",
+    "describe_command",
     "get_run_folder",
     "keep_freed_memory",
     "make_part",
     "name_point",
+    "note_failure",
     "open_model",
     "pick_device",
     "quote",
     "read_opening_options",
+    "record_config",
     "report_user_errors",
     "to_plain",
 ]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tbac.app.kinds import Kind
 
-PLAIN = re.compile(r"[\w./@+~-]+")  # what Hydra reads as the same text, unless it is a number or a word of its own
+PLAIN = re.compile(
+    r"[\w./@+-]+", re.ASCII
+)  # what Hydra reads as the same text, unless it is a number or a word of its own
 OTHER_THAN_TEXT = re.compile(
     r"[+-]?(\d[\d_]*|\d[\d_]*\.[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?|[+-]?(inf|nan)|true|false", re.IGNORECASE
 )
@@ -51,6 +53,8 @@ def _read_argument(argument: str, find_kind: Callable[[str], Kind | None], multi
     is_text = option in FOLDERS_OF_HYDRA or (kind is not None and kind.is_text)
     if option in FOLDERS_OF_HYDRA and value.startswith("~"):
         value = str(Path(value).expanduser())
+    if kind is None and "." not in option and OTHER_THAN_TEXT.fullmatch(value):  # the name of a file of a group
+        return f"{key}={quote(value)}"
     if not is_text:
         return f"{key}={_quote_entries(value)}" if "=" in value and not re.match(r"\w+\(", value) else argument
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tbac.app.arguments import read_arguments
+from tbac.app.arguments import quote, read_arguments
 from tbac.app.errors import describe_error, is_user_error, print_error, report_user_errors
 from tbac.app.folders import claim_folder
+from tbac.app.making import make_part
 from tbac.app.multirun import SWEEPER, PointFailure, PointSweeper, note_failure
 from tbac.app.options import check_config, find_kind
 from tbac.files import write_whole
@@ -80,7 +82,8 @@ def start_hydra(main: Callable[[], Any], config_name: str) -> None:
 
 def prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
     """Prepare the arguments of a command for Hydra: texts are quoted, and points of a sweep are run by our sweeper."""
-    multirun = bool({"-m", "--multirun"} & set(arguments))
+    multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    multirun = multirun or any(argument.startswith("sweep=") for argument in arguments)
     prepared = read_arguments(arguments, partial(find_kind, config_name), multirun)
     chosen = any(argument.startswith(("hydra/sweeper=", "hydra.sweeper._target_=")) for argument in arguments)
     asks_hydra = any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments)
@@ -94,6 +97,7 @@ def run_checked(main: Callable[[DictConfig], Any], config_name: str, cfg: DictCo
     hide_secrets_in_logs()
     hide_secrets_in_files(get_run_folder())
     check_config(config_name, cfg)
+    check_model(cfg)
     with claim_folder(get_run_folder()):
         return main(cfg)
 
@@ -136,7 +140,46 @@ def compose_checked(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     cfg = compose(config_name, read_arguments(overrides, partial(find_kind, config_name)))
     check_config(config_name, cfg)
+    check_model(cfg)
     return cfg
+
+
+def check_model(cfg: DictConfig) -> None:
+    """Raise ValueError for options of a model that its dataclasses refuse; these import no torch."""
+    if "model" not in cfg:
+        return
+    if not isinstance(cfg.model, DictConfig):
+        raise ValueError(f"model must be a mapping of its options, got {cfg.model!r}")
+    for group, place in (("taps", cfg.get("taps")), ("ladder", cfg.get("ladder"))):
+        if not isinstance(place, DictConfig):
+            raise ValueError(f"{group} must be a mapping of its options, got {place!r}; choose one with {group}=NAME")
+    if not cfg.taps.get("_partial_"):
+        raise ValueError("taps names its rule without _partial_: true; it is called later, with the model's sizes")
+    make_part(cfg.model, "model")
+
+
+def record_config(cfg: DictConfig) -> None:
+    """Write what Hydra composed into `.hydra` of the run folder, as Hydra itself does before a command begins.
+
+    A command whose config says `hydra.output_subdir: null` calls this once the config is accepted, so that a run that
+    is refused changes nothing of what the folder says.
+    """
+    parts = {"config": cfg, "hydra": OmegaConf.create({"hydra": HydraConfig.get()})}
+    for name, part in [*parts.items(), ("overrides", HydraConfig.get().overrides.task)]:
+        write_whole(get_run_folder() / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part).encode())
+
+
+def describe_command() -> str:
+    """Describe the command line that goes on with this run, or this multirun, in its own folder."""
+    config = HydraConfig.get()
+    option, folder = "hydra.run.dir", str(get_run_folder())
+    if config.mode == RunMode.MULTIRUN:
+        option, folder = "hydra.sweep.dir", str(Path(config.sweep.dir))
+    if Path(folder).is_relative_to(Path.cwd()):
+        folder = str(Path(folder).relative_to(Path.cwd()))
+    ours = (f"{option}=", "hydra.sweeper._target_=")
+    given = [argument for argument in sys.argv if not argument.startswith(ours)]
+    return shlex.join([sys.orig_argv[0], *given, f"{option}={quote(folder)}"])
 
 
 def get_run_folder() -> Path:

@@ -3,12 +3,12 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import yaml
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,6 +37,11 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, HydraException) and "Could not override" in str(error):
         return _describe_override(error)
     cause = find_cause(error)
+    if "Config group override must be" in str(cause):
+        return _describe_group(sys.argv)
+    if isinstance(cause, OverrideParseException):
+        reason = str(cause).splitlines()[0].removesuffix(cause.override).strip(" :")
+        return f"{cause.override} can't be read ({reason}); put the value in quotes, as 'key=\"value\"'"
     if isinstance(cause, OmegaConfBaseException):
         # OmegaConf adds the types of its own nodes, of which only the name of the option says anything.
         words = (cause.msg or str(cause)).splitlines()[0].strip()
@@ -56,6 +61,15 @@ def _describe_override(error: BaseException) -> str:
     words = f" ({reason[0]})" if reason else ""
     option = named[1] if named else "it"
     return f"{option} isn't an option of this command{words}; --help lists them"
+
+
+def _describe_group(arguments: Sequence[str]) -> str:
+    """Say which group was chosen by what isn't a name; Hydra's own message doesn't."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if value == "null" and "." not in group:
+            return f"{group} is needed, and can't be null: choose one of the group by its name, {group}=NAME"
+    return "a group is chosen by the name of one of its files, GROUP=NAME"
 
 
 def _shorten_composition(text: str) -> str:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tbac.files import shorten
+
 MOST_BYTES_OF_A_NAME = 255  # of a file or a folder, on common file systems
+BITS = 64  # of the integers of libraries
 LARGEST_SEED = 2**32 - 1  # the largest that every generator takes
 
 
@@ -63,13 +66,16 @@ class Kind:
             raise ValueError(f"{name} must be {accepted}, got {_shorten(value)}{detail}") from None
 
 
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _shorten(value: Any) -> str:
+    """Show a value for a message; texts in quotes, so that they differ from numbers."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a finite number that libraries can hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() < BITS
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def whole(minimum: int = 1, maximum: int | None = None) -> Kind:
@@ -78,7 +84,7 @@ def whole(minimum: int = 1, maximum: int | None = None) -> Kind:
     bounds += f" and at most {maximum}" if maximum is not None else ""
 
     def read(value: Any) -> int:
-        if not _is_number(value) or not math.isfinite(value) or value != int(value):
+        if not _is_number(value) or value != int(value) or not _is_number(int(value)):
             raise _Refused
         if value < minimum or (maximum is not None and value > maximum):
             raise _Refused(accepted=bounds)
@@ -103,7 +109,7 @@ def number(
     bounds = " and ".join(limits).replace("above 0", "positive") or "finite"
 
     def read(value: Any) -> float:
-        if not _is_number(value) or not math.isfinite(value):
+        if not _is_number(value):
             raise _Refused
         too_low = (least is not None and value < least) or (above is not None and value <= above)
         if too_low or (most is not None and value > most) or (below is not None and value >= below):
@@ -135,6 +141,13 @@ def choice(*names: Any) -> Kind:
     return Kind(f"one of {', '.join(map(str, names))}", read)
 
 
+def _check_characters(value: str) -> str:
+    """Return a text that files and libraries can hold."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise _Refused("it holds what isn't a character")
+    return value
+
+
 def some_of(*names: str) -> Kind:
     """A list of some of these names, each at most once."""
 
@@ -153,13 +166,9 @@ def text(empty: bool = False) -> Kind:
     """A text; an empty one only where that means something."""
 
     def read(value: Any) -> str:
-        if not isinstance(value, str) or "\0" in value or not (empty or value.strip()):
+        if not isinstance(value, str) or not (empty or value.strip()):
             raise _Refused
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise _Refused("it isn't valid Unicode") from None
-        return value
+        return _check_characters(value)
 
     return Kind("a text" if empty else "a text that isn't empty", read, is_text=True)
 
@@ -188,9 +197,9 @@ def pattern(expression: str, accepted: str) -> Kind:
 
 def _read_path(value: Any) -> str:
     """Expand `~`, and refuse what no file can be called."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip():
         raise _Refused
-    expanded = os.path.expanduser(value)
+    expanded = os.path.expanduser(_check_characters(value))
     if expanded.startswith("~"):
         raise _Refused("there is no such user")
     if "://" not in expanded and any(len(os.fsencode(part)) > MOST_BYTES_OF_A_NAME for part in Path(expanded).parts):

@@ -59,7 +59,7 @@ from tbac.app.parts import (
 )  # fmt: skip
 from tbac.models.config import DTYPE_NAMES, QUANTIZATIONS
 
-OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+CHOSEN_LATER = ("dataset",)  # the command itself names those that there are
 OVERRIDES = list_of(text())
 CHECKED_BY_THE_MODEL = plain_mapping()
 MODEL: Fields = {"model": CHECKED_BY_THE_MODEL, "taps": CHECKED_BY_THE_MODEL, "ladder": CHECKED_BY_THE_MODEL}
@@ -87,6 +87,7 @@ COMMANDS: dict[str, Fields] = {
         "run_dir": path(),
         "parent_run_id": optional(text()),
         "stage": STAGE,
+        "machine": MACHINE,
         **MODEL,
         "flow": FLOW,
         "data": DATA,
@@ -95,7 +96,6 @@ COMMANDS: dict[str, Fields] = {
         "guard": GUARD,
         "callbacks": CALLBACKS,
         "logger": LOGGER,
-        "machine": MACHINE,
         "trainer": TRAINER,
     },
     "generate": {
@@ -259,7 +259,16 @@ def check_config(command: str, cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the option, its value and what is accepted; for a key that isn't an option, too.
     """
-    _check_fields(cfg, COMMANDS[command], "")
+    fields = COMMANDS[command]
+    for group, accepted in fields.items():
+        if group in cfg or group in CHOSEN_LATER:
+            continue
+        optional_group = isinstance(accepted, Parts) or (isinstance(accepted, Part) and not accepted.needed)
+        if not optional_group:
+            raise ValueError(f"{group} is needed: choose one of the group, {group}=NAME, or give its options")
+        with open_dict(cfg):
+            cfg[group] = None
+    _check_fields(cfg, fields, "")
 
 
 def find_kind(command: str, option: str) -> Kind | None:
@@ -278,7 +287,8 @@ def find_kind(command: str, option: str) -> Kind | None:
             fields = fields.get(key)
         else:
             return None
-    return fields if isinstance(fields, Kind) else None
+    known = isinstance(fields, Kind) and fields is not CHECKED_BY_THE_MODEL
+    return fields if known else None
 
 
 def _check_fields(config: DictConfig, fields: Fields, prefix: str, foreign: bool = False) -> None:
@@ -296,13 +306,12 @@ def _check_fields(config: DictConfig, fields: Fields, prefix: str, foreign: bool
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
             raise ValueError(f"{prefix}{key} isn't an option; {hint}")
     for key, accepted in fields.items():
-        if key not in config:
-            continue
         option = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
             words = accepted.accepted if isinstance(accepted, Kind) else "a mapping"
             raise ValueError(f"{option} is needed: give {option}=…, {words}")
-        _check_option(config, key, accepted, option)
+        if key in config:
+            _check_option(config, key, accepted, option)
 
 
 def _check_option(config: DictConfig, key: str, accepted: Any, option: str) -> None:

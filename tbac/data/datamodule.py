@@ -168,6 +168,11 @@ class ShardDataModule(L.LightningDataModule):
         """Compute path of a source -> digest of its manifest, for the log of a run."""
         return {shards.source.path: shards.manifest_digest for shards in [*self._training, *self._validation]}
 
+    def compute_fingerprints(self) -> dict[str, str]:
+        """Compute path and split of a source -> what tells its data from others of the same names."""
+        sources = [*self._training, *self._validation]
+        return {f"{shards.source.path} ({shards.source.split})": shards.fingerprint for shards in sources}
+
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0

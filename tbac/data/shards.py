@@ -17,6 +17,7 @@ from tbac.files import ForeignFileError, expand_path, parse_json, read_bytes, sh
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+FINGERPRINT_BYTES = 4096  # of the beginning of each tar
 
 
 class DataError(ValueError):
@@ -247,6 +248,15 @@ class SourceShards:
         """sha256 of the manifest, or "none" where there is none."""
         content = self._manifest_bytes
         return "none" if content is None else hashlib.sha256(content).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the manifest, and of name, size and first bytes of every tar: it tells replaced data."""
+        digest = hashlib.sha256(self._manifest_bytes or b"")
+        for tar in self.tars:
+            with tar.open("rb") as file:
+                digest.update(f"{tar.name} {tar.stat().st_size}".encode() + file.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()
 
 
 def _count_samples(tar: Path, listed: Mapping[str, Any]) -> int:

@@ -29,12 +29,18 @@ SCHEDULERS = (  # of diffusers: those that can follow a flow
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
+# What weights belong to: a run that goes on can't change these.
+FIXED_IN_TRAINING = (
+    "taps", "ladder", "num_queries", "query_phrases", "quantization", "reference_latents", "random_init", "seed",
+)  # fmt: skip
+LARGEST_WHOLE = 2**63  # the integers of torch end before it
+LARGEST_STD = 1e6  # a larger one can only be a mistake
 BEHAVIOUR = ("image_pixels", "max_text_tokens", "system_prompt", "reference_latents", "spell_words")
 Connector = Callable[..., Any]  # (num_taps, hidden_size, channels) -> nn.Module; `tbac.models.ladder` says more
 
 
 def _is_whole(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < LARGEST_WHOLE
 
 
 def _check_whole(name: str, value: Any, minimum: int) -> None:
@@ -137,13 +143,11 @@ class LadderConfig:
                 f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {self.connector!r} (a connector of "
                 "your own is given by _target_, with _partial_: true)"
             )
-        is_number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
-        if not _is_whole(self.num_layers, 1) or not is_number or self.query_std < 0:
-            raise ValueError(
-                "ladder.num_layers must be at least 1 and ladder.query_std at least 0, got "
-                f"{self.num_layers}, {self.query_std}"
-            )
+        _check_whole("ladder.num_layers", self.num_layers, 1)
         _check_whole("ladder.num_heads", self.num_heads, 1)
+        is_number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
+        if not is_number or not 0 <= self.query_std <= LARGEST_STD:
+            raise ValueError(f"ladder.query_std must be between 0 and {LARGEST_STD:g}, got {self.query_std!r}")
         _check_flag("ladder.prompt_context", self.prompt_context)
         if self.connector == "transformer":
             self.check_prompt_context(per_token=False)

@@ -16,7 +16,7 @@ from tbac.models import UniImage
 from tbac.models.saved import FACTS
 from tbac.training.cuda_graphs import StepGraphs
 from tbac.training.gradients import GradientNorms, clip_gradients, measure_gradient_norms
-from tbac.training.optimizers import list_optimized_names, load_named_state, load_state, make_parameter_groups
+from tbac.training.optimizers import list_optimized_names, load_named_state, make_parameter_groups, resume_optimizer
 from tbac.training.randomness import draw_noise, read_random_state, set_random_state
 from tbac.training.stages import Stage
 from tbac.types import Batch
@@ -219,8 +219,7 @@ class LadderTuningModule(L.LightningModule):
         optimizer = self.stage.optimizer(make_parameter_groups([self.ladder, self.denoiser], self.stage.weight_decay))
         scheduler = self.stage.scheduler(optimizer, total_steps=self.total_steps)
         if self._resumed is not None:
-            load_state(optimizer, self._resumed["optimizer_states"][0])
-            scheduler.load_state_dict(self._resumed["lr_schedulers"][0])
+            resume_optimizer(optimizer, scheduler, self, self._resumed)
         elif self.inherited_optimizer_state is not None:
             load_named_state(optimizer, self, self.inherited_optimizer_state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -57,6 +57,44 @@ def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state:
     load_state(optimizer, {"state": inherited, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def resume_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: Any, module: nn.Module, checkpoint: Mapping[str, Any]
+) -> None:
+    """Restore an optimizer's moments and a schedule's position, with the options of now.
+
+    Rates are those of now too. Where the run has lowered a rate itself, it stays lowered by the same factor.
+
+    Args:
+        optimizer: new, with the options of now.
+        scheduler: its schedule, new.
+        module: holds the parameters.
+        checkpoint: what the run goes on from.
+
+    Raises:
+        ValueError: when other parameters train than when the checkpoint was written.
+    """
+    facts = checkpoint["tbac"]
+    names = list_optimized_names(optimizer, module)
+    if names != list(facts["optimized"]):
+        other = next(iter(sorted(set(names) ^ set(facts["optimized"]))), "their order")
+        raise ValueError(f"the checkpoint's optimizer updates other parameters than stage.trainable says now: {other}")
+    saved, schedule = checkpoint["optimizer_states"][0], dict(checkpoint["lr_schedulers"][0])
+    asked_before = facts.get("config", {}).get("optim", {}).get("lr")
+    groups = []
+    for group, kept in zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True):
+        asked = group.get("initial_lr", group["lr"])
+        began_with = kept.get("initial_lr", kept["lr"])
+        base = began_with if asked_before in (None, asked) else asked * (began_with / asked_before)
+        groups.append({**group, "lr": kept["lr"] * (base / began_with), "initial_lr": base})
+    load_state(optimizer, {**saved, "param_groups": groups})
+    schedule |= {"base_lrs": [group["initial_lr"] for group in groups]}
+    scheduler.load_state_dict(schedule)
+    # The rate of the coming step, by the schedule of now: its length may be another one.
+    if isinstance(scheduler, LambdaLR):
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load an optimizer's `state_dict` of whole tensors, and shard these as the parameters are sharded here."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.commands import run_app, run_to_message
 from tests.helpers.configs import ROOT
+from tests.helpers.weights import refuse_weights
 
 SHAPES = ["world=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv", "machine.num_workers=0"]
 
@@ -17,19 +18,7 @@ SHAPES = ["world=shapes", "stage.steps=2", "stage.warmup_steps=0", "logger=csv",
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading any weight is an error."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a weight was read")
-
-    for target in (
-        "transformers.Qwen2_5_VLModel.from_pretrained",
-        "transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained",
-        "tbac.models.weights.WeightFiles.read",
-        "tbac.models.weights.WeightFiles.compute_digest",
-        "diffusers.SanaTransformer2DModel.from_pretrained",
-        "diffusers.AutoencoderDC.from_pretrained",
-    ):
-        monkeypatch.setattr(target, refuse)
+    refuse_weights(monkeypatch)
 
 
 @pytest.mark.usefixtures("in_world", "no_weights")

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.reports import read_run_report
-from tbac.app import compose_checked, to_plain
+from tbac.app import check, compose_as_given, to_plain
 
 OF_THE_RELEASE = ("t2i_pretrain", "ti2i_pretrain", "finetune")  # for which stage_overrides has a place always
 PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
@@ -28,7 +28,7 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
     common = [override for override in overrides if override.lstrip("+").split("=")[0] not in ("stage", "stages")]
     configs = []
     for name in cfg.stages:
-        configs.append(compose_checked("train", [*common, f"stage={name}", *cfg.stage_overrides.get(name, [])]))
+        configs.append(compose_as_given("train", [*common, f"stage={name}", *cfg.stage_overrides.get(name, [])]))
     names = [config.stage.name for config in configs]
     pairs = zip(cfg.stages, names, strict=True)
     changed = [name for name, own in pairs if cfg.stage_overrides.get(name) and own != name]
@@ -48,6 +48,8 @@ def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig
                 f"stage_overrides.{name} changes {', '.join(differing)}, which all stages of a run share; a stage may "
                 f"have its own {', '.join(PER_STAGE)}"
             )
+    for config in configs:
+        check("train", config)
     return configs
 
 

@@ -8,7 +8,9 @@ option accepts.
 from tbac.app.arguments import quote
 from tbac.app.command import (
     CONF,
+    check,
     command,
+    compose_as_given,
     compose_checked,
     describe_command,
     get_run_folder,
@@ -24,8 +26,10 @@ from tbac.app.opening import keep_freed_memory, open_model, pick_device, read_op
 __all__ = [
     "CONF",
     "FAILED",
+    "check",
     "claim_folder",
     "command",
+    "compose_as_given",
     "compose_checked",
     "describe_command",
     "get_run_folder",

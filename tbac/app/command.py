@@ -96,8 +96,7 @@ def run_checked(main: Callable[[DictConfig], Any], config_name: str, cfg: DictCo
     """Check the config, and call the function of the command while its run folder is this process's own."""
     hide_secrets_in_logs()
     hide_secrets_in_files(get_run_folder())
-    check_config(config_name, cfg)
-    check_model(cfg)
+    check(config_name, cfg)
     with claim_folder(get_run_folder()):
         return main(cfg)
 
@@ -138,10 +137,20 @@ def compose_checked(config_name: str, overrides: Sequence[str]) -> DictConfig:
         config_name: of its file in conf/.
         overrides: as on a command line.
     """
-    cfg = compose(config_name, read_arguments(overrides, partial(find_kind, config_name)))
+    cfg = compose_as_given(config_name, overrides)
+    check(config_name, cfg)
+    return cfg
+
+
+def compose_as_given(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of a command within another command, without a check of what is in it."""
+    return compose(config_name, read_arguments(overrides, partial(find_kind, config_name)))
+
+
+def check(config_name: str, cfg: DictConfig) -> None:
+    """Raise ValueError for options that a command can't be started with."""
     check_config(config_name, cfg)
     check_model(cfg)
-    return cfg
 
 
 def check_model(cfg: DictConfig) -> None:
@@ -166,7 +175,8 @@ def record_config(cfg: DictConfig) -> None:
     """
     parts = {"config": cfg, "hydra": OmegaConf.create({"hydra": HydraConfig.get()})}
     for name, part in [*parts.items(), ("overrides", HydraConfig.get().overrides.task)]:
-        write_whole(get_run_folder() / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part).encode())
+        text = hide_in_text(OmegaConf.to_yaml(part))
+        write_whole(get_run_folder() / ".hydra" / f"{name}.yaml", text.encode(errors="surrogateescape"))
 
 
 def describe_command() -> str:
@@ -179,7 +189,7 @@ def describe_command() -> str:
         folder = str(Path(folder).relative_to(Path.cwd()))
     ours = (f"{option}=", "hydra.sweeper._target_=")
     given = [argument for argument in sys.argv if not argument.startswith(ours)]
-    return shlex.join([sys.orig_argv[0], *given, f"{option}={quote(folder)}"])
+    return hide_in_text(shlex.join([sys.orig_argv[0], *given, f"{option}={quote(folder)}"]))
 
 
 def get_run_folder() -> Path:

@@ -305,7 +305,7 @@ BENCHMARK = Part(
         f"{BENCHMARKS}.imgedit.ImgEdit": {**DRAWING, "file": path(), "images": path(), "questions": QUESTIONS},
         f"{BENCHMARKS}.wise.WISE": {**DRAWING, "file": path()},
     },
-    common=DRAWING,
+    common={key: kind for key, kind in DRAWING.items() if key not in ("num_inference_steps", "batch_size")},
 )  # fmt: skip
 JUDGES = "tbac.evaluation.judges"
 DETECTORS = "tbac.evaluation.detectors"

@@ -82,12 +82,12 @@ def train(configs: Sequence[DictConfig], folder: Path, accepted: Callable[[], No
     """
     seed_everything(configs[0].seed)
     # Everything that can be checked without the model is checked before it is loaded, which may take minutes.
-    check_machine(cfg)
+    check_machine(configs[0])
     stages = [build_stage(c) for c in configs]
     preemption = find_preemption(stages)
     with outlast_terminal(), INTERRUPTION.watch(preemption.signals if preemption else []):
         try:
-            report = run_stages(configs, stages, folder)
+            report = run_stages(configs, stages, folder, accepted)
         except InterruptedRun as interrupted:
             assert preemption is not None
             preemption.end(interrupted.received, "when all that was done was saved; the same command goes on")
@@ -111,7 +111,9 @@ def find_preemption(stages: Sequence[Stage]) -> Preemption | None:
     return next((callback for callback in callbacks if isinstance(callback, Preemption)), None)
 
 
-def run_stages(configs: Sequence[DictConfig], stages: Sequence[Stage], folder: Path) -> dict[str, Any]:
+def run_stages(
+    configs: Sequence[DictConfig], stages: Sequence[Stage], folder: Path, accepted: Callable[[], None] | None
+) -> dict[str, Any]:
     """Run stages whose options have been checked; returns what `report.json` holds."""
     cfg = configs[0]
     model_config: ModelConfig = make_part(cfg.model, "model")
@@ -201,7 +203,7 @@ def describe_finished(configs: Sequence[DictConfig], folder: Path) -> list[str]:
     _, plan = check_config(model_config)
     saved = read_saved_model(checkpoint, str(path), model_config.ladder.own_connector)
     now = replace(model_config, taps=plan)
-    return compare_with_checkpoint(checkpoint, str(path), to_plain(configs[-1]), saved.config, now)
+    return compare_with_checkpoint(checkpoint, str(path), hide_secrets(to_plain(configs[-1])), saved.config, now)
 
 
 def collect_config(stages: Sequence[Stage]) -> dict[str, Any]:

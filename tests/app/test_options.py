@@ -161,6 +161,7 @@ def test_every_key_of_a_shipped_config_is_an_option(command: str, in_world: Any)
     """And another key is refused, wherever it is added."""
     required = {
         "answer": ["checkpoint=x", "question=x"],
+        "app": ["out=x"],
         "cache_latents": ["path=x", "out=x", "denoiser=x"],
         "convert": ["dataset=folder", "dataset.path=x", "out=x"],
         "evaluate": ["checkpoint=x", "out=x"],

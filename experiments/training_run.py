@@ -24,6 +24,7 @@ from tbac.redaction import hide_secrets
 from tbac.training.callbacks.preemption import Preemption
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import (
+    check_resumable,
     describe_model,
     find_newest_checkpoint,
     find_newest_readable,
@@ -323,7 +324,7 @@ def find_resume(cfg: DictConfig, folder: Path) -> tuple[str, dict[str, Any]] | N
         return str(own[0]), own[1]
     named = folder if cfg.resume == "auto" else Path(cfg.resume).expanduser()
     # A folder may hold a checkpoint that was cut off, so the newest that can be read is taken; a file must be readable.
-    newest = find_newest_readable(named) if named.is_dir() else (named, read_resumable(named))
+    newest = find_newest_readable(named, check_resumable) if named.is_dir() else (named, read_resumable(named))
     if newest is None and cfg.resume != "auto":
         raise ValueError(f"resume={cfg.resume} holds no checkpoint that can be read")
     if newest is None:

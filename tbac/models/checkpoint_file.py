@@ -103,7 +103,8 @@ def sort_by_steps(files: list[Path], reasons: list[str]) -> list[Path]:
             steps[file] = checkpoint["global_step"]
         except ValueError as error:
             pass_over(error, reasons)
-    return sorted(steps, key=lambda file: (steps[file], file.name), reverse=True)
+    # Two of the same step, such as one of before that says none, are sorted by the number in the name.
+    return sorted(steps, key=lambda file: (steps[file], len(file.name), file.name), reverse=True)
 
 
 def pass_over(error: ValueError, reasons: list[str]) -> None:

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tbac import __version__
+from tbac.files import ForeignFileError, expand_path, read_json, shorten, write_whole
 from tbac.models.card import is_hub_id, make_model_card
 from tbac.models.config import Connector, ModelConfig
 from tbac.models.diffusers_index import write_index
-from tbac.models.saved import PROMPT_EMBEDDINGS, SavedModel
+from tbac.models.saved import PROMPT_EMBEDDINGS, SavedModel, check_frozen_digests
 from tbac.models.sources import DENOISER_FILES, MLLM_FILES, copy_files, locate_folder
+from tbac.models.weights import load_tensors, save_tensors
 
 FORMAT = "tbac-uniimage-2"
 OLD_FORMAT = "tbac-uniimage-1"
@@ -26,7 +26,7 @@ MLLM, DENOISER = "mllm", "denoiser"  # folders of the frozen parts within a stan
 
 def find_export(source: str | Path) -> Path:
     """Return the local folder of an export; one that `source` names by its hub id is downloaded."""
-    folder = Path(source).expanduser()
+    folder = expand_path(source, "model")
     if folder.is_dir() or not is_hub_id(str(source)):
         return folder
     return locate_folder("model", str(source), FILES)
@@ -46,17 +46,15 @@ def read_export(folder: Path, connector: Connector | None = None) -> SavedModel:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not an exported model: it has no config.json")
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} isn't JSON ({error})") from None
-    file_format = values.pop("format", None) if isinstance(values, dict) else None
+    values = read_json(
+        file, kind=dict, finite=False
+    )  # a scheduler may have -Infinity; others are checked by their fields
+    file_format = values.pop("format", None)
     if file_format not in (FORMAT, OLD_FORMAT):
-        raise ValueError(f"{file}: format must be {FORMAT!r}, got {file_format!r}")
+        raise ForeignFileError(f"{file}: format must be {FORMAT!r}, got {shorten(file_format)!r}")
     # Digests and version aren't options of the model, so they are taken out before the options are read.
     digests = values.pop("frozen_digests", None)
-    if not isinstance(digests, dict):
-        raise ValueError(f"{file}: frozen_digests must be a mapping, got {digests!r}")
+    check_frozen_digests(digests, f"{file}: frozen_digests")
     values.pop("tbac_version", None)
     if file_format == OLD_FORMAT:
         values = convert_old(values)
@@ -87,12 +85,9 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an exported folder.
 
     Raises:
-        ValueError: when they can't be read.
+        ValueError: when they can't be read, are damaged, aren't finite or aren't floating point numbers; by name.
     """
-    try:
-        return load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} can't be read ({error})") from None
+    return load_tensors(folder / "model.safetensors")
 
 
 def write_export(
@@ -124,10 +119,9 @@ def write_export(
         **written.to_dict(),
         "frozen_digests": dict(saved.frozen_digests or {}),
     }
-    # safetensors stores contiguous tensors on the CPU only.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    save_tensors(state, folder / "model.safetensors")
+    # A folder is an export by its config.json, so this comes when the weights are there.
+    write_whole(folder / "config.json", (json.dumps(values, indent=2) + "\n").encode())
     write_index(folder, written.architecture.scheduler if written.architecture else None)
     card = make_model_card(values, [config.mllm, config.denoiser], standalone, notes or {})
     (folder / "README.md").write_text(card)
@@ -135,5 +129,5 @@ def write_export(
 
 def make_absolute(source: str) -> str:
     """Make a folder's path absolute, so that it is found from any working directory; a hub id is returned as it is."""
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if source and folder.is_dir() else source
+    folder = expand_path(source, "the path of a frozen part")
+    return str(folder.resolve()) if folder.is_dir() else source

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from tbac.files import ForeignFileError, read_json, reading, shorten
+from tbac.models.chat_template import check_chat_template, make_conversation
 from tbac.models.config import SYSTEM_PROMPT
 from tbac.pictures import MAX_ASPECT_RATIO, to_upright_rgb
 
@@ -82,12 +84,33 @@ class PromptProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "PromptProcessor":
-        """Read tokenizer and image processor from a folder or hub id."""
-        return cls(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-            Qwen2VLImageProcessorPil.from_pretrained(folder),
-            **options,
-        )
+        """Read tokenizer and image processor from a folder, and try both.
+
+        Raises:
+            ForeignFileError: when they can't be read, or aren't those of a Qwen2.5-VL.
+        """
+        folder = Path(folder)
+        for file in sorted(folder.glob("*.json")):  # the libraries read these without limits
+            read_json(file, finite=False)
+        with reading(str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            template = tokenizer.chat_template
+            if not isinstance(template, str):
+                raise ForeignFileError(f"{folder}: its tokenizer must have one chat template, got {shorten(template)}")
+            check_chat_template(template, options.get("system_prompt", SYSTEM_PROMPT), str(folder))
+            processor = cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder), **options)
+            processor._try_out(str(folder))
+        return processor
+
+    def _try_out(self, place: str) -> None:
+        """Raise ForeignFileError unless a text and an image become what the MLLM reads."""
+        lacking = [token for token in (IMAGE_PAD, VISION_START, VISION_END) if len(self._tokenize_markup(token)) != 1]
+        if lacking or self.tokenizer.pad_token_id is None:
+            raise ForeignFileError(f"{place}: its tokenizer lacks the token {lacking[0] if lacking else 'for padding'}")
+        inputs = self(["a text", "another"], [[Image.new("RGB", (64, 48))], None])
+        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+        if len(pixels) != grids.prod() or not pixels.isfinite().all():
+            raise ForeignFileError(f"{place}: preprocessor_config.json turns an image into numbers that no MLLM reads")
 
     def process_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Compute `pixel_values` and `image_grid_thw` of images of any size and mode.
@@ -146,9 +169,7 @@ class PromptProcessor:
     ) -> tuple[list[int], str, str, list[int]]:
         """Build what surrounds the text: ids, markup just before the text, markup just after it, ids."""
         marker = "\x00"
-        content: list[dict[str, str]] = [{"type": "image"} for _ in image_tokens]
-        content.append({"type": "text", "text": marker})
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages = make_conversation(len(image_tokens), system, marker)
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = rendered.split(IMAGE_PAD)
         assert len(pieces) == len(image_tokens) + 1, "the chat template must write one image pad per image"

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
-from tbac.models.architecture import check_mllm_kind
+from tbac.files import ForeignFileError, reading
+from tbac.models.architecture import check_mllm_kind, make_mllm_config
 from tbac.models.config import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.sources import MLLM_FILES, locate_folder, read_config
+from tbac.models.weights import WeightFiles, strip_mllm_prefix
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -52,7 +55,8 @@ def load_mllm(
     truncated.text_config.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         truncated.text_config.layer_types = text.layer_types[:depth]
-    with _no_report():
+    check_shapes(folder, truncated)
+    with _no_report(), reading(str(folder)):
         model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
     # The library fills what is missing with random numbers and only warns.
     wrong = sorted(loaded["missing_keys"]) + sorted(str(mismatch[0]) for mismatch in loaded["mismatched_keys"])
@@ -77,11 +81,26 @@ def open_mllm(option: str, source: str, dtype: str, quantization: str | None = N
     check_precision("", dtype, quantization)
     config = read_config(option, source, "config.json")
     check_mllm_kind(config, f"{option}={source}")
-    check_mllm(Qwen2_5_VLConfig(**config))
+    made = make_mllm_config(config, f"{option}={source}: config.json")
+    check_mllm(made)
     folder = locate_folder(option, source, MLLM_FILES)
-    with _no_report():
+    check_shapes(folder, made)
+    with _no_report(), reading(str(folder)):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
     return folder, FrozenMLLM(_keep_layout(model))
+
+
+def check_shapes(folder: Path, config: Qwen2_5_VLConfig) -> None:
+    """Raise ValueError when a folder's weights don't have the shapes that a config gives the body of an MLLM.
+
+    This comes before any memory is taken: the library would fill what is missing with random numbers.
+    """
+    found = {strip_mllm_prefix(name): shape for name, shape in WeightFiles(folder).read_shapes().items()}
+    with reading(str(folder)), init_empty_weights(include_buffers=True):
+        expected = Qwen2_5_VLModel(config).state_dict()
+    for name, tensor in expected.items():
+        if found.get(strip_mllm_prefix(name)) != tuple(tensor.shape):
+            raise ForeignFileError(f"{folder}: the MLLM's weights don't fit its config, such as {name}")
 
 
 def _keep_layout(model: Any) -> Any:

@@ -5,7 +5,6 @@ connector, SANA's transformer and the autoencoder. The trained tensors are taken
 the base models and are then left out. The embedding table, which weight decay has changed, is kept for reading prompts.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
+from tbac.files import expand_path, read_json, shorten
 from tbac.models.architecture import check_config
 from tbac.models.config import ModelConfig
 from tbac.models.ladder import Ladder
@@ -29,6 +29,7 @@ CONNECTOR = "model.connector."
 TRANSFORMER = "model.transformer."
 AUTOENCODER = "vae."
 MLLM = "model.mllm_backbone."
+MAX_QUERIES = 2**16
 NAMED = 8  # tensors named in one message
 
 
@@ -65,7 +66,7 @@ def read_released(
         ValueError: when the folder isn't such a checkpoint, or a tensor is missing, unexpected, of another shape, or
             frozen and yet different from the base model's; by name.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = expand_path(checkpoint, "checkpoint")
     options = read_released_config(folder)
     config = ModelConfig(
         mllm=mllm,
@@ -123,17 +124,15 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"checkpoint={folder}: no config.json; give the folder of the released checkpoint")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} isn't JSON ({error})") from None
+    config = read_json(file, kind=dict)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{file}: model_type must be {MODEL_TYPE!r}, got {config.get('model_type')!r}")
     queries = config.get("num_metaqueries")
-    if not isinstance(queries, int) or queries < 1:
-        raise ValueError(f"{file}: num_metaqueries must be a positive whole number, got {queries!r}")
+    if not isinstance(queries, int) or isinstance(queries, bool) or not 1 <= queries <= MAX_QUERIES:
+        raise ValueError(f"{file}: num_metaqueries must be a positive whole number, got {shorten(queries)}")
     if config.get("loss_type", "flow") != "flow":
         raise ValueError(f"{file}: loss_type must be 'flow', got {config['loss_type']!r}")
+    # The types of the other options are checked by `ModelConfig`, which is made of them.
     return config
 
 

@@ -20,18 +20,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW: the mean of the gradients, and 
 log = logging.getLogger(__name__)
 
 
-def find_newest_readable(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Find the checkpoint of a run folder that training can go on from and that has the most steps.
+def find_newest_readable(
+    folder: str | Path, check: Callable[[dict[str, Any], str], None] | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """Find the checkpoint of a run folder that has the most steps and is whole; returns its path and its content.
 
-    Newer ones that can't be gone on from are skipped with a warning.
+    Newer ones that can't be used are skipped with a warning.
 
-    Returns:
-        its path and its content; None if there is none.
+    Args:
+        folder: the run folder.
+        check: raises ValueError for one that lacks what else is needed, such as `check_resumable`.
     """
     if not list_checkpoints(Path(folder)):
         return None
     try:
-        return find_newest(Path(folder), check=check_resumable)
+        return find_newest(Path(folder), check=check)
     except ForeignFileError:  # each has been warned of
         return None
 

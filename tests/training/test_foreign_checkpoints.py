@@ -17,7 +17,7 @@ from tbac.files import ForeignFileError
 from tbac.models import UniImage
 from tbac.models.checkpoint_file import compute_digests, list_tensors, read_checkpoint
 from tbac.models.saved import read_saved_model
-from tbac.training.checkpoints import find_newest_checkpoint, find_newest_readable, read_resumable
+from tbac.training.checkpoints import check_resumable, find_newest_checkpoint, find_newest_readable, read_resumable
 
 NEWEST = "t2i_pretrain-step=2.ckpt"
 
@@ -326,7 +326,7 @@ def test_the_newest_is_the_one_of_the_most_steps_whatever_its_date_and_links(fil
     files = [file, copy_as(file, 10), copy_as(file, 9)]
     for age, path in enumerate(files if newest_first else files[::-1]):
         os.utime(path, (age, age))
-    found = find_newest_readable(file.parent.parent)
+    found = find_newest_readable(file.parent.parent, check_resumable)
     assert found is not None
     assert found[0] == files[1]
     # Links are gone, or point to an older one.
@@ -358,10 +358,10 @@ def spoil_progress(checkpoint: dict[str, Any]) -> None:
 def test_a_bad_newest_one_is_passed_over(
     file: Path, spoil: Callable[[dict[str, Any]], None] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good, bad = copy_as(file, 7), copy_as(file, 9, spoil or (lambda checkpoint: None))
+    good, bad = copy_as(file, 7), copy_as(file, 10, spoil or (lambda checkpoint: None))
     if spoil is None:
         bad.write_bytes(bad.read_bytes()[:-1000])
-    found = find_newest_readable(file.parent.parent)
+    found = find_newest_readable(file.parent.parent, check_resumable)
     assert found is not None
     assert found[0] == good
     assert str(bad) in caplog.text
@@ -371,7 +371,7 @@ def test_a_folder_without_a_good_one_says_what_is_wrong_with_each(file: Path) ->
     write_changed(file, spoil_weights)
     with pytest.raises(ForeignFileError, match=r"no checkpoint that can be read; .*ladder\.queries holds NaN"):
         read_checkpoint(file.parent.parent)
-    assert find_newest_readable(file.parent.parent) is None
+    assert find_newest_readable(file.parent.parent, check_resumable) is None
 
 
 def test_of_several_runs_the_one_that_was_written_last_is_found_by_what_it_says(file: Path) -> None:

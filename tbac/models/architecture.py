@@ -22,6 +22,7 @@ from tbac.models.taps import TapPlan, resolve_taps
 # Far above every model that there is, and far below what a config could demand of memory and time.
 MAX_LAYERS, MAX_SIZE, MAX_WIDTH, MAX_NUMBER = 512, 2**20, 2**17, 1e9
 MAX_POSITIONS = 2**29  # numbers in the denoiser's table of positions
+ZERO = ("dropout", "norm_eps", "guidance_embeds_scale")  # arguments that may be 0
 UNLIMITED = ("lambda_min_clipped",)  # of schedulers: minus infinity clips nothing
 
 
@@ -60,7 +61,8 @@ class Architecture:
         check_arguments(AutoencoderDC, parts["autoencoder"], f"{place}.autoencoder")
         check_scheduler_values(parts["scheduler"], f"{place}.scheduler")
         mllm = make_mllm_config(parts["mllm"], f"{place}.mllm")
-        return cls(mllm, parts["transformer"], parts["autoencoder"], parts["scheduler"])
+        transformer = complete(SanaTransformer2DModel, parts["transformer"])
+        return cls(mllm, transformer, complete(AutoencoderDC, parts["autoencoder"]), parts["scheduler"])
 
     @classmethod
     def from_pretrained(
@@ -109,7 +111,8 @@ class Architecture:
         check_arguments(AutoencoderDC, autoencoder, f"{prefix}denoiser={denoiser}: vae")
         check_mllm_kind(configs["mllm"], f"{prefix}mllm={mllm}")
         config = make_mllm_config(configs["mllm"], f"{prefix}mllm={mllm}: config.json")
-        return cls(config, transformer, autoencoder, configs["scheduler"])
+        transformer = complete(SanaTransformer2DModel, transformer)
+        return cls(config, transformer, complete(AutoencoderDC, autoencoder), configs["scheduler"])
 
     @property
     def num_layers(self) -> int:
@@ -140,9 +143,9 @@ def check_mllm_kind(config: Any, place: str) -> None:
 def check_transformer(arguments: Mapping[str, Any], place: str) -> None:
     """Raise ValueError for constructor arguments that make no SANA, or one that no memory could hold."""
     check_arguments(SanaTransformer2DModel, arguments, place)
+    check_positive(arguments, place)
     with reading(place), init_empty_weights(include_buffers=True):
-        defaults = {name: part.default for name, part in inspect.signature(SanaTransformer2DModel).parameters.items()}
-        values = defaults | dict(arguments)
+        values = complete(SanaTransformer2DModel, arguments)
         width = values["num_attention_heads"] * values["attention_head_dim"]
         rows = values["sample_size"] // values["patch_size"]
         if width > MAX_WIDTH or rows**2 * width > MAX_POSITIONS:
@@ -160,8 +163,23 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], place: str) -> Non
             expected = getattr(parameters[name].annotation, "__name__", parameters[name].annotation)
             raise ForeignFileError(f"{place}.{name} must be of type {expected}, got {shorten(value)!r}")
     if kind is AutoencoderDC:
+        check_positive(arguments, place)
         with reading(place), init_empty_weights(include_buffers=True):
             AutoencoderDC(**arguments)
+
+
+def check_positive(arguments: Mapping[str, Any], place: str) -> None:
+    """Raise ForeignFileError for a size that is 0; lists, such as numbers of layers, may hold zeros."""
+    for name, value in arguments.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name not in ZERO:
+            raise ForeignFileError(f"{place}.{name} must be at least 1, got {value}")
+
+
+def complete(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the defaults of a class's constructor to the arguments that a config gives."""
+    parameters = inspect.signature(kind).parameters
+    defaults = {name: part.default for name, part in parameters.items() if part.default is not inspect.Parameter.empty}
+    return defaults | dict(arguments)
 
 
 def fits(value: Any, annotation: Any) -> bool:

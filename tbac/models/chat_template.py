@@ -12,7 +12,7 @@ from typing import Any
 
 from tbac.files import ForeignFileError
 
-SECONDS, BYTES, MAX_CHARACTERS = 5, 2**29, 2**20
+SECONDS, BYTES, MAX_CHARACTERS = 2, 2**29, 2**20
 PROGRAM = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
@@ -53,13 +53,13 @@ def check_chat_template(template: str, system: str, place: str) -> None:
     conversations = [make_conversation(images, system, "a text") for images in (0, 1, 3)]
     command = [sys.executable, "-I", "-c", PROGRAM, str(SECONDS), str(BYTES), str(MAX_CHARACTERS)]
     try:
-        # Twice the time of the processor, since others may use it too.
+        # More than the time of the processor, since others may use it too.
         done = subprocess.run(
             command,
             input=json.dumps([template, conversations]),
             capture_output=True,
             text=True,
-            timeout=8 * SECONDS,
+            timeout=4 * SECONDS,
             check=False,
         )
         failed, reason = done.returncode != 0, done.stderr

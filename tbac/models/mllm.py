@@ -122,9 +122,20 @@ class FrozenMLLM(nn.Module):
         if isinstance(self.model, Qwen2_5_VLModel):
             if self._read_full_model is None:
                 raise ValueError("this model was built without the MLLM's language head, so it can't answer")
-            device = self.body.get_input_embeddings().weight.device
-            del self.model  # frees the memory of the body before the whole model is read
-            self.model = self._read_full_model().to(device).eval().requires_grad_(False)
+            # Tensors that are made in inference mode could never be trained with.
+            with torch.inference_mode(False):
+                device = self.body.get_input_embeddings().weight.device
+                depth = len(self.body.language_model.layers)
+                # The body stays until the whole model has been read: if it can't be, drawing goes on.
+                full = self._read_full_model().eval().requires_grad_(False)
+                self.model = full
+                try:
+                    full.to(device)
+                except Exception:  # such as too little memory on a GPU, on which the body has had enough
+                    body = full.model
+                    body.language_model.layers = body.language_model.layers[:depth]
+                    self.model = body.to(device)
+                    raise
         return self.model
 
     def get_prompt_table(self) -> Tensor:

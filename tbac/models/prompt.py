@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, BatchFeature, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tbac.files import ForeignFileError, read_json, reading, shorten
@@ -93,7 +93,8 @@ class PromptProcessor:
         for file in sorted(folder.glob("*.json")):  # the libraries read these without limits
             read_json(file, finite=False)
         with reading(str(folder)):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # With a config the library needn't read that of the folder, which may name any type.
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=Qwen2_5_VLConfig(), trust_remote_code=False)
             template = tokenizer.chat_template
             if not isinstance(template, str):
                 raise ForeignFileError(f"{folder}: its tokenizer must have one chat template, got {shorten(template)}")

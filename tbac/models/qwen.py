@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tbac.models.architecture import check_mllm_kind, make_mllm_config
 from tbac.models.config import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.sources import MLLM_FILES, locate_folder, read_config
-from tbac.models.weights import WeightFiles, strip_mllm_prefix
+from tbac.models.weights import WeightFiles, check_finite, strip_mllm_prefix
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -46,16 +48,12 @@ def load_mllm(
     text = config.text_config
     options = _mllm_options(dtype, quantization)
 
-    def read_full_model() -> Qwen2_5_VLForConditionalGeneration:
-        with _no_report():
-            return _keep_layout(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **options))
-
     # A config with fewer layers makes the library leave the others on disk.
     truncated = copy.deepcopy(config)
     truncated.text_config.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
         truncated.text_config.layer_types = text.layer_types[:depth]
-    check_shapes(folder, truncated)
+    check_shapes(folder, truncated, text.num_hidden_layers)
     with _no_report(), reading(str(folder)):
         model, loaded = Qwen2_5_VLModel.from_pretrained(folder, config=truncated, output_loading_info=True, **options)
     # The library fills what is missing with random numbers and only warns.
@@ -63,7 +61,36 @@ def load_mllm(
     if wrong:
         raise ValueError(f"{folder}: the MLLM's weights don't fit its config, such as {wrong[0]}")
     table = None if prompt_embeddings is None else prompt_embeddings.to(dtype)
-    return FrozenMLLM(_keep_layout(model), read_full_model, text.num_hidden_layers, table)
+    return FrozenMLLM(_keep_layout(model), FullModelReader(folder, config, options), text.num_hidden_layers, table)
+
+
+@dataclass(frozen=True)
+class FullModelReader:
+    """Reads the whole MLLM of a folder when it is called; unlike a function within another it can be pickled.
+
+    Attributes:
+        folder: folder with the weights.
+        config: config of the whole model.
+        options: further arguments of the library's `from_pretrained`.
+    """
+
+    folder: Path
+    config: Qwen2_5_VLConfig
+    options: dict[str, Any]
+
+    def __call__(self) -> Qwen2_5_VLForConditionalGeneration:
+        """Read the model.
+
+        Raises:
+            ForeignFileError: when it can't be read, or holds numbers that aren't finite.
+        """
+        check_shapes(self.folder, self.config, self.config.text_config.num_hidden_layers)
+        config = copy.deepcopy(self.config)
+        with _no_report(), reading(str(self.folder)):
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.folder, config=config, **self.options)
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter.detach(), str(self.folder))
+        return _keep_layout(model)
 
 
 def open_mllm(option: str, source: str, dtype: str, quantization: str | None = None) -> tuple[Path, FrozenMLLM]:
@@ -84,16 +111,22 @@ def open_mllm(option: str, source: str, dtype: str, quantization: str | None = N
     made = make_mllm_config(config, f"{option}={source}: config.json")
     check_mllm(made)
     folder = locate_folder(option, source, MLLM_FILES)
-    check_shapes(folder, made)
-    with _no_report(), reading(str(folder)):
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **_mllm_options(DTYPES[dtype], quantization))
-    return folder, FrozenMLLM(_keep_layout(model))
+    return folder, FrozenMLLM(FullModelReader(folder, made, _mllm_options(DTYPES[dtype], quantization))())
 
 
-def check_shapes(folder: Path, config: Qwen2_5_VLConfig) -> None:
-    """Raise ValueError when a folder's weights don't have the shapes that a config gives the body of an MLLM.
+def check_shapes(folder: Path, config: Qwen2_5_VLConfig, num_layers: int) -> None:
+    """Check that a folder's weights have the shapes that a config gives the body of an MLLM.
 
-    This comes before any memory is taken: the library would fill what is missing with random numbers.
+    This comes before any memory is taken: the library would fill what is missing with random numbers, and leave out
+    layers that the config doesn't count.
+
+    Args:
+        folder: folder with the weights.
+        config: of the body, perhaps with fewer layers than the whole model has.
+        num_layers: decoder layers of the whole model.
+
+    Raises:
+        ForeignFileError: naming a tensor that is missing, of another shape, or unexpected.
     """
     found = {strip_mllm_prefix(name): shape for name, shape in WeightFiles(folder).read_shapes().items()}
     with reading(str(folder)), init_empty_weights(include_buffers=True):
@@ -101,6 +134,11 @@ def check_shapes(folder: Path, config: Qwen2_5_VLConfig) -> None:
     for name, tensor in expected.items():
         if found.get(strip_mllm_prefix(name)) != tuple(tensor.shape):
             raise ForeignFileError(f"{folder}: the MLLM's weights don't fit its config, such as {name}")
+    known = {strip_mllm_prefix(name) for name in expected}
+    for name in found:
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if (name.startswith("visual.") and name not in known) or (layer and int(layer[1]) >= num_layers):
+            raise ForeignFileError(f"{folder}: the MLLM's config doesn't count all of its weights, such as {name}")
 
 
 def _keep_layout(model: Any) -> Any:

@@ -258,7 +258,7 @@ def make_mllm_config(values: Mapping[str, Any], place: str) -> Qwen2_5_VLConfig:
             "intermediate_size": text.intermediate_size,
             "vocab_size": text.vocab_size,
             "vision_config.hidden_size": vision.hidden_size,
-            "vision_config.num_heads": vision.num_heads,
+            "vision_config: heads": vision.num_attention_heads,
             "vision_config.patch_size": vision.patch_size,
             "vision_config.spatial_merge_size": vision.spatial_merge_size,
             "vision_config.temporal_patch_size": vision.temporal_patch_size,

@@ -34,6 +34,7 @@ PACKAGES = (
     "mlflow",
 )
 UNSENT = "mlflow_unsent.jsonl"  # beside the file of the run's id: what MLflow hasn't taken yet
+ARTIFACTS = "./mlruns"  # where MLflow keeps files of experiments in a local store, unless told otherwise
 LONGEST_VALUE = 500  # characters of a parameter
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # we try again ourselves
 # What MLflow says of a request that it will refuse the next time too.
@@ -211,31 +212,31 @@ def open_store(tracking_uri: str) -> Any:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f"{file.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.exists():
-            check_database(file)
-        else:
-            forget_deleted_store(tracking_uri)
-        client = MlflowClient(tracking_uri)
-        client.search_experiments(max_results=1)  # makes the tables of a new file
-    return client
+        if not has_tables(file):
+            make_tables(tracking_uri)
+        return MlflowClient(tracking_uri)
 
 
-def check_database(file: Path) -> None:
-    """Read the first page of a sqlite file, since MLflow would try for minutes to open one that it can't read.
+def has_tables(file: Path) -> bool:
+    """Whether there is a sqlite file with tables. MLflow would try for minutes to open one that can't be read.
 
     Raises:
         sqlite3.Error: when it is locked, damaged, or no such file.
     """
+    if not file.exists():
+        return False
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=2.0)) as database:
-        database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        (count,) = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    return bool(count)
 
 
-def forget_deleted_store(tracking_uri: str) -> None:
-    """Close the connections to a sqlite file that isn't there any more, so that a new one is made."""
+def make_tables(tracking_uri: str) -> None:
+    """Make the tables of a sqlite file that is new, or that was deleted while this process was connected to it."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    with contextlib.suppress(Exception):  # without a store there is nothing to close
-        SqlAlchemyStore(tracking_uri, "mlruns").engine.dispose()
+    # MLflow keeps its connections, and so would go on with the deleted file.
+    SqlAlchemyStore(tracking_uri, ARTIFACTS).engine.dispose()
+    SqlAlchemyStore(tracking_uri, ARTIFACTS)
 
 
 def find_experiment(client: Any, name: str) -> str:

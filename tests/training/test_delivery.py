@@ -130,6 +130,19 @@ FAULTS: dict[str, Callable[[str, ExitStack], None]] = {
 }  # fmt: skip
 
 
+# After these a run goes on in the store, where a deleted one is made anew.
+RECOVERS = ("delete_store", "empty_store", "lock_for_a_while", "delete_run", "delete_experiment")
+
+
+def wait_until_delivered(logger: RunLogger) -> bool:
+    """Whether all is delivered, for which it waits for as long as making a store may take."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if logger.logger.delivery.flush(1.0):
+            return True
+    return False
+
+
 def list_steps(store: str) -> set[int]:
     """The steps that are in any run of a store; none where it can't be read."""
     try:
@@ -189,6 +202,8 @@ def test_a_local_store_that_fails_ends_nothing_and_loses_nothing(
         if when == "after a restart":
             logger = open_logger(store, tmp_path)
         log_steps(logger, range(0 if when == "at the start" else half, LOGGED))
+        if name in RECOVERS:
+            assert wait_until_delivered(logger), caplog.text
         close(logger)
         here = list_steps(store) | list_kept(tmp_path)
     expected = set(range(LOGGED)) if when == "at the start" else set(range(half, LOGGED))

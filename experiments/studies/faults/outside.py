@@ -106,10 +106,11 @@ def logger_locked(faults: "Faults") -> Row:
 
 
 def logger_full(faults: "Faults") -> Row:
-    with mount_disk(faults.root / "logger_disk", 2) as disk:
-        (disk / "ballast").write_bytes(bytes(2**20))
+    with mount_disk(faults.root / "logger_disk", 1) as disk:
+        (disk / "ballast").write_bytes(bytes(2**20 - 2**16))
         title = "the disk of MLflow's database is full"
-        return train_with_logger(faults, "logger_full", title, f"sqlite:///{disk}/x.db")[1]
+        run, row = train_with_logger(faults, "logger_full", title, f"sqlite:///{disk}/x.db")
+    return replace(row, holds=row.holds and (run.folder / UNSENT).is_file())
 
 
 def killed_worker(faults: "Faults") -> Row:

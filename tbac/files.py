@@ -313,13 +313,15 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
     """
     if not lines:
         return
-    with path.open("ab") as file:
+    # Without a buffer, which would be written once more when the file is closed.
+    with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         # A process that was killed may have left a line without its end.
         start = b"\n" if size and not _ends_with_newline(path) else b""
+        content = memoryview(start + "".join(f"{line}\n" for line in lines).encode())
         try:
-            file.write(start + "".join(f"{line}\n" for line in lines).encode())
-            file.flush()
+            while content:  # a disk that is nearly full takes a part
+                content = content[file.write(content) :]
         except OSError:
             os.truncate(path, size)
             raise

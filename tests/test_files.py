@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from tbac.files import (
     MAX_DEPTH,
     MAX_DIGITS,
     ForeignFileError,
+    append_lines,
     expand_path,
     find_problem,
     parse_json,
     read_bytes,
     read_json,
+    read_json_lines,
     reading,
 )
 
@@ -133,3 +137,24 @@ def test_whatever_a_library_raises_names_the_file(error: Exception) -> None:
 def test_an_interruption_passes() -> None:
     with pytest.raises(KeyboardInterrupt), reading("x.bin"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("room", [0, 1, 5, 4096, 70_000])
+def test_lines_that_find_no_room_leave_the_file_as_it_was(room: int, tmp_path: Path) -> None:
+    """The process may write only so much further, which is what a disk that is nearly full is like."""
+    file = tmp_path / "x.jsonl"
+    append_lines(file, ['{"a": 1}'])
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_lines(file, ['{"b": "%s"}' % ("x" * 50_000), '{"c": "%s"}' % ("x" * 50_000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert file.read_bytes() == before
+    file.write_bytes(before + b'{"torn": ')
+    append_lines(file, ['{"d": 2}'])
+    assert list(read_json_lines(file)) == [{"a": 1}, {"d": 2}]

@@ -61,7 +61,9 @@ class Faults:
         base = [override for override in BASE if override.partition("=")[0] not in chosen]
         if STAGES in overrides:
             base = [override for override in base if not override.startswith("stage=")]
-        command = [sys.executable, str(ROOT / "experiments" / "train.py"), *base, *overrides]
+        command = [sys.executable, str(ROOT / "experiments" / "train.py")]
+        # Flags come before overrides; a multirun has its own folder.
+        command += sorted([*base, *overrides], key=lambda argument: not argument.startswith("-"))
         if "-m" not in overrides:
             command.append(f"hydra.run.dir={run.folder}")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

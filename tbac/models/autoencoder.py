@@ -1,6 +1,7 @@
 """Images to scaled latents and back, with a frozen `AutoencoderDC`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,25 @@ from diffusers import AutoencoderDC
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from tbac.models.locks import CallLock, one_at_a_time
 from tbac.models.weights import WeightFiles
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """Reads `encoder` or `decoder` from a folder's files when it is called with that name.
+
+    Attributes:
+        files: of the folder.
+        dtype: type that the tensors get.
+    """
+
+    files: WeightFiles
+    dtype: torch.dtype
+
+    def __call__(self, part: str) -> dict[str, Tensor]:
+        read = self.files.read(lambda name: name.startswith(f"{part}."))
+        return {name: tensor.to(self.dtype) for name, tensor in read.items()}
 
 
 class FrozenAutoencoder(nn.Module):
@@ -26,6 +45,7 @@ class FrozenAutoencoder(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self._read = read
+        self.lock = CallLock()
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "FrozenAutoencoder":
@@ -44,10 +64,7 @@ class FrozenAutoencoder(nn.Module):
         if wrong:
             raise ValueError(f"{folder}: the autoencoder's weights don't fit its config, such as {wrong[0][0]}")
 
-        def read(part: str) -> dict[str, Tensor]:
-            return {k: v.to(dtype) for k, v in files.read(lambda name: name.startswith(f"{part}.")).items()}
-
-        return cls(model, read)
+        return cls(model, PartReader(files, dtype))
 
     def train(self, mode: bool = True) -> "FrozenAutoencoder":
         """Stay in evaluation mode."""
@@ -62,13 +79,15 @@ class FrozenAutoencoder(nn.Module):
         """Pixels per latent along one axis."""
         return 2 ** (len(self.model.config.encoder_block_out_channels) - 1)
 
+    @one_at_a_time
     def load_part(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
         """Return `encoder` or `decoder`, and read its weights first if that hasn't been done."""
         part = getattr(self.model, name)
         if self._read is not None and next(part.parameters()).is_meta:
-            tensors = {k.removeprefix(f"{name}."): v.to(device) for k, v in self._read(name).items()}
-            part.load_state_dict(tensors, assign=True)
-            part.requires_grad_(False)
+            with torch.inference_mode(False):  # a model that trains later reads these too
+                tensors = {k.removeprefix(f"{name}."): v.to(device) for k, v in self._read(name).items()}
+                part.load_state_dict(tensors, assign=True)
+                part.requires_grad_(False)
         return part
 
     @apply_forward_hook

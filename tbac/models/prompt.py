@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from tbac.files import ForeignFileError, read_json, reading, shorten
 from tbac.models.chat_template import check_chat_template, make_conversation
 from tbac.models.config import SYSTEM_PROMPT
+from tbac.models.locks import CallLock, one_at_a_time
 from tbac.pictures import MAX_ASPECT_RATIO, to_upright_rgb
 
 ANSWER_SYSTEM = "You are a helpful assistant."
@@ -77,6 +78,7 @@ class PromptProcessor:
         self.max_text_tokens = max_text_tokens
         self.system_prompt = system_prompt
         self.spell_words, self.reference_size = spell_words, reference_size
+        self.lock = CallLock()  # each call changes settings of the tokenizer
         self._shared: dict[str, tuple[int, ...]] = {}
         self._frames: dict[tuple[Any, ...], tuple[list[int], str, str, list[int]]] = {}
         self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
@@ -131,6 +133,7 @@ class PromptProcessor:
         size = {"shortest_edge": self.image_pixels, "longest_edge": self.image_pixels}
         return dict(self.image_processor(images=images, size=size, return_tensors="pt"))
 
+    @one_at_a_time
     def tokenize_text(self, text: str, before: str = "", after: str = "") -> list[int]:
         """Turn text into token ids, cut to `max_text_tokens`; what looks like a special token is read as plain text.
 
@@ -191,6 +194,7 @@ class PromptProcessor:
             place = matches[-1].end() if last else matches[0].start()
         return markup[:place], markup[place:]
 
+    @one_at_a_time
     def __call__(
         self,
         texts: Sequence[str],
@@ -211,8 +215,10 @@ class PromptProcessor:
             reference_size: (height, width) of references; None = the size given to the constructor.
 
         Raises:
-            ValueError: when the numbers of texts and of image lists differ, or a text isn't a string.
+            ValueError: without texts, when the numbers of texts and of image lists differ, or a text isn't a string.
         """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"prompts must be a list of at least one text, got {texts!r}")
         images = [None] * len(texts) if images is None else images
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(images)} lists of images; give one list (or None) per text")

@@ -16,6 +16,7 @@ from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
 from tbac.models.export import find_export, read_export, write_export
 from tbac.models.ladder import Ladder
 from tbac.models.loading import Provenance, build_parts
+from tbac.models.locks import CallLock, one_at_a_time
 from tbac.models.mllm import FrozenMLLM
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
 from tbac.models.qwen import DTYPES
@@ -57,6 +58,7 @@ class UniImage(nn.Module):
         self.autoencoder = autoencoder
         self._prompt = prompt
         self.provenance = provenance
+        self.lock = CallLock()  # parts are read, and settings of a pass are made, on the way
 
     @property
     def prompt(self) -> PromptProcessor:
@@ -89,6 +91,7 @@ class UniImage(nn.Module):
         assert architecture is not None
         return dict(architecture.scheduler or {})
 
+    @one_at_a_time
     def encode_condition(self, inputs: PromptInputs | dict[str, Tensor]) -> Condition:
         """Run prompts and queries through the MLLM, and their tapped states through the connector.
 
@@ -119,6 +122,7 @@ class UniImage(nn.Module):
             states = torch.cat([states, prefix.states.to(states)], dim=2)
         return Condition(self.ladder(states), mask, self.encode_reference(inputs))
 
+    @one_at_a_time
     def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:
         """Encode each prompt's first input image as latents (batch, channel, height, width), 0 where it has none."""
         pixels = inputs.get("reference_pixels") if self.denoiser.reference_embed is not None else None
@@ -126,6 +130,7 @@ class UniImage(nn.Module):
             return None
         return self.autoencoder.encode(pixels).float() * inputs["has_reference"].view(-1, 1, 1, 1)
 
+    @one_at_a_time
     def predict_velocity(
         self, noisy_latents: Tensor, sigma: Tensor, condition: Condition | ProjectedCondition, branches: int = 1
     ) -> Tensor:
@@ -140,6 +145,7 @@ class UniImage(nn.Module):
         """
         return self.denoiser(noisy_latents, compute_timestep(sigma), condition, branches)
 
+    @one_at_a_time
     def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
         """Answer questions greedily with the untouched MLLM.
 
@@ -147,7 +153,14 @@ class UniImage(nn.Module):
             questions: one per answer.
             images: per question a list of images, or None.
             max_new_tokens: longest answer in tokens.
+
+        Raises:
+            ValueError: for a longest answer that isn't a whole number of at least 1.
         """
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        if not questions:
+            return []
         inputs = self.prompt(questions, images, system=ANSWER_SYSTEM, ending="", padding_side="left").to(self.device)
         tokens = self.mllm.generate(dict(inputs), max_new_tokens)
         return [t.strip() for t in self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -225,7 +238,8 @@ class UniImage(nn.Module):
         Raises:
             ValueError: for anything that doesn't fit, before a weight is read.
         """
-        model = cls(**vars(build_parts(config)))
+        with torch.inference_mode(False):  # tensors that are made in inference mode can never be trained with
+            model = cls(**vars(build_parts(config)))
         model.set_checkpointing(config.denoiser_checkpointing, config.query_checkpointing)
         if config.compile:
             model.compile_parts(mllm=config.quantization is None)
@@ -239,10 +253,11 @@ class UniImage(nn.Module):
             ValueError: when a part can't be found, its digest differs, or tensors don't fit.
         """
         saved = replace(saved, config=saved.config.without_training_options())
-        model = cls(**vars(build_parts(saved.config, saved)))
-        dtype = DTYPES[saved.config.dtype]
-        state = {name: tensor.to(dtype) for name, tensor in saved.state.items()}
-        model.load_trained_state(state, saved.origin, assign=True)
+        with torch.inference_mode(False):  # tensors that are made in inference mode can never be trained with
+            model = cls(**vars(build_parts(saved.config, saved)))
+            dtype = DTYPES[saved.config.dtype]
+            state = {name: _own(tensor).to(dtype) for name, tensor in saved.state.items()}
+            model.load_trained_state(state, saved.origin, assign=True)
         return model
 
     @classmethod
@@ -300,6 +315,11 @@ class UniImage(nn.Module):
         if quantization is not None:
             saved = replace(saved, config=replace(saved.config, quantization=quantization))
         return cls.from_saved(place_parts(saved, mllm, denoiser, dtype))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return an ordinary tensor, in place of one that was read in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def place_parts(saved: SavedModel, mllm: str | None, denoiser: str | None, dtype: torch.dtype | str) -> SavedModel:

@@ -1,6 +1,8 @@
 """Classifier-free guidance with text alone, and with text and image (dual guidance)."""
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class Guidance:
         batch_branches: predict all branches in one batch; False takes less memory and more time.
 
     Raises:
-        ValueError: when the interval isn't two ascending noise levels.
+        ValueError: for a weight that isn't a finite number, and when the interval isn't two ascending noise levels.
     """
 
     text: float
@@ -27,6 +29,10 @@ class Guidance:
     batch_branches: bool = True
 
     def __post_init__(self) -> None:
+        for name, weight in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
+            is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+            if not (is_number and math.isfinite(weight)) and not (weight is None and name == "image_guidance_scale"):
+                raise ValueError(f"{name} must be a finite number, got {weight!r}")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval must be two noise levels 0 <= low < high <= 1, got {self.interval}")

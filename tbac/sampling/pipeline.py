@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +17,10 @@ from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 
+from tbac.files import is_valid_text, shorten
 from tbac.models import UniImage
 from tbac.models.denoiser import ProjectedCondition
+from tbac.models.locks import CallLock, one_at_a_time
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.inputs import ImageInput, group_images
 from tbac.sampling.solver import FlowSolver, check_flow_scheduler, make_scheduler, set_timesteps
@@ -115,6 +118,11 @@ class UniImagePipeline(DiffusionPipeline):
         scheduler = json.loads(self.scheduler.to_json_string())
         self.model.save_pretrained(save_directory, standalone, notes, scheduler)
 
+    @property
+    def lock(self) -> CallLock:
+        """Threads that share the model wait for each other."""
+        return self.model.lock
+
     # Parts of the model under the names that diffusers' pipelines have for them.
 
     @property
@@ -201,6 +209,7 @@ class UniImagePipeline(DiffusionPipeline):
 
     # From prompts to conditions.
 
+    @one_at_a_time
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -221,7 +230,7 @@ class UniImagePipeline(DiffusionPipeline):
             prompt_embeds (prompt * num_images_per_prompt, block, query, channel), their mask (…, query) of 1 and 0, and
             both of the negative prompts, or None.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list_texts("prompt", prompt)
         negatives = repeat_negatives(negative_prompt, len(prompts))
         # Both are encoded together, so that they get one length where prompts are part of the context.
         texts = prompts + negatives if do_classifier_free_guidance else prompts
@@ -252,6 +261,7 @@ class UniImagePipeline(DiffusionPipeline):
                     f"encode_prompt() returns; got {shape}"
                 )
             mask = prompt[f"{kind}_attention_mask"]
+            check_finite(f"{kind}_embeds", embeds)
             parts["embeds"].append(embeds)
             parts["attention_mask"].append(embeds.new_ones(embeds.shape[0], embeds.shape[2]) if mask is None else mask)
         sizes = {tuple(embeds.shape) for embeds in parts["embeds"]}
@@ -310,6 +320,7 @@ class UniImagePipeline(DiffusionPipeline):
             return condition
         return condition[torch.tensor(rows, device=self.model.device)]
 
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -380,7 +391,7 @@ class UniImagePipeline(DiffusionPipeline):
         if prompt_embeds is not None and image is not None:
             raise ValueError("prompt_embeds are for text-to-image; give image= with prompt=")
         if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+            prompts = list_texts("prompt", prompt)
         else:
             prompts = [""] * len(prompt_embeds)
         images = group_images(image, len(prompts))
@@ -390,9 +401,10 @@ class UniImagePipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs may hold {CALLBACK_TENSORS}; got {unknown[0]!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        if num_inference_steps < 1 or num_images_per_prompt < 1:
+        counts = (num_inference_steps, num_images_per_prompt)
+        if not all(is_count(count) for count in counts):
             raise ValueError(
-                "num_inference_steps and num_images_per_prompt must be at least 1, got "
+                "num_inference_steps and num_images_per_prompt must be at least 1, whole numbers; got "
                 f"{num_inference_steps} and {num_images_per_prompt}"
             )
         # Text-to-image has one guidance scale, edits have two, and one batch can't mix them.
@@ -404,8 +416,11 @@ class UniImagePipeline(DiffusionPipeline):
             raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
         shape = self._compute_latent_shape(len(prompts) * num_images_per_prompt, height, width)
         noise = self._draw_noise(shape, generator) if latents is None else latents
+        if not isinstance(noise, Tensor):
+            raise ValueError(f"latents must be a tensor, got {type(noise).__name__}")
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
+        check_finite("latents", noise)
         check_flow_scheduler(self.scheduler)
         scheduler = copy.deepcopy(self.scheduler)
         set_timesteps(scheduler, num_inference_steps, self.model.device, timesteps, sigmas)
@@ -442,10 +457,16 @@ class UniImagePipeline(DiffusionPipeline):
                     changed = callback_on_step_end(self, index, timestep, tensors) or {}
                     solved = changed.get("latents", solved)
                 bar.update()
+        if not solved.isfinite().all():
+            raise ValueError(
+                f"the picture holds NaN or infinite numbers; guidance_scale={guidance_scale} may be too large, or "
+                f"{self.model.ladder.queries.dtype} too narrow for this model"
+            )
         made = self._convert_output(solved, output_type)
         self.maybe_free_model_hooks()
         return UniImageOutput(images=made) if return_dict else (made,)
 
+    @one_at_a_time
     @torch.no_grad()
     def answer(
         self,
@@ -486,7 +507,7 @@ class UniImagePipeline(DiffusionPipeline):
         sides, step = [], self.model.size_multiple
         for name, pixels in (("height", height), ("width", width)):
             pixels = config.sample_size * factor if pixels is None else pixels
-            if pixels < step or pixels % step:
+            if not is_count(pixels) or pixels < step or pixels % step:
                 raise ValueError(f"{name} must be a positive multiple of {step} pixels, got {pixels}")
             sides.append(pixels // factor)
         return count, config.in_channels, sides[0], sides[1]
@@ -503,11 +524,34 @@ class UniImagePipeline(DiffusionPipeline):
         return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
 
 
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def list_texts(name: str, value: Any) -> list[str]:
+    """Return one text or several as a list; raise ValueError without any, and for what can't be written as UTF-8."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts:
+        raise ValueError(f"{name} must be a text or a list of at least one text, got {shorten(value)}")
+    for text in texts:
+        if not isinstance(text, str) or not is_valid_text(text):
+            raise ValueError(f"{name} must be a text or a list of texts, got {shorten(ascii(text))}")
+    return list(texts)
+
+
+def check_finite(name: str, values: Any) -> None:
+    """Raise ValueError for what isn't a tensor of floating point numbers, or holds NaN or an infinite one."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or not values.isfinite().all():
+        kind = f"a tensor of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name} must be a tensor of finite floating point numbers, got {kind}")
+
+
 def repeat_negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
     """Give each of `count` prompts its negative prompt."""
     if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
-    negatives = list(negative_prompt)
+        return list_texts("negative_prompt", negative_prompt or "") * count
+    negatives = list_texts("negative_prompt", negative_prompt)
     if len(negatives) != count:
         raise ValueError(f"{len(negatives)} negative prompts for {count} prompts")
     return negatives

@@ -390,10 +390,7 @@ class UniImagePipeline(DiffusionPipeline):
             raise ValueError("give prompt or prompt_embeds, and not both")
         if prompt_embeds is not None and image is not None:
             raise ValueError("prompt_embeds are for text-to-image; give image= with prompt=")
-        if prompt_embeds is None:
-            prompts = list_texts("prompt", prompt)
-        else:
-            prompts = [""] * len(prompt_embeds)
+        prompts = list_texts("prompt", prompt) if prompt_embeds is None else [""] * len(prompt_embeds)
         images = group_images(image, len(prompts))
         negatives = repeat_negatives(negative_prompt, len(prompts))
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]

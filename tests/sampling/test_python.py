@@ -1,4 +1,4 @@
-"""What a Python program may do with a model: threads, failures on the way, wrong values, pickles, forks, modes of torch."""
+"""What a Python program may do with a model: threads, failures on the way, wrong values, pickles, forks."""
 
 import math
 import multiprocessing

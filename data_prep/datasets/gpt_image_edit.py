@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.datasets.archives import FileStore, find_archives, unpack_archive
 from data_prep.datasets.fields import build_from_paths
-from data_prep.datasets.folders import LookupFailedError
+from data_prep.datasets.folders import DataFolder, LookupFailedError
 from data_prep.datasets.rows import BrokenRow, Row, cut_into_units, parse_json_rows, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
@@ -51,7 +51,9 @@ class GPTImageEdit:
         absent = [name for name in self.metadata if not (self.root / name).is_file()]
         if absent:
             raise DataError(f"dataset.metadata: {self.root / absent[0]} doesn't exist")
-        loose = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob("**/metadata/*.json"))
+        folder = DataFolder(self.root)
+        found = (file for file in self.root.glob("**/metadata/*.json") if folder.holds(file))
+        loose = sorted(file.relative_to(self.root).as_posix() for file in found)
         self.loose = [] if self.metadata else loose
         compressed = [group for group in self.groups if not _is_uncompressed(group)]
         if self.metadata and compressed:

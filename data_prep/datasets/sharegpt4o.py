@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.datasets.archives import FileStore, find_archives
 from data_prep.datasets.fields import build_from_paths
+from data_prep.datasets.folders import DataFolder
 from data_prep.datasets.rows import BrokenRow, Row, cut_into_units, read_rows, wrap_in_list
 from data_prep.shards.conversion import Record, Rejected
 from tbac.data.shards import DataError
@@ -29,7 +30,7 @@ class ShareGPT4oImage:
         self.root, self.half, self.name = Path(path).expanduser(), half, f"ShareGPT-4o-Image ({half})"
         file, self.expected = FILES[half]
         self.file = self.root / file
-        if not self.file.is_file():
+        if not DataFolder(self.root).holds(self.file):
             raise DataError(f"dataset.path={path} has no {file}")
         self._rows: list[Row | BrokenRow] | None = None
         self._store: FileStore | None = None

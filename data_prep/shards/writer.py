@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class _HashedFile:
         return self.file.write(data)
 
     def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())  # what is said to be done must be there after a power cut
         self.file.close()
 
 

@@ -11,19 +11,52 @@ BUCKETS = "data.buckets"
 DECIDE_THE_ORDER = ("data.seed", "data.shuffle_buffer")
 
 
+def check_state(state: Any) -> None:
+    """Raise ValueError for a position in the data that has another form than `MixturePosition.to_state_dict` gives."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    def is_source(entry: Any) -> bool:
+        return (
+            isinstance(entry, Mapping)
+            and all(isinstance(entry.get(name), str) for name in ("path", "split"))
+            and all(is_count(entry.get(name)) for name in ("samples", "drawn"))
+        )
+
+    def is_draw(draw: Any) -> bool:
+        return isinstance(draw, list | tuple) and len(draw) == 3 and all(map(is_count, draw))
+
+    fields = state if isinstance(state, Mapping) else {}
+    sources, waiting = fields.get("sources"), fields.get("waiting", [])
+    is_right = {
+        "position": is_count(fields.get("position")),
+        "sources": isinstance(sources, list | tuple) and all(map(is_source, sources)),
+        "waiting": isinstance(waiting, list | tuple) and all(map(is_draw, waiting)),
+        "circumstances": isinstance(fields.get("circumstances"), Mapping),
+    }
+    wrong = [name for name, right in is_right.items() if not right]
+    if wrong:
+        raise ValueError(f"the position in the data that the checkpoint holds can't be read: {', '.join(wrong)}")
+
+
 class MixturePosition:
     """The place in the sequence of draws after the last batch that training took.
 
     Args:
         sources: of the mixture.
         samples: how many each source has in all its shards.
+        digests: of what each source holds; None where nothing is known of it.
 
     Attributes:
         state: where `TrainingOrder` resumes, from `BatchPlan.after`; None at the beginning.
     """
 
-    def __init__(self, sources: Sequence[Source], samples: Sequence[int]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], samples: Sequence[int], digests: Sequence[str | None] | None = None
+    ) -> None:
         self.sources, self.samples = list(sources), list(samples)
+        self.digests = list(digests) if digests is not None else [None] * len(self.sources)
         self.state: Mapping[str, Any] | None = None
 
     @property
@@ -44,8 +77,8 @@ class MixturePosition:
                 divide it.
         """
         sources = [
-            {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn}
-            for source, samples, drawn in zip(self.sources, self.samples, self.drawn, strict=True)
+            {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn, "digest": digest}
+            for source, samples, drawn, digest in zip(self.sources, self.samples, self.drawn, self.digests, strict=True)
         ]
         waiting = [list(draw) for draw in (self.state or {}).get("waiting", ())]
         return {
@@ -58,7 +91,11 @@ class MixturePosition:
         Args:
             state: from `to_state_dict`.
             circumstances: the same options as they are now.
+
+        Raises:
+            ValueError: for a state of another form, as a checkpoint from elsewhere may have.
         """
+        check_state(state)
         # Sources may have been added, removed or moved, so each is found again by its path and split.
         drawn, places = self._match_sources(state["sources"])
         position = {"position": state["position"], "drawn": drawn}
@@ -102,6 +139,8 @@ class MixturePosition:
                     self.samples[index],
                     kept[number]["samples"],
                 )
+            elif kept[number].get("digest") not in (None, self.digests[index]):
+                log.warning("%s holds other samples than before under the same names", source.path)
         for path, _ in numbers:
             log.warning("%s was part of the mixture before and isn't any more", path)
         return drawn, places

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 
 from tbac.data.shards import MANIFEST, DataError, Source, parse_manifest
+from tbac.files import MAX_BYTES
 
 log = logging.getLogger(__name__)
 SCHEMES = ("https://", "http://", "s3://", "pipe:")
@@ -60,7 +60,7 @@ def download_source(source: Source, cache_dir: str | None) -> Path:
     else:
         # The manifest is downloaded at every start, so that tars which have changed since are downloaded again.
         manifest = folder / MANIFEST
-        _download(f"{url}/{MANIFEST}", manifest)
+        _download(f"{url}/{MANIFEST}", manifest, limit=MAX_BYTES)
         listed = parse_manifest(manifest.read_bytes(), manifest)["shards"]
         name_of_a_tar = re.compile(rf"{re.escape(source.split)}-[A-Za-z0-9_-]+\.tar")
         urls = {name: f"{url}/{name}" for name in listed if name_of_a_tar.fullmatch(name)}
@@ -77,16 +77,23 @@ def _download_if_absent(url: str, file: Path, entry: Mapping[str, Any] | None) -
     """Download a tar unless it is there; of several processes one downloads it, and the others wait."""
     with _lock(file):
         if not file.is_file() or (entry is not None and file.stat().st_size != entry["bytes"]):
-            _download(url, file, None if entry is None else entry.get("sha256"))
+            limit = None if entry is None else entry["bytes"]
+            _download(url, file, None if entry is None else entry.get("sha256"), limit)
 
 
-def _download(url: str, file: Path, sha256: str | None = None) -> None:
-    """Download a URL into a file, which gets its name only when it is complete and has the right digest."""
+def _download(url: str, file: Path, sha256: str | None = None, limit: int | None = None) -> None:
+    """Download a URL into a file, which gets its name only when it is complete and has the right digest.
+
+    A server may send without end, so nothing is downloaded beyond a `limit` in bytes, where one is known.
+    """
     log.info("downloading %s", url)
     partial_file = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with _open(url) as stream, partial_file.open("wb") as out:
-            shutil.copyfileobj(stream, out, 2**22)
+            while chunk := stream.read(2**22):
+                out.write(chunk)
+                if limit is not None and out.tell() > limit:
+                    raise DataError(f"{url} sends more than the {limit} bytes that are expected")
         with partial_file.open("rb") as written:
             if sha256 is not None and hashlib.file_digest(written, "sha256").hexdigest() != sha256:
                 raise DataError(f"{url} isn't what its manifest says: its sha256 is another one")

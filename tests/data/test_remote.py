@@ -135,3 +135,28 @@ def test_a_manifest_cant_name_a_command_or_another_place(name: str, server: str,
 
 def test_folders_arent_urls() -> None:
     assert not any(is_remote(Source(path)) for path in ("data/t2i", "/data/https", "~/pipe", "./s3://x"))
+
+
+@pytest.mark.parametrize("what", ["manifest", "tar"])
+def test_a_server_that_sends_without_end_is_left(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "site", "train", [("a", {"png": make_noise_image(1, (8, 8)), "txt": "x"})], 1)
+
+    class Endless:
+        def read(self, size: int) -> bytes:
+            return bytes(size)
+
+        def __enter__(self) -> "Endless":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def open_url(url: str) -> object:
+        name = url.rsplit("/", 1)[-1]
+        is_endless = name == "manifest.json" if what == "manifest" else name.endswith(".tar")
+        return Endless() if is_endless else (tmp_path / "site" / name).open("rb")
+
+    monkeypatch.setattr("tbac.data.remote._open", open_url)
+    with pytest.raises(DataError, match=r"sends more than the \d+ bytes that are expected"):
+        download_source(Source("https://host/shards"), "cache")
+    assert sum(file.stat().st_size for file in Path("cache").rglob("*")) < 2**20

@@ -73,6 +73,8 @@ def decode_picture(
     # The data may be anything, so any error of a parser means one thing: this picture can't be used.
     except PictureError:
         raise
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is not a readable image (it is no {', '.join(IMAGE_FORMATS)})") from None
     except UNREADABLE as error:
         raise PictureError(f"{name} is not a readable image ({error or type(error).__name__})") from None
 

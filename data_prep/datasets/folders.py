@@ -49,5 +49,5 @@ class DataFolder:
             raise LookupFailedError("the file isn't there, or not inside of the dataset's folder")
         try:
             return read_bytes(file, file.name, MAX_BYTES)
-        except ForeignFileError as error:
-            raise LookupFailedError(str(error)) from None
+        except ForeignFileError:
+            raise LookupFailedError(f"the file can't be read, or has more than {MAX_BYTES} bytes") from None

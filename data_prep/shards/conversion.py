@@ -119,6 +119,7 @@ class Counts:
 
     def reject(self, name: str, reason: str) -> None:
         """Count a rejected sample."""
+        reason = spell_out(reason)
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
         names = self.named.setdefault(reason, [])
         if len(names) < NAMED:
@@ -169,7 +170,9 @@ def convert(dataset: Dataset, out: Path, options: ConversionOptions, processes: 
         DataError: when the folder holds other shards, or nothing could be converted.
     """
     units = list(dataset.list_units())
-    work = ResumableWork(out, NAME, {"dataset": dataset.name, "units": units, **asdict(options)})
+    # Names of files may be no Unicode, which no manifest may hold.
+    named = [spell_out(unit) for unit in units]
+    work = ResumableWork(out, NAME, {"dataset": dataset.name, "units": named, **asdict(options)})
     manifest = work.read_finished()
     if manifest is not None:
         return _read_counts(manifest[NAME], out)

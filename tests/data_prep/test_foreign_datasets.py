@@ -389,6 +389,17 @@ def test_names_that_are_no_unicode_are_kept_apart_and_can_be_printed() -> None:
     assert named.encode()
 
 
+def test_a_tar_whose_name_is_no_unicode_is_converted_and_trained_on() -> None:
+    write_tar(Path("x.tar"), {"a.png": picture(1), "a.txt": b"a cat"})
+    os.makedirs(b"raw")
+    os.rename(b"x.tar", b"raw/caf\xe9.tar")
+    dataset = WebDatasetTars("raw", "x")
+    for _ in range(2):  # the second time it is there already
+        counts, samples = convert_all(dataset)
+        assert counts.total == 1
+        assert is_picture(samples["a cat"], 1)
+
+
 # --- text that is none
 
 BAD_TEXTS: dict[str, Any] = {

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from tbac.models import UniImage
+from tbac.pictures import decode_picture
 from tbac.sampling import Guidance, UniImagePipeline
 from tbac.sampling.recipe import Recipe
 
@@ -128,4 +129,4 @@ def plot_heat(values: Tensor, title: str, rows: Sequence[str], label: str) -> Im
     figure.colorbar(shown)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    return Image.open(buffer).convert("RGB")
+    return decode_picture(buffer.getvalue(), "the figure")

@@ -18,6 +18,7 @@ from experiments.ui.ladder import (
     plot_heat,
 )
 from experiments.ui.studio import MAX_SEED, Studio
+from tbac.pictures import open_picture, to_upright_rgb
 from tbac.sampling.recipe import Recipe
 
 # One drawing at a time, whoever asks: others wait in the queue, and each gets its own results.
@@ -190,8 +191,7 @@ def build_edit(studio: Studio, defaults: dict[str, Any]) -> None:
         if not items:
             raise gr.Error("Give an image to edit.")
         paths = [studio.keep_input(item[0] if isinstance(item, tuple) else item) for item in items]
-        with Image.open(paths[0]) as opened:
-            before = opened.convert("RGB")
+        before = open_picture(paths[0])
         size = studio.choose_size(before) if values[-1] == "as the input image" else None
         yield gr.skip(), "step 0", "", None
         for progress in studio.draw(replace(make_recipe(text, values, size), images=tuple(paths))):
@@ -228,7 +228,7 @@ def build_ask(studio: Studio) -> None:
     def ask(picture: Image.Image | None, text: str, tokens: float) -> Iterator[str]:
         if not text or not text.strip():
             raise gr.Error("Write a question.")
-        upright = None if picture is None else picture.convert("RGB")
+        upright = None if picture is None else to_upright_rgb(picture)
         yield studio.pipeline.answer(text.strip(), upright, int(tokens))
 
     for event in (start.click, question.submit):

@@ -15,7 +15,7 @@ from PIL import Image
 from experiments.ui.ladder import draw_weighted
 from tbac.app import open_model
 from tbac.files import write_whole
-from tbac.pictures import open_picture
+from tbac.pictures import open_picture, to_upright_rgb
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.pipeline import convert_to_pil
 from tbac.sampling.recipe import Recipe, compute_fingerprint, save_picture
@@ -80,7 +80,7 @@ class Studio:
 
     def keep_input(self, image: Image.Image | str | Path) -> str:
         """Keep an input image, named by its pixels, and return its path."""
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image, "the input image")
+        picture = to_upright_rgb(image) if isinstance(image, Image.Image) else open_picture(image, "the input image")
         name = sha256(str(picture.size).encode() + picture.tobytes()).hexdigest()[:16]
         path = self.folder / "inputs" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

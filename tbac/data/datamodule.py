@@ -93,9 +93,7 @@ class ShardDataModule(L.LightningDataModule):
             if self.use_latents and self.check_manifest:
                 self._check_cached_size(shards)
         self._position = MixturePosition(
-            [shards.source for shards in self._training],
-            [sum(shards.samples) for shards in self._training],
-            [shards.content_digest for shards in self._training],
+            [shards.source for shards in self._training], [sum(shards.samples) for shards in self._training]
         )
         self._collator: Collator | None = None
         self._latent_form: tuple[int, int] | None = None

@@ -46,17 +46,13 @@ class MixturePosition:
     Args:
         sources: of the mixture.
         samples: how many each source has in all its shards.
-        digests: of what each source holds; None where nothing is known of it.
 
     Attributes:
         state: where `TrainingOrder` resumes, from `BatchPlan.after`; None at the beginning.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], samples: Sequence[int], digests: Sequence[str | None] | None = None
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], samples: Sequence[int]) -> None:
         self.sources, self.samples = list(sources), list(samples)
-        self.digests = list(digests) if digests is not None else [None] * len(self.sources)
         self.state: Mapping[str, Any] | None = None
 
     @property
@@ -77,8 +73,8 @@ class MixturePosition:
                 divide it.
         """
         sources = [
-            {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn, "digest": digest}
-            for source, samples, drawn, digest in zip(self.sources, self.samples, self.drawn, self.digests, strict=True)
+            {"path": source.path, "split": source.split, "samples": samples, "drawn": drawn}
+            for source, samples, drawn in zip(self.sources, self.samples, self.drawn, strict=True)
         ]
         waiting = [list(draw) for draw in (self.state or {}).get("waiting", ())]
         return {
@@ -139,8 +135,6 @@ class MixturePosition:
                     self.samples[index],
                     kept[number]["samples"],
                 )
-            elif kept[number].get("digest") not in (None, self.digests[index]):
-                log.warning("%s holds other samples than before under the same names", source.path)
         for path, _ in numbers:
             log.warning("%s was part of the mixture before and isn't any more", path)
         return drawn, places

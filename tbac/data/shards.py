@@ -211,7 +211,7 @@ class SourceShards:
     """
 
     def __init__(self, source: Source, check_manifest: bool = True, folder: Path | None = None) -> None:
-        self.source, self.check_manifest = source, check_manifest
+        self.source = source
         self.folder = folder or expand_path(source.path, "path of a source")
         if not self.folder.is_dir():
             raise DataError(
@@ -242,16 +242,6 @@ class SourceShards:
         """
         content = self._manifest_bytes
         return None if content is None else parse_manifest(content, self.folder / MANIFEST)
-
-    @cached_property
-    def content_digest(self) -> str:
-        """sha256 of what tells the samples from others: the digests of the manifest, else names and sizes of the tars.
-
-        It is the same for a copy of the shards.
-        """
-        listed = self.manifest["shards"] if self.check_manifest and self.manifest else {}
-        parts = [f"{tar.name} {listed.get(tar.name, {}).get('sha256', tar.stat().st_size)}" for tar in self.tars]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def manifest_digest(self) -> str:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tbac.files import write_whole
 from tbac.models import UniImage
+from tbac.pictures import check_size
 
 KEY = "tbac"  # of the text chunk in the PNG
 
@@ -83,6 +84,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     try:
         with Image.open(Path(path).expanduser(), formats=["PNG"]) as image:
+            check_size(image.size, str(path))
             image.load()
             text = getattr(image, "text", {}).get(KEY)
     except (UnidentifiedImageError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The position in the data that a checkpoint holds: refused where it can't be read, and replaced data are named."""
+"""The position in the data that a checkpoint holds: refused where it can't be read."""
 
 import json
 from collections.abc import Callable
@@ -53,25 +53,3 @@ def test_a_state_of_another_form_is_refused_in_one_message(what: str) -> None:
     with pytest.raises(ValueError, match="the position in the data that the checkpoint holds can't be read"):
         open_data().load_state_dict(STATES[what](state))
     open_data().load_state_dict(json.loads(json.dumps(state)))
-
-
-@pytest.mark.parametrize("manifest", [True, False])
-def test_replaced_data_are_named_and_copied_ones_are_not(manifest: bool, caplog: pytest.LogCaptureFixture) -> None:
-    write()
-    state = open_data().state_dict()
-    write()  # the same samples, written anew
-    open_data().load_state_dict(state)
-    assert caplog.text == ""
-    write(first=100)
-    if not manifest:  # then only another size of a tar tells
-        Path("shards/manifest.json").unlink()
-    open_data().load_state_dict(state)
-    assert "shards holds other samples than before under the same names" in caplog.text
-
-
-def test_a_checkpoint_of_before_says_nothing_of_the_samples(caplog: pytest.LogCaptureFixture) -> None:
-    write()
-    state = open_data().state_dict()
-    del state["sources"][0]["digest"]
-    open_data().load_state_dict(state)
-    assert caplog.text == ""

@@ -325,7 +325,7 @@ def test_what_is_wrong_is_counted_by_reason_and_named(tmp_path: Path) -> None:
     assert counts.read == counts.total + sum(counts.rejected.values())
     text = format_counts(counts)
     assert "unreadable text, such as a_latin" in text
-    assert f"{counts.total:>12,}" in text
+    assert all(f"written   {n:>12,}  {split}" in text for split, n in counts.written.items())
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["conversion"]["counts"]["rejected"]
 
 

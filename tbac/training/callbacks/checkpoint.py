@@ -119,17 +119,24 @@ class Checkpoint(callbacks.Checkpoint):
 
     def _tidy(self, path: Path) -> None:
         """Link the newest and the best; remove what no rule keeps."""
-        _link(path, "last.ckpt")
         best = self.best["name"] if self.best else None
-        if best and (self.folder / best).exists():
-            _link(self.folder / best, "best.ckpt")
+        # Links are a convenience: a file system without them, or without room for one, doesn't end training.
+        try:
+            _link(path, "last.ckpt")
+            if best and (self.folder / best).exists():
+                _link(self.folder / best, "best.ckpt")
+        except OSError as error:
+            log.warning("no link to the newest or the best checkpoint can be made in %s (%s)", self.folder, error)
         stage = path.name.rpartition("-step=")[0]
         named = [(NAME.fullmatch(p.name), p) for p in self.folder.glob(f"{stage}-step=*.ckpt")]
         steps = {int(match["step"]): p for match, p in named if match}
         for step in sorted(steps, reverse=True)[self.keep :]:
             old = steps[step]
             if old.name != best and old != path and not (self.keep_every and step % self.keep_every == 0):
-                old.unlink(missing_ok=True)
+                try:
+                    old.unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("the old checkpoint %s can't be removed (%s)", old, error)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

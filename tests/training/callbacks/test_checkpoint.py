@@ -51,3 +51,20 @@ def test_the_rules_say_which_are_kept(model: UniImage, tmp_path: Path, options: 
 def test_bad_numbers_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"callbacks.checkpoint.{name} must be at least 1, got 0"):
         Checkpoint("x", **({"every": 1} | {name: 0}))
+
+
+@pytest.mark.parametrize("name", ["symlink_to", "unlink"])
+def test_where_no_link_can_be_made_and_no_file_removed_training_goes_on(
+    model: UniImage, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        if path.suffix == ".ckpt" or name == "symlink_to":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, name, refuse)
+    checkpointing = Checkpoint(str(tmp_path), every=1, keep=1, monitor=None)
+    trainer = make_trainer(3, callbacks=[checkpointing], plugins=[BackgroundCheckpointIO()], enable_checkpointing=True)
+    trainer.fit(make_module(model, steps=3), datamodule=make_data(model))
+    steps = {int(f.stem.partition("step=")[2]) for f in tmp_path.glob("*-step=*.ckpt")}
+    assert steps == ({3} if name == "symlink_to" else {1, 2, 3})
+    assert "No space left on device" in caplog.text

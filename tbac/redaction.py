@@ -13,7 +13,8 @@ WORDS = r"pass(?:word|wd|phrase)?|pwd|secret|token|api[_-]?key|access[_-]?key(?:
 
 # `scheme://user:password@host`. The first form ends where the address of a host must begin; the second one allows for
 # passwords that weren't escaped, but takes no port for a password.
-USER = re.compile(r"(?<=://)(?:[^\s/?#'\"@]*@)+|(?<=://)[^\s/?#'\":@]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@")
+# A path that was made of an address has one slash.
+USER = re.compile(r"(\w:/{1,2})(?:(?:[^\s/?#'\"@]*@)+|[^\s/?#'\":@]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)")
 # `?token=…&X-Amz-Signature=…`, and the same as `--password …` or `Authorization: …` in a command.
 QUERY = re.compile(rf"([?&;][\w.-]*?(?:{WORDS}|[_-]key|^key)=)[^\s&;'\"]+", re.IGNORECASE)
 OPTION = re.compile(rf"(--[\w-]*?(?:{WORDS})(?:=|\s+))[^\s'\"]+", re.IGNORECASE)
@@ -26,8 +27,8 @@ KEY = re.compile(rf"(?:.*[_-])?(?:{WORDS})", re.IGNORECASE)
 
 def hide_in_text(text: str) -> str:
     """Replace the secrets in a text by `***`; a text without any is returned as it is."""
-    if "://" in text:
-        text = USER.sub(f"{HIDDEN}@", text)
+    if ":/" in text:
+        text = USER.sub(rf"\g<1>{HIDDEN}@", text)
         text = QUERY.sub(rf"\g<1>{HIDDEN}", text)
     text = OPTION.sub(rf"\g<1>{HIDDEN}", text)
     return HEADER.sub(rf"\g<1>{HIDDEN}", text)
@@ -48,20 +49,26 @@ def hide_secrets(value: Any) -> Any:
     return value
 
 
-class HideSecrets(logging.Filter):
-    """Hides secrets in every message of a log handler."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        try:
-            message = record.getMessage()
-        except (TypeError, ValueError):  # a message that doesn't fit its arguments; the handler reports it
-            return True
-        record.msg, record.args = hide_in_text(message), None
-        return True
+def hide_in_record(record: logging.LogRecord) -> logging.LogRecord:
+    """Hide secrets in the message of a log record."""
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # a message that doesn't fit its arguments; its handler reports it
+        return record
+    hidden = hide_in_text(message)
+    if hidden != message:
+        record.msg, record.args = hidden, None
+    return record
 
 
 def hide_secrets_in_logs() -> None:
-    """Let the handlers of the root logger hide secrets; calling it again changes nothing."""
-    for handler in logging.getLogger().handlers:
-        if not any(isinstance(known, HideSecrets) for known in handler.filters):
-            handler.addFilter(HideSecrets())
+    """Let every log message of this process hide secrets; calling it again changes nothing."""
+    before = logging.getLogRecordFactory()
+    if getattr(before, "hides_secrets", False):
+        return
+
+    def make_record(*args: Any, **options: Any) -> logging.LogRecord:
+        return hide_in_record(before(*args, **options))
+
+    make_record.hides_secrets = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_record)

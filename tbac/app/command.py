@@ -54,6 +54,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @wraps(main)
         def start() -> None:
             quiet_libraries()
+            hide_secrets_in_logs()
             start_hydra(started_by_hydra, config_name)
 
         return start
@@ -94,7 +95,6 @@ def prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
 
 def run_checked(main: Callable[[DictConfig], Any], config_name: str, cfg: DictConfig) -> Any:
     """Check the config, and call the function of the command while its run folder is this process's own."""
-    hide_secrets_in_logs()
     hide_secrets_in_files(get_run_folder())
     check(config_name, cfg)
     with claim_folder(get_run_folder()):

@@ -34,7 +34,7 @@ PACKAGES = (
     "mlflow",
 )
 UNSENT = "mlflow_unsent.jsonl"  # beside the file of the run's id: what MLflow hasn't taken yet
-ARTIFACTS = "./mlruns"  # where MLflow keeps files of experiments in a local store, unless told otherwise
+OPENED: dict[str, int] = {}  # sqlite store -> how often this process has made it anew
 LONGEST_VALUE = 500  # characters of a parameter
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # we try again ourselves
 # What MLflow says of a request that it will refuse the next time too.
@@ -212,9 +212,11 @@ def open_store(tracking_uri: str) -> Any:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f"{file.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not has_tables(file):
-            make_tables(tracking_uri)
-        return MlflowClient(tracking_uri)
+        if has_tables(file):
+            return MlflowClient(name_again(tracking_uri))
+        client = MlflowClient(name_anew(tracking_uri))
+        client.search_experiments(max_results=1)  # makes the tables
+    return client
 
 
 def has_tables(file: Path) -> bool:
@@ -230,13 +232,19 @@ def has_tables(file: Path) -> bool:
     return bool(count)
 
 
-def make_tables(tracking_uri: str) -> None:
-    """Make the tables of a sqlite file that is new, or that was deleted while this process was connected to it."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+def name_again(tracking_uri: str) -> str:
+    """Name a sqlite file as it was named when it was made anew."""
+    folder, slash, name = tracking_uri.rpartition("/")
+    return folder + slash + "./" * OPENED.get(tracking_uri, 0) + name
 
-    # MLflow keeps its connections, and so would go on with the deleted file.
-    SqlAlchemyStore(tracking_uri, ARTIFACTS).engine.dispose()
-    SqlAlchemyStore(tracking_uri, ARTIFACTS)
+
+def name_anew(tracking_uri: str) -> str:
+    """Name a sqlite file in another way each time, since MLflow keeps its connections to a file by its name.
+
+    Where the file was deleted, it would go on with the connections to what is no longer there.
+    """
+    OPENED[tracking_uri] = OPENED.get(tracking_uri, 0) + 1
+    return name_again(tracking_uri)
 
 
 def find_experiment(client: Any, name: str) -> str:

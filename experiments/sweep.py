@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> None:
     # Torch, diffusers and matplotlib are imported only when the config is right.
     from experiments.sweeps.report import Completeness, write_report
     from experiments.sweeps.score import score_point
-    from tbac.training.tracking import open_parent_run, read_metric_history
+    from tbac.training.tracking import get_comparison_link, open_parent_run, read_metric_history
 
     build_world_if_missing(cfg)
     out = Path(cfg.out).absolute()
@@ -101,6 +101,9 @@ def main(cfg: DictConfig) -> None:
         for file in [report, out / "report.json", *sorted(out.glob("*.png"))]:
             run.log_file(file)
     print(f"\n{report.read_text()}\nThe report is {report}.")
+    if run.run_id:
+        link = get_comparison_link(cfg.tracking_uri, "http://127.0.0.1:5000", run.run_id)
+        print(f"With make ui, the runs beside each other: {link}")
     if failures:
         print(f"error: {len(points)} of {expected} points are finished: {describe_failures(failures)}", file=sys.stderr)
         sys.exit(1)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from experiments.going_on import compare_with_checkpoint, warn_of_replaced_data
 from experiments.stage_configs import PER_STAGE, lies_within
-from tbac.app import make_part, to_plain
+from tbac.app import make_part, read_varied_overrides, to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.files import write_whole
 from tbac.models import UniImage
@@ -35,6 +35,7 @@ from tbac.training.checkpoints import (
 from tbac.training.interruptions import INTERRUPTION, InterruptedRun, outlast_terminal
 from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
+from tbac.training.run_summary import name_run, summarize
 from tbac.training.stages import Stage
 from tbac.training.strategies import read_process_rank
 from tbac.training.tracking import MlflowLogger, RunLogger, collect_run_facts, log_nowhere, log_run
@@ -144,7 +145,9 @@ def run_stages(
     logger = RunLogger(make_part(cfg.logger, "logger")) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
-        log_run(logger, collect_config(stages), collect_run_facts() | digests)
+        summary = summarize([stage.config for stage in stages], model.ladder.plan)
+        name = name_run(summary, read_varied_overrides())
+        log_run(logger, name, collect_config(stages), summary, collect_run_facts() | digests)
 
     # Each stage has a trainer of its own, which the transition asks for when the stage begins.
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":

@@ -20,7 +20,7 @@ from tbac.app.command import (
 from tbac.app.errors import report_user_errors
 from tbac.app.folders import claim_folder, name_point
 from tbac.app.making import make_part
-from tbac.app.multirun import FAILED, note_failure
+from tbac.app.multirun import FAILED, note_failure, read_varied_overrides
 from tbac.app.opening import keep_freed_memory, open_model, pick_device, read_opening_options
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "pick_device",
     "quote",
     "read_opening_options",
+    "read_varied_overrides",
     "record_config",
     "report_user_errors",
     "to_plain",

@@ -6,26 +6,32 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tbac.app.arguments import quote
 from tbac.app.errors import describe_error, is_user_error, print_error
 from tbac.app.folders import name_point
 from tbac.files import write_whole
 
+if TYPE_CHECKING:
+    from tbac.training.tracking import ParentRun
+
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"
 MODULE = "hydra_plugins.tbac"  # Hydra takes sweepers of the package hydra_plugins alone
 SWEEPER = f"{MODULE}.PointSweeper"
+MLFLOW = "tbac.training.tracking.make_mlflow_logger"
 
 
 @dataclass(frozen=True)
@@ -93,37 +99,85 @@ class PointSweeper(Sweeper):
         # A folder that the user names is left to the user.
         names_folders = any(line.startswith("hydra.sweep.subdir=") for line in self.config.hydra.overrides.hydra)
         failures: list[PointFailure] = []
-        jobs = []
+        jobs, configs = [], []
         for point in points:
             name = name_point(point, varied)
             job = point if names_folders else [*point, f"hydra.sweep.subdir={quote(name)}"]
-            failure = self._try_to_compose(job, folder / name)
-            if failure is None:
-                jobs.append(job)
+            composed = self._try_to_compose(job, folder / name)
+            if isinstance(composed, PointFailure):
+                failures.append(composed)
             else:
-                failures.append(failure)
-        results: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
-        failures += [r.return_value for r in results if isinstance(r.return_value, PointFailure)]
+                jobs.append(job)
+                configs.append(composed)
+        # Runs in MLflow are children of one, unless another command has begun it.
+        parent = begin_parent_run(configs[0], varied, folder) if configs else None
+        if parent is not None and parent.run_id:
+            jobs = [[*job, f"parent_run_id={parent.run_id}"] for job in jobs]
+        try:
+            results: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
+            failures += [r.return_value for r in results if isinstance(r.return_value, PointFailure)]
+        except BaseException:
+            if parent is not None:
+                parent.finish(failed=True)
+            raise
+        if parent is not None:
+            parent.finish(failed=bool(failures))
         finish_multirun(len(points), failures)
         return results
 
-    def _try_to_compose(self, job: list[str], folder: Path) -> PointFailure | None:
+    def _try_to_compose(self, job: list[str], folder: Path) -> PointFailure | DictConfig:
         """Compose the config of a point; what can't be composed is a point that failed."""
         assert self.context is not None
         assert self.config is not None
         try:
-            self.context.config_loader.load_sweep_config(self.config, job)
+            return self.context.config_loader.load_sweep_config(self.config, job)
         except Exception as error:
             if not is_user_error(error):
                 raise
             folder.mkdir(parents=True, exist_ok=True)
             return note_failure(folder, describe_error(error))
-        return None
 
 
 # Under this name Hydra registers the class, and finds it again by an import.
 PointSweeper.__module__ = MODULE
 sys.modules[MODULE] = sys.modules[__name__]
+
+
+def begin_parent_run(cfg: DictConfig, varied: Sequence[str], folder: Path) -> "ParentRun | None":
+    """Begin the run in MLflow whose children the points of a multirun are; one that was begun in the folder goes on.
+
+    Args:
+        cfg: of the first point.
+        varied: keys that the multirun varies, by which the run is named.
+        folder: of the multirun.
+
+    Returns:
+        The run; None for points that log elsewhere, or have a parent already.
+    """
+    logger = cfg.get("logger")
+    if "parent_run_id" not in cfg or cfg.parent_run_id or not logger or logger.get("_target_") != MLFLOW:
+        return None
+    from tbac.training.tracking import ParentRun  # torch and Lightning, which the points need anyway
+
+    name = " x ".join(key.split(".")[-1] for key in varied) or "multirun"
+    return ParentRun(logger.tracking_uri, logger.experiment_name, name, str(folder / "mlflow_run_id"))
+
+
+def read_varied_overrides() -> dict[str, str]:
+    """Read what this point of a multirun has in the place of several values: key -> value; nothing outside of one."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return {}
+    hydra = HydraConfig.get()
+    try:
+        whole = OmegaConf.load(Path(hydra.sweep.dir) / "multirun.yaml").hydra
+        lines = [*whole.overrides.task, *(f"{key}={values}" for key, values in (whole.sweeper.params or {}).items())]
+        parser = OverridesParser.create()
+        varied = {o.get_key_element().lstrip("+~") for o in parser.parse_overrides(lines) if o.is_sweep_override()}
+    except (OSError, OmegaConfBaseException, HydraException, AttributeError):
+        return {}  # the names of runs are shorter then
+    own = parser.parse_overrides(list(hydra.overrides.task))
+    found = {override.get_key_element().lstrip("+~"): override.get_value_element_as_str() for override in own}
+    return {key: value for key, value in found.items() if key in varied}
 
 
 def combine_overrides(overrides: Sequence[Override]) -> tuple[list[list[str]], list[str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -182,10 +184,10 @@ class MlflowRun:
         """MLflow lets no parameter change, so a run that goes on keeps those of its start; the file is the newest."""
         from mlflow.entities import Param
 
-        if not self._client.get_run(self.run_id).data.params:
-            flat = [Param(name, value) for name, value in flatten(record["config"]).items()]
-            for start in range(0, len(flat), 100):  # as many as MLflow takes at once
-                self._client.log_batch(self.run_id, params=flat[start : start + 100])
+        if record.get("params") and not self._client.get_run(self.run_id).data.params:
+            named = record["params"].items()
+            params = [Param(make_tag_name(name), str(value)[:LONGEST_VALUE]) for name, value in named]
+            self._client.log_batch(self.run_id, params=params)
         self._client.log_dict(self.run_id, dict(record["config"]), "config.yaml")
 
     def _send_tags(self, record: Record) -> None:
@@ -287,17 +289,6 @@ def read_run_id(file: Path | None) -> str | None:
     return None
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a config to parameters: `model/taps/layers` -> value as text, as long as MLflow takes it."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[make_tag_name(f"{prefix}{name}")] = str(value)[:LONGEST_VALUE]
-    return flat
-
-
 class MlflowLogger(Logger):
     """Logs to one MLflow run. Nothing that goes wrong there reaches training, and training never waits for it.
 
@@ -336,7 +327,13 @@ class MlflowLogger(Logger):
         self.delivery.put({"kind": "metrics", "metrics": values, "step": step or 0, "time": int(time.time() * 1000)})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.delivery.put({"kind": "config", "config": hide_secrets(dict(params))})
+        self.log_config(dict(params), {})
+
+    def log_config(self, config: Mapping[str, Any], params: Mapping[str, str]) -> None:
+        """Write the whole config as a file, and a few parameters, by which runs are compared."""
+        self.delivery.put(
+            {"kind": "config", "config": hide_secrets(dict(config)), "params": hide_secrets(dict(params))}
+        )
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self.delivery.put({"kind": "tags", "tags": hide_secrets(dict(tags))})
@@ -489,10 +486,22 @@ class RunLogger(Logger):
         self._try(self.logger.finalize, "success")
 
 
-def log_run(logger: RunLogger, config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
-    """Write the full config as parameters and as a file, and the facts as tags, to a run in MLflow."""
+def log_run(
+    logger: RunLogger, name: str, config: Mapping[str, Any], params: Mapping[str, str], facts: Mapping[str, str]
+) -> None:
+    """Begin the run in MLflow.
+
+    Args:
+        logger: of the run.
+        name: what the run is called, unless its config gives it a name.
+        config: all of it, which becomes a file.
+        params: the few by which runs are compared.
+        facts: become tags.
+    """
     if isinstance(logger.logger, MlflowLogger):
-        logger.logger.log_hyperparams(config)
+        run = logger.logger.run
+        run.run_name = run.run_name or name
+        logger.logger.log_config(config, params)
         logger.logger.log_tags(facts)
 
 
@@ -501,6 +510,29 @@ def log_picture(loggers: Iterable[Logger], path: Path) -> None:
     for logger in loggers:
         if isinstance(logger, RunLogger) and isinstance(logger.logger, MlflowLogger):
             logger.logger.log_file(path, "samples")
+
+
+def get_runs_link(tracking_uri: str, address: str, experiment_name: str = "tbac") -> str:
+    """Return the page of MLflow's UI that lists an experiment's runs.
+
+    Args:
+        tracking_uri: where runs are stored.
+        address: where the UI is served, such as `http://127.0.0.1:5000`.
+        experiment_name: MLflow experiment.
+    """
+    experiment = open_store(tracking_uri).get_experiment_by_name(experiment_name)
+    number = experiment.experiment_id if experiment else "0"
+    # Without this word the page is that of another kind of work, with traces in the place of runs.
+    return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
+
+
+def get_comparison_link(tracking_uri: str, address: str, parent_run_id: str) -> str:
+    """Return the page of MLflow's UI that compares the children of a run, which has at least two."""
+    client = open_store(tracking_uri)
+    experiment = client.get_run(parent_run_id).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent_run_id}'", order_by=["start_time ASC"])
+    ids, experiments = (quote(json.dumps(one)) for one in ([run.info.run_id for run in runs], [experiment]))
+    return f"{address}/#/compare-runs?runs={ids}&experiments={experiments}"
 
 
 def read_metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import mlflow
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
+from tbac.training.tracking import get_comparison_link, get_runs_link
 from tests.helpers.commands import FEW, run_to_success
 from tests.helpers.pictures import make_noise_image
 
@@ -52,14 +54,29 @@ def test_resuming_goes_on_from_the_step_that_was_reached(capfd: pytest.CaptureFi
 
 
 def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[str]) -> None:
-    run_to_success("train", capfd, "-m", *FEW, "taps=last_n,final", "stage.lr=1e-3,2e-3", "hydra.sweep.dir=sweep")
+    store = "sqlite:///points.db"
+    points = ["taps=last_n,final", "stage.lr=1e-3,2e-3", "seed=1", "logger=mlflow", f"logger.tracking_uri={store}"]
+    run_to_success("train", capfd, "-m", *FEW, *points, "hydra.sweep.dir=sweep")
     checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
     assert len(checkpoints) == 4
-    points = {
+    found = {
         (tuple(c["tbac"]["config"]["model"]["taps"]["layers"]), c["tbac"]["config"]["stage"]["lr"])
         for c in map(read_checkpoint, checkpoints)
     }
-    assert points == {(taps, lr) for taps in ((2, 3, 4, 5), (6,)) for lr in (1e-3, 2e-3)}
+    assert found == {(taps, lr) for taps in ((2, 3, 4, 5), (6,)) for lr in (1e-3, 2e-3)}
+    # In MLflow they are children of one run, told apart by their names, and there are links to see them together.
+    client = mlflow.MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("tbac").experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "taps x lr"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    names = {f"{taps} lr={lr} seed=1 t2i_pretrain" for taps in ("last_n", "final") for lr in (0.001, 0.002)}
+    assert {run.info.run_name for run in children} == names
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 5
+    link = get_runs_link(store, "http://127.0.0.1:5000")
+    assert link == f"http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
+    compared = unquote(get_comparison_link(store, "", parent.info.run_id))
+    assert all(f'"{run.info.run_id}"' in compared for run in children)
 
 
 def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +84,11 @@ def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.Cap
     client = mlflow.MlflowClient("sqlite:///mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.data.params["stage/lr"] == "0.002"
+    assert run.info.run_name == "last_n lr=0.002 seed=42 t2i_pretrain"
+    assert run.data.params["lr"] == "0.002"
+    assert run.data.params["tap_layers"] == "[2, 3, 4, 5]"
+    assert 15 <= len(run.data.params) <= 32
+    assert not [value for value in run.data.params.values() if "/" in value]
     assert run.data.metrics["val/loss"] > 0
     assert {"git_revision", "version/torch"} <= run.data.tags.keys()
     assert any(name.startswith("data/") and len(digest) == 64 for name, digest in run.data.tags.items())

@@ -168,7 +168,7 @@ def log_steps(logger: RunLogger, steps: range) -> None:
 
 def open_logger(uri: str, folder: Path) -> RunLogger:
     logger = RunLogger(make_mlflow_logger(uri, run_id_file=str(folder / "mlflow_run_id")))
-    log_run(logger, {"a": {"b": 1, "c": [1, 2]}}, {"git_revision": "x"})
+    log_run(logger, "a run", {"a": {"b": 1, "c": [1, 2]}}, {"lr": "0.1", "taps": "last_n"}, {"git_revision": "x"})
     return logger
 
 
@@ -225,7 +225,8 @@ def test_what_was_kept_is_sent_after_the_next_start(store: str, port: int, tmp_p
     assert list_steps(store) == set(range(LOGGED))
     assert not (tmp_path / UNSENT).exists()
     (run,) = client_of(store).search_runs(["1"])
-    assert run.data.params == {"a/b": "1", "a/c": "[1, 2]"}
+    assert run.data.params == {"lr": "0.1", "taps": "last_n"}
+    assert run.info.run_name == "a run"
     assert run.data.tags["git_revision"] == "x"
 
 

@@ -1,0 +1,85 @@
+"""What MLflow shows of a run: the few parameters that an experiment turns, and a name that tells runs apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbac.models.taps import TapPlan
+
+OF_A_STAGE = (  # of a stage's config, by their own names
+    "steps", "samples", "lr", "min_lr", "warmup_steps", "weight_decay", "clip", "batch_size", "accumulate",
+    "noise_samples_per_prompt", "image_size", "ema_decay", "trainable",
+)  # fmt: skip
+
+
+def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, str]:
+    """Choose the parameters that an experiment turns, under short names.
+
+    Args:
+        configs: the config of each stage, as plain data; a value that differs between stages is listed for each.
+        plan: the resolved taps.
+
+    Returns:
+        Name -> value as text: the tap rule and its layers, the ladder, rates, sizes, stage, seed, options.
+    """
+    first, model = configs[0], configs[0]["model"]
+    layers = [plan.layers[index] for index in plan.assignment] if not plan.mixed else list(plan.layers)
+    found: dict[str, Any] = {
+        "stage": _join([config["stage"]["name"] for config in configs]),
+        "taps": name_part(model.get("taps")),
+        "tap_layers": f"mixes of {layers}" if plan.mixed else layers,
+        "seed": first.get("seed"),
+        "num_queries": model.get("num_queries"),
+        "quantization": model.get("quantization"),
+        "reference_latents": model.get("reference_latents"),
+        "spell_words": model.get("spell_words"),
+        "optimizer": name_part(first.get("optim")),
+        "schedule": name_part(first.get("schedule")),
+        "guard": name_part(first.get("guard")),
+        "flow": (first.get("flow") or {}).get("scheme"),
+        "precision": (first.get("machine") or {}).get("precision"),
+        "devices": _count_devices(first.get("machine") or {}),
+    }
+    ladder = model.get("ladder") or {}
+    found |= {
+        name: value for name, value in ladder.items() if not name.startswith("_") and not isinstance(value, Mapping)
+    }
+    for name in OF_A_STAGE:
+        found[name] = _join([config["stage"].get(name) for config in configs])
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def name_run(summary: Mapping[str, str], varied: Mapping[str, str]) -> str:
+    """Name a run by what tells it from others, such as `last_n lr=0.001 seed=42 t2i_pretrain`.
+
+    Args:
+        summary: what `summarize` returned.
+        varied: what a multirun varies, key -> value; what the name says anyway isn't repeated.
+    """
+    words = [
+        summary.get("taps", ""),
+        f"lr={summary.get('lr')}",
+        f"seed={summary.get('seed')}",
+        summary.get("stage", ""),
+    ]
+    shown = {"taps", "stage.lr", "seed", "stage", "stages"}
+    words += [f"{key.split('.')[-1].split('@')[0]}={value}" for key, value in varied.items() if key not in shown]
+    return " ".join(word for word in words if word)
+
+
+def name_part(part: Any) -> str | None:
+    """Name a part by its class or function, without the module."""
+    if isinstance(part, Mapping):
+        part = part.get("_target_")
+    return str(part).rsplit(".", 1)[-1] if part is not None else None
+
+
+def _join(values: Sequence[Any]) -> Any:
+    """One value where all stages have the same, otherwise that of each."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return " > ".join(map(str, values))
+
+
+def _count_devices(machine: Mapping[str, Any]) -> int | None:
+    devices, nodes = machine.get("devices"), machine.get("num_nodes", 1)
+    return devices * nodes if isinstance(devices, int) and isinstance(nodes, int) else None

@@ -527,10 +527,15 @@ def get_runs_link(tracking_uri: str, address: str, experiment_name: str = "tbac"
 
 
 def get_comparison_link(tracking_uri: str, address: str, parent_run_id: str) -> str:
-    """Return the page of MLflow's UI that compares the children of a run, which has at least two."""
-    client = open_store(tracking_uri)
-    experiment = client.get_run(parent_run_id).info.experiment_id
-    runs = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent_run_id}'", order_by=["start_time ASC"])
+    """Return the page of MLflow's UI that compares the children of a run; its first page when they can't be listed."""
+    try:
+        client = open_store(tracking_uri)
+        experiment = client.get_run(parent_run_id).info.experiment_id
+        children = f"tags.mlflow.parentRunId = '{parent_run_id}'"
+        runs = client.search_runs([experiment], children, order_by=["start_time ASC"])
+    except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
+        log.warning("the children of MLflow run %s can't be listed (%s)", parent_run_id, describe_safely(error))
+        return address
     ids, experiments = (quote(json.dumps(one)) for one in ([run.info.run_id for run in runs], [experiment]))
     return f"{address}/#/compare-runs?runs={ids}&experiments={experiments}"
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,9 @@ def pick_device(name: str) -> "torch.device":
 def read_opening_options(cfg: DictConfig) -> dict[str, Any]:
     """Read the options of conf/opening/ as arguments of `open_model`: where the parts lie, and in which type."""
     connector = make_part(cfg.connector, "connector", partial=True) if cfg.connector else None
-    names = [name for name in ("device", "dtype", "quantization", "mllm", "denoiser") if name in cfg]
+    names = [
+        name for name in ("device", "dtype", "quantization", "mllm", "denoiser", "prompt_embeddings") if name in cfg
+    ]
     return {name: cfg[name] for name in names} | {"connector": connector}
 
 
@@ -61,9 +62,8 @@ def open_model(
     device: str = "cpu",
     dtype: str = "float32",
     quantization: str | None = None,
-    mllm: str | None = None,
-    denoiser: str | None = None,
-    connector: Callable[..., Any] | None = None,
+    prompt_embeddings: str | None = None,
+    **parts: Any,
 ) -> "UniImagePipeline":
     """Open an exported folder, a run folder, or a training checkpoint.
 
@@ -72,9 +72,10 @@ def open_model(
         device: the device that the model is moved to; `auto` is CUDA if there is one, and the CPU otherwise.
         dtype: type of all weights.
         quantization: quantisation of the MLLM: `nf4`, `int8`, or None for the one that a checkpoint was trained with.
-        mllm: folder or hub id of the MLLM, instead of the one that the file names.
-        denoiser: folder or hub id with the autoencoder, instead of the one that the file names.
-        connector: the user's own connector, if the model was trained with one.
+        prompt_embeddings: exported folder with the word embeddings for prompts, instead of the one that a checkpoint
+            names; an export holds its own.
+        parts: `mllm` and `denoiser`, folders or hub ids instead of those that the file names, and `connector`, the
+            user's own, if the model was trained with one.
 
     Raises:
         ValueError: when there is no model at `path`, or it can't be opened.
@@ -88,8 +89,11 @@ def open_model(
     chosen = pick_device(device)
     folder = Path(path).expanduser()
     is_export = (folder / "config.json").is_file()
-    load = UniImage.from_pretrained if is_export else UniImage.from_checkpoint
-    model = load(folder, mllm, denoiser, dtype, quantization, connector)
+    options = {"dtype": dtype, "quantization": quantization, **parts}
+    if is_export:
+        model = UniImage.from_pretrained(folder, **options)
+    else:
+        model = UniImage.from_checkpoint(folder, **options, prompt_embeddings=prompt_embeddings)
     pipeline = UniImagePipeline(model.to(chosen))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -67,6 +67,7 @@ OPENING: Fields = {
     "checkpoint": path(),
     "mllm": optional(path()),
     "denoiser": optional(path()),
+    "prompt_embeddings": optional(path()),
     "connector": optional(plain_mapping()),
 }
 PIPELINE: Fields = {

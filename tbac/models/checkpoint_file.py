@@ -137,9 +137,10 @@ def check_contents(checkpoint: Any, place: str) -> None:
     for name, value in (("global_step", checkpoint.get("global_step", 0)), (f"{FACTS}.steps", facts.get("steps", 0))):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise ForeignFileError(f"{place}: {name} must be a number of steps, got {shorten(value)}")
-    for name, kind in (("stage", str), (DIGESTS, dict), (WRITTEN, float)):
-        if not isinstance(facts.get(name, kind()), kind):
-            raise ForeignFileError(f"{place}: {FACTS}.{name} must be a {kind.__name__}, got {shorten(facts[name])}")
+    types: dict[str, type] = {"stage": str, DIGESTS: dict, WRITTEN: float}
+    for name, expected in types.items():
+        if name in facts and not isinstance(facts[name], expected):
+            raise ForeignFileError(f"{place}: {FACTS}.{name} must be a {expected.__name__}, got {shorten(facts[name])}")
     checkpoint.setdefault("global_step", facts.get("steps", 0))
 
 

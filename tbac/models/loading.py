@@ -119,7 +119,7 @@ def load_frozen(config: ModelConfig, parts: Architecture, plan: TapPlan, saved: 
     denoiser_folder = locate_folder(f"{prefix}denoiser", config.denoiser, DENOISER_FILES)
     table = saved.prompt_embeddings if saved else None
     if table is None:
-        table = read_prompt_embeddings(config.prompt_embeddings)
+        table = read_prompt_embeddings(config.prompt_embeddings, f"{prefix}prompt_embeddings")
     # Digests are compared before the weights are loaded, which takes much longer.
     digests = compute_digests(mllm_folder, denoiser_folder, plan.deepest, table)
     if saved is not None and saved.frozen_digests is not None:

@@ -132,18 +132,22 @@ def check_frozen(trained_on: Mapping[str, str], present: Mapping[str, str], orig
             )
 
 
-def read_prompt_embeddings(folder: str | None) -> Tensor | None:
+def read_prompt_embeddings(folder: str | None, option: str = "model.prompt_embeddings") -> Tensor | None:
     """Read the word embeddings for prompts that an exported folder holds.
+
+    Args:
+        folder: the exported folder; None reads none.
+        option: name of the user's option that gives it, for messages.
 
     Raises:
         ValueError: when it holds none.
     """
     if folder is None:
         return None
-    file = expand_path(folder, "model.prompt_embeddings") / "model.safetensors"
+    file = expand_path(folder, option) / "model.safetensors"
     files = WeightFiles(file.parent) if file.is_file() else None
     if files is None or PROMPT_EMBEDDINGS not in files.file_of:
-        raise ValueError(f"model.prompt_embeddings={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
+        raise ValueError(f"{option}={folder}: no exported folder with a table {PROMPT_EMBEDDINGS}")
     table = files.read_tensor(PROMPT_EMBEDDINGS)
     check_tensor(PROMPT_EMBEDDINGS, table, str(file), files.read_digests().get(PROMPT_EMBEDDINGS))
     return table

@@ -297,6 +297,7 @@ class UniImage(nn.Module):
         dtype: torch.dtype | str = torch.float32,
         quantization: str | None = None,
         connector: Connector | None = None,
+        prompt_embeddings: str | None = None,
     ) -> "UniImage":
         """Load a training checkpoint.
 
@@ -307,6 +308,8 @@ class UniImage(nn.Module):
             dtype: type of all weights.
             quantization: quantisation of the MLLM's decoder layers: `nf4`, `int8`, or None for that of training.
             connector: your own connector, if the model was trained with one; nothing that a file names is imported.
+            prompt_embeddings: exported folder with the word embeddings for prompts, instead of the one that the
+                checkpoint names.
 
         Raises:
             ValueError: when it isn't a checkpoint, a part can't be found, its digest differs, or tensors don't fit.
@@ -314,6 +317,8 @@ class UniImage(nn.Module):
         saved = read_saved_model(read_checkpoint(path, only_weights=True), str(path), connector)
         if quantization is not None:
             saved = replace(saved, config=replace(saved.config, quantization=quantization))
+        if prompt_embeddings is not None:
+            saved = replace(saved, config=replace(saved.config, prompt_embeddings=prompt_embeddings))
         return cls.from_saved(place_parts(saved, mllm, denoiser, dtype))
 
 

@@ -30,8 +30,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, weight in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
-            is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-            if not (is_number and math.isfinite(weight)) and not (weight is None and name == "image_guidance_scale"):
+            is_number = isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
+            if not is_number and not (weight is None and name == "image_guidance_scale"):
                 raise ValueError(f"{name} must be a finite number, got {weight!r}")
         low, high = self.interval
         if not 0 <= low < high <= 1:

@@ -110,7 +110,11 @@ class Architecture:
         check_transformer(transformer, f"{prefix}denoiser={denoiser}: transformer")
         check_arguments(AutoencoderDC, autoencoder, f"{prefix}denoiser={denoiser}: vae")
         check_mllm_kind(configs["mllm"], f"{prefix}mllm={mllm}")
-        config = make_mllm_config(configs["mllm"], f"{prefix}mllm={mllm}: config.json")
+        place = f"{prefix}mllm={mllm}: config.json"
+        config = make_mllm_config(configs["mllm"], place)
+        token = config.image_token_id
+        if not isinstance(token, int) or not 0 <= token < config.text_config.vocab_size:
+            raise ForeignFileError(f"{place}: image_token_id must be a token, got {shorten(token)}")
         transformer = complete(SanaTransformer2DModel, transformer)
         return cls(config, transformer, complete(AutoencoderDC, autoencoder), configs["scheduler"])
 
@@ -266,8 +270,6 @@ def make_mllm_config(values: Mapping[str, Any], place: str) -> Qwen2_5_VLConfig:
         for name, size in sizes.items():
             if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
                 raise ForeignFileError(f"{place}: {name} must be from 1 to {MAX_SIZE}, got {shorten(size)}")
-        if not isinstance(config.image_token_id, int) or not 0 <= config.image_token_id < text.vocab_size:
-            raise ForeignFileError(f"{place}: image_token_id must be a token, got {shorten(config.image_token_id)}")
         if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
             raise ForeignFileError(f"{place}: its numbers of heads don't divide its hidden_size, or each other")
     return config

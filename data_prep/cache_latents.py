@@ -10,7 +10,7 @@ from tbac.app import command, pick_device, to_plain
 @command("cache_latents")
 def main(cfg: DictConfig) -> None:
     # A wrong path is reported at once, before torch and diffusers are imported.
-    source, out = Path(cfg.path).expanduser(), Path(cfg.out).expanduser().absolute()
+    source, out = Path(cfg.path), Path(cfg.out).absolute()
     if not source.is_dir():
         raise ValueError(f"path={cfg.path} isn't a folder of shards")
     if out == source.absolute():
@@ -27,9 +27,6 @@ def main(cfg: DictConfig) -> None:
     from tbac.models.sources import DENOISER_FILES, locate_folder, read_config
     from tbac.models.weights import compute_autoencoder_digest
 
-    for name in ("dtype", "encode_dtype"):
-        if cfg[name] not in DTYPES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {cfg[name]!r}")
     # The processes of a node share its GPUs, one each.
     device = pick_device(cfg.device)
     if device.type == "cuda" and cfg.world_size > 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from tbac.app import CONF, command, make_part
+from tbac.app import CONF, check_members, command, make_part
 
 log = logging.getLogger(__name__)
 
@@ -15,15 +15,14 @@ def main(cfg: DictConfig) -> None:
     if "dataset" not in cfg:
         known = sorted(file.stem for file in (Path(CONF) / "dataset").glob("*.yaml"))
         raise ValueError(f"name the layout of the dataset, dataset={'|'.join(known)}, or a YAML of your own")
-    if cfg.processes < 1:
-        raise ValueError(f"processes must be at least 1, got {cfg.processes}")
 
     # Imported here, so that --help doesn't wait for what decodes pictures.
     from data_prep.shards.conversion import convert, format_counts
 
     options = make_part(cfg.options, "options")
     dataset = make_part(cfg.dataset, "dataset", _convert_="all")
-    out = Path(cfg.out).expanduser().absolute()
+    check_members(dataset, ("name", "expected", "list_units", "read"), "dataset")
+    out = Path(cfg.out).absolute()
     counts = convert(dataset, out, options, cfg.processes)
     print(f"\n{dataset.name} in {out}:\n{format_counts(counts)}")
     if counts.expected is not None and counts.read != counts.expected:

@@ -16,11 +16,9 @@ log = logging.getLogger(__name__)
 
 @command("verify")
 def main(cfg: DictConfig) -> None:
-    folder = Path(cfg.path).expanduser()
+    folder = Path(cfg.path)
     if not folder.is_dir():
         raise ValueError(f"path={cfg.path} isn't a folder of shards")
-    if cfg.processes < 1:
-        raise ValueError(f"processes must be at least 1, got {cfg.processes}")
     if not (cfg.samples or cfg.write_sizes):
         raise ValueError("samples=false and write_sizes=false leave nothing to do")
 

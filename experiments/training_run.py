@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from experiments.going_on import compare_with_checkpoint, warn_of_replaced_data
 from experiments.stage_configs import PER_STAGE, lies_within
-from tbac.app import make_part, read_varied_overrides, to_plain
+from tbac.app import check_target, make_part, read_varied_overrides, to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.files import write_whole
 from tbac.models import UniImage
@@ -118,11 +118,13 @@ def run_stages(
 ) -> dict[str, Any]:
     """Run stages whose options have been checked; returns what `report.json` holds."""
     cfg = configs[0]
-    model_config: ModelConfig = make_part(cfg.model, "model")
+    model_config = make_model_config(cfg)
     _, plan = check_config(model_config)
     start = find_start(cfg, stages, replace(model_config, taps=plan), folder)
     data = StagedDataModule([make_part(c.data, "data") for c in configs], start.stage)
     try_schedules(configs, stages, data)
+    if cfg.logger:
+        check_target(cfg.logger, "logger")
     fingerprints = collect_fingerprints(data)
     if start.resumed is not None:
         warn_of_replaced_data(start.resumed, fingerprints)
@@ -193,6 +195,11 @@ def build_stage(cfg: DictConfig) -> Stage:
     )
 
 
+def make_model_config(cfg: DictConfig) -> ModelConfig:
+    """Make the options of the model that a run's config describes."""
+    return make_part(cfg.model, "model")
+
+
 def describe_finished(configs: Sequence[DictConfig], folder: Path) -> list[str]:
     """Describe in what the options differ from those that a finished run was trained with.
 
@@ -203,7 +210,7 @@ def describe_finished(configs: Sequence[DictConfig], folder: Path) -> list[str]:
     if found is None:
         return []
     path, checkpoint = found
-    model_config: ModelConfig = make_part(configs[0].model, "model")
+    model_config = make_model_config(configs[0])
     _, plan = check_config(model_config)
     saved = read_saved_model(checkpoint, str(path), model_config.ladder.own_connector)
     now = replace(model_config, taps=plan)

@@ -39,7 +39,7 @@ from tbac.models.weights import compute_autoencoder_digest
 log = logging.getLogger(__name__)
 
 
-def make_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
+def build_part(folder: Path, recipe: Any, make: Callable[[Path], None]) -> None:
     """Make a folder, unless it was already made from the same recipe. It has its name only when it is complete."""
     marker = folder / "recipe.json"
     text = json.dumps(recipe, indent=2, sort_keys=True, default=str) + "\n"
@@ -115,16 +115,16 @@ def _make_picture_parts(out: Path, parts: dict, world: World, recipes: dict) -> 
         world.seed,
         compute_source_digest(),
     ]
-    make_part(denoiser, recipe, lambda folder: make_denoiser(folder, parts, world, recipes))
+    build_part(denoiser, recipe, lambda folder: make_denoiser(folder, parts, world, recipes))
     made_from = [recipe, asdict(world.sizes), asdict(world.mixture)]
-    make_part(out / "data", made_from, lambda folder: make_data(folder, world, denoiser))
+    build_part(out / "data", made_from, lambda folder: make_data(folder, world, denoiser))
 
 
 def _make_language_parts(out: Path, architecture: dict, world: World, recipe: Recipe) -> None:
     """Make the part for language, the MLLM, in another process."""
     _begin_process()
     made_from = [architecture, recipe, asdict(world.sizes), asdict(world.mixture), world.seed, compute_source_digest()]
-    make_part(
+    build_part(
         out / "backbones" / "mllm",
         made_from,
         lambda folder: make_mllm(folder, out / "tokenizer", architecture, recipe, world),
@@ -157,8 +157,8 @@ def build_world(cfg: DictConfig) -> Path:
     # Benchmarks and tokenizer take seconds, and what comes after needs them.
     world = World.draw(cfg.seed, sizes, mixture)
     made_from = [asdict(sizes), asdict(mixture), cfg.seed, compute_source_digest()]
-    make_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
-    make_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
+    build_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
+    build_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
     # Pre-training takes minutes, so the MLLM gets one core, and the models of pictures and the shards another.
     branches: list[tuple[Callable[..., None], tuple]] = [
         (_make_language_parts, (out, parts["mllm"], world, instantiate(cfg.mllm))),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Findings, write_report
-from tbac.app import compose_checked, make_part, open_model, read_opening_options, to_plain
+from tbac.app import check_members, compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import STATES, PictureBenchmark, Row, check_score, make_picture_finder
 from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
@@ -94,6 +94,8 @@ def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
     if benchmark.needs == "questions":
         judge = answer_by_detection(judge)
     benchmark.check_judge(judge)
+    if benchmark.needs == "questions":
+        check_members(judge, ("identity", "slow", "ask"), "judge")
     cache = Cache(out / f"{benchmark.name}.judged.jsonl")
     if benchmark.needs == "questions":
         return CachedJudge(judge, cache) if judge.slow else judge

@@ -19,7 +19,7 @@ from tbac.app.command import (
 )
 from tbac.app.errors import report_user_errors
 from tbac.app.folders import claim_folder, name_point
-from tbac.app.making import make_part
+from tbac.app.making import check_members, check_target, make_part
 from tbac.app.multirun import FAILED, note_failure, read_varied_overrides
 from tbac.app.opening import keep_freed_memory, open_model, pick_device, read_opening_options
 
@@ -27,6 +27,8 @@ __all__ = [
     "CONF",
     "FAILED",
     "check",
+    "check_members",
+    "check_target",
     "claim_folder",
     "command",
     "compose_as_given",

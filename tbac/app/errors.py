@@ -49,6 +49,9 @@ def describe_error(error: BaseException) -> str:
         return words if not option or option in words else f"{option}: {words}"
     if isinstance(cause, HydraException):
         return _shorten_composition(str(cause))
+    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
+        mark = cause.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, isn't YAML: {cause.problem}"
     if isinstance(cause, UnicodeDecodeError):
         return f"a file isn't UTF-8 text: {cause}"
     return str(cause).strip() or type(cause).__name__

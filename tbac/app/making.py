@@ -1,11 +1,13 @@
 """Making the parts that a YAML names by `_target_`; what is wrong with a part is said in one message."""
 
+import inspect
 import re
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tbac.app.errors import USER_ERRORS, find_cause
@@ -44,6 +46,27 @@ def make_part(part: DictConfig, option: str, partial: bool = False, **arguments:
         if not str(inner).startswith(OURS):
             raise ValueError(f"{named}: {inner} failed with {type(cause).__name__}: {_first_line(cause)}") from error
         raise
+
+
+def check_target(part: DictConfig, option: str) -> None:
+    """Raise ValueError for a part that is made later, when its class isn't there or doesn't take its options."""
+    target = part.get("_target_")
+    try:
+        made_by = get_object(part._target_)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(f"{option}._target_={target} can't be found ({_first_line(error)})") from None
+    options = {str(name): None for name in part if not str(name).startswith("_")}
+    try:
+        inspect.signature(made_by).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{option}: {target} can't be called with these options: {_first_line(error)}") from None
+
+
+def check_members(part: Any, names: Sequence[str], option: str) -> None:
+    """Raise ValueError when an object lacks attributes or methods that its kind of part needs."""
+    missing = [name for name in names if not hasattr(part, name)]
+    if missing:
+        raise ValueError(f"{option}: {type(part).__name__} lacks {', '.join(missing)}; it needs {', '.join(names)}")
 
 
 def _find_target(part: DictConfig, place: str, option: str) -> Any:

@@ -96,7 +96,32 @@ def build_connector(config: LadderConfig, num_taps: int, hidden_size: int, chann
     connector = config.connector(**sizes)
     if not isinstance(connector, nn.Module):
         raise ValueError(f"ladder.connector must make a torch module, got {connector!r}")
+    check_connector_shape(connector, num_taps, hidden_size, channels)
     return connector
+
+
+def check_connector_shape(connector: nn.Module, num_taps: int, hidden_size: int, channels: int) -> None:
+    """Try a user's connector on zeros, so that a wrong shape is an error now and not at the first validation.
+
+    Raises:
+        ValueError: when it can't be run, or gives another shape than (tap, batch, token, channel).
+    """
+    first = next(connector.parameters(), torch.empty(0))
+    states = torch.zeros(num_taps, 1, 2, hidden_size, device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            contexts = connector(states)
+    except Exception as error:
+        raise ValueError(
+            f"ladder.connector {type(connector).__name__} can't be run on states of shape {tuple(states.shape)}, which "
+            f"are (tap, batch, token, hidden): {type(error).__name__}: {error}"
+        ) from error
+    expected, shape = (num_taps, 1, 2, channels), tuple(getattr(contexts, "shape", ()))
+    if shape != expected:
+        raise ValueError(
+            f"ladder.connector {type(connector).__name__} gives the shape {shape} for states of shape "
+            f"{tuple(states.shape)}; it must be {expected}, (tap, batch, token, channel)"
+        )
 
 
 class Ladder(nn.Module):

@@ -110,7 +110,13 @@ def resolve_taps(rule: TapRule | TapPlan, num_layers: int, num_blocks: int) -> T
     plan = rule
     if not isinstance(rule, TapPlan):
         check_call("the tap rule", rule, num_layers, num_blocks)
-        plan = rule(num_layers, num_blocks)
+        try:
+            plan = rule(num_layers, num_blocks)
+        except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+            raise ValueError(
+                f"the tap rule {rule!r} failed for {num_layers} layers and {num_blocks} blocks with "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if not isinstance(plan, TapPlan):
         raise ValueError(f"a tap rule must return a TapPlan, got {plan!r}")
     check_range(plan.layers, num_layers)

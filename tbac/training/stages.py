@@ -91,6 +91,8 @@ class Stage:
         others = [type(callback).__name__ for callback in self.callbacks if not isinstance(callback, L.Callback)]
         if others:
             raise ValueError(f"callbacks: {', '.join(others)} isn't a callback of Lightning")
+        if not isinstance(self.flow, FlowOptions):
+            raise ValueError(f"flow must be made by FlowOptions, got {type(self.flow).__name__}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"stage.clip must be positive or null, got {self.clip}")
         if not self.trainable or not set(self.trainable) <= set(TRAINABLE):

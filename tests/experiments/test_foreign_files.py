@@ -222,7 +222,10 @@ def test_a_checkpoint_that_holds_code_isn_t_read() -> None:
 
 # What may be made by its name: a part of the config that Hydra has composed for this command.
 COMPOSED = ("cfg", "configs", "c", "part", "options", "model_config", "compose_training")
-MAKERS = ("instantiate", "get_object", "get_class", "get_method", "get_static_method", "import_module", "__import__")
+MAKERS = (
+    "make_part", "check_target", "instantiate", "get_object", "get_class", "get_method", "get_static_method",
+    "import_module", "__import__",
+)  # fmt: skip
 READERS = ("read_checkpoint", "read_saved_model", "read_export", "safe_load", "OmegaConf")
 
 

@@ -15,7 +15,7 @@ from tbac.app import command
 def check_steps(cfg: DictConfig) -> None:
     """Raise ValueError for steps and processes that don't go together."""
     if cfg.rank >= cfg.world_size:
-        raise ValueError(f"rank={cfg.rank} must be below world_size={cfg.world_size}")
+        raise ValueError(f"rank={cfg.rank} of world_size={cfg.world_size}: processes are counted from 0")
     if cfg.world_size > 1 and list(cfg.steps) != ["generate"]:
         raise ValueError("several processes take steps=[generate]; score and report are for one, when all are done")
 

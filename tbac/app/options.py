@@ -131,10 +131,10 @@ COMMANDS: dict[str, Fields] = {
     "answer": {**PIPELINE, "question": text(), "image": optional(path()), "max_new_tokens": whole()},
     "evaluate": {
         **PIPELINE,
+        "samples": whole(),
         "benchmark": BENCHMARK,
         "judge": JUDGE,
         "steps": some_of("generate", "score", "report"),
-        "samples": whole(),
         "tracking_uri": text(),
         "out": new_folder(),
         "overwrite": flag(),

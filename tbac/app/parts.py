@@ -297,7 +297,7 @@ BENCHMARK = Part(
         f"{BENCHMARKS}.edits.Edits": {**DRAWING, "file": path()},
         f"{BENCHMARKS}.folder.Folder": {**DRAWING, "file": path(), "samples": whole()},
         f"{BENCHMARKS}.dpg.DPG": {
-            **DRAWING, "file": path(), "questions": QUESTIONS, "mode": choice("fixed", "official"),
+            **DRAWING, "file": path(), "questions": QUESTIONS, "mode": text(),
         },
         f"{BENCHMARKS}.tiif.TIIF": {
             **DRAWING, "file": path(), "questions": QUESTIONS, "model_name": name(), "published": whole(),

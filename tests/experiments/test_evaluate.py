@@ -57,9 +57,9 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["steps=[paint]"], "steps=['paint'] must be some of generate, score, report"),
-        (["steps=[]"], "steps=[] must be some of"),
-        (["samples=0"], "samples=0"),
+        (["steps=[paint]"], "steps must be some of ['generate', 'score', 'report'], got ['paint']"),
+        (["steps=[]"], "steps must be some of"),
+        (["samples=0"], "samples must be at least 1, got 0"),
         (["rank=3", "world_size=3", "steps=[generate]"], "rank=3 of world_size=3"),
         (["world_size=2"], "several processes take steps=[generate]"),
         (["steps=[report]"], "steps=[score] writes it"),

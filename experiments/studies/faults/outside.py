@@ -22,12 +22,13 @@ UNSENT = "mlflow_unsent.jsonl"
 ENDS = "an error of the logger ends training †"
 SMALL_DISK = 96  # MiB
 STAGES = "stages=[t2i_pretrain,ti2i_pretrain,finetune]"
+# In their order, since a run doesn't go back: after a stage's last step it goes on with the next stage.
 MOMENTS = (
     ("t2i_pretrain", "first_validation", "SIGINT"), ("t2i_pretrain", "batch", "SIGTERM"),
-    ("t2i_pretrain", "last_batch", "SIGTERM"), ("t2i_pretrain", "teardown", "SIGHUP"),
-    ("ti2i_pretrain", "setup", "SIGTERM"), ("ti2i_pretrain", "first_validation", "SIGTERM"),
-    ("ti2i_pretrain", "validation", "SIGINT"), ("ti2i_pretrain", "train_end", "SIGTERM"),
-    ("finetune", "train_start", "SIGHUP"), ("finetune", "last_batch", "SIGTERM"),
+    ("t2i_pretrain", "last_batch", "SIGTERM"), ("ti2i_pretrain", "setup", "SIGHUP"),
+    ("ti2i_pretrain", "first_validation", "SIGTERM"), ("ti2i_pretrain", "validation", "SIGINT"),
+    ("ti2i_pretrain", "teardown", "SIGTERM"), ("finetune", "train_start", "SIGHUP"),
+    ("finetune", "batch", "SIGINT"), ("finetune", "last_batch", "SIGTERM"),
 )  # fmt: skip
 
 

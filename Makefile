@@ -6,6 +6,7 @@ MACHINE ?= local
 ARGS ?=
 SWEEP ?= taps_x_lr
 PORT ?= 5000
+STORE = $(or $(MLFLOW_TRACKING_URI),sqlite:///outputs/mlflow.db)
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 TRAIN = $(BIN)/python experiments/train.py
@@ -75,9 +76,8 @@ app: $(READY) ## draw, edit, ask and look into the ladder in a browser, at http:
 	$(BIN)/python experiments/app.py $(ARGS)
 
 ui: $(READY) ## compare runs in the MLflow UI, at http://127.0.0.1:5000; PORT=... for another port
-	@$(BIN)/python -c 'from tbac.training.tracking import get_runs_link; import sys; print("compare runs at", get_runs_link(*sys.argv[1:]))' \
-	  "$${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db}" http://127.0.0.1:$(PORT)
-	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///outputs/mlflow.db} --host 127.0.0.1 --port $(PORT)
+	@$(BIN)/python -c 'import sys; from tbac.training.tracking import get_runs_link as link; print("compare runs at", link(*sys.argv[1:]))' "$(STORE)" http://127.0.0.1:$(PORT)
+	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
 
 lint: $(READY) ## ruff, mypy, import direction, what can be counted of how the code reads
 	$(BIN)/ruff check .

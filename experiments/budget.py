@@ -7,6 +7,7 @@ device.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,6 +95,26 @@ def count_parts(model: UniImage) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=4)
+def count_in_use(model: UniImage) -> dict[str, int]:
+    """Count the parameters that training reads, by how they are held.
+
+    Returns:
+        `linear`: of the MLLM's layers up to the deepest tap, which alone may be quantized; `other`: frozen ones that
+        always stay; `encoder`: of the autoencoder, which cached latents make superfluous; `trained`.
+    """
+    mllm, autoencoder = model.mllm.body, model.autoencoder.model
+    deep = mllm.language_model.layers[: model.ladder.plan.deepest]
+    linear = sum(count_parameters(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
+    frozen = (*deep, mllm.language_model.embed_tokens, mllm.visual, autoencoder.decoder)
+    return {
+        "linear": linear,
+        "other": sum(map(count_parameters, frozen)) - linear,
+        "encoder": count_parameters(autoencoder.encoder),
+        "trained": count_parameters(model.ladder) + count_parameters(model.denoiser),
+    }
+
+
 def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activations, batch: int) -> dict[str, float]:
     """Estimate the memory of each device at its peak in bytes, by kind.
 
@@ -109,19 +130,12 @@ def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activat
         kept: activations, as `measure_activations` returns them.
         batch: samples on one device.
     """
-    mllm, size = model.mllm.body, BYTES[dtype]
-    # Of the MLLM only the layers up to the deepest tap run, and only their linear layers are quantized.
-    deep = mllm.language_model.layers[: model.ladder.plan.deepest]
-    linear = sum(count_parameters(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
-    rest = sum(count_parameters(layer) for layer in deep) - linear
-    frozen = linear * BYTES[setting.quantization or dtype] + rest * size
-    frozen += (count_parameters(mllm.language_model.embed_tokens) + count_parameters(mllm.visual)) * size
-    autoencoder = model.autoencoder.model
-    frozen += count_parameters(autoencoder.decoder) * size
+    counts, size = count_in_use(model), BYTES[dtype]
+    frozen = counts["linear"] * BYTES[setting.quantization or dtype] + counts["other"] * size
     if not setting.cached:
-        frozen += count_parameters(autoencoder.encoder) * size
+        frozen += counts["encoder"] * size
     # What trains is held in float32; a sharding strategy leaves each device its share.
-    trained = count_parameters(model.ladder) + count_parameters(model.denoiser)
+    trained = counts["trained"]
     share = setting.devices if setting.strategy in SHARDED else 1
     # Autocast copies the trained weights; where they are sharded, two whole blocks are gathered at a time.
     copies = kept.fixed / share

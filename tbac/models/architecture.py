@@ -86,6 +86,7 @@ class Architecture:
             configs["transformer"] = dict(known.transformer)
         if known is not None and known.scheduler is not None:
             configs["scheduler"] = dict(known.scheduler)
+        places = {name: f"model.architecture.{name}" for name in configs}
         # Every option that can't be read is named in one error, so that the user can mend them all at once.
         problems: dict[str, str] = {}
         unreachable = False  # a hub that doesn't answer takes long to give up, so it is asked only once
@@ -99,19 +100,20 @@ class Architecture:
                 continue
             try:
                 configs[part] = read_config(option, source, path, local_only=unreachable)
+                places[part] = f"{option}={source}: {path}"
             except ValueError as error:
                 unreachable = unreachable or isinstance(error, HubUnreachableError)
                 problems[option] = str(error)
         if problems:
             raise ValueError("; ".join(problems.values()))
-        check_scheduler_values(configs["scheduler"], f"{prefix}denoiser={denoiser}: scheduler_config.json")
+        check_scheduler_values(configs["scheduler"], places["scheduler"])
         # diffusers adds keys such as `_class_name`, which aren't arguments of the constructors.
         transformer = {k: v for k, v in configs["transformer"].items() if not k.startswith("_")}
         autoencoder = {k: v for k, v in configs["autoencoder"].items() if not k.startswith("_")}
-        check_transformer(transformer, f"{prefix}denoiser={denoiser}: transformer")
-        check_arguments(AutoencoderDC, autoencoder, f"{prefix}denoiser={denoiser}: vae")
+        check_transformer(transformer, places["transformer"])
+        check_arguments(AutoencoderDC, autoencoder, places["autoencoder"])
         check_mllm_kind(configs["mllm"], f"{prefix}mllm={mllm}")
-        place = f"{prefix}mllm={mllm}: config.json"
+        place = places["mllm"]
         config = make_mllm_config(configs["mllm"], place)
         token = config.image_token_id
         if not isinstance(token, int) or not 0 <= token < config.text_config.vocab_size:

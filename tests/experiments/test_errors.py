@@ -145,7 +145,7 @@ def test_real_models_without_weights_say_what_is_missing(name: str, capfd: pytes
         ('{"tag": "colors"}\n', "needs 'prompt'"),
         ('{"tag": "colors", "prompt": "x", "include": [{"count": 1}]}\n', "needs a 'class'"),
         ('{"tag": "t", "prompt": "x", "include": [{"class": "a", "count": 1, "position": ["near", 0]}]}\n', "'near'"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"\xff\xfe\x00", "isn't UTF-8"),
     ],
 )
 @pytest.mark.usefixtures("in_world", "no_weights")

@@ -88,9 +88,9 @@ def test_settings_change_what_they_should(capfd: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["utilisation=0"], "utilisation must be above 0"),
+        (["utilisation=0"], "utilisation must be positive and at most 1, got 0"),
         (["machine.precision=16-mixed"], "machine.precision must be bf16-mixed or 32-true, got '16-mixed'"),
-        (["text_tokens=0"], "text_tokens must be positive, got 0"),
+        (["text_tokens=0"], "text_tokens must be at least 1, got 0"),
         (["stages=[t2i_pretrain,other]"], "other"),
         (["taps=explicit", "taps.layers=[1,99]"], "99"),
     ],

@@ -67,7 +67,8 @@ def world_folder(session_folder: Path) -> Path:
 def in_world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Configs of the shapes world find that world."""
     monkeypatch.setenv("TBAC_SHAPES", str(world_folder))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    # MLflow keeps the connection to an address: a relative one would lead to the store of the test before.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db")
     return world_folder
 
 

@@ -1,5 +1,6 @@
 """What the READMEs say is there: their links, the files that they name, and commands that compose."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -45,7 +46,8 @@ def list_python_commands(line: str) -> list[list[str]]:
     if words[0] == "python":
         return [words[1:]]
     dry = ["make", "--dry-run", "--assume-old=.venv/.ready", *words[1:]]
-    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
+    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout
     commands = [shlex.split(each) for each in printed.splitlines() if each.startswith(".venv/bin/python")]
     return [command[1:] for command in commands if command[1].endswith(".py")]
 

@@ -1,6 +1,7 @@
 """The applications as their users run them, on untrained backbones."""
 
 import json
+import os
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -54,8 +55,8 @@ def test_resuming_goes_on_from_the_step_that_was_reached(capfd: pytest.CaptureFi
 
 
 def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[str]) -> None:
-    store = "sqlite:///points.db"
-    points = ["taps=last_n,final", "stage.lr=1e-3,2e-3", "seed=1", "logger=mlflow", f"logger.tracking_uri={store}"]
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    points = ["taps=last_n,final", "stage.lr=1e-3,2e-3", "seed=1", "logger=mlflow"]
     run_to_success("train", capfd, "-m", *FEW, *points, "hydra.sweep.dir=sweep")
     checkpoints = list(Path("sweep").glob("*/checkpoints/t2i_pretrain-step=2.ckpt"))
     assert len(checkpoints) == 4
@@ -81,7 +82,7 @@ def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[st
 
 def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.CaptureFixture[str]) -> None:
     run_to_success("train", capfd, *FEW, "logger=mlflow", "hydra.run.dir=run")
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "last_n lr=0.002 seed=42 t2i_pretrain"

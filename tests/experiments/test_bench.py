@@ -83,6 +83,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
     torch.testing.assert_close(solve(model, condition, Guidance(3.0), noise, 4), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
     text = run_to_success("bench", capfd, *SMALL, "tokens={text: [12], image: [12]}", "out=bench")
     report = json.loads(Path("bench/report.json").read_text())

@@ -20,7 +20,7 @@ def test_everything_is_built_trained_and_scored(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TBAC_SHAPES", "elsewhere")  # the preset has a world of its own
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db")
     stages = ",".join(f"{stage}:{json.dumps(STAGE)}" for stage in ("t2i_pretrain", "ti2i_pretrain", "finetune"))
     options = [
         "experiment=shapes_full", "out=demo", "world_folder=demo/world", f"world_overrides={json.dumps(WORLD)}",

@@ -190,6 +190,7 @@ def test_a_missing_value_is_named_by_a_real_command(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_released_model(capfd: pytest.CaptureFixture[str]) -> None:
     status, _ = run_app("plan", capfd, "world=real", "model.random_init=true")
     assert status == 0

@@ -1,6 +1,7 @@
 """The steps of a benchmark: a tree on any number of processes, scored and reported, and gone on with."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest
     run_to_success("train", capfd, *FEW, "hydra.run.dir=logged", "callbacks.sample_grid.prompts=[]", "logger=mlflow")
     run_to_success("evaluate", capfd, *COMMON, "checkpoint=logged", "out=one")
     run_id = Path("logged/mlflow_run_id").read_text().strip()
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     metrics = client.get_run(run_id).data.metrics
     assert metrics["geneval/overall"] == result("one")["overall"]
     assert {"report.json", "report.md", "report.html"} <= {f.path for f in client.list_artifacts(run_id)}

@@ -180,6 +180,7 @@ def test_the_second_process_in_a_folder_says_so(
 
 
 @pytest.mark.usefixtures("in_world")
+@pytest.mark.slow
 def test_a_sweep_reports_what_finished_and_what_failed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = ["stage.steps=2", "stage.warmup_steps=0", "stage.val_every=1", "stage.val_samples=8", "stage.batch_size=4"]
     overrides = [*small, "callbacks.sample_grid.prompts=[]", "taps=last_n,deepest", "seed=0"]

@@ -65,6 +65,7 @@ def test_a_part_that_fails_leaves_the_others_results(tmp_path: Path, part: Any, 
     assert problem in (tmp_path / "out/bad.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_too_slow_ends_with_all_that_it_started(tmp_path: Path) -> None:
     found = run_parts({"slow": take_forever}, settings(tmp_path, slow=20.0), CPU, tmp_path / "out")
     assert "it took more than its 20.0 s" in found["slow"]["error"]

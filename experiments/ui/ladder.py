@@ -1,5 +1,6 @@
 """What a ladder's rungs do: pictures with taps switched off, norms, mixes, and where a query looks."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,8 +117,6 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
 
 def plot_heat(values: Tensor, title: str, rows: Sequence[str], label: str) -> Image.Image:
     """Plot a heat map (row, column) with named rows."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")

@@ -99,6 +99,17 @@ def show_errors(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
     return run
 
 
+def make_command_box(name: str) -> gr.Code:
+    """Make the box for the command that draws a picture again."""
+    label = "Draws it again, to the byte"
+    return gr.Code(label=label, language="shell", show_line_numbers=False, wrap_lines=True, elem_id=name)
+
+
+def start_by(button: gr.Button, field: gr.Textbox, work: Any, inputs: list[Any], outputs: list[Any]) -> list[Any]:
+    """Start a drawing by a button, or by Enter in a field; returns what stopping cancels."""
+    return [event(work, inputs, outputs, **QUEUED) for event in (button.click, field.submit)]
+
+
 def build_page(studio: Studio, examples: list[str], defaults: dict[str, Any]) -> gr.Blocks:
     """Build the page.
 
@@ -124,6 +135,7 @@ def build_page(studio: Studio, examples: list[str], defaults: dict[str, Any]) ->
 
 
 def build_draw(studio: Studio, examples: list[str], defaults: dict[str, Any]) -> None:
+    # What is asked for on the left, what was drawn on the right.
     with gr.Row():
         with gr.Column(min_width=300):
             prompt = gr.Textbox(label="Prompt", lines=2, elem_id="draw-prompt")
@@ -135,13 +147,7 @@ def build_draw(studio: Studio, examples: list[str], defaults: dict[str, Any]) ->
         with gr.Column(min_width=300):
             picture = gr.Image(label="Picture", format="png", interactive=False, height=460, elem_id="draw-picture")
             state = gr.Markdown(elem_id="draw-state")
-            command = gr.Code(
-                label="Draws it again, to the byte",
-                language="shell",
-                show_line_numbers=False,
-                wrap_lines=True,
-                elem_id="draw-command",
-            )
+            command = make_command_box("draw-command")
 
     @show_errors
     def draw(text: str, *values: Any) -> Iterator[Any]:
@@ -152,15 +158,12 @@ def build_draw(studio: Studio, examples: list[str], defaults: dict[str, Any]) ->
             else:
                 yield str(progress.path), "done", studio.get_command(progress.path)
 
-    outputs = [picture, state, command]
-    running: list[Any] = [
-        start.click(draw, [prompt, *settings.inputs], outputs, **QUEUED),
-        prompt.submit(draw, [prompt, *settings.inputs], outputs, **QUEUED),
-    ]
+    running = start_by(start, prompt, draw, [prompt, *settings.inputs], [picture, state, command])
     stop.click(lambda: "stopped", None, state, cancels=running, queue=False)
 
 
 def build_edit(studio: Studio, defaults: dict[str, Any]) -> None:
+    # Input images and what should change on the left, before and after on the right.
     with gr.Row():
         with gr.Column(min_width=300):
             sources = gr.Gallery(
@@ -177,13 +180,7 @@ def build_edit(studio: Studio, defaults: dict[str, Any]) -> None:
                 label="Before and after", type="pil", interactive=False, height=460, elem_id="edit-picture"
             )
             state = gr.Markdown(elem_id="edit-state")
-            command = gr.Code(
-                label="Draws it again, to the byte",
-                language="shell",
-                show_line_numbers=False,
-                wrap_lines=True,
-                elem_id="edit-command",
-            )
+            command = make_command_box("edit-command")
     result = gr.State()
 
     @show_errors
@@ -207,10 +204,7 @@ def build_edit(studio: Studio, defaults: dict[str, Any]) -> None:
         return [path]
 
     inputs, outputs = [sources, prompt, *settings.inputs], [slider, state, command, result]
-    running: list[Any] = [
-        start.click(edit, inputs, outputs, **QUEUED),
-        prompt.submit(edit, inputs, outputs, **QUEUED),
-    ]
+    running = start_by(start, prompt, edit, inputs, outputs)
     stop.click(lambda: "stopped", None, state, cancels=running, queue=False)
     onward.click(go_on, result, sources, queue=False)
 
@@ -231,13 +225,13 @@ def build_ask(studio: Studio) -> None:
         upright = None if picture is None else to_upright_rgb(picture)
         yield studio.pipeline.answer(text.strip(), upright, int(tokens))
 
-    for event in (start.click, question.submit):
-        event(ask, [image, question, longest], answer, **QUEUED)
+    start_by(start, question, ask, [image, question, longest], [answer])
 
 
 def build_ladder(studio: Studio, examples: list[str], defaults: dict[str, Any]) -> None:
     model = studio.pipeline.model
     taps = list_taps(model)
+    # Which taps are on and which query is looked at on the left, pictures and heat maps on the right.
     with gr.Row():
         with gr.Column(min_width=300):
             prompt = gr.Textbox(examples[0] if examples else "", label="Prompt", lines=2, elem_id="ladder-prompt")
@@ -286,6 +280,7 @@ def build_ladder(studio: Studio, examples: list[str], defaults: dict[str, Any]) 
     def show_norms(text: str) -> Iterator[Any]:
         yield plot_heat(measure_norms(model, text), "Root mean square of each context", taps, "query")
 
+    # Each button shows something else of the same prompt and noise.
     asked = [prompt, *settings.inputs]
     start.click(draw, [prompt, chosen, weight, *settings.inputs], gallery, **QUEUED)
     each.click(draw_each, asked, gallery, **QUEUED)

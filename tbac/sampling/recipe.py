@@ -1,5 +1,6 @@
 """What a picture was drawn from, kept in the PNG file itself, so that it can be drawn again."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -68,8 +69,6 @@ def compute_fingerprint(model: UniImage) -> str:
 
 def save_picture(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Write a PNG with its recipe; the same picture and recipe give the same bytes."""
-    import io
-
     facts, buffer = PngInfo(), io.BytesIO()
     facts.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False))
     image.save(buffer, "PNG", pnginfo=facts)

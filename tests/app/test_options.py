@@ -11,7 +11,7 @@ from tbac.app.arguments import quote, read_arguments
 from tbac.app.kinds import Kind, list_of, new_folder, number, optional, path, whole
 from tbac.app.options import COMMANDS, check_config, find_kind
 from tbac.app.parts import STAGE, Part, Parts
-from tests.helpers.configs import compose_config
+from tests.helpers.configs import REQUIRED, compose_config
 
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 1.5, math.nan, math.inf, -math.inf, 2**31, 2**64, 10**400, -(10**30), 1e300, "", " ",
@@ -159,23 +159,9 @@ def test_a_sweep_over_paths_is_still_one() -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_key_of_a_shipped_config_is_an_option(command: str, in_world: Any) -> None:
     """And another key is refused, wherever it is added."""
-    required = {
-        "answer": ["checkpoint=x", "question=x"],
-        "app": ["out=x"],
-        "cache_latents": ["path=x", "out=x", "denoiser=x"],
-        "convert": ["dataset=folder", "dataset.path=x", "out=x"],
-        "evaluate": ["checkpoint=x", "out=x"],
-        "export": ["checkpoint=x", "out=x"],
-        "generate": ["checkpoint=x", "out=."],
-        "study/quantization": ["checkpoint=x"],
-        "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
-        "sweep": ["name=taps_x_lr"],
-        "train": ["run_dir=."],
-        "verify": ["path=x"],
-    }
-    check_config(command, compose_config(command, *required.get(command, [])))
+    check_config(command, compose_config(command, *REQUIRED.get(command, [])))
     with pytest.raises(ValueError, match="foo isn't an option"):
-        check_config(command, compose_config(command, *required.get(command, []), "+foo=1"))
+        check_config(command, compose_config(command, *REQUIRED.get(command, []), "+foo=1"))
 
 
 @pytest.mark.parametrize(

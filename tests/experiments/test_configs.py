@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from tbac.models.architecture import check_config
-from tests.helpers.configs import ROOT, compose_config
+from tests.helpers.configs import REQUIRED, ROOT, compose_config
 
 CONF = ROOT / "conf"
 ROOTS = [
@@ -28,20 +28,6 @@ OPTIONS = sorted(
 WORLDS = sorted(f.stem for f in (CONF / "world").glob("*.yaml"))
 STAGES = sorted(f.stem for f in (CONF / "stage").glob("*.yaml"))
 PRESETS = sorted(f.stem for f in (CONF / "experiment").glob("*.yaml"))
-REQUIRED = {
-    "app": ["out=x"],
-    "answer": ["checkpoint=x", "question=x"],
-    "cache_latents": ["path=x", "out=x", "denoiser=x"],
-    "convert": ["dataset=folder", "dataset.path=x", "out=x"],
-    "evaluate": ["checkpoint=x", "out=x"],
-    "export": ["checkpoint=x", "out=x"],
-    "generate": ["checkpoint=x", "out=."],
-    "study/quantization": ["checkpoint=x"],
-    "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
-    "sweep": ["name=taps_x_lr"],
-    "train": ["run_dir=."],
-    "verify": ["path=x"],
-}
 
 
 @pytest.mark.parametrize("name", ROOTS)

@@ -9,6 +9,20 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[2]
+REQUIRED = {  # what a command has no default for
+    "app": ["out=x"],
+    "answer": ["checkpoint=x", "question=x"],
+    "cache_latents": ["path=x", "out=x", "denoiser=x"],
+    "convert": ["dataset=folder", "dataset.path=x", "out=x"],
+    "evaluate": ["checkpoint=x", "out=x"],
+    "export": ["checkpoint=x", "out=x"],
+    "generate": ["checkpoint=x", "out=."],
+    "study/quantization": ["checkpoint=x"],
+    "import_official": ["checkpoint=x", "mllm=x", "denoiser=x", "out=x"],
+    "sweep": ["name=taps_x_lr"],
+    "train": ["run_dir=."],
+    "verify": ["path=x"],
+}
 
 
 @cache

@@ -1,9 +1,10 @@
 """Rules that decide what is right: GenEval's, those for edits, and for answers; pure functions of detections."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tbac.evaluation.detectors.base import Detection, Scan
 
@@ -27,12 +28,15 @@ class Thresholds:
     most: int = 10**6
 
     def apply(self, detections: Sequence[Detection], tag: str) -> list[Detection]:
-        """Select the detections that count for a prompt with this tag, the best of each class first."""
-        least = self.counting if tag == "counting" else self.score
+        """Select the detections that count for a prompt with this tag, the best of each class first.
+
+        Scores are compared as float32 numbers, and of equal ones the last comes first, as in GenEval.
+        """
+        least = np.float32(self.counting if tag == "counting" else self.score)
         by_name: dict[str, list[Detection]] = {}
-        for detection in sorted(detections, key=lambda d: -d.score):
+        for detection in reversed(sorted(detections, key=lambda d: np.float32(d.score))):
             of_name = by_name.setdefault(detection.name, [])
-            if detection.score > least and len(of_name) < self.most:
+            if np.float32(detection.score) > least and len(of_name) < self.most:
                 of_name.append(detection)
         return [detection for of_name in by_name.values() for detection in of_name]
 
@@ -50,18 +54,19 @@ class Verdict:
 
 
 def find_relations(first: Detection, second: Detection) -> set[str]:
-    """Find where `first` stands relative to `second`, as GenEval does.
+    """Find where `first` stands relative to `second`, as GenEval does, in float32 numbers.
 
     Returns:
         Any of `RELATIONS`; empty when the objects are too close to tell.
     """
-    offset = [a - b for a, b in zip(first.center, second.center, strict=True)]
-    sides = [first.box[i + 2] - first.box[i] + second.box[i + 2] - second.box[i] for i in (0, 1)]
-    clear = [_shrink(distance, POSITION_MARGIN * side) for distance, side in zip(offset, sides, strict=True)]
-    if all(abs(distance) < 1e-3 for distance in clear):
+    corners = np.array([first.box, second.box], np.float32).reshape(2, 2, 2)  # (object, corner, axis)
+    offset = np.subtract(*corners.mean(axis=1))
+    sides = np.abs(np.diff(corners, axis=1))[:, 0].sum(axis=0, dtype=np.float32)
+    # What counts of a distance is what exceeds the margin.
+    clear = np.maximum(np.abs(offset) - np.float32(POSITION_MARGIN) * sides, 0) * np.sign(offset)
+    if (np.abs(clear) < 1e-3).all():
         return set()
-    length = math.hypot(*offset)
-    x, y = clear[0] / length, clear[1] / length
+    x, y = clear / np.linalg.norm(offset)
     holds = {
         "left of": x < -POSITION_SINE,
         "right of": x > POSITION_SINE,
@@ -69,11 +74,6 @@ def find_relations(first: Detection, second: Detection) -> set[str]:
         "below": y > POSITION_SINE,
     }
     return {relation for relation, is_true in holds.items() if is_true}
-
-
-def _shrink(distance: float, margin: float) -> float:
-    """Bring a signed distance nearer to 0 by a margin, and not beyond."""
-    return math.copysign(max(abs(distance) - margin, 0.0), distance)
 
 
 def judge_geneval(

@@ -91,13 +91,13 @@ BY_THRESHOLDS = {
     "the seventeenth doesn't": (dogs(*[0.95] * 17), counting(16), True),
     "so seventeen are never found": (dogs(*[0.95] * 17), counting(17), False),
     "sixteen of each class": ([*dogs(*[0.95] * 17), at("cat", 5, 90, score=0.4)], {"include": [CAT]}, True),
-    "a tie of scores: the first stays first": (
-        [at("dog", 5, 5, "blue", score=0.8), at("dog", 50, 5, "red", score=0.8)],
+    "a tie of scores: the last comes first, as numpy's argsort turned around has it": (
+        [at("dog", 50, 5, "red", score=0.8), at("dog", 5, 5, "blue", score=0.8)],
         {"include": [BLUE_DOG]},
         True,
     ),
-    "and the second doesn't get its turn": (
-        [at("dog", 50, 5, "red", score=0.8), at("dog", 5, 5, "blue", score=0.8)],
+    "and the first doesn't get its turn": (
+        [at("dog", 5, 5, "blue", score=0.8), at("dog", 50, 5, "red", score=0.8)],
         {"include": [BLUE_DOG]},
         False,
     ),

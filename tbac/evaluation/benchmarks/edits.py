@@ -19,7 +19,7 @@ from tbac.evaluation.benchmarks.base import (
     locate_picture,
     read_rows,
 )
-from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.evaluation.detectors.base import Detection, Scan, check_names
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.rules import EVERY, Thresholds, aggregate_by_tag, judge_edit
 from tbac.files import describe_error, expand_path, shorten
@@ -55,6 +55,12 @@ class Edits(PictureBenchmark):
     def find_group(self, target: Target) -> str:
         """Find the kind of edit."""
         return self.edits[int(target.item)]["kind"]
+
+    def check_judge(self, judge: Any) -> None:
+        """Raise ValueError when the judge isn't a detector, or doesn't know an object of an edit."""
+        super().check_judge(judge)
+        scans = [parse_scan(edit[part]) for edit in self.edits for part in ("source", "target")]
+        check_names(judge, [detection.name for scan in scans for detection in scan.detections], self.file)
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """Apply the rules for edits to what the detector finds, with the colours of all objects before and after."""

@@ -18,6 +18,7 @@ from tbac.evaluation.benchmarks.base import (
     list_judge_difference,
     read_rows,
 )
+from tbac.evaluation.detectors.base import check_names
 from tbac.evaluation.picture_tree import Target, name_records_folder
 from tbac.evaluation.rules import EVERY, RELATIONS, aggregate_by_tag, judge_geneval
 from tbac.files import shorten, write_whole
@@ -53,6 +54,12 @@ class GenEval(PictureBenchmark):
     def find_group(self, target: Target) -> str:
         """Find the tag of its prompt."""
         return self.prompts[int(target.item)]["tag"]
+
+    def check_judge(self, judge: Any) -> None:
+        """Raise ValueError when the judge isn't a detector, or doesn't know a class that a prompt asks for."""
+        super().check_judge(judge)
+        parts = [row.get(part, []) for row in self.prompts for part in ("include", "exclude")]
+        check_names(judge, [entry["class"] for entries in parts for entry in entries], self.file)
 
     def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
         """Apply GenEval's rules to what the detector finds, with the colours that this prompt asks for."""

@@ -1,18 +1,19 @@
 """GenEval's detector for real pictures: Mask2Former finds objects, CLIP names their colours.
 
-Masks are made at the picture's full resolution in the same steps as in the original (mmdetection's Mask2Former head),
-since transformers' post-processing works on small masks and drops boxes.
+Pictures are resized and padded, and masks are made at the picture's full resolution, in the same steps as in the
+original (mmdetection): transformers stretches pictures that aren't square, and its post-processing works on small masks
+and drops boxes.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate, normalize, pad
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.evaluation.detectors.coco import name_classes
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
 from tbac.models.sources import locate_folder
 from tbac.pictures import to_upright_rgb
@@ -31,11 +33,41 @@ MAX_DETECTIONS = 100  # of all classes, before any threshold
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BEHIND = "#999"  # gray that replaces the background of an object before CLIP names its colour
-GENEVAL_NAMES = {  # COCO's name -> GenEval's, where they differ
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-}
+PADDED_TO = 32  # the sides of the model's input are multiples of this many pixels
+
+
+@dataclass(frozen=True)
+class DetectorInput:
+    """A picture as the segmenter reads it.
+
+    Attributes:
+        pixels: (1, 3, height, width), normalised, with zeros to the right of the picture and below it.
+        resized: (height, width) of the part that holds the picture.
+    """
+
+    pixels: Tensor
+    resized: tuple[int, int]
+
+
+def prepare_picture(image: Image.Image, processor: Mask2FormerImageProcessorPil) -> DetectorInput:
+    """Resize a picture to the processor's sides with its ratio kept, normalise and pad it, as mmdetection does.
+
+    Args:
+        image: RGB.
+        processor: holds shortest and longest side, mean and deviation of the colours.
+    """
+    # The shorter side gets its length unless the longer one would be too long; both are rounded.
+    width, height = image.size
+    short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
+    scale = min(short / min(width, height), long / max(width, height))
+    resized = int(height * scale + 0.5), int(width * scale + 0.5)
+    pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None]
+    # OpenCV, which mmdetection resizes with, doesn't blur what it makes smaller, and returns whole numbers.
+    pixels = interpolate(pixels, resized, mode="bilinear", align_corners=False).round()
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    pixels = (pixels / 255 - mean) / deviation
+    below, right = (-side % PADDED_TO for side in resized)
+    return DetectorInput(pad(pixels, (0, right, 0, below)), resized)
 
 
 def resize_masks(logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -99,8 +131,11 @@ class Mask2FormerDetector:
         clip: folder or hub id of a CLIP.
         device: where they run; `auto` is CUDA where there is one.
 
+    Attributes:
+        object_names: of its classes, as GenEval calls them.
+
     Raises:
-        ValueError: when there are no such weights.
+        ValueError: when there are no such weights, or their classes can't be told.
     """
 
     thresholds = GENEVAL_THRESHOLDS
@@ -111,7 +146,7 @@ class Mask2FormerDetector:
         self.processor = Mask2FormerImageProcessorPil.from_pretrained(folder)
         self.segmenter = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(self.device).eval()
         labels = self.segmenter.config.id2label
-        self.names = [GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
+        self.object_names = name_classes([labels[i] for i in range(len(labels))], f"judge.segmenter={segmenter}")
         folder = locate_folder("judge.clip", clip, MODEL_FILES)
         self.clip_processor = CLIPImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -123,14 +158,13 @@ class Mask2FormerDetector:
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
         """Read one picture; only objects whose name is in `colored` get a colour. The background has no name."""
         image = to_upright_rgb(image)
-        inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
-        outputs = self.segmenter(**inputs)
-        # The processor pads the picture; its mask tells which part of the input is the picture.
-        padded = tuple(inputs["pixel_values"].shape[-2:])
-        pixel_mask = inputs["pixel_mask"][0]
-        resized = int(pixel_mask[:, 0].sum()), int(pixel_mask[0].sum())
-        masks = resize_masks(outputs.masks_queries_logits[0].float(), padded, resized, image.size[::-1])
-        instances, instance_masks = find_instances(outputs.class_queries_logits[0].float(), masks, self.names)
+        prepared = prepare_picture(image, self.processor)
+        outputs = self.segmenter(pixel_values=prepared.pixels.to(self.device))
+        height, width = prepared.pixels.shape[-2:]
+        masks = resize_masks(
+            outputs.masks_queries_logits[0].float(), (height, width), prepared.resized, image.size[::-1]
+        )
+        instances, instance_masks = find_instances(outputs.class_queries_logits[0].float(), masks, self.object_names)
         # CLIP takes most of the time, so it only looks at objects whose colour matters and that count at all.
         detections = []
         for detection, mask in zip(instances, instance_masks, strict=True):

@@ -93,6 +93,7 @@ class CachedDetector:
     def __init__(self, detector: Any, cache: Cache) -> None:
         self.detector, self.cache, self.identity = detector, cache, detector.identity
         self.thresholds: Thresholds = getattr(detector, "thresholds", EVERY)
+        self.object_names: Sequence[str] | None = getattr(detector, "object_names", None)
 
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
         """Return the scan that was kept, or make it now."""

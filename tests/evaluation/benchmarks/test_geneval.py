@@ -1,9 +1,10 @@
 """GenEval: its files, and one verdict wherever it is judged."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,11 +12,13 @@ from tbac.evaluation.benchmarks.base import make_picture_finder
 from tbac.evaluation.benchmarks.geneval import GenEval, read_geneval
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.evaluation.detectors.base import Detection, Scan
+from tbac.evaluation.detectors.coco import GENEVAL_NAMES, OTHER_NAMES, name_classes
 from tbac.evaluation.detectors.template import TemplateDetector
 from tbac.evaluation.picture_tree import Tree
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
 from tests.helpers.configs import ROOT
 from tests.helpers.drawing import Drawer
+from tests.helpers.published import locate_published
 
 
 def test_black_pictures_score_nothing(in_world: Path, detector: TemplateDetector) -> None:
@@ -101,3 +104,62 @@ def test_prompt_files_of_the_wrong_form_are_named_by_line_and_field(
     with pytest.raises(ValueError, match=words) as error:
         read_geneval(file)
     assert str(file) in str(error.value)
+
+
+class PerfectDetector:
+    """Finds exactly what a prompt asks for, by the names of a converted checkpoint's classes."""
+
+    def __init__(self, object_names: Sequence[str]) -> None:
+        self.object_names = list(object_names)
+        self.row: dict = {}
+
+    def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:
+        found: list[Detection] = []
+        places: list[tuple[float, float]] = []
+        for index, wanted in enumerate(self.row["include"]):
+            x, y = 400.0, 400.0 * (index + 1)
+            if "position" in wanted:
+                relation, other = wanted["position"]
+                dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[relation]
+                x, y = places[other][0] + 300 * dx, places[other][1] + 300 * dy
+            places.append((x, y))
+            for k in range(wanted["count"]):
+                box = (x, y + 15 * k, x + 10, y + 15 * k + 10)
+                found.append(Detection(wanted["class"], wanted.get("color", ""), box, 0.95))
+        return Scan("", tuple(detection for detection in found if detection.name in self.object_names))
+
+
+def read_published() -> GenEval:
+    return GenEval(name="geneval", file=str(locate_published("geneval/evaluation_metadata.jsonl")))
+
+
+def test_a_perfect_detector_of_a_converted_checkpoint_scores_one_on_all_published_prompts() -> None:
+    benchmark = read_published()
+    judge = PerfectDetector(name_classes(converted_labels(), "x"))
+    benchmark.check_judge(judge)
+    targets = benchmark.list_targets()
+    assert len(targets) == 553
+    for target in targets:
+        judge.row = benchmark.prompts[int(target.item)]
+        assert benchmark.judge_picture(target, Image.new("RGB", (8, 8)), judge).score == 1, judge.row["prompt"]
+
+
+def converted_labels() -> list[str]:
+    other = {wanted: given for given, wanted in OTHER_NAMES.items()}
+    return [other.get(name, name) for name in GENEVAL_NAMES]
+
+
+@pytest.mark.parametrize("lacking", ["couch", "toaster", "person"])
+def test_a_detector_that_lacks_a_class_is_refused_by_name(lacking: str) -> None:
+    judge = PerfectDetector([name for name in GENEVAL_NAMES if name != lacking])
+    with pytest.raises(ValueError, match=f"the judge can't find {lacking}, which"):
+        read_published().check_judge(judge)
+
+
+def test_ties_at_a_threshold_and_among_scores_are_decided_as_in_geneval() -> None:
+    # As float32, 0.3 isn't above 0.3, though it is as a Python number; and of equal scores the last one comes first.
+    edge = Detection("dog", "", (0, 0, 1, 1), float(np.float32(0.3)))
+    assert edge.score > 0.3
+    assert GENEVAL_THRESHOLDS.apply([edge], "colors") == []
+    first, second = (Detection("dog", color, (0, 0, 1, 1), 0.5) for color in ("red", "blue"))
+    assert GENEVAL_THRESHOLDS.apply([first, second], "colors") == [second, first]

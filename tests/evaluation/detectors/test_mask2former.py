@@ -18,7 +18,13 @@ from transformers import (
 )
 
 from tbac.evaluation.detectors.base import Detection
-from tbac.evaluation.detectors.mask2former import COLORS, Mask2FormerDetector, find_instances, resize_masks
+from tbac.evaluation.detectors.mask2former import (
+    COLORS,
+    Mask2FormerDetector,
+    find_instances,
+    prepare_picture,
+    resize_masks,
+)
 from tests.helpers.pictures import make_noise_image
 
 pytestmark = pytest.mark.xdist_group("mask2former")  # the detector is built once
@@ -55,6 +61,32 @@ def test_masks_are_of_the_picture_alone_and_at_its_resolution() -> None:
     assert not made[0, :, 115:].any()
 
 
+@pytest.mark.parametrize(
+    ("size", "resized", "padded"),
+    [
+        ((90, 50), (53, 96), (64, 96)),
+        ((50, 90), (96, 53), (96, 64)),
+        ((40, 40), (64, 64), (64, 64)),
+        ((64, 65), (65, 64), (96, 64)),
+    ],
+)
+def test_pictures_keep_their_ratio_and_are_padded_to_multiples_of_32(
+    size: tuple[int, int], resized: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    processor = Mask2FormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
+    image = make_noise_image(3, size)
+    made = prepare_picture(image, processor)
+    assert (made.resized, made.pixels.shape[-2:]) == (resized, padded)
+    height, width = resized
+    assert not made.pixels[..., height:, :].any()
+    assert not made.pixels[..., width:].any()
+    # What holds the picture is the picture: where nothing is resized, to the bit.
+    if image.size[::-1] == resized:
+        kept = torch.tensor(np.array(image)).permute(2, 0, 1)
+        mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        torch.testing.assert_close(made.pixels[0, :, :height, :width], (kept / 255 - mean) / deviation)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, world_folder: Path) -> tuple[str, str]:
     torch.manual_seed(0)
@@ -83,7 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, world_folder: Path) -> tup
 
 def test_the_whole_detector_reads_a_picture(folders: tuple[str, str]) -> None:
     detector = Mask2FormerDetector(*folders, device="cpu")
-    assert detector.names == ["dog", "computer mouse", "tv remote"]  # GenEval's names
+    assert detector.object_names == ["dog", "computer mouse", "tv remote"]  # GenEval's names
     detector.thresholds = type(detector.thresholds)()  # untrained models are never certain
     picture = make_noise_image(1, (50, 90))
     scan = detector(picture, {"dog"})

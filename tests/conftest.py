@@ -9,6 +9,7 @@ import contextlib
 import io
 import pickle
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ from tests.helpers.shared import build_once
 
 if TYPE_CHECKING:
     from tbac.models import UniImage
+
+
+# A shell that starts the tests in the background, or nohup, has them ignore these, and every process that they start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

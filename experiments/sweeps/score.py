@@ -14,6 +14,7 @@ from PIL import Image
 
 from experiments.scores.steps import score_checkpoint
 from experiments.sweeps.points import Point
+from experiments.ui.ladder import measure_mix
 from tbac.app import make_part, open_model
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.transforms import ConditionDropout
@@ -27,6 +28,7 @@ from tbac.pictures import PictureError, open_picture
 from tbac.training.module import get_latents
 from tbac.training.randomness import draw_noise
 
+MIX_PROMPTS = 32  # over which the shares of layers are averaged, where they depend on the prompt
 log = logging.getLogger(__name__)
 FILE = "scores.json"
 SUITE_SCORES = {
@@ -66,7 +68,7 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
         "prompts": {f"{i:05d}": scored.rows[i].prompt for i in chosen},
         **measure_losses(model, point.checkpoint),
         "layers": list(plan.layers),
-        "mix": model.ladder.compute_mix_weights().tolist() if plan.mixed else None,
+        "mix": measure_mix(model, [row.prompt for row in scored.rows[:MIX_PROMPTS]]).tolist() if plan.mixed else None,
         "asked": list(cfg.suites),
         "suites": score_suites(point, cfg, pipeline, detector),
     }
@@ -137,11 +139,13 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
     data.bind(model.prompt)
     # Leaving out a tap means that the blocks which it feeds read zeros. Where taps are mixed, a block is left out.
     plan = model.ladder.plan
-    blocks: dict[int, list[int]] = {}
-    for block in range(plan.num_blocks):
-        blocks.setdefault(block if plan.mixed else plan.layers[plan.assignment[block]], []).append(block)
+    blocks: dict[str, list[int]] = {}
+    order = sorted(enumerate(plan.list_readings()), key=lambda pair: pair[0] if plan.mixed else (pair[1], pair[0]))
+    names = plan.name_readings()
+    for block, _ in order:
+        blocks.setdefault(str(block) if plan.mixed else names[block], []).append(block)
     # Sums over all samples, of the whole model and without each tap, with the same noise.
-    names = ["whole", *map(str, sorted(blocks))]
+    names = ["whole", *blocks]
     sums = dict.fromkeys(names, 0.0)
     count = 0
     for batch in data.val_dataloader():
@@ -153,7 +157,7 @@ def measure_losses(model: UniImage, checkpoint: Path) -> dict[str, Any]:
         for name in sums:
             states = condition.states.clone()
             if name != "whole":
-                states[blocks[int(name)]] = 0
+                states[blocks[name]] = 0
             predicted = model.predict_velocity(path.noisy, sigma, replace(condition, states=states))
             sums[name] += compute_velocity_loss(predicted, path.velocity).item() * len(batch)
         count += len(batch)

@@ -16,11 +16,9 @@ from tbac.sampling.recipe import Recipe
 
 
 def list_taps(model: UniImage) -> list[str]:
-    """Name the context of each block by the layer that it reads, or by its number where layers are mixed."""
-    plan = model.ladder.plan
-    if plan.mixed:
-        return [f"block {block}: mix" for block in range(plan.num_blocks)]
-    return [f"block {block}: layer {plan.layers[index]}" for block, index in enumerate(plan.assignment)]
+    """Name the context of each block by what it reads: a layer, several that are joined, or a mix."""
+    names = model.ladder.plan.name_readings()
+    return [f"block {block}: {'' if 'mix' in name else 'layer '}{name}" for block, name in enumerate(names)]
 
 
 @torch.no_grad()
@@ -55,6 +53,16 @@ def measure_norms(model: UniImage, prompt: str) -> Tensor:
     """Measure the root mean square of each block's context, query by query: (block, query)."""
     condition = model.encode_condition(model.prompt([prompt]).to(model.device))
     return condition.states[:, 0].float().square().mean(-1).sqrt().cpu()
+
+
+@torch.no_grad()
+def measure_mix(model: UniImage, prompts: Sequence[str]) -> Tensor:
+    """Measure the share of each tapped layer in what each block reads, (block, layer), where taps are mixed.
+
+    Where blocks attend over layers, it is the mean over the tokens of these prompts.
+    """
+    taps = model.read_taps(model.prompt(list(prompts)).to(model.device))[0]
+    return model.ladder.compute_mix_weights(taps).float().cpu()
 
 
 @torch.no_grad()

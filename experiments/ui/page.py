@@ -13,6 +13,7 @@ from experiments.ui.ladder import (
     compute_attention,
     draw_weighted,
     list_taps,
+    measure_mix,
     measure_norms,
     overlay,
     plot_heat,
@@ -290,11 +291,10 @@ def build_ladder(studio: Studio, examples: list[str], defaults: dict[str, Any]) 
         mix = gr.Button("Learned mixes")
         layers = [f"layer {layer}" for layer in model.ladder.plan.layers]
 
-        def show_mix() -> Image.Image:
-            weights = model.ladder.compute_mix_weights().detach().float().cpu()
-            return plot_heat(weights, f"Share of each layer: {', '.join(layers)}", taps, "layer")
+        def show_mix(text: str) -> Image.Image:
+            return plot_heat(measure_mix(model, [text]), f"Share of each layer: {', '.join(layers)}", taps, "layer")
 
-        mix.click(show_mix, None, heat, **QUEUED)
+        mix.click(show_mix, prompt, heat, **QUEUED)
 
 
 def build_compare(studio: Studio, examples: list[str], defaults: dict[str, Any]) -> None:

@@ -308,7 +308,7 @@ def check_config(config: ModelConfig, opened: bool = False) -> tuple[Architectur
     parts = read_architecture(config, opened)
     plan = resolve_taps(config.taps, parts.num_layers, parts.num_blocks)
     check_mllm(parts.mllm)
-    config.ladder.check_width(parts.hidden_size)
+    config.ladder.check_width(parts.hidden_size, plan.bundle_size)
     check_channels(parts.transformer["in_channels"], parts.autoencoder["latent_channels"])
     return parts, plan
 

@@ -7,6 +7,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tbac.models.taps import TapPlan
+
 FILES = {
     False: "The frozen MLLM and autoencoder aren't in here; they are read from the places named below.",
     True: "The frozen MLLM and autoencoder are in `mllm/` and `denoiser/vae/`, so this folder loads without network.",
@@ -39,16 +41,12 @@ def make_model_card(config: dict[str, Any], sources: list[str], standalone: bool
         base_model=[s for s in sources if is_hub_id(s)] or None,
         tags=["text-to-image", "image-to-image", "ladder-side-diffusion-tuning"],
     )
-    taps = config["taps"]
-    blocks = f"mixes of {taps['layers']}"
-    if not taps["mixed"]:
-        blocks = str([taps["layers"][i] for i in taps["assignment"]])
     # The table says what the model is made of, and by which digests its frozen parts are known.
     rows = {
         "MLLM": config["mllm"],
         "denoiser": config["denoiser"],
         "queries": config["num_queries"],
-        "taps, block by block": blocks,
+        "taps, block by block": TapPlan.from_dict(config["taps"]).describe(),
         "connector": config["ladder"]["connector"],
         "area of input images": f"{config['image_pixels']} pixels",
         "longest prompt": f"{config['max_text_tokens']} tokens",

@@ -15,6 +15,7 @@ from typing import Any
 from tbac.files import ForeignFileError, reading, shorten
 from tbac.models.taps import TapPlan, TapRule, last_n
 
+TAP_NORMS = ("none", "rms", "layer")
 CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
@@ -124,6 +125,8 @@ class LadderConfig:
         num_layers: encoder layers of the `transformer` connector.
         num_heads: attention heads of the `transformer` connector; must divide the MLLM's hidden size.
         query_std: standard deviation of the queries at the start.
+        tap_norm: norm of every tapped state, token by token and without weights, before layers are mixed or projected:
+            `none` (released), `rms`, or `layer`.
         prompt_context: the prompt's own tapped states follow the queries in every context, through the same connectors.
             Needs a connector that reads each token apart from the others.
 
@@ -135,6 +138,7 @@ class LadderConfig:
     num_layers: int = 2
     num_heads: int = 8
     query_std: float = 0.02
+    tap_norm: str = "none"
     prompt_context: bool = False
 
     def __post_init__(self) -> None:
@@ -148,6 +152,8 @@ class LadderConfig:
         is_number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
         if not is_number or not 0 <= self.query_std <= LARGEST_STD:
             raise ValueError(f"ladder.query_std must be between 0 and {LARGEST_STD:g}, got {self.query_std!r}")
+        if self.tap_norm not in TAP_NORMS:
+            raise ValueError(f"ladder.tap_norm must be one of {', '.join(TAP_NORMS)}; got {self.tap_norm!r}")
         _check_flag("ladder.prompt_context", self.prompt_context)
         if self.connector == "transformer":
             self.check_prompt_context(per_token=False)
@@ -165,10 +171,19 @@ class LadderConfig:
                 "with per_token = True"
             )
 
-    def check_width(self, hidden_size: int) -> None:
-        """Raise ValueError when the connector's heads don't fit an MLLM of this hidden size."""
-        if self.connector == "transformer" and hidden_size % self.num_heads:
-            raise ValueError(f"ladder.num_heads={self.num_heads} must divide the MLLM's hidden size {hidden_size}")
+    def check_width(self, hidden_size: int, bundle_size: int = 1) -> None:
+        """Raise ValueError when the connector's heads don't fit an MLLM of this hidden size.
+
+        Args:
+            hidden_size: of the MLLM.
+            bundle_size: how many layers are joined along channels to what the connector reads.
+        """
+        width = hidden_size * bundle_size
+        if self.connector == "transformer" and width % self.num_heads:
+            joined = f", {bundle_size} times" if bundle_size > 1 else ""
+            raise ValueError(
+                f"ladder.num_heads={self.num_heads} must divide the MLLM's hidden size {hidden_size}{joined}"
+            )
 
     @classmethod
     def from_dict(cls, values: Any, connector: Connector | None = None) -> "LadderConfig":
@@ -397,4 +412,4 @@ class ModelConfig:
     def _list_behaviour(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in BEHAVIOUR}
         ladder = self.ladder.to_dict()
-        return values | {f"ladder.{name}": ladder[name] for name in ("connector", "prompt_context")}
+        return values | {f"ladder.{name}": ladder[name] for name in ("connector", "tap_norm", "prompt_context")}

@@ -1,7 +1,11 @@
-"""The ladder: learnable queries, and connectors that turn tapped states into one context per denoiser block.
+"""The ladder: learnable queries, norms and mixtures of tapped states, connectors to one context per denoiser block.
+
+Tapped states are normed first (`ladder.tap_norm`), then joined or mixed as the tap plan says, then projected. With
+`prompt_context` all of this holds for the prompt's tokens as for the queries, since nothing looks across tokens.
 
 A connector is a module that turns states (tap, batch, token, hidden) into contexts (tap, batch, token, channel). It is
-made by a callable that takes `num_taps`, `hidden_size` and `channels`. Two attributes of its class, False where they
+made by a callable that takes `num_taps`, `hidden_size` and `channels`; where a block reads several joined layers, a tap
+is such a bundle, and `hidden_size` is that of all its layers. Two attributes of its class, False where they
 are missing, say how it may be used:
 
 - `per_token`: each token is projected apart from the others, so the prompt's tokens may follow the queries.
@@ -13,9 +17,12 @@ import math
 import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm
 
 from tbac.models.config import LadderConfig
 from tbac.models.taps import TapPlan, check_call
+
+NORM_EPS = 1e-6
 
 
 class ConnectorMLP(nn.Sequential):
@@ -124,8 +131,43 @@ def check_connector_shape(connector: nn.Module, num_taps: int, hidden_size: int,
         )
 
 
+def normalize_states(states: Tensor, norm: str) -> Tensor:
+    """Norm each token of tapped states by itself, without weights, in float32.
+
+    Args:
+        states: (…, hidden).
+        norm: `none`; `rms`: divided by the root mean square; `layer`: the mean is subtracted before.
+
+    Returns:
+        (…, hidden), of the type that came in.
+    """
+    if norm == "none":
+        return states
+    normed = layer_norm if norm == "layer" else rms_norm
+    return normed(states.float(), states.shape[-1:], eps=NORM_EPS).to(states.dtype)
+
+
+def compute_attended_weights(queries: Tensor, biases: Tensor, states: Tensor) -> Tensor:
+    """Compute how learned queries attend over the layers of each token.
+
+    The share of layer l in a token with states h is the softmax over l of `query . rms(h_l) / sqrt(hidden) + bias_l`.
+
+    Args:
+        queries: (mix, hidden).
+        biases: (mix, layer).
+        states: (layer, batch, token, hidden).
+
+    Returns:
+        (mix, layer, batch, token); sums over layers are 1.
+    """
+    # m = mix, l = layer, b = batch, t = token, h = hidden
+    keys = normalize_states(states, "rms")
+    scores = torch.einsum("mh,lbth->mlbt", queries.to(keys.dtype), keys) / math.sqrt(keys.shape[-1])
+    return (scores.float() + biases[:, :, None, None]).softmax(dim=1)
+
+
 class Ladder(nn.Module):
-    """Queries and connectors.
+    """Queries, norms, mixtures and connectors.
 
     Args:
         plan: the taps, and which block reads which.
@@ -143,18 +185,52 @@ class Ladder(nn.Module):
     ) -> None:
         super().__init__()
         config = config or LadderConfig()
-        config.check_width(hidden_size)
+        config.check_width(hidden_size, plan.bundle_size)
         self.plan = plan
+        self.tap_norm = config.tap_norm
         self.prompt_layers = plan.layers if config.prompt_context else ()  # where the prompt's own states are tapped
         self.queries = nn.Parameter(config.query_std * torch.randn(num_queries, hidden_size))
-        self.connector = build_connector(config, len(plan.layers), hidden_size, channels)
+        # What is computed once, and which block reads what of it.
+        contexts, self.context_of_block = plan.list_contexts()
+        self.bundles = contexts if plan.bundle_size > 1 else []
+        num_taps = len(self.bundles) or len(plan.layers)
+        self.connector = build_connector(config, num_taps, hidden_size * plan.bundle_size, channels)
         config.check_prompt_context(getattr(self.connector, "per_token", False))
+        # Mixes start as the mean; a query that attends over layers starts at zero, and so as the same mean.
+        self.candidates = [list(context) for context in contexts if len(context) > 1 and plan.mixed]
+        self.alone = [context[0] for context in contexts if len(context) == 1 and plan.mixed]
+        self.mix_queries: nn.Parameter | None = None
         if plan.mixed:
-            self.mix_logits = nn.Parameter(torch.zeros(plan.num_blocks, len(plan.layers)))
+            self.mix_logits = nn.Parameter(torch.zeros(len(self.candidates), len(self.candidates[0])))
+            if plan.mix == "attend":
+                self.mix_queries = nn.Parameter(torch.zeros(len(self.candidates), hidden_size))
 
-    def compute_mix_weights(self) -> Tensor:
-        """Compute the share of each candidate layer in each block's tap: (block, candidate), rows sum to 1."""
-        return self.mix_logits.softmax(dim=-1)
+    def compute_mix_weights(self, taps: Tensor | None = None) -> Tensor:
+        """Compute the share of each layer in what each block reads, where taps are mixed.
+
+        Args:
+            taps: (tap, batch, token, hidden) as in `forward`, needed where blocks attend over layers: their shares
+                differ from token to token, and the mean over all tokens is returned.
+
+        Returns:
+            (block, layer), in the order of `plan.layers`; rows sum to 1.
+
+        Raises:
+            ValueError: where `taps` are needed and missing.
+        """
+        if self.mix_queries is None:
+            shares = self.mix_logits.softmax(dim=-1)
+        elif taps is None:
+            raise ValueError("with taps=attend the weights depend on the tapped states; give taps")
+        else:
+            states = normalize_states(taps.to(self.queries.dtype), self.tap_norm)[self.candidates[0]]
+            shares = compute_attended_weights(self.mix_queries, self.mix_logits, states).mean(dim=(2, 3))
+        weights = shares.new_zeros(len(self.candidates) + len(self.alone), len(self.plan.layers))
+        weights[: len(shares), self.candidates[0]] = shares
+        # A block that reads one layer alone has all of its share there.
+        for row, position in enumerate(self.alone, start=len(shares)):
+            weights[row, position] = 1.0
+        return weights[self.context_of_block]
 
     def forward(self, taps: Tensor) -> Tensor:
         """Turn tapped states into contexts.
@@ -165,17 +241,38 @@ class Ladder(nn.Module):
         Returns:
             (block, batch, query, channel).
         """
-        taps = taps.to(self.queries.dtype)
+        states = normalize_states(taps.to(self.queries.dtype), self.tap_norm)
         if self.plan.mixed and getattr(self.connector, "per_tap", False):
-            return self._mix(self.connector(taps))
-        if self.plan.mixed:
-            return self.connector(self._mix(taps))
-        contexts = self.connector(taps)
-        if self.plan.assignment == tuple(range(len(self.plan.layers))):
+            contexts = self._mix(self.connector(states), states)
+        elif self.plan.mixed:
+            contexts = self.connector(self._mix(states, states))
+        elif self.bundles:
+            bundles = [torch.cat([states[position] for position in bundle], dim=-1) for bundle in self.bundles]
+            contexts = self.connector(torch.stack(bundles))
+        else:
+            contexts = self.connector(states)
+        if self.context_of_block == list(range(len(contexts))):
             return contexts
-        return contexts[list(self.plan.assignment)]
+        return contexts[self.context_of_block]
 
-    def _mix(self, states: Tensor) -> Tensor:
-        """Mix taps for each block: (tap, batch, query, width) -> (block, batch, query, width)."""
-        # k = block, t = tap, b = batch, q = query, w = width
-        return torch.einsum("kt,tbqw->kbqw", self.compute_mix_weights().to(states.dtype), states)
+    def _mix(self, values: Tensor, states: Tensor) -> Tensor:
+        """Mix what each layer gives, and add what blocks read alone.
+
+        Args:
+            values: (layer, batch, token, width): the states, or what was computed from each of them.
+            states: (layer, batch, token, hidden), over which queries attend.
+
+        Returns:
+            (context, batch, token, width).
+        """
+        # m = mix, l = layer, b = batch, t = token, w = width
+        candidates = self.candidates[0]
+        everything = candidates == list(range(len(values)))
+        mixed = values if everything else values[candidates]
+        if self.mix_queries is None:
+            mixes = torch.einsum("ml,lbtw->mbtw", self.mix_logits.softmax(dim=-1).to(values.dtype), mixed)
+        else:
+            read = states if everything else states[candidates]
+            weights = compute_attended_weights(self.mix_queries, self.mix_logits, read)
+            mixes = torch.einsum("mlbt,lbtw->mbtw", weights.to(values.dtype), mixed)
+        return torch.cat([mixes, values[self.alone]]) if self.alone else mixes

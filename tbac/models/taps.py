@@ -4,95 +4,24 @@ A tap is an index into Hugging Face's `hidden_states`: 0 = embeddings, k = outpu
 after the final norm. A rule is a function of (number of MLLM layers, number of denoiser blocks) that returns a
 `TapPlan` or says what doesn't fit; its further arguments are its own options. A YAML in conf/taps/ names a rule by
 `_target_` (with `_partial_: true`), so a rule of your own may live in any module.
+
+Every rule has one option more, `blocks`: the denoiser's blocks that the rule is for. The rule is then called with their
+number, and the other blocks read the final state.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+from tbac.models.tap_plan import TapPlan, check_range, is_index
 
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-@dataclass(frozen=True)
-class TapPlan:
-    """Which states of the MLLM are tapped, and which denoiser block gets which.
-
-    Attributes:
-        layers: distinct tap indices to read, ascending.
-        assignment: for each block the position in `layers` of its tap; empty when the taps are mixed.
-        mixed: each block learns a softmax mix over all of `layers`.
-        num_blocks: number of denoiser blocks.
-
-    Raises:
-        ValueError: when these contradict each other.
-    """
-
-    layers: tuple[int, ...]
-    assignment: tuple[int, ...]
-    mixed: bool
-    num_blocks: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "assignment", tuple(self.assignment))
-        ascending = all(low < high for low, high in zip(self.layers, self.layers[1:], strict=False))
-        if not self.layers or not all(map(_is_index, self.layers)) or not ascending:
-            raise ValueError(f"taps.layers must be ascending tap indices, got {list(self.layers)}")
-        if not isinstance(self.mixed, bool):
-            raise ValueError(f"taps.mixed must be true or false, got {self.mixed!r}")
-        if not _is_index(self.num_blocks) or self.num_blocks == 0:
-            raise ValueError(f"taps.num_blocks must be at least 1, got {self.num_blocks!r}")
-        expected = 0 if self.mixed else self.num_blocks
-        in_range = all(_is_index(i) and i < len(self.layers) for i in self.assignment)
-        if len(self.assignment) != expected or not in_range:
-            raise ValueError(
-                f"taps.assignment must hold {expected} positions in taps.layers, which has {len(self.layers)}; got "
-                f"{list(self.assignment)}"
-            )
-
-    @classmethod
-    def per_block(cls, taps: Sequence[int]) -> "TapPlan":
-        """Make the plan that gives block i the tap `taps[i]`."""
-        layers = tuple(sorted(set(taps)))
-        return cls(layers, tuple(layers.index(tap) for tap in taps), False, len(taps))
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "TapPlan":
-        """Read a plan from what `to_dict` returned.
-
-        Raises:
-            ValueError: for anything else.
-        """
-        names = [f.name for f in fields(cls)]
-        if not isinstance(values, Mapping) or sorted(values) != sorted(names):
-            raise ValueError(f"taps must hold {', '.join(names)}, got {values!r}")
-        for name in ("layers", "assignment"):
-            if not isinstance(values[name], list | tuple):
-                raise ValueError(f"taps.{name} must be a list of whole numbers, got {values[name]!r}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values."""
-        return {
-            "layers": list(self.layers),
-            "assignment": list(self.assignment),
-            "mixed": self.mixed,
-            "num_blocks": self.num_blocks,
-        }
-
-    @property
-    def deepest(self) -> int:
-        return self.layers[-1]
-
-    def list_block_layers(self) -> list[int]:
-        """List the tap of each block, in block order (not for mixed taps)."""
-        return [self.layers[i] for i in self.assignment]
-
-
+__all__ = [
+    "TapPlan", "TapRule", "attend", "bundle", "check_call", "explicit", "final", "first", "last_n", "last_n_reversed",
+    "learned_mix", "middle", "resolve_taps", "single", "uniform",
+]  # fmt: skip
+EVERY_LAYER = "all"  # candidates of a mix: all layers and the final state
 TapRule = Callable[[int, int], TapPlan]  # (num_layers, num_blocks)
 
 
@@ -107,22 +36,64 @@ def resolve_taps(rule: TapRule | TapPlan, num_layers: int, num_blocks: int) -> T
     Raises:
         ValueError: for options that the rule doesn't have, a tap out of range, or counts that don't fit.
     """
-    plan = rule
-    if not isinstance(rule, TapPlan):
-        check_call("the tap rule", rule, num_layers, num_blocks)
-        try:
-            plan = rule(num_layers, num_blocks)
-        except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-            raise ValueError(
-                f"the tap rule {rule!r} failed for {num_layers} layers and {num_blocks} blocks with "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    if not isinstance(plan, TapPlan):
-        raise ValueError(f"a tap rule must return a TapPlan, got {plan!r}")
+    plan = rule if isinstance(rule, TapPlan) else _apply_rule(rule, num_layers, num_blocks)
     check_range(plan.layers, num_layers)
     if plan.num_blocks != num_blocks:
         raise ValueError(f"the taps are for {plan.num_blocks} denoiser blocks, and this denoiser has {num_blocks}")
     return plan
+
+
+def _apply_rule(rule: TapRule, num_layers: int, num_blocks: int) -> TapPlan:
+    """Call a rule, for all blocks or for those that its option `blocks` names.
+
+    Raises:
+        ValueError: for options that the rule doesn't have, blocks that don't exist, and a rule that fails.
+    """
+    # `blocks` is taken from the rule's options, unless the rule has an option of its own with this name.
+    blocks = None
+    if (
+        isinstance(rule, partial)
+        and "blocks" in rule.keywords
+        and "blocks" not in inspect.signature(rule.func).parameters
+    ):
+        options = dict(rule.keywords)
+        blocks = options.pop("blocks")
+        rule = partial(rule.func, *rule.args, **options)
+    if blocks is not None:
+        blocks = check_blocks(blocks, num_blocks)
+    count = num_blocks if blocks is None else len(blocks)
+    check_call("the tap rule", rule, num_layers, count)
+    try:
+        plan = rule(num_layers, count)
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the tap rule {rule!r} failed for {num_layers} layers and {count} blocks with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(plan, TapPlan):
+        raise ValueError(f"a tap rule must return a TapPlan, got {plan!r}")
+    if blocks is None:
+        return plan
+    if plan.num_blocks != count:
+        raise ValueError(f"the taps are for {plan.num_blocks} denoiser blocks, and taps.blocks names {count}")
+    return plan.place(blocks, num_blocks, num_layers)
+
+
+def check_blocks(blocks: Any, num_blocks: int) -> tuple[int, ...]:
+    """Check which blocks a rule is for; one number is a list of one.
+
+    Raises:
+        ValueError: unless they are distinct and the denoiser has them.
+    """
+    listed = [blocks] if is_index(blocks) else blocks
+    right = isinstance(listed, list | tuple) and len(listed) > 0
+    right = right and all(is_index(block) and block < num_blocks for block in listed)
+    if not right or len(set(listed)) != len(listed):
+        raise ValueError(
+            f"taps.blocks must list different blocks of the denoiser, from 0 to {num_blocks - 1}, or be null for all; "
+            f"got {blocks!r}"
+        )
+    return tuple(listed)
 
 
 def check_call(what: str, made_of: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -135,16 +106,6 @@ def check_call(what: str, made_of: Callable[..., Any], *arguments: Any, **option
     except TypeError as error:
         name = getattr(function, "__name__", repr(function))
         raise ValueError(f"{what} {name} can't be called with what it is given: {error}") from None
-
-
-def check_range(layers: Sequence[int], num_layers: int) -> None:
-    """Raise ValueError for a tap that the MLLM doesn't have."""
-    for tap in layers:
-        if not _is_index(tap) or tap > num_layers:
-            raise ValueError(
-                f"tap index {tap} is out of range: the MLLM has {num_layers} layers, so taps run from 0 "
-                f"(embeddings) to {num_layers} (final state)"
-            )
 
 
 def count_inner_states(rule: str, num_layers: int, num_blocks: int) -> int:
@@ -238,7 +199,7 @@ def explicit(
             )
         return TapPlan.per_block(layers)
     # With one, each block reads one of the taps, and a tap that no block reads is surely a mistake.
-    if len(assignment) != num_blocks or not all(0 <= i < len(layers) for i in assignment):
+    if len(assignment) != num_blocks or not all(is_index(i) and i < len(layers) for i in assignment):
         raise ValueError(
             f"taps.assignment={list(assignment)} must hold {num_blocks} positions (one per denoiser block) "
             f"between 0 and {len(layers) - 1}"
@@ -248,15 +209,98 @@ def explicit(
     return TapPlan.per_block([layers[i] for i in assignment])
 
 
-def learned_mix(num_layers: int, num_blocks: int, layers: Sequence[int] | None = None) -> TapPlan:
-    """Let every block mix all candidate layers with weights that it learns.
+def bundle(num_layers: int, num_blocks: int, layers: Sequence[Any] | None = None, size: int | None = None) -> TapPlan:
+    """Let every block read several layers, joined along channels.
 
     Args:
         num_layers: decoder layers of the MLLM.
         num_blocks: transformer blocks of the denoiser.
-        layers: the candidates; None = the states before the last one, as many as there are blocks or inner layers.
+        layers: a list of layers for each block, or one list that all blocks read; None = a spread by `size`.
+        size: how many layers a block reads. The depth is divided into so many equal parts, and each block reads one
+            layer of each part: the first block the shallowest of each, the last block the deepest, so the final state
+            is among what it reads. None = 3.
+
+    Raises:
+        ValueError: for lists of different lengths or another number of lists than blocks, and for a size out of range.
     """
+    if layers:
+        if size is not None:
+            raise ValueError(f"taps=bundle takes taps.layers or taps.size, not both; got size={size!r}")
+        return TapPlan.per_block(_list_bundles(layers, num_layers, num_blocks))
+    size = 3 if size is None else size
+    if not is_index(size) or not 1 <= size <= num_layers:
+        raise ValueError(f"taps.size must be from 1 to {num_layers}, the MLLM's number of layers; got {size!r}")
+    # Part j holds the layers from `bounds[j] + 1` to `bounds[j + 1]`.
+    bounds = [round(part * num_layers / size) for part in range(size + 1)]
+    bundles = []
+    for block in range(num_blocks):
+        height = block / (num_blocks - 1) if num_blocks > 1 else 1.0
+        bundles.append([low + 1 + round(height * (high - low - 1)) for low, high in pairwise(bounds)])
+    return TapPlan.per_block(bundles)
+
+
+def _list_bundles(layers: Sequence[Any], num_layers: int, num_blocks: int) -> list[Sequence[int]]:
+    """List the layers of each block's bundle."""
+    nested = [isinstance(entry, list | tuple) for entry in layers]
+    if not any(nested):
+        check_range(layers, num_layers)
+        return [list(layers)] * num_blocks
+    if not all(nested) or len(layers) != num_blocks or len({len(entry) for entry in layers}) != 1 or not layers[0]:
+        raise ValueError(
+            f"taps.layers must be one list of layers for all blocks, or {num_blocks} lists (one per denoiser block) of "
+            f"the same length; got {list(layers)}"
+        )
+    for entry in layers:
+        check_range(entry, num_layers)
+    return list(layers)
+
+
+def learned_mix(
+    num_layers: int, num_blocks: int, layers: Sequence[int] | str | None = None, shared: bool = False
+) -> TapPlan:
+    """Let blocks mix candidate layers with weights that they learn, a softmax for each block or one for all.
+
+    Args:
+        num_layers: decoder layers of the MLLM.
+        num_blocks: transformer blocks of the denoiser.
+        layers: the candidates; None = the states before the last one, as many as there are blocks or inner layers;
+            `all` = every layer and the final state.
+        shared: all blocks have the same weights.
+    """
+    if not isinstance(shared, bool):
+        raise ValueError(f"taps.shared must be true or false, got {shared!r}")
     if not layers:
         layers = last_n(num_layers, min(num_blocks, num_layers - 1)).layers
+    return _mix(list_candidates(layers, num_layers), num_blocks, "shared" if shared else "per_block")
+
+
+def attend(num_layers: int, num_blocks: int, layers: Sequence[int] | str | None = None) -> TapPlan:
+    """Let every block attend over candidate layers, token by token, with a query that it learns.
+
+    Args:
+        num_layers: decoder layers of the MLLM.
+        num_blocks: transformer blocks of the denoiser.
+        layers: the candidates; None or `all` = every layer and the final state.
+    """
+    return _mix(list_candidates(layers or EVERY_LAYER, num_layers), num_blocks, "attend")
+
+
+def _mix(candidates: tuple[int, ...], num_blocks: int, mix: str) -> TapPlan:
+    """Make the plan of a mix; a mix of one layer is that layer."""
+    if len(candidates) == 1:
+        return TapPlan.per_block(candidates * num_blocks)
+    return TapPlan(candidates, (), True, num_blocks, mix)
+
+
+def list_candidates(layers: Sequence[int] | str, num_layers: int) -> tuple[int, ...]:
+    """List the candidates of a mix, ascending.
+
+    Raises:
+        ValueError: for a text other than `all`, and a tap out of range.
+    """
+    if layers == EVERY_LAYER:
+        return tuple(range(1, num_layers + 1))
+    if isinstance(layers, str):
+        raise ValueError(f"taps.layers must be a list of layers or {EVERY_LAYER}, got {layers!r}")
     check_range(layers, num_layers)
-    return TapPlan(tuple(sorted(set(layers))), (), True, num_blocks)
+    return tuple(sorted(set(layers)))

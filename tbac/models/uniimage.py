@@ -105,22 +105,37 @@ class UniImage(nn.Module):
         Raises:
             ValueError: with `ladder.prompt_context`, for inputs that `prompt()` hasn't made.
         """
+        states, mask = self.read_taps(inputs)
+        return Condition(self.ladder(states), mask, self.encode_reference(inputs))
+
+    @one_at_a_time
+    def read_taps(self, inputs: PromptInputs | dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Read the tapped states of queries, and with `ladder.prompt_context` of prompts, from the MLLM.
+
+        Args:
+            inputs: what `prompt()` returned, on the model's device.
+
+        Returns:
+            States (tap, batch, token, hidden) as `ladder` takes them, and the mask (batch, token) of real tokens, or
+            None where there are only queries.
+
+        Raises:
+            ValueError: with `ladder.prompt_context`, for inputs that `prompt()` hasn't made.
+        """
         # The queries run after the prompt. Where the prompt's own states are tapped too, they follow those of the
         # queries, and the mask leaves out the prompt's padding.
         plan = self.ladder.plan
         if not self.ladder.prompt_layers:
             prefix = self.mllm.read_prefix(inputs, plan.deepest)
-            states, mask = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
-        elif "shared_ids" not in inputs:
+            return self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
+        if "shared_ids" not in inputs:
             raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
-        else:
-            prefix = self.mllm.read_prefix(inputs, plan.deepest, self.ladder.prompt_layers)
-            assert prefix.states is not None
-            assert prefix.states_mask is not None
-            states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
-            mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
-            states = torch.cat([states, prefix.states.to(states)], dim=2)
-        return Condition(self.ladder(states), mask, self.encode_reference(inputs))
+        prefix = self.mllm.read_prefix(inputs, plan.deepest, self.ladder.prompt_layers)
+        assert prefix.states is not None
+        assert prefix.states_mask is not None
+        states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
+        mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
+        return torch.cat([states, prefix.states.to(states)], dim=2), mask
 
     @one_at_a_time
     def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:

@@ -44,7 +44,7 @@ def find_component(name: str) -> str:
     if name.endswith("ladder.queries"):
         return "queries"
     if "ladder." in name:
-        return "mix" if name.endswith("mix_logits") else "connector"
+        return "mix" if "ladder.mix_" in name else "connector"
     block = re.search(r"transformer_blocks\.(\d+)\.", name)
     return f"block_{int(block[1]):02d}" if block else "denoiser"
 

@@ -144,7 +144,7 @@ class LadderTuningModule(L.LightningModule):
         self._context_squares = squares if self._context_squares is None else self._context_squares + squares
 
     def compute_tap_norms(self) -> dict[str, float]:
-        """Compute the gradient norm of the contexts that come from each tap; all processes must call this.
+        """Compute the gradient norm of the contexts that come from each tap, or bundle; all processes must call this.
 
         With mixed taps there is one norm for each block, since each block reads its own mix.
         """
@@ -154,7 +154,8 @@ class LadderTuningModule(L.LightningModule):
         plan = self.model.ladder.plan
         names = [f"block_{i:02d}_context" for i in range(plan.num_blocks)]
         if not plan.mixed:
-            names = [f"tap_{plan.layers[tap]:02d}" for tap in plan.assignment]
+            layers = [[plan.layers[position] for position in reading] for reading in plan.list_readings()]
+            names = ["tap_" + "-".join(f"{layer:02d}" for layer in reading) for reading in layers]
         sums: dict[str, float] = defaultdict(float)
         for name, square in zip(names, squares.tolist(), strict=True):
             sums[name] += square

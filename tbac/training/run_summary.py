@@ -22,11 +22,10 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
         Name -> value as text: the tap rule and its layers, the ladder, rates, sizes, stage, seed, options.
     """
     first, model = configs[0], configs[0]["model"]
-    layers = [plan.layers[index] for index in plan.assignment] if not plan.mixed else list(plan.layers)
     found: dict[str, Any] = {
         "stage": _join([config["stage"]["name"] for config in configs]),
         "taps": name_part(model.get("taps")),
-        "tap_layers": f"mixes of {layers}" if plan.mixed else layers,
+        "tap_layers": plan.describe(),
         "seed": first.get("seed"),
         "num_queries": model.get("num_queries"),
         "quantization": model.get("quantization"),

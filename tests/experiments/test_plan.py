@@ -179,6 +179,12 @@ def test_options_of_the_model_are_counted(config: dict) -> None:
     assert context["ladder"] == pytest.approx(plain["text"]["ladder"] * (queries + 24) / queries, rel=0.02)
     assert context["denoiser"] > plain["text"]["denoiser"]
     assert context["queries"] == plain["text"]["queries"]
+    # Three joined layers make the connector's first matrix three times as wide; all blocks read one bundle.
+    bundles = {**config, "taps": {**config["taps"], "_target_": "tbac.models.taps.bundle", "layers": [1, 2, 3]}}
+    model = build_on_meta(config)
+    hidden, channels = model.mllm.hidden_size, model.denoiser.transformer.config.caption_channels
+    ratio = (3 * hidden + channels) / (hidden + channels) / len(model.ladder.plan.layers)
+    assert count_sample_flops(bundles, text, 4)["ladder"] == pytest.approx(plain["text"]["ladder"] * ratio, rel=1e-3)
     with_reference = {**config, "reference_latents": True}
     assert "reference" not in count_sample_flops(with_reference, text, 4)
     found = count_sample_flops(with_reference, edit, 4)

@@ -101,11 +101,20 @@ def test_references_follow_the_size_of_the_picture(referring: UniImage) -> None:
     assert made.images[0].size == (32, 16)
 
 
-@pytest.fixture
-def reading(in_world: Path) -> UniImage:
-    return load_small_model(in_world, "ladder.prompt_context=true")
+WAYS_OF_READING = [
+    [],
+    ["taps=bundle", "ladder.tap_norm=layer"],
+    ["taps=learned_mix", "taps.layers=all", "ladder.tap_norm=rms", "ladder=per_tap_mlp"],
+    ["taps=attend", "taps.blocks=[1,2]"],
+]
 
 
+@pytest.fixture(params=WAYS_OF_READING[:1], ids=lambda overrides: "_".join(overrides) or "as released")
+def reading(in_world: Path, request: pytest.FixtureRequest) -> UniImage:
+    return load_small_model(in_world, "ladder.prompt_context=true", *request.param)
+
+
+@pytest.mark.parametrize("reading", WAYS_OF_READING, indirect=True, ids=lambda overrides: str(overrides))
 @pytest.mark.parametrize("images", [None, [[make_noise_image(1)], None, [make_noise_image(2), make_noise_image(3)]]])
 def test_the_prompts_states_are_those_of_the_whole_sequence(reading: UniImage, images: list | None) -> None:
     """Against the library's own forward pass of each prompt."""
@@ -137,7 +146,7 @@ def test_padding_of_the_prompt_is_never_read(reading: UniImage) -> None:
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("taps", ["final", "learned_mix", "single"])
+@pytest.mark.parametrize("taps", ["final", "learned_mix", "single", "bundle", "attend"])
 def test_the_prompt_is_read_at_every_kind_of_tap(in_world: Path, taps: str) -> None:
     model = load_small_model(in_world, "ladder.prompt_context=true", f"taps={taps}")
     inputs = model.prompt(TEXTS)
@@ -190,6 +199,22 @@ def test_an_export_keeps_them(in_world: Path, tmp_path: Path) -> None:
     options = {"num_inference_steps": 2, "latents": torch.randn(1, 8, 6, 6), "output_type": "latent"}
     made = [UniImagePipeline(m)(prompts[0], image=prompts[1], **options).images for m in (model, again)]
     torch.testing.assert_close(*made)
+
+
+@pytest.mark.parametrize("options", WAYS_OF_READING[1:], ids=str)
+def test_a_checkpoint_and_an_export_keep_how_layers_are_read(in_world: Path, tmp_path: Path, options: list) -> None:
+    model = load_small_model(in_world, *options)
+    with torch.no_grad():
+        for name, parameter in model.ladder.named_parameters():
+            if name.startswith("mix_"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "export")
+    saved = saved_of(model, "run.ckpt")
+    assert saved.config.taps == model.ladder.plan
+    for again in (UniImage.from_pretrained(tmp_path / "export"), UniImage.from_saved(saved)):
+        conditions = [m.encode_condition(m.prompt(TEXTS)).states for m in (model, again)]
+        torch.testing.assert_close(*conditions)
+    assert model.ladder.plan.describe() in (tmp_path / "export" / "README.md").read_text()
 
 
 def saved_of(model: UniImage, origin: str) -> SavedModel:

@@ -7,6 +7,8 @@ import pytest
 from tbac.models.taps import (
     TapPlan,
     TapRule,
+    attend,
+    bundle,
     explicit,
     final,
     first,
@@ -19,7 +21,7 @@ from tbac.models.taps import (
     uniform,
 )
 
-RULES = (last_n, uniform, first, middle, single, final, explicit, last_n_reversed, learned_mix)
+RULES = (last_n, uniform, first, middle, single, final, explicit, last_n_reversed, learned_mix, bundle, attend)
 
 
 def test_the_released_model_s_taps() -> None:
@@ -37,7 +39,9 @@ def test_every_block_gets_a_tap_in_range(rule: TapRule, num_layers: int, num_blo
     assert plan.num_blocks == num_blocks
     assert list(plan.layers) == sorted(set(plan.layers))
     assert all(0 <= tap <= num_layers for tap in plan.layers)
-    assert plan.mixed or (len(plan.assignment) == num_blocks and set(plan.list_block_layers()) == set(plan.layers))
+    read = [plan.layers[position] for reading in plan.list_readings() for position in reading]
+    assert len(plan.list_readings()) == num_blocks
+    assert set(read) == set(plan.layers)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,23 @@ def test_every_block_gets_a_tap_in_range(rule: TapRule, num_layers: int, num_blo
         (uniform, [1, 2, 4, 5]),
         (single, [3, 3, 3, 3]),
         (final, [6, 6, 6, 6]),
+        (partial(bundle, size=2), [[1, 4], [2, 5], [2, 5], [3, 6]]),
+        (bundle, [[1, 3, 5], [1, 3, 5], [2, 4, 6], [2, 4, 6]]),
+        (partial(bundle, layers=[5, 1]), [[5, 1]] * 4),
+        (partial(bundle, layers=[[1, 2], [3, 2], [4, 6], [5, 6]]), [[1, 2], [3, 2], [4, 6], [5, 6]]),
+        (partial(bundle, layers=[3]), [3] * 4),
+        (partial(learned_mix, layers="all"), [[1, 2, 3, 4, 5, 6]] * 4),
+        (partial(learned_mix, layers=[6, 2], shared=True), [[2, 6]] * 4),
+        (partial(learned_mix, layers=[2]), [2] * 4),
+        (attend, [[1, 2, 3, 4, 5, 6]] * 4),
+        # Chosen blocks: the rule is for their number, and the others read the final state.
+        (partial(last_n, blocks=[2, 0]), [5, 6, 4, 6]),
+        (partial(last_n, blocks=1), [6, 5, 6, 6]),
+        (partial(explicit, layers=[3, 1], blocks=[0, 3]), [3, 6, 6, 1]),
+        (partial(last_n_reversed, blocks=[3, 2, 1, 0]), [2, 3, 4, 5]),
+        (partial(learned_mix, layers=[2, 3], blocks=[1]), [[6], [2, 3], [6], [6]]),
+        (partial(attend, blocks=[1, 3]), [[6], [1, 2, 3, 4, 5, 6], [6], [1, 2, 3, 4, 5, 6]]),
+        (partial(bundle, layers=[2, 4], blocks=[3]), [[6, 6], [6, 6], [6, 6], [2, 4]]),
     ],
 )
 def test_rules_on_six_layers_and_four_blocks(rule: TapRule, expected: list[int]) -> None:
@@ -87,6 +108,22 @@ def test_fewer_taps_with_a_stated_assignment() -> None:
         (partial(single, layer=9), ["tap index 9"]),
         (partial(learned_mix, layers=(1, 9)), ["tap index 9"]),
         (partial(single, depth=9), ["tap rule", "'depth'"]),
+        (partial(learned_mix, layers="every"), ["taps.layers", "all", "'every'"]),
+        (partial(learned_mix, shared="yes"), ["taps.shared", "'yes'"]),
+        (partial(attend, layers=[7]), ["tap index 7"]),
+        (partial(bundle, layers=[1, 7]), ["tap index 7"]),
+        (partial(bundle, layers=[[1, 2], [3, 4]]), ["4 lists", "same length"]),
+        (partial(bundle, layers=[[1, 2], [3, 4], [5], [6]]), ["4 lists", "same length"]),
+        (partial(bundle, layers=[[1, 2], 3, 4, 5]), ["4 lists"]),
+        (partial(bundle, layers=[[], [], [], []]), ["4 lists"]),
+        (partial(bundle, size=7), ["taps.size", "1 to 6", "got 7"]),
+        (partial(bundle, size=0), ["taps.size"]),
+        (partial(bundle, size=2, layers=[1, 2]), ["not both"]),
+        (partial(last_n, blocks=[4]), ["taps.blocks", "0 to 3", "[4]"]),
+        (partial(last_n, blocks=[]), ["taps.blocks"]),
+        (partial(last_n, blocks=[1, 1]), ["taps.blocks", "different"]),
+        (partial(last_n, blocks="12"), ["taps.blocks", "'12'"]),
+        (partial(explicit, layers=[1, 2, 3, 4], blocks=[0, 1]), ["4 taps for 2"]),
         (lambda num_layers, num_blocks: [1, 2, 3, 4], ["tap rule", "TapPlan", "[1, 2, 3, 4]"]),
     ],
 )
@@ -102,8 +139,10 @@ def test_more_blocks_than_states_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_plan_and_its_plain_values_are_the_same(rule: TapRule) -> None:
-    plan = resolve_taps(partial(explicit, layers=(5, 1, 3, 1)) if rule is explicit else rule, 6, 4)
+@pytest.mark.parametrize("options", [{}, {"blocks": [0, 3]}])
+def test_a_plan_and_its_plain_values_are_the_same(rule: TapRule, options: dict) -> None:
+    layers = {"layers": (5, 1) if options else (5, 1, 3, 1)} if rule is explicit else {}
+    plan = resolve_taps(partial(rule, **layers, **options), 6, 4)
     assert TapPlan.from_dict(plan.to_dict()) == plan
     assert resolve_taps(plan, 6, 4) == plan
 
@@ -118,6 +157,14 @@ def test_a_plan_and_its_plain_values_are_the_same(rule: TapRule) -> None:
         ({"assignment": [0, 1, 2]}, "taps.assignment must hold 4 positions"),
         ({"assignment": [0, 1, 2, 4]}, "taps.assignment must hold 4 positions in taps.layers, which has 4"),
         ({"mixed": True}, "taps.assignment must hold 0 positions"),
+        ({"mixed": True, "layers": [3], "assignment": []}, "taps.mixed needs at least two"),
+        ({"mixed": True, "assignment": [[0, 1], [0, 2], 3, 3]}, "must mix the same ones"),
+        ({"mixed": True, "assignment": [[0, 0], 1, 1, 1]}, "names a layer twice"),
+        ({"mixed": True, "assignment": [[0, 9], 1, 1, 1]}, "taps.assignment must hold 4 positions"),
+        ({"assignment": [[0, 1], [2, 3], 0, 1]}, "same number of layers to join"),
+        ({"assignment": [[], [], [], []]}, "taps.assignment must hold 4 positions"),
+        ({"mix": "attend"}, "taps.mix must be one of per_block, shared, attend"),
+        ({"mixed": True, "assignment": [], "mix": ["attend"]}, "taps.mix must be one of"),
         ({"mixed": "no"}, "taps.mixed must be true or false, got 'no'"),
         ({"num_blocks": 0}, "taps.num_blocks must be at least 1, got 0"),
         ({"rule": "last_n"}, "taps must hold layers, assignment, mixed, num_blocks"),

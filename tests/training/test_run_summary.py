@@ -21,6 +21,7 @@ def compose(*overrides: str) -> dict[str, Any]:
     [
         ("taps=final", "taps", "final"),
         ("ladder=per_tap_mlp", "connector", "per_tap_mlp"),
+        ("ladder.tap_norm=rms", "tap_norm", "rms"),
         ("ladder.prompt_context=true", "prompt_context", "True"),
         ("stage.lr=3e-4", "lr", "0.0003"),
         ("stage.batch_size=3", "batch_size", "3"),
@@ -42,6 +43,11 @@ def test_what_an_experiment_turns_is_a_parameter(override: str, name: str, value
 def test_resolved_layers_follow_the_blocks() -> None:
     assigned = TapPlan(layers=(2, 5), assignment=(1, 0, 0), mixed=False, num_blocks=3)
     assert summarize([compose()], assigned)["tap_layers"] == "[5, 2, 2]"
+    bundled = TapPlan.per_block([[1, 2], [2, 3]])
+    assert summarize([compose()], bundled)["tap_layers"] == "[[1, 2], [2, 3]]"
+    mixed = TapPlan((1, 2, 3), (), True, 4, "attend")
+    assert summarize([compose()], mixed)["tap_layers"] == "mix of 1..3"
+    assert summarize([compose()], mixed.place([2, 3, 1, 4], 5, 3))["tap_layers"] == "3" + 4 * ", mix of 1..3"
 
 
 def test_stages_of_one_run_are_listed_where_they_differ() -> None:

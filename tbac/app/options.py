@@ -32,6 +32,7 @@ from tbac.app.kinds import (
 from tbac.app.parts import (
     BENCHMARK,
     CALLBACKS,
+    CAPTIONS,
     CONVERSION,
     DATA,
     DATASET,
@@ -168,6 +169,14 @@ COMMANDS: dict[str, Fields] = {
         "utilisation": number(above=0, most=1),
         "overhead_gib": number(least=0),
         "memory_gb": list_of(number(above=0), least=1),
+    },
+    "probe": {
+        **MODEL,
+        "captions": CAPTIONS,
+        **dict.fromkeys(("checkpoint", "mllm", "denoiser"), optional(path())),
+        "device": DEVICE,
+        **counts("batch_size", "most_layers"),
+        "rules": list_of(text()),
     },
     "demo": {
         **dict.fromkeys(("geneval", "edits", "answers"), BENCHMARK),

@@ -327,6 +327,12 @@ JUDGE = Part(
 )  # fmt: skip
 
 # Layouts of datasets, and the world that is drawn.
+CAPTIONS = Part(
+    {
+        "data_prep.shapes.captions.draw_captions": {"seed": seed(), "count": whole()},
+        "tbac.evaluation.captions.read_table": {"path": path()},
+    }
+)
 DATASETS = "data_prep.datasets"
 DATASET = Part(
     {

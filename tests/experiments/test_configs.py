@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
+from tbac.evaluation.captions import list_concepts
 from tbac.models.architecture import check_config
 from tests.helpers.configs import REQUIRED, ROOT, compose_config
 
@@ -21,7 +22,7 @@ ROOTS = [
     f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
 ]
 # groups with a test of their own below
-BY_THEMSELVES = ("benchmark", "judge", "dataset", "debug", "experiment", "opening", "study", "sweep", "world")
+BY_THEMSELVES = ("benchmark", "captions", "judge", "dataset", "debug", "experiment", "opening", "study", "sweep", "world")
 OPTIONS = sorted(
     (f.parent.name, f.stem) for f in CONF.glob("*/*.yaml") if f.parent.name not in (*BY_THEMSELVES, "local")
 )
@@ -68,6 +69,15 @@ def launcher_of(name: str, *overrides: str) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides), return_hydra_config=True).hydra.launcher
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "captions").glob("*.yaml")))
+def test_all_captions_can_be_probed(name: str, tmp_path: Path) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text("caption,split,color\na red one,train,red\na blue one,train,blue\none in red,seen,red\n")
+    part = compose_config("probe", f"captions={name}").captions
+    path = {"path": str(table)} if OmegaConf.is_missing(part, "path") else {}
+    assert list_concepts(instantiate(part, **path))
 
 
 def test_a_cluster_chooses_the_launcher_that_reads_it() -> None:

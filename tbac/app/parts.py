@@ -330,6 +330,7 @@ JUDGE = Part(
 CAPTIONS = Part(
     {
         "data_prep.shapes.captions.draw_captions": {"seed": seed(), "count": whole()},
+        "data_prep.words.captions.draw_captions": {"seed": seed(), "count": whole()},
         "tbac.evaluation.captions.read_table": {"path": path()},
     }
 )

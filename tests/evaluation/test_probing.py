@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from data_prep.shapes.captions import draw_captions
+from data_prep.words.captions import KIND_OF
+from data_prep.words.captions import draw_captions as draw_word_captions
+from data_prep.words.lexicon import read_lexicon
 from tbac.evaluation.captions import LabelledCaption, choose_split, list_concepts, read_table
 from tbac.evaluation.probing import (
     choose_layers,
@@ -153,6 +156,22 @@ def test_captions_of_the_shapes_world_can_be_probed() -> None:
     }
     assert pairs["unseen"]
     assert not pairs["train"] & pairs["unseen"]
+
+
+def test_captions_of_the_world_of_words_are_tested_in_words_seen_and_unseen() -> None:
+    captions, lexicon = draw_word_captions(0, 800), read_lexicon()
+    assert captions == draw_word_captions(0, 800) != draw_word_captions(1, 800)
+    assert list_concepts(captions)
+    assert {c.split for c in captions} == {"train", "seen", "unseen"}
+    held_out = {kind: [w for by in lexicon.words[kind].values() for w in by["held_out"]] for kind in KIND_OF.values()}
+    held_out["shapes"] += [lexicon.plurals[word] for word in held_out["shapes"]]
+    for caption in captions:
+        spoken = {kind for kind, words in held_out.items() if any(f" {word}" in f" {caption.text}" for word in words)}
+        if caption.split == "unseen":
+            (concept,) = caption.labels
+            assert KIND_OF[concept] in spoken, caption
+        else:
+            assert not spoken & {"colors", "shapes"}, caption  # such as "ball" in no other word
 
 
 def write(file: Path, text: str) -> Path:

@@ -22,7 +22,18 @@ ROOTS = [
     f.relative_to(CONF).with_suffix("").as_posix() for f in sorted([*CONF.glob("*.yaml"), *CONF.glob("study/*.yaml")])
 ]
 # groups with a test of their own below
-BY_THEMSELVES = ("benchmark", "captions", "judge", "dataset", "debug", "experiment", "opening", "study", "sweep", "world")
+BY_THEMSELVES = (
+    "benchmark",
+    "captions",
+    "judge",
+    "dataset",
+    "debug",
+    "experiment",
+    "opening",
+    "study",
+    "sweep",
+    "world",
+)
 OPTIONS = sorted(
     (f.parent.name, f.stem) for f in CONF.glob("*/*.yaml") if f.parent.name not in (*BY_THEMSELVES, "local")
 )

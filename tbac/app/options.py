@@ -236,6 +236,7 @@ COMMANDS: dict[str, Fields] = {
         **MODEL,
         "out": new_folder(),
         "seed": seed(),
+        "install": flag(),
         "processes": whole(),
         "sizes": WORD_SIZES,
         "autoencoder": PRETRAINING,

@@ -78,8 +78,8 @@ shards-verify: $(READY) ## look at every sample of a folder of shards; DIR=data/
 app: $(READY) ## draw, edit, ask and look into the ladder in a browser, at http://127.0.0.1:7860; the demo's model
 	$(BIN)/python experiments/app.py $(ARGS)
 
-ui: $(READY) ## compare runs in the MLflow UI, at http://127.0.0.1:5000; PORT=... for another port
-	@$(BIN)/python -c 'import sys; from tbac.training.tracking import get_runs_link as link; print("compare runs at", link(*sys.argv[1:]))' "$(STORE)" http://127.0.0.1:$(PORT)
+ui: $(READY) ## MLflow's pages: prints the links that list runs and compare the newest sweep; PORT=5000 for another port
+	@$(BIN)/python -c 'import sys; from tbac.training.tracking import list_links; print(*(f"{name}: {link}" for name, link in list_links(*sys.argv[1:]).items()), sep="\n", flush=True)' "$(STORE)" http://127.0.0.1:$(PORT)
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
 
 lint: $(READY) ## ruff, mypy, import direction, what can be counted of how the code reads

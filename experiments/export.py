@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tbac.app import command, open_model, read_opening_options
+from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ def read_facts(checkpoint: str) -> dict[str, Any]:
 
     read = read_checkpoint(checkpoint)
     return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
+
+
+def note_run(checkpoint: str, out: Path) -> None:
+    """Note which MLflow run made the checkpoint, so that scores of the export go there too."""
+    from tbac.training.tracking import RUN_ID, find_run_id
+
+    run_id = find_run_id(Path(checkpoint))
+    if run_id is not None:
+        write_whole(out / RUN_ID, f"{run_id}\n".encode())
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
@@ -61,6 +71,7 @@ def main(cfg: DictConfig) -> None:
     model = open_model(cfg.checkpoint, **read_opening_options(cfg)).model
     out = Path(cfg.out)
     model.save_pretrained(out, standalone=cfg.standalone, notes=read_facts(cfg.checkpoint))
+    note_run(cfg.checkpoint, out)
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)
     if cfg.push_to_hub:
         log.info("pushed: %s", push_to_hub(out, cfg.push_to_hub, cfg.private))

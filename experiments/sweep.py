@@ -32,11 +32,21 @@ def build_world_if_missing(cfg: DictConfig) -> None:
             import_module(f"data_prep.{name}.parts").build_world(world)
 
 
+def wait_for(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process; Ctrl-C reaches it too, and it decides when it ends, with everything saved."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
 def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
     """Train every point that isn't finished yet, each as a child of the parent run.
 
     Raises:
-        ValueError: when the multirun was stopped, or ended before any point had a folder.
+        SystemExit: when a signal has stopped the multirun.
+        ValueError: when it ended before any point had a folder.
     """
     before = time.time()
     command = [
@@ -45,12 +55,15 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
     ]  # fmt: skip
     # In the environment, since anyone may read a command line, and the address may hold a password.
     environment = {**os.environ, "MLFLOW_TRACKING_URI": cfg.tracking_uri}
-    status = subprocess.run(command, env=environment).returncode
+    status = wait_for(subprocess.Popen(command, env=environment))
     if not status:
         return
-    # Points that failed are told in the report; a multirun that was stopped goes on first.
+    if status < 0 or status >= 128:
+        print(f"to go on: make sweep SWEEP={cfg.name}, with the same ARGS", file=sys.stderr)
+        raise SystemExit(128 - status if status < 0 else status)
+    # Points that failed are told in the report.
     failed_now = [file for file in out.glob(f"*/{FAILED}") if file.stat().st_mtime >= before]
-    if status < 0 or status >= 128 or not failed_now:
+    if not failed_now:
         raise ValueError(f"the training of {cfg.name} ended with status {status}; the same command goes on from there")
 
 
@@ -64,8 +77,14 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"suites={unknown} must be some of {', '.join(known)}")
     # Torch, diffusers and matplotlib are imported only when the config is right.
     from experiments.sweeps.report import Completeness, write_report
-    from experiments.sweeps.score import score_point
-    from tbac.training.tracking import get_comparison_link, open_parent_run, read_metric_history
+    from experiments.sweeps.score import list_metrics, score_point
+    from tbac.training.tracking import (
+        add_to_run,
+        get_comparison_link,
+        get_runs_link,
+        open_parent_run,
+        read_metric_history,
+    )
 
     build_world_if_missing(cfg)
     out = Path(cfg.out).absolute()
@@ -89,6 +108,8 @@ def main(cfg: DictConfig) -> None:
                 note_failure(point.folder, f"it can't be scored: {error}")
                 continue
             histories[point.folder] = read_metric_history(cfg.tracking_uri, point.run_id) if point.run_id else {}
+            if point.run_id:
+                add_to_run(cfg.tracking_uri, point.run_id, list_metrics(point), point.steps)
             log.info("%d/%d %s: %s", number, len(points), point.folder.name, point.scores["geneval"]["overall"])
         # The report, beside the points and in the parent run.
         points = [point for point in points if point.scores]
@@ -102,8 +123,8 @@ def main(cfg: DictConfig) -> None:
             run.log_file(file)
     print(f"\n{report.read_text()}\nThe report is {report}.")
     if run.run_id:
-        link = get_comparison_link(cfg.tracking_uri, "http://127.0.0.1:5000", run.run_id)
-        print(f"With make ui, the runs beside each other: {link}")
+        print(f"make ui serves its runs: {get_runs_link(cfg.tracking_uri, parent_run_id=run.run_id)}")
+        print(f"beside each other: {get_comparison_link(cfg.tracking_uri, run.run_id)}")
     if failures:
         print(f"error: {len(points)} of {expected} points are finished: {describe_failures(failures)}", file=sys.stderr)
         sys.exit(1)

@@ -106,6 +106,7 @@ def main(cfg: DictConfig) -> None:
             send_unsent(cfg)
         return
     # Lightning and diffusers take seconds to import, so the configs are checked before.
+    from experiments.closing import print_closing, print_interruption
     from experiments.training_run import train
     from tbac.training.strategies import read_process_rank
 
@@ -121,10 +122,12 @@ def main(cfg: DictConfig) -> None:
     except (SystemExit, KeyboardInterrupt) as end:
         status = end.code if isinstance(end, SystemExit) else 130
         if isinstance(status, int) and status >= 128:
-            print(f"to go on: {going_on}", file=sys.stderr)
+            print_interruption()
         raise SystemExit(status) from None
     for stage in report.get("stages", [report]):
         log.info("%s: %d steps, validation loss %s -> %s", *list(stage.values())[:4])
+    if HydraConfig.get().mode != RunMode.MULTIRUN and not read_process_rank():
+        print_closing(cfg, report)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ from tbac.training.checkpoints import (
 from tbac.training.interruptions import INTERRUPTION, InterruptedRun, outlast_terminal
 from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
+from tbac.training.run_facts import collect_run_facts
+from tbac.training.run_logger import RunLogger, log_nowhere
 from tbac.training.run_summary import name_run, summarize
 from tbac.training.stages import Stage
 from tbac.training.strategies import read_process_rank
-from tbac.training.tracking import MlflowLogger, RunLogger, collect_run_facts, log_nowhere, log_run
+from tbac.training.tracking import MlflowLogger, RunDescription, describe_end, log_run
 
 if TYPE_CHECKING:
     import lightning as L
@@ -149,7 +151,8 @@ def run_stages(
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
         summary = summarize([stage.config for stage in stages], model.ladder.plan)
         name = name_run(summary, read_varied_overrides())
-        log_run(logger, name, collect_config(stages), summary, collect_run_facts() | digests)
+        facts = collect_run_facts() | digests
+        log_run(logger, RunDescription(name, collect_config(stages), summary, facts, data.list_inputs()))
 
     # Each stage has a trainer of its own, which the transition asks for when the stage begins.
     def make_trainer(stage: int, callbacks: Sequence["L.Callback"]) -> "L.Trainer":
@@ -161,7 +164,12 @@ def run_stages(
 
     origin = start.saved.origin if start.saved else None
     transition = StageTransition(stages, start.stage, start.history, start.optimizer_state, origin, start.resumed)
-    transition.fit(make_trainer, module, data)
+    try:
+        transition.fit(make_trainer, module, data)
+    except BaseException as end:
+        if logger:
+            logger.close(describe_end(end))
+        raise
     if logger:
         logger.close()
     return write_report(transition.list_reports(module), folder)

@@ -18,12 +18,13 @@ from tbac.app import compose_checked, get_run_folder, make_part, open_model
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.edits import KIND, Edits, parse_scan
 from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.files import write_whole
 from tbac.models import UniImage
 from tbac.pictures import open_picture
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import join_pictures
 from tbac.sampling.pipeline import convert_to_pil
-from tbac.training.tracking import ParentRun, make_tag_name
+from tbac.training.tracking import RUN_ID, ParentRun, add_to_run, find_run_id, make_tag_name
 
 log = logging.getLogger(__name__)
 PER_TAG = 6  # pictures of each tag on the contact sheet
@@ -52,13 +53,21 @@ def run_showcase(cfg: DictConfig, run: ParentRun) -> dict[str, Any]:
     geneval = {"untrained": score_geneval(pipeline, benchmarks, "untrained", run)}
     # All stages in one process, as `make stages` runs them; each leaves a checkpoint, which is scored afterwards.
     stages = train_stages(cfg, run)
+    trained_by = find_run_id(get_run_folder() / "stages")
+    steps = 0
     for stage in stages:
         pipeline = open_model(stage.pop("checkpoint"), "cpu", "float32")
         geneval[stage["name"]] = score_geneval(pipeline, benchmarks, stage["name"], run)
+        steps += stage["steps"]
+        if trained_by is not None:
+            scores = {f"geneval/{tag}": value for tag, value in geneval[stage["name"]].items()}
+            add_to_run(cfg.tracking_uri, trained_by, scores, steps)
     # The finished model: edits, answers (which must be the same as before), pictures, further benchmarks.
     edits = score_with_sheet(pipeline, benchmarks.edits, benchmarks.detector, get_run_folder())
     after = benchmarks.answers.score(pipeline.model)
     pipeline.model.save_pretrained(out / "model")
+    if trained_by is not None:
+        write_whole(out / "model" / RUN_ID, f"{trained_by}\n".encode())
     draw_contact_sheet(pipeline, benchmarks, after.answers, cfg.seed, out / "contact_sheet.png")
     suites = score_suites(cfg, out / "model")
     run.log_metrics(

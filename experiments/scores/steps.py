@@ -25,7 +25,7 @@ from tbac.files import parse_json, read_text, reading, shorten, write_whole
 from tbac.models.weights import compute_digest
 from tbac.pictures import open_picture
 from tbac.redaction import hide_secrets
-from tbac.training.tracking import make_tag_name, open_parent_run, read_run_id
+from tbac.training.tracking import add_to_run, find_run_id, make_tag_name, open_parent_run
 
 log = logging.getLogger(__name__)
 
@@ -232,14 +232,12 @@ def read_row(values: Mapping[str, Any], place: str) -> Row:
 
 def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Path]) -> None:
     """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
-    name = cfg.benchmark.name
-    folder = Path(cfg.checkpoint).expanduser().absolute()
-    # Training leaves the run's id in the run folder, which is the checkpoint's or up to two folders above it.
-    candidates = [place / "mlflow_run_id" for place in (folder, *folder.parents[:2])]
-    run_id_file = next((str(file) for file in candidates if read_run_id(file)), None)
-    with open_parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}", run_id_file) as run:
-        if run_id_file is None:
-            run.log_config(hide_secrets(to_plain(cfg)))
-        run.log_metrics({f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()})
+    name, run_id = cfg.benchmark.name, find_run_id(Path(cfg.checkpoint))
+    metrics = {f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()}
+    if run_id is not None and add_to_run(cfg.tracking_uri, run_id, metrics, files=files):
+        return
+    with open_parent_run(cfg.tracking_uri, "tbac", f"evaluate {name}") as run:
+        run.log_config(hide_secrets(to_plain(cfg)))
+        run.log_metrics(metrics)
         for file in files:
             run.log_file(file)

@@ -54,6 +54,11 @@ class Point:
         return self.report.get("stages", [self.report])
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of all its stages."""
+        return sum(stage["steps"] for stage in self.stages)
+
+    @property
     def checkpoint(self) -> Path:
         """The checkpoint from the end of its training."""
         return self.folder / "checkpoints" / Path(self.stages[-1]["checkpoint"]).name

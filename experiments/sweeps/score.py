@@ -76,6 +76,15 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     return scores
 
 
+def list_metrics(point: Point) -> dict[str, float]:
+    """List the scores of a point as metrics of its run: `geneval/overall` and so on, and those of further suites."""
+    metrics = {f"geneval/{tag}": value for tag, value in point.scores["geneval"].items()}
+    for name, value in point.scores["suites"].items():
+        suite, _, score = name.partition(": ")
+        metrics[f"{suite}/{score.replace(', ', '_')}"] = value
+    return metrics
+
+
 def read_scores(file: Path) -> dict[str, Any] | None:
     """Read the scores of a point; None where there are none, with a warning where they can't be used."""
     if not file.exists():

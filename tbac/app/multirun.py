@@ -116,12 +116,14 @@ class PointSweeper(Sweeper):
         try:
             results: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
             failures += [r.return_value for r in results if isinstance(r.return_value, PointFailure)]
-        except BaseException:
+        except BaseException as end:
             if parent is not None:
-                parent.finish(failed=True)
+                from tbac.training.tracking import describe_end
+
+                parent.finish(describe_end(end))
             raise
         if parent is not None:
-            parent.finish(failed=bool(failures))
+            parent.finish("failed" if failures else "success")
         finish_multirun(len(points), failures)
         return results
 

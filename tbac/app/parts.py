@@ -179,13 +179,15 @@ CALLBACKS = Parts(
                 "num_inference_steps": whole(),
                 "folder": path(),
                 "seed": seed(),
-                "scale": whole(),
+                "scale": optional(whole()),
             },
             f"{CALLBACK}.sample_log.SampleLog": {"folder": path()},
             f"{CALLBACK}.throughput.Throughput": {"every": whole()},
             f"{CALLBACK}.watchdog.Watchdog": {
                 **dict.fromkeys(("stuck_minutes", "gone_seconds", "beat_seconds"), number(above=0)),
             },
+            f"{CALLBACK}.learning_rate.LearningRate": {},
+            f"{CALLBACK}.progress.ProgressLine": dict.fromkeys(("seconds", "refresh"), number(above=0)),
             "lightning.pytorch.callbacks.LearningRateMonitor": {
                 "logging_interval": optional(choice("step", "epoch")),
                 "log_momentum": flag(),

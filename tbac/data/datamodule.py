@@ -173,6 +173,23 @@ class ShardDataModule(L.LightningDataModule):
         sources = [*self._training, *self._validation]
         return {f"{shards.source.path} ({shards.source.split})": shards.fingerprint for shards in sources}
 
+    def list_inputs(self) -> list[dict[str, Any]]:
+        """List what is read: name, path, digest, what for, samples and weight of each source."""
+        found = []
+        for context, sources in (("training", self._training), ("validation", self._validation)):
+            for shards in sources:
+                found.append(
+                    {
+                        "name": f"{shards.folder.name}-{shards.source.split}",
+                        "path": shards.source.path,
+                        "digest": shards.fingerprint[:12],
+                        "context": context,
+                        "samples": sum(shards.samples),
+                        "weight": shards.source.weight,
+                    }
+                )
+        return found
+
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
@@ -311,6 +328,13 @@ class StagedDataModule(L.LightningDataModule):
     @property
     def drawn(self) -> dict[str, int]:
         return self.active.drawn
+
+    def list_inputs(self) -> list[dict[str, Any]]:
+        """List what the stages read, each source of a kind once."""
+        found = {}
+        for stage in self.stages:
+            found |= {(source["name"], source["path"], source["context"]): source for source in stage.list_inputs()}
+        return list(found.values())
 
     def train_dataloader(self) -> CleanLoader:
         return self.active.train_dataloader()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-LINE_HEIGHT = 13
+MARGIN = 4  # pixels between pictures
 
 
 def join_pictures(
@@ -14,7 +14,7 @@ def join_pictures(
     scale: int = 1,
     captions: Sequence[str] | None = None,
     wrap: int = 22,
-    margin: int = 4,
+    font_size: int = 10,
 ) -> Image.Image:
     """Join many pictures in one.
 
@@ -24,7 +24,7 @@ def join_pictures(
         scale: factor by which pictures are enlarged, without smoothing.
         captions: one text under each picture.
         wrap: characters per caption line.
-        margin: pixels between pictures.
+        font_size: of the captions, in pixels.
 
     Raises:
         ValueError: without any picture.
@@ -35,19 +35,20 @@ def join_pictures(
     lines: list[list[str]] = [[] for _ in images]
     if captions:
         lines = [textwrap.wrap(caption, wrap) for caption in captions]
-    text_height = LINE_HEIGHT * max(map(len, lines))
+    line_height = round(1.3 * font_size)
+    text_height = line_height * max(map(len, lines))
     width, height = images[0].width * scale, images[0].height * scale
     # Fewer pictures than columns make a narrower sheet; the last row may have gaps.
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet_size = (columns * (width + margin) + margin, rows * (height + text_height + margin) + margin)
+    sheet_size = (columns * (width + MARGIN) + MARGIN, rows * (height + text_height + MARGIN) + MARGIN)
     sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(font_size)
     for index, (image, text) in enumerate(zip(images, lines, strict=True)):
-        left = margin + index % columns * (width + margin)
-        top = margin + index // columns * (height + text_height + margin)
+        left = MARGIN + index % columns * (width + MARGIN)
+        top = MARGIN + index // columns * (height + text_height + MARGIN)
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         for number, line in enumerate(text):
-            draw.text((left, top + height + number * LINE_HEIGHT), line, fill="black", font=font)
+            draw.text((left, top + height + number * line_height), line, fill="black", font=font)
     return sheet

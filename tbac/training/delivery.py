@@ -22,6 +22,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds between tries; each wait is twic
 PATIENCE = 10.0  # seconds that the end of a run waits for a logger that fails
 SLOWEST = 60.0  # seconds that it waits for a single record that doesn't fail
 LONGEST_END = 180.0  # seconds that it waits in all
+OF_FILES = ("file", "picture")  # kinds of records that need room on a disk
 
 Record = Mapping[str, Any]
 
@@ -172,7 +173,7 @@ class Delivery:
             self._changed.notify_all()
             if not self._queue or self._queue[0] is not record:  # the run was closed meanwhile
                 return True
-            is_file = record["kind"] == "file"
+            is_file = record["kind"] in OF_FILES
             if error is None or isinstance(error, UndeliverableError):
                 self._queue.popleft()
                 self._spooled = max(0, self._spooled - 1)
@@ -186,10 +187,10 @@ class Delivery:
                 log.warning(message, self.name, "files" if is_file else "what is logged", describe_safely(error))
             self._failing[is_file] = describe_safely(error)
             # A file that finds no room mustn't keep the numbers behind it.
-            if is_file and any(other["kind"] != "file" for other in self._queue):
+            if is_file and any(other["kind"] not in OF_FILES for other in self._queue):
                 self._queue.rotate(-1)
                 self._spooled = max(0, self._spooled - 1)
-                return self._queue[0]["kind"] != "file"
+                return self._queue[0]["kind"] not in OF_FILES
             return False
 
 

@@ -7,45 +7,39 @@ import logging
 import os
 import re
 import sqlite3
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
 
 from tbac.files import write_whole
+from tbac.pictures import open_picture
 from tbac.redaction import hide_in_text, hide_secrets
 from tbac.training.delivery import Delivery, Record, UndeliverableError, describe_safely
+from tbac.training.run_facts import collect_run_facts
+from tbac.training.run_logger import RunLogger
+from tbac.training.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "torch",
-    "lightning",
-    "transformers",
-    "diffusers",
-    "webdataset",
-    "hydra-core",
-    "bitsandbytes",
-    "torchmetrics",
-    "mlflow",
-)
+RUN_ID = "mlflow_run_id"  # the file of a run folder, and of an export, that holds the id of the run
+PAGE = "workflowType=machine_learning"  # without it pages are those of another kind of work, with traces for runs
+COLUMNS = [  # of the list of runs
+    "params.`taps`", "params.`lr`", "params.`seed`", "metrics.`val/loss`", "metrics.`geneval/overall`",
+]  # fmt: skip
+SERVED = "http://127.0.0.1:5000"  # what `make ui` serves at
+ARTIFACTS = "mlartifacts"  # folder of all artifacts, beside the sqlite file
 UNSENT = "mlflow_unsent.jsonl"  # beside the file of the run's id: what MLflow hasn't taken yet
 OPENED: dict[str, int] = {}  # sqlite store -> how often this process has made it anew
 LONGEST_VALUE = 500  # characters of a parameter
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # we try again ourselves
+STATUS = {"success": "FINISHED", "finished": "FINISHED", "killed": "KILLED"}  # everything else has failed
 # What MLflow says of a request that it will refuse the next time too.
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-
-
-def log_nowhere(trainer: Any) -> None:
-    """Give a process that logs nothing a dummy logger: with none it would skip the reductions that all must run."""
-    trainer.loggers = [DummyLogger()]
 
 
 class MlflowRun:
@@ -71,7 +65,7 @@ class MlflowRun:
         self.parent_run_id, self.run_id_file = parent_run_id, run_id_file
         self.run_id: str | None = None
         self._client: Any = None
-        self._described: list[Record] = []  # config and tags, for a run that has to take the place of this one
+        self._described: list[Record] = []  # what describes it, for a run that has to take the place of this one
 
     def send(self, record: Record) -> None:
         """Send one record.
@@ -82,7 +76,7 @@ class MlflowRun:
         """
         from mlflow.exceptions import MlflowException
 
-        if record["kind"] in ("config", "tags") and record not in self._described:
+        if record["kind"] in ("config", "tags", "inputs") and record not in self._described:
             self._described.append(record)
         try:
             self._open()
@@ -114,6 +108,7 @@ class MlflowRun:
         self.run_id = run_id
         gone, self.run_id = self._is_gone(), None
         if not gone:
+            self._client.update_run(run_id, status="RUNNING")  # it may have been interrupted before
             return run_id
         where = hide_in_text(self.tracking_uri)
         log.warning("MLflow run %s isn't in %s any more; a new one is begun", run_id, where)
@@ -138,7 +133,7 @@ class MlflowRun:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         tags = {MLFLOW_PARENT_RUN_ID: self.parent_run_id} if self.parent_run_id else {}
-        experiment_id = find_experiment(self._client, self.experiment_name)
+        experiment_id = find_experiment(self._client, self.experiment_name, self.tracking_uri)
         run = self._client.create_run(experiment_id, tags=resolve_tags(tags), run_name=self.run_name)
         self.run_id = run.info.run_id
         assert self.run_id is not None
@@ -163,7 +158,9 @@ class MlflowRun:
             "metrics": self._send_metrics,
             "config": self._send_config,
             "tags": self._send_tags,
+            "inputs": self._send_inputs,
             "file": self._send_file,
+            "picture": self._send_picture,
             "end": self._send_end,
         }
         try:
@@ -199,6 +196,29 @@ class MlflowRun:
         if not path.is_file():
             raise UndeliverableError("it isn't there any more")
         self._client.log_artifact(self.run_id, str(path), record["folder"])
+
+    def _send_inputs(self, record: Record) -> None:
+        """Name the data that the run reads; MLflow knows an input by name and digest, and takes it once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for source in record["sources"]:
+            dataset = Dataset(
+                name=source["name"],
+                digest=source["digest"],
+                source_type="local",
+                source=json.dumps({"uri": source["path"]}),
+                profile=json.dumps({"samples": source["samples"], "weight": source["weight"]}),
+            )
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", source["context"])]))
+        self._client.log_inputs(self.run_id, datasets=inputs)
+
+    def _send_picture(self, record: Record) -> None:
+        path = Path(record["path"])
+        if not path.is_file():
+            raise UndeliverableError("it isn't there any more")
+        place = {"key": record["name"], "step": int(record["step"]), "timestamp": int(record["time"])}
+        self._client.log_image(self.run_id, open_picture(path), **place, synchronous=True)
 
     def _send_end(self, record: Record) -> None:
         self._client.set_terminated(self.run_id, record["status"])
@@ -249,7 +269,23 @@ def name_anew(tracking_uri: str) -> str:
     return name_again(tracking_uri)
 
 
-def find_experiment(client: Any, name: str) -> str:
+def place_artifacts(tracking_uri: str, experiment_id: str) -> None:
+    """Let the artifacts of a new experiment lie beside the sqlite file, and be named as the file is.
+
+    MLflow would put them into `mlruns` of the working directory, and note the whole path. A file that is named from
+    the working directory, as by default, has artifacts that are named from there too, so a moved folder keeps them.
+    """
+    if not tracking_uri.startswith("sqlite:///"):
+        return
+    file = Path(tracking_uri.removeprefix("sqlite:///")).expanduser()
+    place = (str(file.parent / ARTIFACTS / experiment_id), experiment_id)
+    # Its own interface makes every path absolute.
+    with contextlib.closing(sqlite3.connect(file, timeout=30.0)) as database:
+        database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", place)
+        database.commit()
+
+
+def find_experiment(client: Any, name: str, tracking_uri: str) -> str:
     """Find the id of an experiment, or make it; where it was deleted, its name with a number is taken.
 
     MLflow keeps the name of a deleted experiment, so that no other may have it.
@@ -266,6 +302,7 @@ def find_experiment(client: Any, name: str) -> str:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 continue  # another process was faster
+            place_artifacts(tracking_uri, created)
             return created
         if experiment.lifecycle_stage != "deleted":
             found: str = experiment.experiment_id
@@ -307,6 +344,8 @@ class MlflowLogger(Logger):
         self.run = run
         self._delivery: Delivery | None = None
         self._spool = spool
+        self._watching = False
+        self._system: SystemMetrics | None = None
 
     @property
     def delivery(self) -> Delivery:
@@ -325,6 +364,10 @@ class MlflowLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
         self.delivery.put({"kind": "metrics", "metrics": values, "step": step or 0, "time": int(time.time() * 1000)})
+        # The UI compares runs by the metric that they logged first, which must not be one of the machine.
+        if self._watching:
+            self._watching = False
+            self._system = SystemMetrics(make_monitors(), self.log_metrics)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self.log_config(dict(params), {})
@@ -338,9 +381,26 @@ class MlflowLogger(Logger):
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self.delivery.put({"kind": "tags", "tags": hide_secrets(dict(tags))})
 
+    def log_inputs(self, sources: Sequence[Mapping[str, Any]]) -> None:
+        """Name the data that the run reads.
+
+        Args:
+            sources: each with `name`, `digest`, `path`, `context` (training or validation), `samples` and `weight`.
+        """
+        self.delivery.put({"kind": "inputs", "sources": [dict(source) for source in sources]})
+
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Add a file to the run's artifacts."""
         self.delivery.put({"kind": "file", "path": str(path.absolute()), "folder": folder})
+
+    def log_picture(self, path: Path, name: str, step: int) -> None:
+        """Add a picture of a step, which the UI shows beside those of other steps and runs."""
+        now = int(time.time() * 1000)
+        self.delivery.put({"kind": "picture", "path": str(path.absolute()), "name": name, "step": step, "time": now})
+
+    def watch_system(self) -> None:
+        """Log how busy this machine is, from the first metric until the run ends."""
+        self._watching = True
 
     def wait_for_run(self, seconds: float) -> str | None:
         """Wait until the run is begun; returns its id, or None when MLflow didn't begin it in time."""
@@ -350,9 +410,13 @@ class MlflowLogger(Logger):
         return self.run.run_id
 
     def finalize(self, status: str) -> None:
-        """End the run, and deliver what is left."""
+        """End the run, and deliver what is left; `status` is success, killed or failed."""
+        self._watching = False
+        if self._system is not None:
+            self._system.stop()
+            self._system = None
         if self._delivery is not None:
-            self._delivery.put({"kind": "end", "status": "FINISHED" if status in ("success", "finished") else "FAILED"})
+            self._delivery.put({"kind": "end", "status": STATUS.get(status, "FAILED")})
             self._delivery.close()
             self._delivery = None
 
@@ -378,26 +442,6 @@ def make_mlflow_logger(
     return MlflowLogger(run, file.with_name(UNSENT) if file else None)
 
 
-def read_git_revision() -> str:
-    """Read the commit of the working tree, with `-dirty` for uncommitted changes; "unknown" outside a repository."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
-
-
-def collect_run_facts() -> dict[str, str]:
-    """Collect the git revision and package versions."""
-    facts = {"git_revision": read_git_revision()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            facts[f"version/{package}"] = version(package)
-    return facts
-
-
 def make_metric_name(name: str) -> str:
     """Turn a name into one that MLflow accepts for a metric."""
     return re.sub(r"[^\w\-. /:]", "_", name)
@@ -408,125 +452,147 @@ def make_tag_name(path: str) -> str:
     return re.sub(r"[^\w\-. /:]", "_", "/".join(p for p in PurePath(path).parts if p.strip("./")))
 
 
-class RunLogger(Logger):
-    """Logs the fits of one run to one logger: steps are counted over all fits, and only `close` ends the run.
+@dataclass(frozen=True)
+class RunDescription:
+    """What is known of a run when it begins.
 
-    An error of the logger is reported once and passed over: only weights may end training.
-
-    Args:
-        logger: the logger that everything is passed to.
-    """
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self.logger = logger
-        self.first_step = 0  # optimizer steps of the run before the fit that logs now
-        self._failing: set[str] = set()
-
-    def _try(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the logger; returns None when it fails."""
-        name = call.__name__
-        try:
-            result = call(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  whatever a logger raises
-            if name not in self._failing:
-                message = "%s.%s failed (%s); training goes on, and later failures of it aren't reported"
-                log.warning(message, type(self.logger).__name__, name, describe_safely(error))
-            self._failing.add(name)
-            return None
-        self._failing.discard(name)
-        return result
-
-    def _read(self, name: str) -> Any:
-        """Read an attribute of the logger; None when that fails."""
-
-        def read() -> Any:
-            return getattr(self.logger, name)
-
-        return self._try(read)
-
-    @property
-    def name(self) -> str | None:
-        return self._read("name")
-
-    @property
-    def version(self) -> int | str | None:
-        return self._read("version")
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._read("save_dir")
-
-    @property
-    def log_dir(self) -> str | None:
-        return self._read("log_dir")
-
-    @property
-    def group_separator(self) -> str:
-        return self.logger.group_separator
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try(self.logger.log_metrics, metrics, None if step is None else self.first_step + step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._try(self.logger.log_hyperparams, params, *args, **kwargs)
-
-    def save(self) -> None:
-        self._try(self.logger.save)
-
-    def finalize(self, status: str) -> None:
-        """Called at the end of a fit; only a fit that failed ends the run."""
-        if status == "success":
-            self.save()
-        else:
-            self._try(self.logger.finalize, status)
-
-    def close(self) -> None:
-        """End the run."""
-        self._try(self.logger.finalize, "success")
-
-
-def log_run(
-    logger: RunLogger, name: str, config: Mapping[str, Any], params: Mapping[str, str], facts: Mapping[str, str]
-) -> None:
-    """Begin the run in MLflow.
-
-    Args:
-        logger: of the run.
-        name: what the run is called, unless its config gives it a name.
+    Attributes:
+        name: what it is called, unless its config gives it a name.
         config: all of it, which becomes a file.
         params: the few by which runs are compared.
         facts: become tags.
+        sources: the data that it reads (`MlflowLogger.log_inputs`).
     """
-    if isinstance(logger.logger, MlflowLogger):
-        run = logger.logger.run
-        run.run_name = run.run_name or name
-        logger.logger.log_config(config, params)
-        logger.logger.log_tags(facts)
+
+    name: str
+    config: Mapping[str, Any]
+    params: Mapping[str, str]
+    facts: Mapping[str, str]
+    sources: Sequence[Mapping[str, Any]] = ()
 
 
-def log_picture(loggers: Iterable[Logger], path: Path) -> None:
-    """Add a picture file to the run's artifacts."""
+def log_run(logger: RunLogger, description: RunDescription) -> None:
+    """Begin the run in MLflow."""
+    if not isinstance(logger.logger, MlflowLogger):
+        return
+    mlflow_logger = logger.logger
+    mlflow_logger.run.run_name = mlflow_logger.run.run_name or description.name
+    mlflow_logger.log_config(description.config, description.params)
+    mlflow_logger.log_tags(description.facts)
+    if description.sources:
+        mlflow_logger.log_inputs(description.sources)
+    mlflow_logger.watch_system()
+
+
+def log_picture(loggers: Iterable[Logger], path: Path, name: str, step: int) -> None:
+    """Add a picture of a step to the run."""
     for logger in loggers:
         if isinstance(logger, RunLogger) and isinstance(logger.logger, MlflowLogger):
-            logger.logger.log_file(path, "samples")
+            logger.logger.log_picture(path, name, step)
 
 
-def get_runs_link(tracking_uri: str, address: str, experiment_name: str = "tbac") -> str:
-    """Return the page of MLflow's UI that lists an experiment's runs.
+def make_monitors() -> list[Any]:
+    """Make MLflow's own monitors of this machine: processors, memory, disk, network, and GPUs where there are any."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or not its library
+        monitors.append(GPUMonitor())
+    return monitors
+
+
+def find_run_id(checkpoint: Path) -> str | None:
+    """Find the id of the MLflow run that made a checkpoint, a run folder or an export; None if none is noted.
+
+    The id lies in the run folder, which is the checkpoint's or up to two folders above it, and in an export.
+    """
+    folder = checkpoint.expanduser().absolute()
+    for place in (folder, *folder.parents[:2]):
+        run_id = read_run_id(place / RUN_ID)
+        if run_id is not None:
+            return run_id
+    return None
+
+
+def add_to_run(
+    tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int = 0, files: Sequence[Path] = ()
+) -> bool:
+    """Add metrics and files to a run that was made before, which stays ended as it was.
 
     Args:
         tracking_uri: where runs are stored.
-        address: where the UI is served, such as `http://127.0.0.1:5000`.
-        experiment_name: MLflow experiment.
+        run_id: of the run.
+        metrics: name -> value; those that the run has already with this value aren't added again.
+        step: of the checkpoint that the metrics are of.
+        files: become artifacts.
+
+    Returns:
+        Whether they were added; otherwise a warning says why not.
     """
-    experiment = open_store(tracking_uri).get_experiment_by_name(experiment_name)
-    number = experiment.experiment_id if experiment else "0"
-    # Without this word the page is that of another kind of work, with traces in the place of runs.
-    return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    try:
+        client = open_store(tracking_uri)
+        known = client.get_run(run_id).data.metrics
+        new = {make_metric_name(name): float(value) for name, value in metrics.items()}
+        added = [Metric(name, value, now, step) for name, value in new.items() if known.get(name) != value]
+        client.log_batch(run_id, metrics=added)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+    except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
+        where = hide_in_text(tracking_uri)
+        log.warning("nothing was added to the MLflow run %s in %s (%s)", run_id, where, describe_safely(error))
+        return False
+    return True
 
 
-def get_comparison_link(tracking_uri: str, address: str, parent_run_id: str) -> str:
+def get_runs_link(
+    tracking_uri: str, address: str | None = None, experiment_name: str = "tbac", parent_run_id: str | None = None
+) -> str:
+    """Return the page of MLflow's UI that lists an experiment's runs, the lowest validation loss first.
+
+    The page would show runs without what tells them apart, and children folded away. So a view with columns of our
+    choice is kept in the experiment, as the UI itself does for a view that is shared.
+
+    Args:
+        tracking_uri: where runs are stored.
+        address: where the UI is served, such as `http://127.0.0.1:5000`; None for the usual one.
+        experiment_name: MLflow experiment.
+        parent_run_id: the run whose children alone are listed.
+    """
+    client = open_store(tracking_uri)
+    experiment = client.get_experiment_by_name(experiment_name)
+    place = f"{get_address(tracking_uri) if address is None else address}/#/experiments"
+    if experiment is None:
+        return place
+    view = {"orderByKey": "metrics.`val/loss`", "orderByAsc": True, "selectedColumns": COLUMNS}
+    if parent_run_id:
+        view["searchFilter"] = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
+    name = parent_run_id or "runs"
+    client.set_experiment_tag(experiment.experiment_id, f"mlflow.sharedViewState.{name}", json.dumps(view))
+    return f"{place}/{experiment.experiment_id}/runs?{PAGE}&viewStateShareKey={name}"
+
+
+def get_address(tracking_uri: str) -> str:
+    """Return where the pages of a store are served: a server's own address, or the one that `make ui` serves at."""
+    return tracking_uri.rstrip("/") if tracking_uri.startswith("http") else SERVED
+
+
+def get_run_link(tracking_uri: str, run_id: str) -> str | None:
+    """Return the page of a run; None, with a warning, when the run can't be found."""
+    try:
+        experiment = open_store(tracking_uri).get_run(run_id).info.experiment_id
+    except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
+        log.warning("the MLflow run %s can't be found (%s)", run_id, describe_safely(error))
+        return None
+    return f"{get_address(tracking_uri)}/#/experiments/{experiment}/runs/{run_id}?{PAGE}"
+
+
+def get_comparison_link(tracking_uri: str, parent_run_id: str, address: str | None = None) -> str:
     """Return the page of MLflow's UI that compares the children of a run; its first page when they can't be listed."""
     try:
         client = open_store(tracking_uri)
@@ -535,9 +601,26 @@ def get_comparison_link(tracking_uri: str, address: str, parent_run_id: str) -> 
         runs = client.search_runs([experiment], children, order_by=["start_time ASC"])
     except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
         log.warning("the children of MLflow run %s can't be listed (%s)", parent_run_id, describe_safely(error))
-        return address
+        return get_address(tracking_uri)
+    address = get_address(tracking_uri) if address is None else address
     ids, experiments = (quote(json.dumps(one)) for one in ([run.info.run_id for run in runs], [experiment]))
-    return f"{address}/#/compare-runs?runs={ids}&experiments={experiments}"
+    return f"{address}/#/compare-runs?runs={ids}&experiments={experiments}&{PAGE}"
+
+
+def list_links(tracking_uri: str, address: str) -> dict[str, str]:
+    """List pages of the UI: all runs; those of the newest run that has children, in a list and beside each other."""
+    links = {"all runs": get_runs_link(tracking_uri, address)}
+    client = open_store(tracking_uri)
+    experiment = client.get_experiment_by_name("tbac")
+    if experiment is None:
+        return links
+    place = [experiment.experiment_id]
+    children = client.search_runs(place, "tags.mlflow.parentRunId != ''", max_results=1)
+    if children:
+        parent = client.get_run(children[0].data.tags["mlflow.parentRunId"]).info
+        links[f"runs of {parent.run_name}"] = get_runs_link(tracking_uri, address, parent_run_id=parent.run_id)
+        links["beside each other"] = get_comparison_link(tracking_uri, parent.run_id, address)
+    return links
 
 
 def read_metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -553,6 +636,12 @@ def read_metric_history(tracking_uri: str, run_id: str) -> dict[str, list[tuple[
         log.warning("the history of MLflow run %s can't be read (%s)", run_id, describe_safely(error))
         return {}
     return histories
+
+
+def describe_end(end: BaseException) -> str:
+    """Describe how a run ends that raises: killed by a signal, or failed."""
+    by_signal = isinstance(end, SystemExit) and isinstance(end.code, int) and end.code >= 128
+    return "killed" if by_signal or isinstance(end, KeyboardInterrupt) else "failed"
 
 
 class ParentRun:
@@ -579,22 +668,23 @@ class ParentRun:
     def log_file(self, path: Path) -> None:
         self._logger.log_file(path)
 
-    def finish(self, failed: bool = False) -> None:
-        self._logger.finalize("failed" if failed else "success")
+    def finish(self, status: str = "success") -> None:
+        """End it; `status` is success, killed or failed."""
+        self._logger.finalize(status)
 
 
 @contextlib.contextmanager
 def open_parent_run(
     tracking_uri: str, experiment_name: str, run_name: str, run_id_file: str | None = None
 ) -> Iterator[ParentRun]:
-    """Open a `ParentRun` for a block; it ends as finished, or as failed when the block raises.
+    """Open a `ParentRun` for a block; it ends as finished, or as failed or killed when the block raises.
 
     With `run_id_file` the run whose id is in that file goes on.
     """
     run = ParentRun(tracking_uri, experiment_name, run_name, run_id_file)
     try:
         yield run
-    except BaseException:
-        run.finish(failed=True)
+    except BaseException as end:
+        run.finish(describe_end(end))
         raise
     run.finish()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from experiments.studies.faults.runs import are_identical
 from tbac.models.saved import read_checkpoint
-from tbac.training.tracking import get_comparison_link, get_runs_link
+from tbac.training.tracking import get_runs_link, list_links
 from tests.helpers.commands import FEW, run_to_success
 from tests.helpers.pictures import make_noise_image
 
@@ -74,9 +75,11 @@ def test_a_multirun_makes_one_run_for_each_point(capfd: pytest.CaptureFixture[st
     assert {run.info.run_name for run in children} == names
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert len(runs) == 5
-    link = get_runs_link(store, "http://127.0.0.1:5000")
-    assert link == f"http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
-    compared = unquote(get_comparison_link(store, "", parent.info.run_id))
+    place = f"http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
+    assert get_runs_link(store, "http://127.0.0.1:5000") == f"{place}&viewStateShareKey=runs"
+    links = list_links(store, "http://127.0.0.1:5000")
+    assert links["runs of taps x lr"] == f"{place}&viewStateShareKey={parent.info.run_id}"
+    compared = unquote(links["beside each other"])
     assert all(f'"{run.info.run_id}"' in compared for run in children)
 
 
@@ -95,7 +98,15 @@ def test_a_run_is_tracked_with_its_config_metrics_and_pictures(capfd: pytest.Cap
     assert any(name.startswith("data/") and len(digest) == 64 for name, digest in run.data.tags.items())
     artifacts = [a.path for a in client.list_artifacts(run.info.run_id)]
     assert "config.yaml" in artifacts
-    assert [a.path for a in client.list_artifacts(run.info.run_id, "samples")]
+    pictures = [a.path for a in client.list_artifacts(run.info.run_id, "images") if a.path.endswith(".png")]
+    assert {re.findall(r"step\D(\d+)", path)[0] for path in pictures} == {"0", "2"}
+    # Artifacts lie beside the sqlite file, which the tests name by its whole path.
+    assert Path(run.info.artifact_uri).is_relative_to(Path.cwd() / "mlartifacts")
+    inputs = {(i.dataset.name, i.tags[0].value) for i in run.inputs.dataset_inputs}
+    assert inputs == {("t2i-train", "training"), ("t2i-val", "validation")}
+    assert {"train/lr", "train/loss", "system/cpu_utilization_percentage"} <= run.data.metrics.keys()
+    assert not [name for name in run.data.metrics if name.startswith("lr-")]
+    assert max(run.data.metrics.values()) < 1e15
 
 
 @pytest.mark.usefixtures("trained_run")

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tbac.training import delivery
-from tbac.training.tracking import UNSENT, RunLogger, log_run, make_mlflow_logger
+from tbac.training.run_logger import RunLogger
+from tbac.training.tracking import UNSENT, RunDescription, log_run, make_mlflow_logger
 from tests.helpers.shared import build_once
 
 LOGGED = 12  # steps that are logged, half of them after the fault
@@ -168,7 +169,8 @@ def log_steps(logger: RunLogger, steps: range) -> None:
 
 def open_logger(uri: str, folder: Path) -> RunLogger:
     logger = RunLogger(make_mlflow_logger(uri, run_id_file=str(folder / "mlflow_run_id")))
-    log_run(logger, "a run", {"a": {"b": 1, "c": [1, 2]}}, {"lr": "0.1", "taps": "last_n"}, {"git_revision": "x"})
+    config = {"a": {"b": 1, "c": [1, 2]}}
+    log_run(logger, RunDescription("a run", config, {"lr": "0.1", "taps": "last_n"}, {"git_revision": "x"}))
     return logger
 
 

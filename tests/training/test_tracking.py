@@ -2,14 +2,28 @@
 
 import contextlib
 import os
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+from PIL import Image
 
 from tbac.models import UniImage
 from tbac.training.callbacks.throughput import Throughput
-from tbac.training.tracking import make_tag_name, open_parent_run
+from tbac.training.system_metrics import SystemMetrics
+from tbac.training.tracking import (
+    RUN_ID,
+    add_to_run,
+    describe_end,
+    find_run_id,
+    make_mlflow_logger,
+    make_tag_name,
+    open_parent_run,
+)
+from tests.helpers.pictures import make_noise_image
 from tests.helpers.training import make_data, make_module, make_trainer
 
 
@@ -41,6 +55,81 @@ def test_a_parent_run_ends_as_its_block_does(fails: bool, tmp_path: Path) -> Non
     assert run.data.metrics == {"a": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("end", "word"),
+    [
+        (KeyboardInterrupt(), "killed"),
+        (SystemExit(130), "killed"),
+        (SystemExit(1), "failed"),
+        (RuntimeError(), "failed"),
+    ],
+)
+def test_an_interrupted_run_was_killed_and_others_failed(end: BaseException, word: str) -> None:
+    assert describe_end(end) == word
+
+
+def test_a_moved_folder_keeps_its_artifacts_and_later_scores_leave_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "before").mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    store = "sqlite:///outputs/moved.db"
+    make_noise_image(1).save("picture.png")
+    logger = make_mlflow_logger(store, run_id_file=str(Path("outputs/run") / RUN_ID))
+    logger.log_metrics({"val/loss": 0.5}, 0)
+    logger.log_picture(Path("picture.png"), "val/samples", 7)
+    logger.finalize("killed")
+    run_id = find_run_id(Path("outputs/run/checkpoints/x.ckpt"))
+    assert run_id == logger.version
+    assert find_run_id(Path("elsewhere/checkpoints/x.ckpt")) is None
+
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    shutil.copy("outputs/moved.db", "outputs/copied.db")  # MLflow keeps the connection to an address
+    store = "sqlite:///outputs/copied.db"
+    client = mlflow.MlflowClient(store)
+    ended = client.get_run(run_id)
+    assert ended.info.status == "KILLED"
+    (picture,) = [f.path for f in client.list_artifacts(run_id, "images") if f.path.endswith(".png")]
+    with Image.open(client.download_artifacts(run_id, picture)) as kept, Image.open("picture.png") as drawn:
+        assert kept.tobytes() == drawn.tobytes()
+    for _ in range(2):
+        assert add_to_run(store, run_id, {"geneval/overall": 0.25}, 60, [Path("picture.png")])
+    scored = client.get_run(run_id)
+    assert scored.info.end_time == ended.info.end_time
+    assert scored.info.status == "KILLED"
+    assert [m.step for m in client.get_metric_history(run_id, "geneval/overall")] == [60]
+    assert not add_to_run(store, "0" * 32, {"geneval/overall": 0.25})
+
+
+def test_a_machine_is_measured_until_that_fails_and_training_never_hears_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Monitor:
+        left = 3
+
+        def collect_metrics(self) -> None:
+            self.left -= 1
+            if not self.left:
+                raise RuntimeError("the driver is gone")
+
+        def aggregate_metrics(self) -> dict[str, float]:
+            return {"left": float(self.left)}
+
+        def clear_metrics(self) -> None:
+            pass
+
+    sent: list[tuple[Any, int]] = []
+    system = SystemMetrics([Monitor()], lambda metrics, number: sent.append((metrics, number)), every=0.01)
+    for _ in range(200):
+        if "the driver is gone" in caplog.text:
+            break
+        time.sleep(0.02)
+    system.stop()
+    assert sent == [({"system/left": 2.0}, 0), ({"system/left": 1.0}, 1)]
+    assert "the machine isn't measured any more (RuntimeError: the driver is gone)" in caplog.text
+
+
 def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
     world = os.environ["TBAC_SHAPES"]
     sources = ",".join(
@@ -49,7 +138,7 @@ def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
     data = make_data(model, "stage=ti2i_pretrain", f"stage.sources=[{sources}]")
     trainer = make_trainer(8, callbacks=[Throughput(every=4)])
     trainer.fit(make_module(model, steps=8), datamodule=data)
-    logged = {k.removeprefix("data/drawn/"): v.item() for k, v in trainer.logged_metrics.items() if "drawn" in k}
+    logged = {k.removeprefix("train/drawn/"): v.item() for k, v in trainer.logged_metrics.items() if "drawn" in k}
     assert logged == data.drawn
     assert set(logged) == {"t2i-train", "edit-train"}
     assert sum(logged.values()) == 32

@@ -102,7 +102,9 @@ class Guard(L.Callback):
         norm, loss = average_over_ranks(both).tolist()
         verdict = self.rule.judge(norm, loss)
         self.recent.append(verdict.reason is not None)
-        metrics = {"guard/norm": norm, "guard/threshold": min(verdict.threshold, 1e30), "guard/loss": loss}
+        metrics = {"guard/norm": norm, "guard/loss": loss}
+        if math.isfinite(verdict.threshold):  # during the warm-up there is none
+            metrics["guard/threshold"] = verdict.threshold
         if verdict.reason is not None:
             self._reject(trainer, pl_module, verdict.reason, metrics | self._components(pl_module, norms))
         else:
@@ -138,7 +140,7 @@ class Guard(L.Callback):
                 pl_module.stage.name,
                 reason,
                 metrics["guard/norm"],
-                metrics["guard/threshold"],
+                metrics.get("guard/threshold", math.inf),
                 metrics["guard/loss"],
                 ", ".join(f"{name} {norm:.3g}" for name, norm in components.items()),
                 "; ".join(f"rank {rank}: {' '.join(keys)}" for rank, keys in enumerate(keys_of_ranks)),

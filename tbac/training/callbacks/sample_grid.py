@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_picture
 
 log = logging.getLogger(__name__)
+WIDTH = 320  # least pixels of a picture in the grid
 
 
 class SampleGrid(L.Callback):
-    """Writes `samples/step_<n>.png` and logs it as an artifact.
+    """Writes `samples/step_<n>.png`, each picture above its prompt, and logs it as a picture of that step.
 
     Args:
         prompts: what to draw.
@@ -30,7 +32,7 @@ class SampleGrid(L.Callback):
         guidance_scale: text guidance.
         num_inference_steps: solver steps.
         seed: of the noise.
-        scale: enlargement of each picture, for small ones.
+        scale: enlargement of each picture; None enlarges small ones to about `WIDTH` pixels.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class SampleGrid(L.Callback):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 30,
         seed: int = 42,
-        scale: int = 1,
+        scale: int | None = None,
     ) -> None:
         self.prompts, self.folder = list(prompts), Path(folder)
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
@@ -60,15 +62,20 @@ class SampleGrid(L.Callback):
         training = model.training
         # Whatever goes wrong with a picture, from a full disk to a full memory, isn't worth a run.
         try:
+            drawn = self._draw_prompts(model)
+            scale = self.scale or max(1, round(WIDTH / drawn[0].width))
+            wrap = drawn[0].width * scale // 8  # letters of the captions are about 8 pixels wide
+            columns = math.ceil(math.sqrt(len(drawn)))  # as high as it is wide, which the UI has room for
+            grid = join_pictures(drawn, columns, scale=scale, captions=self.prompts, wrap=wrap, font_size=15)
             png = io.BytesIO()
-            join_pictures(self._draw_prompts(model), columns=4, scale=self.scale).save(png, format="PNG")
+            grid.save(png, format="PNG")
             write_whole(path, png.getvalue())
         except Exception as error:  # noqa: BLE001
             log.warning("the pictures %s are left out (%s); training goes on", path, describe_error(error))
             return
         finally:
             model.train(training)
-        log_picture(trainer.loggers, path)
+        log_picture(trainer.loggers, path, "val/samples", pl_module.run_step)
 
     def _draw_prompts(self, model: UniImage) -> list[Image.Image]:
         pipeline = UniImagePipeline(model)

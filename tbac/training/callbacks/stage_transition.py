@@ -19,8 +19,8 @@ from tbac.distributed import gather_objects
 from tbac.files import reading
 from tbac.training.module import LadderTuningModule
 from tbac.training.optimizers import collect_named_state
+from tbac.training.run_logger import RunLogger
 from tbac.training.stages import Stage
-from tbac.training.tracking import RunLogger
 from tbac.types import Batch
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from tbac.types import Batch
 
 
 class Throughput(L.Callback):
-    """Logs `train/samples_per_second` over all processes, and `data/drawn/<source>`, the samples taken of each source.
+    """Logs `train/samples_per_second` over all processes, and `train/drawn/<source>`, the samples taken of each source.
 
     Args:
         every: steps per measurement.
@@ -34,7 +34,7 @@ class Throughput(L.Callback):
             pl_module.log("train/samples_per_second", self._samples * trainer.world_size / elapsed)
             self._samples, self._started = 0, time.perf_counter()
             drawn = getattr(trainer.datamodule, "drawn", {})  # type: ignore[attr-defined]
-            pl_module.log_dict({f"data/drawn/{name}": float(count) for name, count in drawn.items()})
+            pl_module.log_dict({f"train/drawn/{name}": float(count) for name, count in drawn.items()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave validation out of the measurement."""

@@ -331,7 +331,7 @@ class StagedDataModule(L.LightningDataModule):
 
     def list_inputs(self) -> list[dict[str, Any]]:
         """List what the stages read, each source of a kind once."""
-        found = {}
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
         for stage in self.stages:
             found |= {(source["name"], source["path"], source["context"]): source for source in stage.list_inputs()}
         return list(found.values())

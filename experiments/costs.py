@@ -1,10 +1,12 @@
 """What one training step costs in FLOPs and activations, counted while it runs on tensors without data."""
 
+import functools
+import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hydra.utils import instantiate
@@ -17,6 +19,23 @@ from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.types import Condition
+
+Result = TypeVar("Result")
+
+
+def once_per_config(count: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function of a model's config, as plain values, compute each result once: stages ask for the same again."""
+    results: dict[Any, Result] = {}
+
+    @functools.wraps(count)
+    def look_up(model_config: dict[str, Any], *arguments: Any, **options: Any) -> Result:
+        text = json.dumps(model_config, sort_keys=True, default=str)
+        key = text, arguments, tuple(sorted(options.items()))
+        if key not in results:
+            results[key] = count(model_config, *arguments, **options)
+        return results[key]
+
+    return look_up
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ def make_inputs(model: UniImage, case: Case, shared: int, seed: int = 0, device:
     return PromptInputs({"input_ids": ids, "position_ids": positions, **data}).to(device or model.device)
 
 
+@once_per_config
 def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: int) -> dict[str, float]:
     """Count the FLOPs of one training sample by part, with the backward passes; a multiply-add is two FLOPs.
 
@@ -130,6 +150,7 @@ def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: in
     return counted
 
 
+@once_per_config
 def count_autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
     """Count the FLOPs of encoding one target image of `image_size` pixels a side."""
     with torch.device("meta"):
@@ -198,6 +219,7 @@ class Activations:
         return queries + denoiser
 
 
+@once_per_config
 def measure_activations(model_config: dict[str, Any], case: Case, latent_side: int, mixed: bool) -> Activations:
     """Measure the bytes that are kept for the backward pass, on torch's fake tensors.
 

@@ -19,6 +19,7 @@ from tbac.models import UniImage
 from tbac.models.architecture import check_config
 from tbac.models.config import ModelConfig
 from tbac.models.export import read_export
+from tbac.models.prompt_cache import make_prompt_cache
 from tbac.models.saved import FACTS, SavedModel, read_checkpoint, read_saved_model
 from tbac.redaction import hide_secrets
 from tbac.training.callbacks.preemption import Preemption
@@ -127,6 +128,7 @@ def run_stages(
     try_schedules(configs, stages, data)
     if cfg.logger:
         check_target(cfg.logger, "logger")
+    cache_config = make_part(cfg.prompt_cache, "prompt_cache")
     fingerprints = collect_fingerprints(data)
     if start.resumed is not None:
         warn_of_replaced_data(start.resumed, fingerprints)
@@ -139,9 +141,10 @@ def run_stages(
         load_weights(start.saved, model)
         log.info("going on from %s" if start.resumed else "starting from the weights of %s", start.saved.origin)
     facts = describe_model(model) | {"data": fingerprints}
+    prompt = make_prompt_cache(cache_config, model, cfg.trainer.precision) or model.prompt
     for source in data.stages:
         latent_form = (model.latent_channels, model.autoencoder.compression)
-        source.bind(model.prompt, facts["frozen"]["autoencoder"], model.size_multiple, latent_form)
+        source.bind(prompt, facts["frozen"]["autoencoder"], model.size_multiple, latent_form)
     module = LadderTuningModule(model, stages[start.stage], cfg.seed, facts)
     module.first_step = start.first_step
 

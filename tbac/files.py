@@ -290,19 +290,26 @@ def is_valid_text(text: str) -> bool:
 
 
 def write_whole(path: Path, content: bytes, scratch: Path | None = None) -> None:
-    """Write a file under a temporary name and then rename it.
+    """Write a file under a temporary name and then rename it; where that fails, nothing is left of it.
 
     Args:
         path: the file.
         content: its bytes.
         scratch: folder on the same disk for the temporary file, so that none is left beside `path` when the process is
             killed; None = the folder of `path`.
+
+    Raises:
+        OSError: when it can't be written, as on a full disk.
     """
     folder = scratch or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{path.name}.{uuid.uuid4().hex}"  # not the process's number, which repeats on other machines
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ from tbac.app.parts import (
     PRECISION,
     PRETRAINING,
     PROBABILITY,
+    PROMPT_CACHE,
     RECIPE,
     SCENES,
     SCHEDULE,
@@ -95,6 +96,7 @@ COMMANDS: dict[str, Fields] = {
         **MODEL,
         "flow": FLOW,
         "data": DATA,
+        "prompt_cache": PROMPT_CACHE,
         "optim": OPTIM,
         "schedule": SCHEDULE,
         "guard": GUARD,
@@ -159,6 +161,7 @@ COMMANDS: dict[str, Fields] = {
     "plan": {
         **MODEL,
         "stage": STAGE,
+        "prompt_cache": PROMPT_CACHE,
         "optim": OPTIM,
         "machine": MACHINE,
         "stages": STAGES,

@@ -124,6 +124,15 @@ DATA = Part(
         }
     }
 )
+PROMPT_CACHE = Part(
+    {
+        "tbac.models.prompt_cache.PromptCacheConfig": {
+            "keep": optional(choice("prompts", "images")),
+            "folder": optional(path()),
+            "max_gib": number(above=0),
+        }
+    }
+)
 BETAS = list_of(number(least=0, below=1), count=2, single=False)
 ADAM: Fields = {"lr": number(above=0), "betas": BETAS, "eps": number(above=0)}
 OPTIM = Part(

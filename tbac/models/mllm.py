@@ -146,10 +146,12 @@ class FrozenMLLM(nn.Module):
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Embed tokens and put image features in the places of image tokens: (batch, token, hidden)."""
         embeddings = nn.functional.embedding(inputs["input_ids"], self.get_prompt_table())
-        if inputs.get("pixel_values") is not None:
+        features = inputs.get("image_features")
+        if features is None and inputs.get("pixel_values") is not None:
+            features = self.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
+        if features is not None:
             places = inputs["input_ids"] == self.model.config.image_token_id
-            features = self.encode_images(inputs["pixel_values"], inputs["image_grid_thw"]).to(embeddings)
-            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features)
+            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings))
         return embeddings
 
     def encode_images(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
@@ -178,7 +180,8 @@ class FrozenMLLM(nn.Module):
 
         Args:
             inputs: `input_ids` and `attention_mask` (batch, token); with images also `pixel_values` (patch, patch
-                channel) and `image_grid_thw` (image, 3). With `position_ids` and `shared_ids`, which `PromptProcessor`
+                channel) and `image_grid_thw` (image, 3), or `image_features` (merged patch, hidden) that
+                `encode_images` made of them. With `position_ids` and `shared_ids`, which `PromptProcessor`
                 adds to inputs padded on the right, it is faster and doesn't wait for the device.
             depth: number of layers that the queries will pass through.
             layers: ascending tap indices at which the prompt's own states are returned; at most `depth`.

@@ -42,8 +42,11 @@ class PromptInputs(BatchFeature):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptInputs":
         """Return the inputs on `device`, except for those that are read on the CPU."""
-        moved = {k: v if k in ON_CPU else v.to(device, non_blocking=non_blocking) for k, v in self.items()}
-        return PromptInputs(moved)
+        moved = {}
+        for name, value in self.items():
+            stays = name in ON_CPU or not isinstance(value, Tensor)
+            moved[name] = value if stays else value.to(device, non_blocking=non_blocking)
+        return type(self)(moved)
 
 
 class PromptProcessor:
@@ -83,6 +86,14 @@ class PromptProcessor:
         self._frames: dict[tuple[Any, ...], tuple[list[int], str, str, list[int]]] = {}
         self._image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the options that decide what a text becomes, as plain values."""
+        return {
+            "system_prompt": self.system_prompt,
+            "max_text_tokens": self.max_text_tokens,
+            "spell_words": self.spell_words,
+        }
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "PromptProcessor":
@@ -203,6 +214,7 @@ class PromptProcessor:
         ending: str = VISION_START,
         padding_side: str = "right",
         reference_size: tuple[int, int] | None = None,
+        image_grid_thw: Tensor | None = None,
     ) -> PromptInputs:
         """Build the inputs of a batch.
 
@@ -213,6 +225,7 @@ class PromptProcessor:
             ending: markup after the assistant's header; the queries follow it.
             padding_side: `right` for conditioning, `left` for answering.
             reference_size: (height, width) of references; None = the size given to the constructor.
+            image_grid_thw: (image, 3), of images whose features are known already: their pixels are left out then.
 
         Raises:
             ValueError: without texts, when the numbers of texts and of image lists differ, or a text isn't a string.
@@ -231,7 +244,10 @@ class PromptProcessor:
         if self.spell_words and conditioning:
             texts = [spell_quoted_words(text) for text in texts]
         # All images of the batch are processed in one call; each becomes some number of image tokens in its prompt.
-        vision = self.process_images([image for group in images for image in group or ()])
+        if image_grid_thw is None:
+            vision = self.process_images([image for group in images for image in group or ()])
+        else:
+            vision = {"image_grid_thw": image_grid_thw} if len(image_grid_thw) else {}
         grids = vision.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         # Each prompt takes the counts of its own images from the list of all.
@@ -246,10 +262,22 @@ class PromptProcessor:
         if conditioning:
             data["position_ids"] = self._compute_positions(sequences, ids.shape[1], grids.tolist())
             data["shared_ids"] = torch.tensor(self.find_shared_ids(system), dtype=torch.long)
-            if self.reference_size and any(images):
-                first_images = [group[0] if group else None for group in images]
-                data |= make_references(first_images, reference_size or self.reference_size)
+            data |= self.make_references(images, reference_size)
         return PromptInputs(data)
+
+    def make_references(
+        self, images: Sequence[Sequence[Image.Image] | None], size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Make `reference_pixels` and `has_reference`, if the model reads references and there is any image.
+
+        Args:
+            images: per prompt a list of input images, or None.
+            size: (height, width) of references; None = the size given to the constructor.
+        """
+        if not self.reference_size or not any(images):
+            return {}
+        first_images = [group[0] if group else None for group in images]
+        return make_references(first_images, size or self.reference_size)
 
     def find_shared_ids(self, system: str) -> tuple[int, ...]:
         """Find the tokens that every prompt begins with: the system message, and how the user's message is opened."""

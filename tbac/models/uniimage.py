@@ -17,8 +17,9 @@ from tbac.models.export import find_export, read_export, write_export
 from tbac.models.ladder import Ladder
 from tbac.models.loading import Provenance, build_parts
 from tbac.models.locks import CallLock, one_at_a_time
-from tbac.models.mllm import FrozenMLLM
+from tbac.models.mllm import FrozenMLLM, Prefix
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
+from tbac.models.prompt_cache import CachedInputs, PromptCache
 from tbac.models.qwen import DTYPES
 from tbac.models.saved import SavedModel, read_checkpoint, read_saved_model
 from tbac.types import Condition
@@ -58,6 +59,7 @@ class UniImage(nn.Module):
         self.autoencoder = autoencoder
         self._prompt = prompt
         self.provenance = provenance
+        self.prompt_cache: PromptCache | None = None  # `make_prompt_cache` sets it; inputs that it made are read by it
         self.lock = CallLock()  # parts are read, and settings of a pass are made, on the way
 
     @property
@@ -124,18 +126,27 @@ class UniImage(nn.Module):
         """
         # The queries run after the prompt. Where the prompt's own states are tapped too, they follow those of the
         # queries, and the mask leaves out the prompt's padding.
-        plan = self.ladder.plan
-        if not self.ladder.prompt_layers:
-            prefix = self.mllm.read_prefix(inputs, plan.deepest)
-            return self.mllm.read_queries(self.ladder.queries, prefix, plan.layers), None
-        if "shared_ids" not in inputs:
+        if self.ladder.prompt_layers and "shared_ids" not in inputs:
             raise ValueError("ladder.prompt_context needs inputs of model.prompt(), padded on the right")
-        prefix = self.mllm.read_prefix(inputs, plan.deepest, self.ladder.prompt_layers)
-        assert prefix.states is not None
+        prefix = self.read_prefix(inputs)
+        states = self.mllm.read_queries(self.ladder.queries, prefix, self.ladder.plan.layers)
+        if prefix.states is None:
+            return states, None
         assert prefix.states_mask is not None
-        states = self.mllm.read_queries(self.ladder.queries, prefix, plan.layers)
         mask = torch.cat([prefix.states_mask.new_ones(states.shape[1:3]), prefix.states_mask], dim=1)
         return torch.cat([states, prefix.states.to(states)], dim=2), mask
+
+    @one_at_a_time
+    def read_prefix(self, inputs: PromptInputs | dict[str, Tensor]) -> Prefix:
+        """Return what the queries read of prompts: what a prompt cache has kept of them, or what the MLLM computes.
+
+        Args:
+            inputs: what `prompt()` or `prompt_cache` made, on the model's device.
+        """
+        if isinstance(inputs, CachedInputs):
+            assert self.prompt_cache is not None, "these inputs were made by a prompt cache that the model hasn't"
+            return self.prompt_cache.read_prefix(inputs, self.mllm)
+        return self.mllm.read_prefix(inputs, self.ladder.plan.deepest, self.ladder.prompt_layers)
 
     @one_at_a_time
     def encode_reference(self, inputs: PromptInputs | dict[str, Tensor]) -> Tensor | None:

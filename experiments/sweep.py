@@ -11,7 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.sweeps.points import describe_failures, read_choices, read_failures, read_points
@@ -67,10 +69,24 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
         raise ValueError(f"the training of {cfg.name} ended with status {status}; the same command goes on from there")
 
 
+def choose_scoring(cfg: DictConfig) -> DictConfig:
+    """Compose the command's config again with the scoring of the sweep's world, unless the user has chosen one.
+
+    What the user gave wins over what the scoring says.
+    """
+    train = compose("train", [f"sweep={cfg.name}", "run_dir=."], return_hydra_config=True)
+    world = train.hydra.runtime.choices["world"]
+    known = GlobalHydra.instance().config_loader().get_group_options("scoring")
+    if HydraConfig.get().runtime.choices.get("scoring") or world not in known:
+        return cfg
+    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={world}"])
+
+
 @command("sweep")
 def main(cfg: DictConfig) -> None:
     # A wrong name is an error before anything is built or trained.
     choices = read_choices(cfg.name)
+    cfg = choose_scoring(cfg)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))
     if unknown:

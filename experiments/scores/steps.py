@@ -47,8 +47,10 @@ def run_benchmark(cfg: DictConfig, benchmark: PictureBenchmark | Answers) -> Che
     return CheckpointScores(benchmark.title, run_steps(cfg, benchmark, out))
 
 
-def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) -> CheckpointScores:
-    """Run all steps of a benchmark on the CPU, with the options of its YAML."""
+def score_checkpoint(
+    name: str, checkpoint: Path, out: Path, tracking_uri: str, overrides: Sequence[str] = ()
+) -> CheckpointScores:
+    """Run all steps of a benchmark on the CPU, with the options of its YAML, and overrides of `evaluate.py`."""
     chosen = [
         f"benchmark={name}",
         f"checkpoint={checkpoint}",
@@ -56,7 +58,7 @@ def score_checkpoint(name: str, checkpoint: Path, out: Path, tracking_uri: str) 
         "overwrite=true",
     ]
     fixed = [f"tracking_uri={tracking_uri}", "device=cpu", "rank=0", "world_size=1"]
-    cfg = compose_checked("evaluate", [*chosen, *fixed])
+    cfg = compose_checked("evaluate", [*chosen, *fixed, *overrides])
     return run_benchmark(cfg, make_benchmark(cfg))
 
 

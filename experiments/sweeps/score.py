@@ -12,12 +12,14 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
+from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.steps import score_checkpoint
 from experiments.sweeps.points import Point
 from experiments.ui.ladder import measure_mix
-from tbac.app import make_part, open_model
+from tbac.app import compose_checked, make_part, open_model
 from tbac.data.datamodule import ShardDataModule
 from tbac.data.transforms import ConditionDropout
+from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.files import ForeignFileError, read_json, write_whole
 from tbac.flow import compute_velocity_loss, interpolate
@@ -106,14 +108,22 @@ def score_suites(point: Point, cfg: DictConfig, pipeline: Any, detector: Any) ->
     """Score the point by further suites; returns `<suite>: <score>` -> value."""
     suite_scores: dict[str, float] = {}
     for name in cfg.suites:
-        if name == "edits":
-            scores = score_in_memory(pipeline, make_part(cfg.edits, "edits"), detector).summary.scores
+        benchmark = make_part(cfg.edits, "edits") if name == cfg.edits.name else open_suite(name, cfg.suite_overrides)
+        # What the detector judges needs no tree of pictures.
+        if isinstance(benchmark, PictureBenchmark) and benchmark.needs == "detector":
+            scores: Mapping[str, float] = score_in_memory(pipeline, benchmark, detector).summary.scores
         else:
-            scores = score_checkpoint(name, point.checkpoint, point.folder / name, cfg.tracking_uri).scores
+            folder = point.folder / name
+            scores = score_checkpoint(name, point.checkpoint, folder, cfg.tracking_uri, cfg.suite_overrides).scores
         # A benchmark that isn't in SUITE_SCORES is represented by the score that it lists first.
         wanted = SUITE_SCORES.get(name) or [next(iter(scores))]
         suite_scores |= {f"{name}: {key}": scores[key] for key in wanted if key in scores}
     return suite_scores
+
+
+def open_suite(name: str, overrides: Sequence[str]) -> Any:
+    """Open a benchmark as `evaluate.py benchmark=NAME` with these overrides does."""
+    return make_benchmark(compose_checked("evaluate", [f"benchmark={name}", "checkpoint=.", "out=.", *overrides]))
 
 
 def choose_of_each_tag(tags: Sequence[str], count: int) -> list[int]:

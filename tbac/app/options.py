@@ -203,6 +203,7 @@ COMMANDS: dict[str, Fields] = {
         "out": new_folder(),
         "tracking_uri": text(),
         "suites": unique(list_of(name())),
+        "suite_overrides": OVERRIDES,
         "prompts_per_tag": whole(),
     },
     "convert": {"out": new_folder(), "processes": whole(), "options": CONVERSION, "dataset": DATASET},

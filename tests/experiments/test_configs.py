@@ -25,6 +25,7 @@ ROOTS = [
 BY_THEMSELVES = (
     "benchmark",
     "captions",
+    "scoring",
     "judge",
     "dataset",
     "debug",
@@ -82,6 +83,23 @@ def launcher_of(name: str, *overrides: str) -> Any:
         return compose(name, list(overrides), return_hydra_config=True).hydra.launcher
 
 
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "scoring").glob("*.yaml")))
+def test_every_scoring_composes_with_suites_that_there_are(name: str) -> None:
+    config = compose_config("sweep", "name=x", f"scoring={name}")
+    for suite in config.suites:
+        assert compose_config("evaluate", f"benchmark={suite}", "checkpoint=x", "out=x", *config.suite_overrides)
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "experiment" / "ladder").glob("*.yaml")))
+def test_every_arm_of_the_ladder_s_study_fits_its_world(name: str) -> None:
+    text = (CONF / "experiment" / "ladder" / f"{name}.yaml").read_text()
+    assert f"python experiments/train.py world=words experiment=ladder/{name} " in text
+    config = compose_config("train", "run_dir=.", "world=words", f"experiment=ladder/{name}")
+    plan = check_config(instantiate(config.model, random_init=True))[1]
+    assert plan.num_blocks == 10
+    assert f"ladder/{name}" in (CONF / "sweep" / "ladder.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "captions").glob("*.yaml")))
 def test_all_captions_can_be_probed(name: str, tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
@@ -116,7 +134,7 @@ def test_no_yaml_is_left_out() -> None:
     """Whoever adds a folder of configs adds a test of them."""
     folders = {f.parent.relative_to(CONF).as_posix() for f in CONF.rglob("*.yaml")} - {"local"}
     by_world = {f"world/{name}" for name in WORLDS}
-    inherited = {"model/base", "ladder/base", "taps/base", "sweep/base"}
+    inherited = {"model/base", "ladder/base", "taps/base", "sweep/base", "experiment/ladder"}
     assert folders == {".", *dict(OPTIONS), *BY_THEMSELVES, *inherited, "optim/schedule", "hydra/launcher", *by_world}
     for folder in by_world:
         assert sorted(f.stem for f in (CONF / folder).glob("*.yaml")) == STAGES

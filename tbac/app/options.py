@@ -274,6 +274,7 @@ COMMANDS: dict[str, Fields] = {
         "out": new_folder(),
     },
 }
+COMMANDS["cache_prompts"] = {**COMMANDS["train"], **PROCESSES}
 
 
 def check_config(command: str, cfg: DictConfig) -> None:

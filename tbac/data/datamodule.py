@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -189,6 +190,11 @@ class ShardDataModule(L.LightningDataModule):
                     }
                 )
         return found
+
+    def list_tars(self, validation: bool = False) -> list[Path]:
+        """List the tars of the mixture, or those of validation, in the order of the sources."""
+        sources = self._validation if validation else self._training
+        return [tar for shards in sources for tar in shards.tars]
 
     @property
     def _rank(self) -> int:

@@ -50,11 +50,23 @@ class ConditionDropout:
             draw -= self.caption_drop_prob
             both = 0 <= draw < self.both_drop_prob
             image = 0 <= draw - self.both_drop_prob < self.image_drop_prob
-        text = "" if caption or both else sample.text
-        sources = sample.sources
-        if image or both:
-            sources = [make_black_image(source.size) for source in sources]
-        return replace(sample, text=text, sources=sources)
+        return drop_conditions(sample, caption or both, image or both)
+
+    def list_outcomes(self, sample: Sample) -> list[Sample]:
+        """List what a sample may become: itself, and what it is without its caption, its input images, or both."""
+        chances = {(True, False): self.caption_drop_prob}
+        if sample.sources:
+            chances |= {(False, True): self.image_drop_prob, (True, True): self.both_drop_prob}
+        return [sample, *(drop_conditions(sample, *dropped) for dropped, chance in chances.items() if chance)]
+
+
+def drop_conditions(sample: Sample, caption: bool, images: bool) -> Sample:
+    """Return the sample with its caption empty, or its input images black, or both."""
+    text = "" if caption else sample.text
+    sources = sample.sources
+    if images:
+        sources = [make_black_image(source.size) for source in sources]
+    return replace(sample, text=text, sources=sources)
 
 
 def make_black_image(size: tuple[int, int]) -> Image.Image:

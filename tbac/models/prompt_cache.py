@@ -15,7 +15,7 @@ Nothing of a prompt depends on what trains, so its keys, values, next position a
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -126,7 +126,7 @@ class PromptCache:
         raise NotImplementedError
 
     def read_prefix(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> Prefix:
-        """Return what the query pass reads of a batch, and compute and keep what wasn't kept.
+        """Return what the query pass reads of a batch; what wasn't kept is computed and kept.
 
         Args:
             inputs: what this object made, on the model's device.
@@ -134,27 +134,31 @@ class PromptCache:
         """
         raise NotImplementedError
 
-    def complete(self, inputs: Mapping[str, Any], compute: Callable[[Waiting], Entry]) -> list[Entry]:
-        """Return the entries of a batch, with those that were waiting."""
+    def complete(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> list[Entry]:
+        """Return the entries of a batch, and compute and keep those that were waiting."""
         entries = list(inputs["entries"])
         latest: dict[str, Entry] = {}  # several prompts of a batch may be the same, such as dropped captions
         for waiting in inputs["waiting"]:
             if waiting.key not in latest:
-                latest[waiting.key] = self._take(waiting, compute)
+                latest[waiting.key] = self._take(waiting, mllm)
             entries[waiting.place] = latest[waiting.key]
         return entries
 
-    def _take(self, waiting: Waiting, compute: Callable[[Waiting], Entry]) -> Entry:
+    def _take(self, waiting: Waiting, mllm: FrozenMLLM) -> Entry:
         """Take an entry out of the store, where it may have come to since, or compute and keep it."""
         kept = self.store.read(waiting.key)
         if kept is not None and self.serves(kept):
             return kept
-        # A batch's precision holds here too: autocast is on where it is on in the rest of the step.
+        # Autocast is on here where it is on in the rest of the step.
         with torch.inference_mode(False), torch.no_grad():
-            entry = compute(waiting)
+            entry = self.compute(waiting, mllm)
         self.computed += 1
         self.store.write(waiting.key, self.merge(kept, entry))
         return entry
+
+    def compute(self, waiting: Waiting, mllm: FrozenMLLM) -> Entry:
+        """Compute one entry, alone; its tensors are on the CPU."""
+        raise NotImplementedError
 
     def look_up(self, key: str) -> Entry | None:
         """Return an entry that a loader process can see, if it has all that is read."""
@@ -203,22 +207,9 @@ class KeptPrompts(PromptCache):
     def read_prefix(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> Prefix:
         device = mllm.get_prompt_table().device
         shared_ids = tuple(inputs["shared_ids"].tolist())
-
-        def run_alone(waiting: Waiting) -> Entry:
-            """Run one prompt, and take what it has behind the shared tokens."""
-            text, group = waiting.inputs
-            prefix = mllm.read_prefix(self.prompt([text], [group]).to(device), self.depth, self.layers)
-            pairs = zip(prefix.keys, prefix.values, strict=True)
-            keys_values = torch.stack([torch.stack(pair)[:, 0, :, len(shared_ids) :] for pair in pairs])
-            entry = {KEYS_VALUES: keys_values.cpu(), NEXT: prefix.next_position[0].cpu()}
-            if prefix.states is not None:
-                tapped = zip(self.layers, prefix.states[:, 0].cpu(), strict=True)
-                entry |= {_name_state(layer): state for layer, state in tapped}
-            return entry
-
         joined: Mapping[str, Any] = inputs
         if "waiting" in inputs:
-            completed = self.join(self.complete(inputs, run_alone))
+            completed = self.join(self.complete(inputs, mllm))
             joined = {name: tensor.to(device, non_blocking=True) for name, tensor in completed.items()}
         # The shared tokens come first; their keys and values are the same for all prompts.
         with torch.no_grad():
@@ -232,6 +223,19 @@ class KeptPrompts(PromptCache):
             mask = torch.cat([real.new_ones(len(real), len(shared_ids)), real], dim=1)
         states = joined.get("states")
         return Prefix(keys, values, mask, joined[NEXT], states, None if states is None else real)
+
+    def compute(self, waiting: Waiting, mllm: FrozenMLLM) -> Entry:
+        text, group = waiting.inputs
+        inputs = self.prompt([text], [group])
+        prefix = mllm.read_prefix(inputs.to(mllm.get_prompt_table().device), self.depth, self.layers)
+        # Only what comes behind the shared tokens is kept.
+        num_shared = len(inputs["shared_ids"])
+        pairs = [torch.cat(pair)[:, :, num_shared:] for pair in zip(prefix.keys, prefix.values, strict=True)]
+        entry = {KEYS_VALUES: torch.stack(pairs).cpu(), NEXT: prefix.next_position[0].cpu()}
+        if prefix.states is not None:
+            tapped = zip(self.layers, prefix.states[:, 0].cpu(), strict=True)
+            entry |= {_name_state(layer): state for layer, state in tapped}
+        return entry
 
     def join(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
         """Join the entries of a batch, padded on the right to the longest."""
@@ -286,17 +290,16 @@ class KeptImages(PromptCache):
         return CachedInputs(data)
 
     def read_prefix(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> Prefix:
-        device = mllm.get_prompt_table().device
-
-        def encode_alone(waiting: Waiting) -> Entry:
-            pixels, grid = waiting.inputs
-            return {FEATURES: mllm.encode_images(pixels.to(device), grid).cpu(), GRID: grid[0]}
-
         completed = dict(inputs)
         if "waiting" in inputs:
-            entries = self.complete(inputs, encode_alone)
-            completed["image_features"] = torch.cat([entry[FEATURES] for entry in entries]).to(device)
+            features = torch.cat([entry[FEATURES] for entry in self.complete(inputs, mllm)])
+            completed["image_features"] = features.to(mllm.get_prompt_table().device)
         return mllm.read_prefix(completed, self.depth, self.layers)
+
+    def compute(self, waiting: Waiting, mllm: FrozenMLLM) -> Entry:
+        pixels, grid = waiting.inputs
+        features = mllm.encode_images(pixels.to(mllm.get_prompt_table().device), grid)
+        return {FEATURES: features.cpu(), GRID: grid[0]}
 
     def serves(self, entry: Entry) -> bool:
         return FEATURES in entry and GRID in entry

@@ -13,6 +13,7 @@ REQUIRED = {  # what a command has no default for
     "app": ["out=x"],
     "answer": ["checkpoint=x", "question=x"],
     "cache_latents": ["path=x", "out=x", "denoiser=x"],
+    "cache_prompts": ["run_dir=.", "prompt_cache.folder=x"],
     "convert": ["dataset=folder", "dataset.path=x", "out=x"],
     "evaluate": ["checkpoint=x", "out=x"],
     "export": ["checkpoint=x", "out=x"],

@@ -32,9 +32,13 @@ class Store(Protocol):
 
     Attributes:
         shared: whether loader processes see what this process keeps.
+        bytes: how many it holds; its length is the number of entries.
     """
 
     shared: bool
+    bytes: int
+
+    def __len__(self) -> int: ...
 
     def read(self, key: str) -> Entry | None:
         """Return the entry of a key, or None where none is kept."""

@@ -4,6 +4,10 @@ The whole sequence passes the MLLM with gradient, queries and two closing tokens
 trainable vocabulary table whose other rows a hook keeps from getting gradients; the hidden states of all layers and
 tokens are stacked before the taps are cut out; MLLM and denoiser are checkpointed; sampling computes everything of a
 step at every step. What it computes equals ours, values and gradients, which the benchmark checks before it measures.
+
+Its vision tower has no gradient, as in the release. By default the tower is the one of the library that is installed;
+the release as it ships is pinned to transformers 4.51.3, whose tower takes several times as long
+(`run_layer_with_dense_mask`).
 """
 
 import copy
@@ -11,11 +15,14 @@ import copy
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from tbac.flow import compute_timestep
 from tbac.models import UniImage
+from tbac.models.vision import Segments, encode_images
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.solver import make_scheduler
 
@@ -27,10 +34,12 @@ class ReleaseWay(nn.Module):
 
     Args:
         model: with an MLLM that has all its layers, shared connector and the last taps before the final one.
+        as_shipped: whether the vision tower attends as in the version of the library that the release is pinned to.
     """
 
-    def __init__(self, model: UniImage) -> None:
+    def __init__(self, model: UniImage, as_shipped: bool = False) -> None:
         super().__init__()
+        self.as_shipped = as_shipped
         self.mllm: Qwen2_5_VLForConditionalGeneration = copy.deepcopy(model.mllm.load_full_model())
         self.connector = copy.deepcopy(model.ladder.connector)
         with torch.device(model.device):
@@ -76,7 +85,7 @@ class ReleaseWay(nn.Module):
             grids = grids.to(ids.device)
             # The release trains back through no vision tower: the patches carry no gradient.
             with torch.no_grad():
-                features = body.visual(sequence["pixel_values"], grid_thw=grids).pooler_output
+                features = self.encode_images(sequence["pixel_values"], grids)
             places = ids == self.mllm.config.image_token_id
             embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings))
             positions = body.get_rope_index(ids, places.int(), grids, torch.ones_like(ids))[0]
@@ -92,6 +101,13 @@ class ReleaseWay(nn.Module):
         stacked = torch.stack(states, dim=0)
         queries = stacked[:, :, -self.num_queries - CLOSING : -CLOSING]
         return self.connector(queries[-len(self.transformer.transformer_blocks) - 1 : -1])
+
+    def encode_images(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+        """Features of images (merged patch, hidden)."""
+        visual = self.mllm.model.visual
+        if self.as_shipped:
+            return encode_images(visual, pixel_values, grids.cpu(), run_layer_with_dense_mask)
+        return visual(pixel_values, grid_thw=grids).pooler_output
 
     def predict_velocity(self, noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
         """Velocity; the contexts' mask is all ones, as released."""
@@ -134,3 +150,26 @@ class ReleaseWay(nn.Module):
 
 def _arguments(transformer: SanaTransformer2DModel) -> dict:
     return {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+
+
+def run_layer_with_dense_mask(
+    block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
+) -> Tensor:
+    """A layer of the vision tower as transformers 4.51.3 computes it (`Qwen2_5_VLVisionSdpaAttention`).
+
+    Every patch of the batch is compared with every other, and a mask (patch, patch), filled window by window in every
+    layer, leaves those of its own window or image.
+    """
+    attention, count = block.attn, len(hidden)
+    query, key, value = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+    mask = torch.zeros(1, count, count, dtype=torch.bool, device=hidden.device)
+    start = 0
+    for length in segments.list_lengths():
+        mask[..., start : start + length, start : start + length] = True
+        start += length
+    parts = (query.to(value.dtype), key.to(value.dtype), value)  # under autocast the rotary tables are float32
+    heads = [part.transpose(0, 1).unsqueeze(0) for part in parts]
+    attended = scaled_dot_product_attention(*heads, mask, scale=attention.scaling)
+    hidden = hidden + attention.proj(attended.squeeze(0).transpose(0, 1).reshape(count, -1))
+    return hidden + block.mlp(block.norm2(hidden))

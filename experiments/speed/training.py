@@ -36,8 +36,9 @@ from tbac.types import Batch
 
 log = logging.getLogger(__name__)
 BASELINE, OURS, CHECKPOINTED, COMPILED = "release", "ours", "ours, checkpointed", "ours, compiled"
+AS_SHIPPED = "release, as shipped"  # with the vision tower of the library that it is pinned to
 GRAPHED, COMPILED_GRAPHED = "ours, graphs", "ours, compiled, graphs"
-SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED, GRAPHED, COMPILED_GRAPHED)
+SIDES = (BASELINE, OURS, CHECKPOINTED, COMPILED, GRAPHED, COMPILED_GRAPHED, AS_SHIPPED)
 LIMIT = 1e-3  # relative difference in float32
 TEXT_BESIDE_IMAGE = 4  # tokens, at least
 Targets = tuple[Tensor, Tensor, Tensor]
@@ -101,7 +102,7 @@ class Side:
     """One way of training: its loss, its parameters, its optimizer.
 
     Args:
-        name: of `SIDES`; `BASELINE` copies the model's weights, all others use the model itself.
+        name: of `SIDES`; the release's ways copy the model's weights, all others use the model itself.
         model: ours.
         cfg: of the benchmark.
         optimizer: of another side with the same model, to be shared; None makes one.
@@ -111,8 +112,9 @@ class Side:
         self, name: str, model: UniImage, cfg: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         self.name, self.cfg, self.device = name, cfg, model.device
-        self.release = ReleaseWay(model) if name == BASELINE else None
-        self.model = None if name == BASELINE else model
+        theirs = name in (BASELINE, AS_SHIPPED)
+        self.release = ReleaseWay(model, as_shipped=name == AS_SHIPPED) if theirs else None
+        self.model = None if theirs else model
         if self.release is not None:
             self.parameters = [p for p in self.release.parameters() if p.requires_grad]
             groups: list[dict] = [{"params": self.parameters, "weight_decay": 0.05}]
@@ -287,17 +289,18 @@ def bench_training(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[s
     for case in training_cases(cfg):
         # What each side takes, in turns, and what it holds, in a process of its own.
         alone: dict[str, dict[str, Any]] = {}
+        taking = [name for name in names if case.side or name != AS_SHIPPED]  # without an image it is the baseline
         if model is None:
-            seconds, alone = _time_isolated(cfg, device, case)
+            seconds, alone = _time_isolated(taking, cfg, device, case)
         else:
             arguments = arguments_of(model, case, cfg)
-            failed |= failures_of(sides, arguments)
-            runs = {n: (lambda s=side, a=arguments: s.step(*a)) for n, side in sides.items() if n not in failed}
+            failed |= failures_of({name: sides[name] for name in taking}, arguments)
+            runs = {n: (lambda s=sides[n], a=arguments: s.step(*a)) for n in taking if n not in failed}
             seconds = interleaved(runs, cfg["repeats"], device, cfg["warm_up"])
             for side in sides.values():
                 side.forget_graphs()
             if cfg["measure_memory"]:
-                alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in names}
+                alone = {name: in_child(one_side, name, cfg, device.type, case, 0) for name in taking}
         found = summary(seconds, BASELINE, OURS) | {"batch": case.batch}
         found["samples_per_s"] = {name: round(case.batch / s, 3) for name, s in found["median_s"].items()}
         found["difference"] = difference.get(f"{case.name}, {case.tokens}")
@@ -315,16 +318,16 @@ def _build_sides(names: list[str], model: UniImage, cfg: dict[str, Any]) -> dict
     """All sides in one process; those that train the same model share its optimizer."""
     sides: dict[str, Side] = {}
     for name in names:
-        same = sides.get(OURS)
+        same = sides.get(OURS) if name != AS_SHIPPED else None
         sides[name] = Side(name, model, cfg, same.optimizer if same else None)
     return sides
 
 
 def _time_isolated(
-    cfg: dict[str, Any], device: torch.device, case: Case
+    names: list[str], cfg: dict[str, Any], device: torch.device, case: Case
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Seconds of each side's steps, and what the last of its processes held."""
-    seconds: dict[str, list[float]] = {name: [] for name in cfg["sides"]}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     alone = {}
     for _ in range(cfg["turns"]):
         for name, values in seconds.items():
@@ -335,15 +338,15 @@ def _time_isolated(
 
 def _training_tables(cases: dict[str, Any], names: list[str], failed: dict[str, str]) -> str:
     """Seconds, peak memory and trainable parameters of every side, and why a side failed."""
-    times, memory, holds = [], [], {}
+    times, memory = [], []
+    holds: dict[str, Any] = {}
     for label, found in cases.items():
         took = [found["median_s"].get(name, math.nan) for name in names]
-        times.append([label, found["batch"], *(f"{s:.3f}" for s in took), *(f"{took[0] / s:.2f}" for s in took[1:])])
+        times.append([label, found["batch"], *_format_row(took, ",.3f")])
         if found["memory"]:
-            peaks = [found["memory"][name]["peak_mib"] for name in names]
-            ratios = [f"{peaks[0] / peak:.2f}" for peak in peaks[1:]]
-            memory.append([label, found["batch"], *(f"{peak:,.0f}" for peak in peaks), *ratios])
-            holds = found["holds"]
+            peaks = [found["memory"].get(name, {}).get("peak_mib", math.nan) for name in names]
+            memory.append([label, found["batch"], *_format_row(peaks, ",.0f")])
+            holds |= found["holds"]
     over = [f"release / {name}" for name in names[1:]]
     header = ["prompt, tokens", "batch", *names, *over]
     tables = ["Seconds a step:\n\n" + format_table(header, times)]
@@ -353,6 +356,12 @@ def _training_tables(cases: dict[str, Any], names: list[str], failed: dict[str, 
         tables.append(format_table(["what trains", "tensors", "parameters", "optimizer state, MiB"], rows))
     tables += [f"{name} failed: {reason}" for name, reason in failed.items()]
     return "\n\n".join(tables)
+
+
+def _format_row(values: list[float], form: str) -> list[str]:
+    """Values, and the first over each of the others; nothing for what wasn't measured."""
+    ratios = [f"{values[0] / value:.2f}" for value in values[1:]]
+    return ["" if text == "nan" else text for text in [*(f"{value:{form}}" for value in values), *ratios]]
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:

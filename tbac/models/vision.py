@@ -51,6 +51,12 @@ class Segments:
         tensors = (places.flatten(), back, real[:, None, None])
         return cls(len(lengths), longest, *(send(tensor, device) for tensor in tensors))
 
+    def list_lengths(self) -> list[int]:
+        """List the tokens of each segment."""
+        if self.mask is None:
+            return [self.longest] * self.count
+        return [int(length) for length in self.mask.flatten(1).sum(1)]
+
     def fold(self, row: Tensor) -> Tensor:
         """(token, …) -> (segment, longest, …)."""
         filled = row if self.places is None else row[self.places]

@@ -11,6 +11,7 @@ the release as it ships is pinned to transformers 4.51.3, whose tower takes seve
 """
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -152,16 +153,14 @@ def _arguments(transformer: SanaTransformer2DModel) -> dict:
     return {k: v for k, v in transformer.config.items() if not k.startswith("_")}
 
 
-def run_layer_with_dense_mask(
-    block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
-) -> Tensor:
+def run_layer_with_dense_mask(block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
     """A layer of the vision tower as transformers 4.51.3 computes it (`Qwen2_5_VLVisionSdpaAttention`).
 
     Every patch of the batch is compared with every other, and a mask (patch, patch), filled window by window in every
     layer, leaves those of its own window or image.
     """
     attention, count = block.attn, len(hidden)
-    query, key, value = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    query, key, value = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, -1, attention.head_dim)).unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
     mask = torch.zeros(1, count, count, dtype=torch.bool, device=hidden.device)
     start = 0
@@ -169,7 +168,7 @@ def run_layer_with_dense_mask(
         mask[..., start : start + length, start : start + length] = True
         start += length
     parts = (query.to(value.dtype), key.to(value.dtype), value)  # under autocast the rotary tables are float32
-    heads = [part.transpose(0, 1).unsqueeze(0) for part in parts]
-    attended = scaled_dot_product_attention(*heads, mask, scale=attention.scaling)
+    query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
     hidden = hidden + attention.proj(attended.squeeze(0).transpose(0, 1).reshape(count, -1))
     return hidden + block.mlp(block.norm2(hidden))

@@ -95,6 +95,7 @@ def main(cfg: DictConfig) -> None:
     from experiments.sweeps.report import Completeness, write_report
     from experiments.sweeps.score import list_metrics, score_point
     from tbac.training.tracking import (
+        SCORE,
         add_to_run,
         get_comparison_link,
         get_runs_link,
@@ -139,7 +140,7 @@ def main(cfg: DictConfig) -> None:
             run.log_file(file)
     print(f"\n{report.read_text()}\nThe report is {report}.")
     if run.run_id:
-        print(f"make ui serves its runs: {get_runs_link(cfg.tracking_uri, parent_run_id=run.run_id)}")
+        print(f"make ui serves its runs: {get_runs_link(cfg.tracking_uri, parent_run_id=run.run_id, score=SCORE)}")
         print(f"beside each other: {get_comparison_link(cfg.tracking_uri, run.run_id)}")
     if failures:
         print(f"error: {len(points)} of {expected} points are finished: {describe_failures(failures)}", file=sys.stderr)

@@ -76,7 +76,8 @@ class RunLogger(Logger):
         return self.logger.group_separator
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try(self.logger.log_metrics, metrics, None if step is None else self.first_step + step)
+        own = {name: value for name, value in metrics.items() if name != "epoch"}  # Lightning's, which is always 0
+        self._try(self.logger.log_metrics, own, None if step is None else self.first_step + step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._try(self.logger.log_hyperparams, params, *args, **kwargs)

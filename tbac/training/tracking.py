@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 RUN_ID = "mlflow_run_id"  # the file of a run folder, and of an export, that holds the id of the run
 PAGE = "workflowType=machine_learning"  # without it pages are those of another kind of work, with traces for runs
+SCORE = "geneval/overall"  # the metric of a sweep's children that says most
 COLUMNS = [  # of the list of runs
-    "params.`taps`", "params.`lr`", "params.`seed`", "metrics.`val/loss`", "metrics.`geneval/overall`",
+    "params.`taps`", "params.`lr`", "params.`seed`", "metrics.`val/loss`", f"metrics.`{SCORE}`",
 ]  # fmt: skip
 SERVED = "http://127.0.0.1:5000"  # what `make ui` serves at
 ARTIFACTS = "mlartifacts"  # folder of all artifacts, beside the sqlite file
@@ -551,9 +552,13 @@ def add_to_run(
 
 
 def get_runs_link(
-    tracking_uri: str, address: str | None = None, experiment_name: str = "tbac", parent_run_id: str | None = None
+    tracking_uri: str,
+    address: str | None = None,
+    experiment_name: str = "tbac",
+    parent_run_id: str | None = None,
+    score: str | None = None,
 ) -> str:
-    """Return the page of MLflow's UI that lists an experiment's runs, the lowest validation loss first.
+    """Return the page of MLflow's UI that lists an experiment's runs, the best one first.
 
     The page would show runs without what tells them apart, and children folded away. So a view with columns of our
     choice is kept in the experiment, as the UI itself does for a view that is shared.
@@ -563,13 +568,14 @@ def get_runs_link(
         address: where the UI is served, such as `http://127.0.0.1:5000`; None for the usual one.
         experiment_name: MLflow experiment.
         parent_run_id: the run whose children alone are listed.
+        score: metric by which the highest is the best; None for the lowest validation loss.
     """
     client = open_store(tracking_uri)
     experiment = client.get_experiment_by_name(experiment_name)
     place = f"{get_address(tracking_uri) if address is None else address}/#/experiments"
     if experiment is None:
         return place
-    view = {"orderByKey": "metrics.`val/loss`", "orderByAsc": True, "selectedColumns": COLUMNS}
+    view = {"orderByKey": f"metrics.`{score or 'val/loss'}`", "orderByAsc": not score, "selectedColumns": COLUMNS}
     if parent_run_id:
         view["searchFilter"] = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
     name = parent_run_id or "runs"
@@ -618,7 +624,9 @@ def list_links(tracking_uri: str, address: str) -> dict[str, str]:
     children = client.search_runs(place, "tags.mlflow.parentRunId != ''", max_results=1)
     if children:
         parent = client.get_run(children[0].data.tags["mlflow.parentRunId"]).info
-        links[f"runs of {parent.run_name}"] = get_runs_link(tracking_uri, address, parent_run_id=parent.run_id)
+        score = SCORE if SCORE in children[0].data.metrics else None
+        view = get_runs_link(tracking_uri, address, parent_run_id=parent.run_id, score=score)
+        links[f"runs of {parent.run_name}"] = view
         links["beside each other"] = get_comparison_link(tracking_uri, parent.run_id, address)
     return links
 

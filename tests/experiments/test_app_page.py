@@ -1,11 +1,9 @@
 """The app: what it draws, keeps and shows; and, marked `browser`, the page itself in Debian's Chromium."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from experiments.ui.studio import Studio, draw_recipe
 from tbac.models import UniImage
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.recipe import Recipe, read_recipe
+from tests.helpers.browser import HAS_BROWSER, NO_BROWSER, Page, find_free_port, wait_until_served
 from tests.helpers.commands import run_to_message, run_to_success
 from tests.helpers.configs import ROOT
 from tests.helpers.pictures import make_noise_image
 from tests.helpers.worlds import load_small_model
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 RECIPE = Recipe("a red circle", num_inference_steps=8, height=24, width=24)
 
 
@@ -158,77 +156,22 @@ def test_an_app_without_a_model_says_how_to_get_one(in_world: Path, capfd: pytes
 @pytest.fixture
 def address(model: UniImage, in_world: Path, tmp_path: Path) -> Iterator[str]:
     """The app of a small model, running."""
-    import socket
-
     model.save_pretrained(tmp_path / "export", standalone=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     line = [sys.executable, str(ROOT / "experiments" / "app.py"), f"checkpoint={tmp_path / 'export'}", f"port={port}"]
     line += ["num_inference_steps=12", f"hydra.run.dir={tmp_path / 'app'}"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}/"
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(url, timeout=5).read()
-                break
-            except OSError:
-                assert process.poll() is None, process.communicate()[0]
-                time.sleep(0.5)
+        wait_until_served(url, process)
         yield url
     finally:
         process.terminate()
         process.wait(30)
 
 
-class Page:
-    """The page in a browser."""
-
-    def __init__(self, address: str, width: int = 1280) -> None:
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},1100"):
-            options.add_argument(argument)
-        options.binary_location = str(CHROMIUM)
-        self.browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-        self.browser.get(address)
-
-    def find(self, selector: str, seconds: float = 60) -> Any:
-        """The first visible element, once it is there."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        def look(browser: Any) -> Any:
-            shown = [one for one in browser.find_elements("css selector", selector) if one.is_displayed()]
-            return shown[0] if shown else None
-
-        return WebDriverWait(self.browser, seconds, ignored_exceptions=[Exception]).until(look)
-
-    def type(self, selector: str, text: str) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        field = self.find(f"{selector} textarea, {selector} input")
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(Keys.BACKSPACE, text)
-
-    def open(self, tab: str) -> None:
-        self.find("button[role=tab]")
-        next(b for b in self.browser.find_elements("css selector", "button[role=tab]") if b.text == tab).click()
-
-    def wait_for(self, selector: str, text: str, seconds: float = 90) -> None:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.browser, seconds, ignored_exceptions=[Exception]).until(
-            lambda browser: text in browser.find_element("css selector", selector).text
-        )
-
-    def get_source(self, selector: str) -> str:
-        return self.find(f"{selector} img").get_attribute("src")
-
-
 @pytest.mark.browser
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Debian's packages chromium and chromium-driver aren't installed")
+@pytest.mark.skipif(not HAS_BROWSER, reason=NO_BROWSER)
 def test_the_page_draws_edits_asks_and_looks_into_the_ladder(address: str, tmp_path: Path) -> None:
     make_noise_image(1).resize((64, 64)).save(tmp_path / "source.png")
     page, other = Page(address), Page(address, width=420)

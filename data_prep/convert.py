@@ -1,6 +1,7 @@
 """Converts a dataset, published or your own, into shards: python data_prep/convert.py dataset=NAME dataset.path=…"""
 
 import logging
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,6 +26,12 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out).absolute()
     counts = convert(dataset, out, options, cfg.processes)
     print(f"\n{dataset.name} in {out}:\n{format_counts(counts)}")
+    sources = f"stage.sources=[{{path: {cfg.out}}}]"
+    validation = f"stage.val_sources=[{{path: {cfg.out}, split: val}}]"
+    if counts.written.get("val"):
+        share = counts.written["val"] / counts.total
+        print(f"{share:.1%} of them are for validation (options.val_share, options.val_samples).")
+        print(f"To train on them: {shlex.join([sources, validation])}")
     if counts.expected is not None and counts.read != counts.expected:
         log.warning("%s has %d samples; %d were found", dataset.name, counts.expected, counts.read)
 

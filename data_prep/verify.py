@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
 
     # Imported here, so that --help and a wrong path don't wait for what decodes pictures.
     from data_prep.shards.report import write_report
+    from data_prep.shards.sheet import draw_sheet
     from data_prep.shards.verification import verify, write_all_sizes
 
     if cfg.write_sizes:
@@ -34,6 +35,9 @@ def main(cfg: DictConfig) -> None:
     out = get_run_folder()
     text = write_report(facts, folder, "tokens" if cfg.tokenizer else "words", out)
     print(f"\n{text}\nThe report is {out / 'report.md'}.")
+    shown = draw_sheet(folder, out / "samples.png")
+    if shown:
+        print(f"{shown} of the samples, sources beside targets: {out / 'samples.png'}")
     if facts.faults:
         log.error("%d faults of %d kinds", facts.faults.total(), len(facts.faults))
         sys.exit(1)

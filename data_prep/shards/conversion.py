@@ -75,7 +75,8 @@ class ConversionOptions:
 
     Args:
         samples_per_shard: how many samples a tar holds at most.
-        val_samples: how many of the first samples go into the split `val`, but never more than half of them.
+        val_samples: how many samples of the first unit go into the split `val` at most.
+        val_share: share of these that does so at most, or one sample.
         check_images: decode every picture, and reject what training would refuse.
 
     Raises:
@@ -84,6 +85,7 @@ class ConversionOptions:
 
     samples_per_shard: int = 10000
     val_samples: int = 256
+    val_share: float = 0.05
     check_images: bool = True
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class ConversionOptions:
                 f"samples_per_shard must be at least 1 and val_samples at least 0, got {self.samples_per_shard} and "
                 f"{self.val_samples}"
             )
+        if not 0 < self.val_share <= 0.5:
+            raise ValueError(f"options.val_share must be above 0 and at most 0.5, got {self.val_share}")
 
 
 @dataclass
@@ -251,9 +255,11 @@ class _UnitWriter:
 
     def _write(self, key: str, fields: Mapping[str, bytes]) -> None:
         """Write a sample into the tar of its split."""
-        # Samples go to both splits in turn, until there are enough for validation.
+        # Validation gets one sample of every so many, until it has enough; the first one is for training.
         written = self.counts.written
-        split = "val" if written["val"] < min(self.val_samples, written["train"]) else "train"
+        share = max(1, int(self.options.val_share * (self.counts.total + 1)))
+        is_val = written["train"] > 0 and written["val"] < min(self.val_samples, share)
+        split = "val" if is_val else "train"
         if split not in self._open:
             number = len(self._closed[split])
             self._open[split] = ShardWriter(self.stem.with_name(f"{self.stem.name}.{split}-{number:06d}.tar"))

@@ -1,6 +1,5 @@
 """Scores of a finished point: GenEval's rules, and the validation loss without each of its taps."""
 
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from tbac.models import UniImage
 from tbac.models.config import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
 from tbac.pictures import PictureError, open_picture
+from tbac.sampling.grid import encode_png
 from tbac.training.module import get_latents
 from tbac.training.randomness import draw_noise
 
@@ -60,9 +60,7 @@ def score_point(point: Point, cfg: DictConfig, detector: Any) -> dict[str, Any]:
     pictures = point.folder / "grid"
     pictures.mkdir(exist_ok=True)
     for i in chosen:
-        png = io.BytesIO()
-        scored.pictures[i].save(png, format="PNG")
-        write_whole(pictures / f"{i:05d}.png", png.getvalue())
+        write_whole(pictures / f"{i:05d}.png", encode_png(scored.pictures[i]))
     # What each tap is worth, and what further benchmarks say.
     model, plan = pipeline.model, pipeline.model.ladder.plan
     scores = {

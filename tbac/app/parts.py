@@ -362,7 +362,8 @@ DATASET = Part(
 CONVERSION = Part(
     {
         "data_prep.shards.conversion.ConversionOptions": {
-            "samples_per_shard": whole(), "val_samples": whole(0), "check_images": flag(),
+            "samples_per_shard": whole(), "val_samples": whole(0), "val_share": number(above=0, most=0.5),
+            "check_images": flag(),
         }
     }
 )  # fmt: skip

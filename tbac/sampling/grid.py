@@ -1,11 +1,19 @@
 """Putting pictures side by side, with captions."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 4  # pixels between pictures
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """Encode a picture as a PNG file."""
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    return png.getvalue()
 
 
 def join_pictures(

@@ -26,11 +26,11 @@ from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
 from tbac.models import UniImage
 from tbac.types import Sample
-from tests.helpers.commands import run_app
+from tests.helpers.commands import run_app, run_to_success
 from tests.helpers.configs import ROOT, compose_config
 from tests.helpers.pictures import make_noise_image
 
-FEW = ConversionOptions(samples_per_shard=3, val_samples=2)
+FEW = ConversionOptions(samples_per_shard=3, val_samples=2, val_share=0.5)
 
 
 def encoded(seed: int, kind: str = "JPEG") -> bytes:
@@ -215,6 +215,22 @@ def test_every_layout_converts_and_trains(layout: str, tmp_path: Path, in_world:
     assert len(next(iter(data.train_dataloader()))) == 2
 
 
+@pytest.mark.parametrize(("count", "val"), [(1, 0), (2, 1), (19, 1), (300, 15)])
+def test_a_twentieth_is_for_validation(count: int, val: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture = encoded(1)
+    (tmp_path / "mine").mkdir()
+    for number in range(count):
+        (tmp_path / "mine" / f"{number}.jpg").write_bytes(picture)
+        (tmp_path / "mine" / f"{number}.txt").write_text(f"caption {number}")
+    options = ["dataset=folder", "dataset.path=mine", "out=out", "processes=1", "options.check_images=false"]
+    text = run_to_success("data_prep.convert", capfd, *options)
+    assert len(samples(Path("out"), "val") if val else list(Path("out").glob("val-*"))) == val
+    assert len(samples(Path("out"), "train")) == count - val
+    words = "'stage.sources=[{path: out}]' 'stage.val_sources=[{path: out, split: val}]'"
+    assert (words in text) == bool(val)
+    assert ("5.0% of them are for validation" in text) == (count == 300)
+
+
 def test_original_bytes_are_kept(tmp_path: Path) -> None:
     dataset, _ = made("GPT-Image-Edit", tmp_path / "raw")
     convert(dataset, tmp_path / "out", ConversionOptions(val_samples=0))
@@ -250,7 +266,7 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
         return [
             sys.executable, str(ROOT / "data_prep" / "convert.py"), "dataset=blip3o_60k",
             f"dataset.path={tmp_path}/raw", f"out={tmp_path}/{out}", "processes=2", "options.samples_per_shard=40",
-            "options.val_samples=20", f"hydra.run.dir={tmp_path}/hydra",
+            "options.val_samples=20", "options.val_share=0.5", f"hydra.run.dir={tmp_path}/hydra",
         ]  # fmt: skip
 
     started = time.monotonic()
@@ -380,7 +396,7 @@ def test_the_application_prints_the_counts(capfd: pytest.CaptureFixture[str]) ->
     status, text = run_app("data_prep.convert", capfd, "dataset=folder", "dataset.path=raw", "out=out", "processes=1")
     assert status == 0, text
     assert "rejected             1  no caption, such as alone.png" in text
-    assert "written              2  val" in text
+    assert "written              1  val" in text
 
 
 def test_the_layout_must_be_named_and_help_needs_none(capfd: pytest.CaptureFixture[str]) -> None:

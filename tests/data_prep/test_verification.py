@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from data_prep.shards.geneval_captions import is_geneval_template
+from data_prep.shards.sheet import draw_sheet
 from data_prep.shards.writer import write_shards
+from tbac.sampling.grid import encode_png
 from tests.helpers.commands import run_app
 from tests.helpers.pictures import make_noise_image
 from tests.helpers.shards import break_members
@@ -36,6 +38,27 @@ def test_good_shards_pass(capfd: pytest.CaptureFixture[str]) -> None:
     assert "1; most often 16 x 8 (12)" in text
     assert "| fields: image txt | 12 |" in text
     assert Image.open("out/histograms.png").width > 500
+    # A sheet of all twelve, three in a row, each with its caption.
+    sheet = Image.open("out/samples.png")
+    assert sheet.width == 3 * 192 + 4 * 4
+    assert sheet.height > 4 * 192
+    assert "12 of the samples, sources beside targets" in text
+
+
+def test_the_sheet_shows_sources_beside_targets_and_passes_over_what_is_bad(tmp_path: Path) -> None:
+    def encode(color: str) -> bytes:
+        return encode_png(Image.new("RGB", (40, 20), color))
+
+    edits = (
+        (f"e{i}", {"source.png": encode("red"), "target.png": encode("blue"), "json": b'{"instruction": "paint it"}'})
+        for i in range(9)
+    )
+    write_shards(tmp_path, "train", edits, 4)
+    break_members(tmp_path / "train-000000.tar", {"e0.target.png": b"garbage"})
+    assert draw_sheet(tmp_path, tmp_path / "sheet.png", count=3) == 3
+    sheet = Image.open(tmp_path / "sheet.png")
+    middle = [sheet.getpixel((4 + 196 * column + 96, 4 + 96)) for column in range(6)]
+    assert middle == 3 * [(255, 0, 0), (0, 0, 255)]
 
 
 def test_planted_faults_are_each_named(capfd: pytest.CaptureFixture[str]) -> None:

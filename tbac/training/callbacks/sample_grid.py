@@ -1,6 +1,5 @@
 """Pictures of fixed prompts from fixed noise, at every validation."""
 
-import io
 import logging
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from PIL import Image
 from tbac.distributed import hold_gathered
 from tbac.files import describe_error, write_whole
 from tbac.models import UniImage
-from tbac.sampling.grid import join_pictures
+from tbac.sampling.grid import encode_png, join_pictures
 from tbac.sampling.pipeline import UniImagePipeline
 from tbac.training.module import LadderTuningModule
 from tbac.training.tracking import log_picture
@@ -67,9 +66,7 @@ class SampleGrid(L.Callback):
             wrap = drawn[0].width * scale // 8  # letters of the captions are about 8 pixels wide
             columns = math.ceil(math.sqrt(len(drawn)))  # as high as it is wide, which the UI has room for
             grid = join_pictures(drawn, columns, scale=scale, captions=self.prompts, wrap=wrap, font_size=15)
-            png = io.BytesIO()
-            grid.save(png, format="PNG")
-            write_whole(path, png.getvalue())
+            write_whole(path, encode_png(grid))
         except Exception as error:  # noqa: BLE001
             log.warning("the pictures %s are left out (%s); training goes on", path, describe_error(error))
             return

@@ -1,7 +1,5 @@
-"""A benchmark's report: JSON, Markdown and HTML, with sheets of the best and the worst prompts."""
+"""A benchmark's report: JSON, Markdown with sheets of pictures, and a page of HTML."""
 
-import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,173 +9,318 @@ from textwrap import shorten
 from typing import Any
 
 from experiments.reports import format_table
-from tbac.evaluation.benchmarks.base import Row, Summary
-from tbac.evaluation.benchmarks.published import PUBLISHED
+from experiments.scores.page import Card, Page, ShownPicture, render_page
+from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, Summary
+from tbac.evaluation.benchmarks.published import PUBLISHED, REWRITTEN
+from tbac.evaluation.intervals import Interval, compute_differences, compute_intervals
+from tbac.evaluation.protocol import UNKNOWN, Protocol, describe, is_comparable, is_followed, list_differences
 from tbac.files import write_whole
 from tbac.pictures import open_picture
 from tbac.sampling.grid import join_pictures
 
-SHOWN = 40  # pictures on a sheet, but at most half of all
+SHOWN = 40  # prompts on a sheet
+MOST_PICTURES = 240  # on the page
 WIDTH = 96  # least pixels of a picture on a sheet
-PROMPT, REASON = 100, 80  # characters of a caption
+PROMPT, REASON = 100, 80  # characters of a caption on a sheet
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns and rows of cells."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture file beside the report, with a title."""
-
-    title: str
-    file: str
-
-
-Part = str | Table | Picture
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a report says.
+class Evaluation:
+    """A model's pictures and what became of them.
 
     Attributes:
-        name: name of the benchmark, by which published numbers are looked up.
-        title: title of the report.
-        summary: the scores and how they were computed.
+        checkpoint: that was scored.
         rows: one for every picture.
-        checkpoint: the checkpoint that was scored.
-        judge: name of the judge.
+        summary: the scores and how they were computed.
+        protocol: how they were reached.
+        root: the tree of pictures.
     """
 
-    name: str
-    title: str
-    summary: Summary
-    rows: Sequence[Row]
     checkpoint: str
+    rows: Sequence[Row]
+    summary: Summary
+    protocol: Protocol
+    root: Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its pictures.
+
+    Attributes:
+        text: in full.
+        group: that it counts for.
+        rows: of its pictures.
+        score: mean over those that were scored; None without any.
+        rank: `best` above the mean of all prompts, `worst` below it, or "".
+    """
+
+    text: str
+    group: str
+    rows: Sequence[Row]
+    score: float | None
+    rank: str
+
+
+def list_prompts(benchmark: PictureBenchmark, rows: Sequence[Row]) -> list[Prompt]:
+    """List the prompts of a benchmark with their pictures, in its order."""
+    item_of = {target.path: target.item for target in benchmark.targets}
+    rows_of: dict[str, list[Row]] = {}
+    for row in rows:
+        rows_of.setdefault(item_of[row.picture], []).append(row)
+    scores: dict[str, float] = {}
+    for item, of_item in rows_of.items():
+        known = [row.score for row in of_item if row.score is not None]
+        if known:
+            scores[item] = mean(known)
+    # A prompt is among the best or the worst, never both; where all are alike there is neither.
+    middle = mean(scores.values()) if scores else 0.0
+    prompts = []
+    for item, of_item in rows_of.items():
+        score = scores.get(item)
+        distance = 0.0 if score is None else score - middle
+        rank = "" if abs(distance) < 1e-9 else ("best" if distance > 0 else "worst")
+        prompts.append(Prompt(of_item[0].prompt, of_item[0].group, of_item, score, rank))
+    return prompts
+
+
+def select_prompts(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """Select at most so many prompts: of each group as many of the best as of the worst; the worst come first."""
+    ordered = sorted(prompts, key=lambda prompt: -1.0 if prompt.score is None else prompt.score)
+    if len(ordered) <= most:
+        return ordered
+    groups = list(dict.fromkeys(prompt.group for prompt in prompts))
+    half = max(1, most // len(groups) // 2)
+    chosen = []
+    for group in groups:
+        of_group = [prompt for prompt in ordered if prompt.group == group]
+        chosen += of_group if len(of_group) <= 2 * half else of_group[:half] + of_group[-half:]
+    return sorted(chosen[:most], key=ordered.index)
+
+
+def format_score(value: float, digits: int, interval: Interval | None = None, sign: bool = False) -> str:
+    """Format a score or a difference with its 95 % interval."""
+    plus = "+" if sign else ""
+    text = f"{value:{plus}.{digits}f}"
+    return text if interval is None else f"{text} [{interval[0]:{plus}.{digits}f}, {interval[1]:{plus}.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the files of a report say.
+
+    Attributes:
+        benchmark: what was evaluated.
+        judge: name of the judge.
+        main: the model.
+        other: a second model, drawn from the same noise; None without one.
+    """
+
+    benchmark: PictureBenchmark
     judge: str
+    main: Evaluation
+    other: Evaluation | None = None
+
+    @property
+    def published(self) -> Protocol | None:
+        """How the published scores were reached."""
+        return self.benchmark.get_published()
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the scores may stand beside published ones; the protocols alone decide it."""
+        return is_comparable(self.main.protocol, self.published)
+
+    def list_differences(self) -> list[str]:
+        """List in what the scores were reached otherwise than published ones."""
+        if self.published is None:
+            return ["there are no published scores of this benchmark"]
+        return [str(difference) for difference in list_differences(self.main.protocol, self.published)]
+
+    def give_verdict(self) -> str:
+        """Say whether the scores may stand beside published ones, and if not why."""
+        if self.is_comparable:
+            return "Comparable with published numbers."
+        return f"Not comparable with published numbers: {'; '.join(self.list_differences())}."
 
 
-def render_markdown(title: str, parts: Sequence[Part]) -> str:
-    """Render the report as Markdown, which shows the pictures beside it."""
-    lines = [f"# {title}"]
-    for part in parts:
-        if isinstance(part, Table):
-            lines.append(format_table(list(part.columns), [list(row) for row in part.rows]))
-        elif isinstance(part, Picture):
-            lines.append(f"## {part.title}\n\n![{part.title}]({part.file})")
-        else:
-            lines.append(part)
-    return "\n\n".join(lines) + "\n"
+def build_score_table(report: Report, intervals: Mapping, differences: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Build columns and rows of the scores: ours, the other model's, their difference, and published ones if they fit.
 
-
-def render_html(title: str, parts: Sequence[Part], folder: Path) -> str:
-    """Render the report as one HTML file that contains its pictures."""
-    style = (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .6em;text-align:right}"
-        "img{max-width:100%}"
-    )
-    lines = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"]
-    lines.append(f"<h1>{html.escape(title)}</h1>")
-    for part in parts:
-        if isinstance(part, Table):
-            lines.append("<table>")
-            lines.append("".join(["<tr>", *(f"<th>{html.escape(str(cell))}</th>" for cell in part.columns), "</tr>"]))
-            for row in part.rows:
-                lines.append("".join(["<tr>", *(f"<td>{html.escape(str(cell))}</td>" for cell in row), "</tr>"]))
-            lines.append("</table>")
-        elif isinstance(part, Picture):
-            data = base64.b64encode((folder / part.file).read_bytes()).decode()
-            lines.append(f'<h2>{html.escape(part.title)}</h2><img src="data:image/png;base64,{data}">')
-        else:
-            lines.append(f"<p>{html.escape(part)}</p>")
-    return "\n".join(lines) + "\n"
-
-
-def build_score_table(name: str, scores: Mapping[str, float], checkpoint: str) -> Table:
-    """Build a table with our scores in its first row, and the published ones of other models below."""
+    Args:
+        report: what is reported.
+        intervals: score -> its interval.
+        differences: score -> interval of the difference of both models.
+    """
+    scores = report.main.summary.scores
     digits = 3 if max(scores.values()) <= 5 else 2
 
-    def cells(values: Mapping[str, float], digits: int) -> list[str]:
-        return [f"{values[key]:.{digits}f}" if key in values else "" for key in scores]
+    def make_row(
+        name: str, values: Mapping[str, float], bounds: Mapping[str, Interval], sign: bool = False
+    ) -> list[str]:
+        cells = [format_score(values[k], digits, bounds.get(k), sign) if k in values else "" for k in scores]
+        return [name, *cells]
 
-    rows = [[f"this model ({checkpoint})", *cells(scores, digits)]]
-    rows += [[f"{model}, published", *cells(values, 2)] for model, values in PUBLISHED.get(name, {}).items()]
-    return Table(["", *scores], rows)
+    rows = [make_row(f"this model ({report.main.checkpoint})", scores, intervals)]
+    if report.other is not None:
+        others = report.other.summary.scores
+        bounds = compute_intervals(report.benchmark, report.other.rows)
+        rows.append(make_row(f"against ({report.other.checkpoint})", others, bounds))
+        minus = {name: value - others[name] for name, value in scores.items() if name in others}
+        rows.append(make_row("this model minus the other", minus, differences, sign=True))
+    # Published rows only where they were reached in the same way.
+    published = PUBLISHED.get(report.benchmark.name, {}) if report.is_comparable else {}
+    rows += [make_row(f"{model}, published", values, {}) for model, values in published.items()]
+    return ["", *scores], rows
 
 
-def draw_sheet(rows: Sequence[Row], root: Path, file: Path) -> None:
+def list_protocol_rows(report: Report) -> list[tuple[str, str, str, bool]]:
+    """List every field of the protocol: its name, our value, the published one, and whether they agree."""
+    ours = report.main.protocol.to_dict()
+    theirs = report.published.to_dict() if report.published is not None else dict.fromkeys(ours, UNKNOWN)
+    return [
+        (name.replace("_", " "), describe(value), describe(theirs[name]), is_followed(value, theirs[name]))
+        for name, value in ours.items()
+    ]
+
+
+def list_notes(report: Report) -> list[str]:
+    """List what a reader must know besides the scores: intervals, notes of the benchmark, what is missing."""
+    rows = report.main.rows
+    notes = [*report.main.summary.notes]
+    missing = [row.picture for row in rows if row.state == "missing"]
+    failed = [row.picture for row in rows if row.state == "failed"]
+    if missing:
+        notes.append(f"{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
+    if failed:
+        notes.append(f"{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}")
+    names = PUBLISHED.get(report.benchmark.name, {})
+    if report.is_comparable and any(REWRITTEN in name for name in names):
+        notes.append(f"{REWRITTEN} The prompts were rewritten by a language model before this model drew them.")
+    if report.other is not None:
+        notes.append("Both models drew from the same noise; the interval of the difference pairs their prompts.")
+    return notes
+
+
+def draw_sheet(prompts: Sequence[Prompt], root: Path, file: Path) -> None:
     """Draw a sheet of pictures, each with its prompt and the reason for its score."""
+    rows = [row for prompt in prompts for row in prompt.rows if row.state == "scored"]
     images = [open_picture(root / row.picture) for row in rows]
     captions = [shorten(row.prompt, PROMPT, placeholder=" …") for row in rows]
     for i, row in enumerate(rows):
         if row.reason and row.score != 1:
             captions[i] += f": {shorten(row.reason, REASON, placeholder=' …')}"
+    # A sheet has one size of picture; others are fitted into it.
+    images = [image if image.size == images[0].size else image.resize(images[0].size) for image in images]
     join_pictures(images, columns=10, scale=max(1, WIDTH // images[0].width), captions=captions, wrap=15).save(file)
 
 
-def sort_by_prompt(rows: Sequence[Row]) -> list[Row]:
-    """Sort the scored pictures by the mean score of their prompt, best first; samples of a prompt stay together."""
-    scored = [row for row in rows if row.state == "scored" and row.score is not None]
-    prompts: dict[str, list[float]] = {}
-    for row in scored:
-        prompts.setdefault(f"{row.group}/{row.prompt}", []).append(row.score or 0.0)
-    return sorted(scored, key=lambda row: -mean(prompts[f"{row.group}/{row.prompt}"]))
+def choose_sheets(prompts: Sequence[Prompt]) -> list[tuple[str, str, list[Prompt]]]:
+    """Choose heading, file name and prompts of each sheet: the best and the worst ones, or one sheet of all."""
+    drawn = [prompt for prompt in prompts if any(row.state == "scored" for row in prompt.rows)]
+    ranked = sorted((prompt for prompt in drawn if prompt.rank), key=lambda prompt: -(prompt.score or 0.0))
+    best = [prompt for prompt in ranked if prompt.rank == "best"][:SHOWN]
+    worst = [prompt for prompt in ranked[::-1] if prompt.rank == "worst"][:SHOWN]
+    sheets = [("Of the best prompts", "best", best), ("Of the worst prompts", "worst", worst)]
+    if not ranked:
+        sheets = [("Pictures", "pictures", drawn[:SHOWN])]
+    return [sheet for sheet in sheets if sheet[2]]
 
 
-def write_report(findings: Findings, root: Path, out: Path) -> dict[str, Any]:
+def write_report(report: Report, out: Path) -> dict[str, Any]:
     """Write `report.json`, `report.md`, `report.html` and the sheets; returns what the first one holds.
 
     Args:
-        findings: what is reported.
-        root: the tree of pictures.
-        out: folder of the report.
+        report: what is reported.
+        out: folder of the report; the trees of pictures lie in it.
     """
-    summary, rows = findings.summary, findings.rows
-    missing = [row.picture for row in rows if row.state == "missing"]
-    failed = {row.picture: row.reason for row in rows if row.state == "failed"}
-    report = {
-        **summary.scores,
-        "pictures": len(rows),
-        "missing": missing,
-        "failed": failed,
-        "protocol": f"{summary.protocol}; judge {findings.judge}",
-        "comparable": summary.comparable,
-        "differences": list(summary.differences),
-    }
+    benchmark, main = report.benchmark, report.main
+    intervals = compute_intervals(benchmark, main.rows)
+    differences = compute_differences(benchmark, main.rows, report.other.rows) if report.other is not None else {}
+    values = build_values(report, intervals, differences)
+    columns, cells = build_score_table(report, intervals, differences)
     # In the text, scores come first, then everything that a reader must know before comparing them.
-    parts: list[Part] = [
-        build_score_table(findings.name, summary.scores, findings.checkpoint),
-        f"{report['protocol']}.",
+    prompts = list_prompts(benchmark, main.rows)
+    explained = ["In brackets: 95 % intervals by a bootstrap over prompts."] if intervals else []
+    parts = [
+        f"# {benchmark.title}",
+        format_table(columns, cells),
+        *explained,
+        f"{values['protocol']}.",
+        report.give_verdict(),
+        *list_notes(report),
+        format_table(
+            ["field", "this score", "published scores"], [list(row[:3]) for row in list_protocol_rows(report)]
+        ),
     ]
-    if summary.comparable:
-        parts.append("Comparable with published numbers.")
-    else:
-        parts.append(f"Not comparable with published numbers: {'; '.join(summary.differences)}.")
-    parts += summary.notes
-    if missing:
-        parts.append(f"{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
-    if failed:
-        parts.append(f"{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}")
-    # Pictures follow on sheets, each beside the report.
-    for heading, file, chosen in choose_sheets(rows):
-        draw_sheet(chosen, root, out / f"{file}.png")
-        parts.append(Picture(heading, f"{file}.png"))
-    write_whole(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(out / "report.md", render_markdown(findings.title, parts).encode())
-    write_whole(out / "report.html", render_html(findings.title, parts, out).encode())
-    return report
+    for heading, file, chosen in choose_sheets(prompts):
+        draw_sheet(chosen, main.root, out / f"{file}.png")
+        listed = "\n".join(f"- {prompt.text}" for prompt in chosen)
+        parts.append(f"## {heading}\n\n![{heading}]({file}.png)\n\n{listed}")
+    page = Page(
+        benchmark.title,
+        [f"{values['protocol']}."],
+        (columns, cells),
+        [*explained, *list_notes(report)],
+        report.is_comparable,
+        report.give_verdict(),
+        list_protocol_rows(report),
+        build_cards(report, prompts, out),
+        len(prompts),
+    )
+    write_whole(out / "report.json", (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(out / "report.md", ("\n\n".join(parts) + "\n").encode())
+    write_whole(out / "report.html", render_page(page, out).encode())
+    return values
 
 
-def choose_sheets(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
-    """Choose heading, file name and pictures of each sheet: best and worst prompts, or one sheet without scores."""
-    ordered = sort_by_prompt(rows)
-    most = min(SHOWN, -(-len(ordered) // 2))
-    sheets = [("Of the best prompts", "best", ordered[:most]), ("Of the worst prompts", "worst", ordered[::-1][:most])]
-    if not ordered:
-        sheets = [("Pictures", "pictures", [row for row in rows if row.state == "scored"][:SHOWN])]
-    return [sheet for sheet in sheets if sheet[2]]
+def build_values(report: Report, intervals: Mapping, differences: Mapping) -> dict[str, Any]:
+    """Build what `report.json` holds."""
+    main = report.main
+    values: dict[str, Any] = {
+        **main.summary.scores,
+        "intervals": dict(intervals),
+        "pictures": len(main.rows),
+        "missing": [row.picture for row in main.rows if row.state == "missing"],
+        "failed": {row.picture: row.reason for row in main.rows if row.state == "failed"},
+        "protocol": f"{main.summary.protocol}; judge {report.judge}",
+        "protocol_fields": main.protocol.to_dict(),
+        "published_protocol": None if report.published is None else report.published.to_dict(),
+        "comparable": report.is_comparable,
+        "differences": report.list_differences(),
+    }
+    if report.other is not None:
+        values["against"] = {
+            "checkpoint": report.other.checkpoint,
+            "scores": dict(report.other.summary.scores),
+            "intervals_of_difference": dict(differences),
+        }
+    return values
+
+
+def build_cards(report: Report, prompts: Sequence[Prompt], out: Path) -> list[Card]:
+    """Build the cards of the page: all prompts, or the best and the worst of each group where there are many."""
+    models = [report.main] if report.other is None else [report.main, report.other]
+    other_rows = {row.picture: row for row in report.other.rows} if report.other is not None else {}
+    samples = max((len(prompt.rows) for prompt in prompts), default=1)
+    cards = []
+    for prompt in select_prompts(prompts, max(1, MOST_PICTURES // samples // len(models))):
+        shown: dict[str, list[ShownPicture]] = {}
+        for model in models:
+            rows = prompt.rows if model is report.main else [other_rows[row.picture] for row in prompt.rows]
+            name = model.checkpoint if len(models) > 1 else ""
+            folder = model.root.relative_to(out).as_posix()
+            # One checkpoint against itself has one name, and still two columns.
+            name = name if name not in shown else f"{name} (against)"
+            shown[name] = [ShownPicture(f"{folder}/{row.picture}", describe_row(row, len(models) > 1)) for row in rows]
+        score = "" if prompt.score is None else f"{prompt.score:.2f}"
+        cards.append(Card(prompt.text, prompt.group, prompt.rank, score, shown))
+    return cards
+
+
+def describe_row(row: Row, with_score: bool) -> str:
+    """Describe a picture's score, where there are several models, and the reason for it."""
+    reason = row.reason if row.score != 1 else ""
+    if with_score and row.score is not None:
+        return f"{row.score:.2f}{': ' if reason else ''}{reason}"
+    return reason

@@ -4,9 +4,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -14,14 +14,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.scores.benchmarks import make_benchmark
-from experiments.scores.report import Findings, write_report
+from experiments.scores.report import Evaluation, Report, write_report
 from tbac.app import check_members, compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import STATES, PictureBenchmark, Row, check_score, make_picture_finder
-from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
+from tbac.evaluation.benchmarks.base import STATES, Drawn, PictureBenchmark, Row, check_score, make_picture_finder
+from tbac.evaluation.judges.base import JudgeFacts, read_facts
+from tbac.evaluation.judges.cache import Cache, CachedDetector, keep_replies
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Tree, generate, list_pending
-from tbac.files import parse_json, read_text, reading, shorten, write_whole
+from tbac.evaluation.protocol import UNKNOWN
+from tbac.files import ForeignFileError, parse_json, read_json, read_text, reading, shorten, write_whole
 from tbac.models.weights import compute_digest
 from tbac.pictures import open_picture
 from tbac.redaction import hide_secrets
@@ -67,40 +69,71 @@ def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str
     pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
     scores = {"accuracy": benchmark.score(pipeline.model).accuracy}
     write_whole(out / "report.json", (json.dumps(scores, indent=2) + "\n").encode())
-    log_scores(cfg, scores, [out / "report.json"])
+    log_scores(cfg, str(cfg.checkpoint), scores, [out / "report.json"])
     log.info("%s: %s", benchmark.name, json.dumps(scores))
     return scores
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A model that is evaluated: its checkpoint, and where its pictures and their scores lie."""
+
+    checkpoint: str
+    root: Path
+    results: Path
+    drawn: Path
+
+
+def list_contenders(cfg: DictConfig, name: str, out: Path) -> list[Contender]:
+    """List the model, and the one that it is held against."""
+    folders = [(cfg.checkpoint, out)]
+    if cfg.get("against") is not None:
+        folders.append((cfg.against, out / "against"))
+    return [
+        Contender(str(checkpoint), folder / name, folder / f"{name}.results.jsonl", folder / f"{name}.drawn.json")
+        for checkpoint, folder in folders
+    ]
+
+
 def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mapping[str, float]:
     """Run the steps that are asked for, in their order; returns the scores if one of them is `report`."""
-    name = benchmark.name
-    root, results = out / name, out / f"{name}.results.jsonl"
+    contenders = list_contenders(cfg, benchmark.name, out)
     # The judge is made first, so that a wrong one is named before anything is drawn.
     judge = None
     if "score" in cfg.steps and benchmark.needs != "nothing":
         judge = make_judge(cfg, benchmark, out)
     if "generate" in cfg.steps:
-        draw_tree(cfg, benchmark, root)
+        for contender in contenders:
+            draw_tree(cfg, benchmark, contender)
     if "score" in cfg.steps:
-        judged = benchmark.judge_pictures(make_picture_finder(root), judge)
-        rows = list(tqdm(judged, total=len(benchmark.list_targets()), unit="picture", desc="judging"))
-        lines = [json.dumps({"judge": name_judge(cfg, judge)}), *(json.dumps(asdict(row)) for row in rows)]
-        write_whole(results, ("\n".join(lines) + "\n").encode())
-    return report_scores(cfg, benchmark, out, results) if "report" in cfg.steps else {}
+        for contender in contenders:
+            score_tree(cfg, benchmark, contender, judge)
+    return report_scores(cfg, benchmark, out, contenders) if "report" in cfg.steps else {}
+
+
+def score_tree(cfg: DictConfig, benchmark: PictureBenchmark, contender: Contender, judge: Any) -> None:
+    """Judge the pictures of a tree, and write a line for each, below one that says who judged."""
+    judged = benchmark.judge_pictures(make_picture_finder(contender.root), judge)
+    rows = list(tqdm(judged, total=len(benchmark.targets), unit="picture", desc="judging"))
+    name = name_judge(cfg, judge)
+    facts = read_facts(judge) if judge is not None else JudgeFacts(name)
+    facts = replace(facts, name=name) if facts.name == UNKNOWN and not hasattr(judge, "describe_facts") else facts
+    lines = [json.dumps({"judge": name, "facts": asdict(facts)}), *(json.dumps(asdict(row)) for row in rows)]
+    write_whole(contender.results, ("\n".join(lines) + "\n").encode())
 
 
 def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
     """Make the benchmark's judge; a slow one keeps its replies in `<benchmark>.judged.jsonl`, so that none is lost."""
     judge = make_part(cfg.judge, "judge")
+    asks = benchmark.needs != "detector"
     if benchmark.needs == "questions":
         judge = answer_by_detection(judge)
     benchmark.check_judge(judge)
-    if benchmark.needs == "questions":
+    if asks:
         check_members(judge, ("identity", "slow", "ask"), "judge")
     cache = Cache(out / f"{benchmark.name}.judged.jsonl")
-    if benchmark.needs == "questions":
-        return CachedJudge(judge, cache) if judge.slow else judge
+    if asks:
+        return benchmark.prepare_judge(keep_replies(judge, cache) if judge.slow else judge)
     return CachedDetector(judge, cache) if hasattr(judge, "identity") else judge
 
 
@@ -109,14 +142,17 @@ def name_judge(cfg: DictConfig, judge: Any) -> str:
     return getattr(judge, "identity", cfg.judge._target_) if judge is not None else "nobody"
 
 
-def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
-    """Draw this process's share of the pictures into the tree at `root`."""
-    pipeline = open_model(cfg.checkpoint, **read_opening_options(cfg))
+def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, contender: Contender) -> None:
+    """Draw this process's share of a contender's pictures into its tree, and write how they are drawn beside it."""
+    pipeline = open_model(contender.checkpoint, **read_opening_options(cfg))
     options = benchmark.build_sampling_options()
-    targets = benchmark.list_targets()
+    root = contender.root
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
-    work = list_pending(tree, targets, cfg.rank, cfg.world_size)
+    work = list_pending(tree, benchmark.targets, cfg.rank, cfg.world_size)
     benchmark.write_other_files(root)
+    drawn = {"cut": count_cut_prompts(benchmark, pipeline.model), "sampling": {**options, "seed": benchmark.seed}}
+    contender.drawn.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(contender.drawn, (json.dumps(drawn, indent=1) + "\n").encode())
 
     def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline(
@@ -133,13 +169,35 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, root: Path) -> None:
         pass
 
 
+def count_cut_prompts(benchmark: PictureBenchmark, model: Any) -> int:
+    """Count the prompts that are longer than the model reads, which it therefore sees only the beginning of."""
+    tokenizer, longest = model.prompt.tokenizer, model.prompt.max_text_tokens
+    prompts = {target.item: target.prompt for target in benchmark.targets}
+    lengths = [
+        len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        for text in prompts.values()
+    ]
+    return sum(length > longest for length in lengths)
+
+
+def read_drawn(file: Path) -> Drawn:
+    """Read how a tree was drawn; what isn't there is unknown, as of pictures from elsewhere."""
+    try:
+        values = read_json(file, kind=dict) if file.is_file() else {}
+    except ForeignFileError as error:
+        log.warning("%s; how the pictures were drawn isn't known", error)
+        values = {}
+    cut, sampling = values.get("cut"), values.get("sampling")
+    return Drawn(cut if type(cut) is int else UNKNOWN, sampling if isinstance(sampling, dict) else UNKNOWN)
+
+
 def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
     """Describe all that the pictures depend on besides their prompts, so that a tree doesn't mix different ones.
 
     Pictures of one prompt that are drawn in one batch differ slightly from those drawn alone, so the largest number of
     samples of a prompt is part of it.
     """
-    drawn_together = Counter(target.item for target in benchmark.list_targets() for _ in target.samples)
+    drawn_together = Counter(target.item for target in benchmark.targets for _ in target.samples)
     settings = benchmark.build_sampling_options() | {
         "seed": benchmark.seed,
         "trained": compute_digest(sorted(model.get_trained_state().items())),
@@ -154,28 +212,45 @@ def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) 
     return settings
 
 
-def report_scores(cfg: DictConfig, benchmark: PictureBenchmark, out: Path, results: Path) -> Mapping[str, float]:
+def report_scores(
+    cfg: DictConfig, benchmark: PictureBenchmark, out: Path, contenders: Sequence[Contender]
+) -> Mapping[str, float]:
     """Write the report of what was judged, and log its scores; returns them."""
-    judge, rows = read_results(results, benchmark)
-    # What a benchmark finds in the details of a row is its own affair, so anything may be wrong with a damaged one.
-    with reading(f"{results}, which steps=[score] writes anew,"):
-        summary = benchmark.summarize(rows, judge)
-    findings = Findings(benchmark.name, benchmark.title, summary, rows, str(cfg.checkpoint), judge)
-    report = write_report(findings, out / benchmark.name, out)
-    log_scores(cfg, summary.scores, [out / f"report.{kind}" for kind in ("json", "md", "html")])
+    evaluations, judges = [], []
+    for contender in contenders:
+        results = read_results(contender.results, benchmark)
+        # What a benchmark finds in the details of a row is its own affair, so anything may be wrong with a damaged one.
+        with reading(f"{contender.results}, which steps=[score] writes anew,"):
+            summary = benchmark.summarize(results.rows, results.judge)
+            protocol = benchmark.describe_protocol(results.rows, results.facts, read_drawn(contender.drawn))
+        evaluations.append(Evaluation(contender.checkpoint, results.rows, summary, protocol, contender.root))
+        judges.append(results.judge)
+    report = write_report(Report(benchmark, judges[0], *evaluations), out)
+    files = [out / f"report.{kind}" for kind in ("json", "md", "html")]
+    for evaluation in evaluations:
+        log_scores(cfg, evaluation.checkpoint, evaluation.summary.scores, files)
+    scores = evaluations[0].summary.scores
     log.info(
         "%s: %s %.3f; %d missing, %d failed; see %s",
         benchmark.name,
-        *next(iter(summary.scores.items())),
+        *next(iter(scores.items())),
         len(report["missing"]),
         len(report["failed"]),
         out / "report.md",
     )
-    return summary.scores
+    return scores
 
 
-def read_results(file: Path, benchmark: PictureBenchmark) -> tuple[str, list[Row]]:
-    """Read what `steps=[score]` has written: the name of the judge, and a row for each picture of the benchmark.
+class Results(NamedTuple):
+    """What `steps=[score]` has found: the judge's name, a row for each picture, and who the judge was."""
+
+    judge: str
+    rows: list[Row]
+    facts: JudgeFacts
+
+
+def read_results(file: Path, benchmark: PictureBenchmark) -> Results:
+    """Read what `steps=[score]` has written.
 
     Raises:
         ValueError: when there is no such file, or it isn't of this benchmark, or is damaged.
@@ -186,7 +261,11 @@ def read_results(file: Path, benchmark: PictureBenchmark) -> tuple[str, list[Row
     named = parse_json(first, f"{file}:1", dict)
     if not isinstance(named.get("judge"), str):
         raise ValueError(f"{file}:1 must name the judge, got {shorten(named)}; steps=[score] writes it anew")
-    targets = {target.path: target for target in benchmark.list_targets()}
+    # Results that an earlier version has written don't say who judged.
+    facts = named.get("facts")
+    is_whole = isinstance(facts, dict) and all(isinstance(facts.get(part.name), str) for part in fields(JudgeFacts))
+    known = JudgeFacts(**{part.name: facts[part.name] for part in fields(JudgeFacts)}) if is_whole else JudgeFacts()
+    targets = {target.path: target for target in benchmark.targets}
     rows = []
     for number, line in enumerate(lines, start=2):
         row = read_row(parse_json(line, f"{file}:{number}", dict), f"{file}:{number}")
@@ -200,7 +279,7 @@ def read_results(file: Path, benchmark: PictureBenchmark) -> tuple[str, list[Row
     if targets:
         some = next(iter(targets))
         raise ValueError(f"{file} has no row for {len(targets)} pictures, such as {some}; steps=[score] writes it anew")
-    return named["judge"], rows
+    return Results(named["judge"], rows, known)
 
 
 def read_row(values: Mapping[str, Any], place: str) -> Row:
@@ -232,9 +311,9 @@ def read_row(values: Mapping[str, Any], place: str) -> Row:
     return Row(**values)
 
 
-def log_scores(cfg: DictConfig, scores: Mapping[str, float], files: Sequence[Path]) -> None:
+def log_scores(cfg: DictConfig, checkpoint: str, scores: Mapping[str, float], files: Sequence[Path]) -> None:
     """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
-    name, run_id = cfg.benchmark.name, find_run_id(Path(cfg.checkpoint))
+    name, run_id = cfg.benchmark.name, find_run_id(Path(checkpoint))
     metrics = {f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()}
     if run_id is not None and add_to_run(cfg.tracking_uri, run_id, metrics, files=files):
         return

@@ -139,6 +139,7 @@ COMMANDS: dict[str, Fields] = {
         "samples": whole(),
         "benchmark": BENCHMARK,
         "judge": JUDGE,
+        "against": optional(path()),
         "steps": some_of("generate", "score", "report"),
         "tracking_uri": text(),
         "out": new_folder(),

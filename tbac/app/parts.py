@@ -298,9 +298,14 @@ DRAWING: Fields = {
     "guidance_scale": number(least=0),
     "image_guidance_scale": optional(number(least=0)),
     "seed": seed(),
+    "limit": optional(whole()),
+    "tries": whole(),
+    "steady": flag(),
+    "published_protocol": plain_mapping(),
 }
 BENCHMARKS = "tbac.evaluation.benchmarks"
-QUESTIONS = optional(path())
+QUESTIONS = SCRIPT = optional(path())
+MODEL_NAME = pattern(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})?", "a name of a folder, or owner/name as on a model hub")
 BENCHMARK = Part(
     {
         f"{BENCHMARKS}.answers.Answers": {"name": name(), "file": path(), "batch_size": whole()},
@@ -311,10 +316,27 @@ BENCHMARK = Part(
             **DRAWING, "file": path(), "questions": QUESTIONS, "mode": text(),
         },
         f"{BENCHMARKS}.tiif.TIIF": {
-            **DRAWING, "file": path(), "questions": QUESTIONS, "model_name": name(), "published": whole(),
+            **DRAWING, "file": path(), "questions": QUESTIONS, "script": SCRIPT, "read_words": flag(),
+            "model_name": MODEL_NAME,
         },
         f"{BENCHMARKS}.imgedit.ImgEdit": {**DRAWING, "file": path(), "images": path(), "questions": QUESTIONS},
-        f"{BENCHMARKS}.wise.WISE": {**DRAWING, "file": path()},
+        f"{BENCHMARKS}.wise.WISE": {**DRAWING, "file": path(), "script": SCRIPT},
+        f"{BENCHMARKS}.wise.WISEVerified": {**DRAWING, "file": path(), "script": SCRIPT},
+        f"{BENCHMARKS}.geneval2.GenEval2": {**DRAWING, "file": path()},
+        f"{BENCHMARKS}.unigenbench.UniGenBench": {
+            **DRAWING, "file": path(), "category": choice("en", "en_long", "zh", "zh_long"), "script": SCRIPT,
+            "samples": whole(), "model_name": MODEL_NAME,
+        },
+        f"{BENCHMARKS}.corebench.CoReBench": {
+            **DRAWING, "file": path(), "script": SCRIPT, "samples": whole(), "model_name": MODEL_NAME,
+        },
+        f"{BENCHMARKS}.longtext.LongText": {
+            **DRAWING, "file": path(), "mode": choice("en", "zh"), "script": SCRIPT, "samples": whole(),
+        },
+        f"{BENCHMARKS}.gedit.GEdit": {
+            **DRAWING, "file": path(), "images": path(), "language": choice("en", "cn", "all"), "script": SCRIPT,
+            "model_name": MODEL_NAME,
+        },
     },
     common={key: kind for key, kind in DRAWING.items() if key not in ("num_inference_steps", "batch_size")},
 )  # fmt: skip
@@ -332,6 +354,7 @@ JUDGE = Part(
             "quantization": optional(choice(*QUANTIZATIONS)),
             **counts("image_pixels", "max_text_tokens", "max_new_tokens"),
         },
+        f"{JUDGES}.ocr.OcrJudge": {"min_score": PROBABILITY, "least_side": whole()},
         f"{DETECTORS}.mask2former.Mask2FormerDetector": {"segmenter": path(), "clip": path(), "device": DEVICE},
         f"{DETECTORS}.template.TemplateDetector.from_world": {"path": path()},
     }

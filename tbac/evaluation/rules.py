@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tbac.evaluation.detectors.base import Detection, Scan
 
 POSITION_MARGIN = 0.1  # share of the summed box sides that an offset must exceed, as in GenEval
@@ -32,6 +30,8 @@ class Thresholds:
 
         Scores are compared as float32 numbers, and of equal ones the last comes first, as in GenEval.
         """
+        import numpy as np  # here, since commands that judge nothing must start at once
+
         least = np.float32(self.counting if tag == "counting" else self.score)
         by_name: dict[str, list[Detection]] = {}
         for detection in reversed(sorted(detections, key=lambda d: np.float32(d.score))):
@@ -59,6 +59,8 @@ def find_relations(first: Detection, second: Detection) -> set[str]:
     Returns:
         Any of `RELATIONS`; empty when the objects are too close to tell.
     """
+    import numpy as np  # here, since commands that judge nothing must start at once
+
     corners = np.array([first.box, second.box], np.float32).reshape(2, 2, 2)  # (object, corner, axis)
     offset = np.subtract(*corners.mean(axis=1))
     sides = np.abs(np.diff(corners, axis=1))[:, 0].sum(axis=0, dtype=np.float32)
@@ -114,25 +116,6 @@ def judge_geneval(
         if len(by_class.get(banned["class"], [])) >= banned["count"]:
             return Verdict(False, f"expected {banned['class']} < {banned['count']}")
     return Verdict(True)
-
-
-def aggregate_by_tag(rows: Sequence[tuple[str, bool]]) -> dict[str, float]:
-    """Compute the share of right pictures per tag, and `overall`, the mean over tags, as GenEval reports it.
-
-    Args:
-        rows: tag of a picture, and whether it is right.
-
-    Raises:
-        ValueError: without any row.
-    """
-    if not rows:
-        raise ValueError("no picture to aggregate")
-    tags = list(dict.fromkeys(tag for tag, _ in rows))
-    shares = {}
-    for tag in tags:
-        correct = [ok for t, ok in rows if t == tag]
-        shares[tag] = sum(correct) / len(correct)
-    return {"overall": sum(shares.values()) / len(shares), **shares}
 
 
 @dataclass(frozen=True)

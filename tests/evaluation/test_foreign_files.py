@@ -29,7 +29,7 @@ LONG = "x" * 300
 SEPARATED = "a\u2028red\x85circle"  # signs that Python's splitlines takes for the end of a line
 GENEVAL = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}
 EDIT = {"id": "a.png", "prompt": "make it red", "edit_type": "adjust"}
-WISE_ROW = {"prompt_id": 1, "Prompt": "p", "Explanation": "e", "Category": "time"}
+WISE_ROW = {"prompt_id": 401, "Prompt": "p", "Explanation": "e", "Category": "time"}
 SCAN = {"background": "white", "objects": [{"name": "dog", "color": "red", "box": [0, 0, 4, 4]}]}
 EDITS_ROW = {"image": "a.png", "instruction": "i", "kind": "k", "source": SCAN, "target": SCAN}
 ANSWER = {"image": "a.png", "question": "q", "answer": "a"}
@@ -134,7 +134,7 @@ REFUSED: list[tuple[Make, str]] = [
     ),
     *((wise, json.dumps([{**WISE_ROW, "prompt_id": value}])) for value in (True, -1, 10**300, 10**10, 1.0, [], "1")),
     (wise, json.dumps([WISE_ROW, WISE_ROW])),
-    (wise, json.dumps([WISE_ROW]).replace('"prompt_id": 1', f'"prompt_id": {"1" * 5000}')),
+    (wise, json.dumps([WISE_ROW]).replace('"prompt_id": 401', f'"prompt_id": {"1" * 5000}')),
     *((wise, json.dumps([{**WISE_ROW, "Category": value}])) for value in (1, "alchemy", LONG)),
     *(
         (edits, json.dumps({**EDITS_ROW, name: {**SCAN, **change}}))

@@ -7,7 +7,6 @@ from tbac.evaluation.rules import (
     EVERY,
     GENEVAL_THRESHOLDS,
     Thresholds,
-    aggregate_by_tag,
     find_relations,
     is_same_answer,
     judge_edit,
@@ -181,13 +180,6 @@ def test_thresholds_keep_the_best_of_each_class() -> None:
     assert len(EVERY.apply(found, "counting")) == 4
 
 
-def test_the_published_tags_give_the_published_overall() -> None:
-    """TBAC-UniImage-3B: 0.99, 0.94, 0.77, 0.92, 0.83, 0.75 -> 0.87."""
-    tags = {"single_object": 99, "two_object": 94, "counting": 77, "colors": 92, "position": 83, "color_attr": 75}
-    rows = [(tag, i < right) for tag, right in tags.items() for i in range(100)]
-    assert round(aggregate_by_tag(rows)["overall"], 2) == 0.87
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_geneval(case: str) -> None:
     detections, metadata, correct = CASES[case]
@@ -218,13 +210,6 @@ def test_relations_are_antisymmetric() -> None:
         for y in range(-50, 51, 7):
             a, b = at("a", x, y), at("b", 0, 0)
             assert {opposite[r] for r in find_relations(a, b)} == find_relations(b, a)
-
-
-def test_overall_is_the_mean_of_tags_and_not_of_pictures() -> None:
-    scores = aggregate_by_tag([("a", True), ("a", True), ("a", True), ("b", False)])
-    assert scores == {"overall": 0.5, "a": 1.0, "b": 0.0}
-    with pytest.raises(ValueError, match="no picture"):
-        aggregate_by_tag([])
 
 
 RED, BLUE = at("circle", 4, 4, "red", 7), at("square", 20, 20, "blue", 7)

@@ -25,18 +25,20 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
     run_to_success("evaluate", capfd, *COMMON, "out=one")
     report = json.loads(Path("one/report.json").read_text())
     judge, *rows = [json.loads(line) for line in Path("one/geneval.results.jsonl").read_text().splitlines()]
-    assert judge == {"judge": "tbac.evaluation.detectors.template.TemplateDetector.from_world"}
+    assert judge["judge"] == judge["facts"]["name"] == "tbac.evaluation.detectors.template.TemplateDetector.from_world"
     assert report["pictures"] == len(rows) == sum(name.endswith(".png") for name in tree("one"))
     assert not report["missing"]
     assert not report["comparable"]
     assert "2 each; judge tbac.evaluation.detectors.template.TemplateDetector" in report["protocol"]
-    assert Image.open("one/worst.png").width > 100
+    assert Image.open("one/pictures.png").width > 100  # all are wrong, so there are no best and no worst
     text = Path("one/report.md").read_text()
-    assert "Not comparable with published numbers: 12 prompts instead of 553; 2 samples per prompt instead of 4" in text
-    assert "| TBAC-UniImage-3B, published | 0.87 | 0.99 |" in text
+    assert "; num prompts 12 instead of 553; samples 2 instead of 4." in text
+    assert "published |" not in text  # published rows stand beside comparable scores alone
     page = Path("one/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert "<td>0.87</td>" in page
+    assert page.count("data:image/png;base64,") == 24  # each picture once, as small as it is
+    assert report["intervals"]["overall"][0] <= report["overall"] <= report["intervals"]["overall"][1]
+    assert report["protocol_fields"]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 42}
+    assert report["protocol_fields"]["cut"] == 0
 
     for rank in (0, 1, 2):
         run_to_success("evaluate", capfd, *COMMON, "out=three", "steps=[generate]", f"rank={rank}", "world_size=3")
@@ -163,7 +165,9 @@ def test_edits_are_rated_and_what_the_judge_fails_at_is_counted_and_asked_again(
     report = result("one")
     assert (report["adjust"], report["style"], report["overall"]) == (4.33, 2.0, pytest.approx((4.33 + 2) / 2))
     assert list(report["failed"]) == ["1.png"]
-    assert "1 edits without a rating, which are in no mean" in report["differences"]
+    assert "1 edits without a rating are in no mean" in Path("one/report.md").read_text()
+    assert "failed 1 instead of 0" in report["differences"]
+    assert report["protocol_fields"]["judge"] == "m"  # what the endpoint reports, not what was asked for
 
     endpoint.answers = [make_completion("a: 1")]
     run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
@@ -175,7 +179,14 @@ def test_edits_are_rated_and_what_the_judge_fails_at_is_counted_and_asked_again(
 def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"prompt_id": i, "Prompt": f"p{i}", "Explanation": "e", "Category": category}
-        for i, category in enumerate(("Cultural knowledge", "time", "space", "biology", "physics", "chemistry"))
+        for i, category in {
+            1: "Cultural knowledge",
+            401: "time",
+            568: "Space",
+            701: "Biology",
+            801: "Physical Knowledge",
+            901: "Chemistry",
+        }.items()
     ]
     Path("wise.json").write_text(json.dumps(rows))
     endpoint.answers = [make_completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]

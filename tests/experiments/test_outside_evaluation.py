@@ -38,7 +38,7 @@ class Brightness(PictureBenchmark):
         return PictureVerdict(float(judge.ask("how bright is it?", [picture])))
 
     def summarize(self, rows, judge_name):
-        return Summary({"brightness": mean(row.score or 0 for row in rows)}, f"{len(rows)} words", ["ours alone"])
+        return Summary({"brightness": mean(row.score or 0 for row in rows)}, f"{len(rows)} words")
 
 
 class LightMeter:

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 
-def make_completion(content: Any) -> dict:
+def make_completion(content: Any, probabilities: Any = None, model: str = "m") -> dict:
+    """Make the reply of an endpoint; `probabilities` maps tokens to their natural logarithms, or is anything else."""
     message = {"role": "assistant", "content": content}
+    logprobs = probabilities
+    if isinstance(probabilities, dict):
+        listed = [{"token": token, "logprob": value, "bytes": None} for token, value in probabilities.items()]
+        logprobs = {"content": [{**listed[0], "top_logprobs": listed}]}
     return {
-        "id": "1", "object": "chat.completion", "created": 0, "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "id": "1", "object": "chat.completion", "created": 0, "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": logprobs}],
     }  # fmt: skip
 
 

@@ -7,22 +7,25 @@ when it is built, so that a wrong file is reported before a model is loaded. To 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from PIL import Image
 
-from tbac.evaluation.judges.base import JudgeError
+from tbac.evaluation.benchmarks.published import PROTOCOLS
+from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner, use_manner
 from tbac.evaluation.picture_tree import Target
+from tbac.evaluation.protocol import UNKNOWN, Protocol, compute_data_digest
 from tbac.files import ForeignFileError, describe_error, expand_path, parse_json, read_lines, shorten
 from tbac.pictures import PictureError, check_header, open_picture
 from tbac.redaction import hide_in_text
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")  # what may name a folder of ours
 STATES = ("scored", "missing", "failed")  # of a picture
-Needs = Literal["detector", "questions", "nothing"]
+Needs = Literal["detector", "questions", "probabilities", "text", "nothing"]
+OWN_WORDS = "The judge is asked in our own words; benchmark.script names the published script, to ask in its words."
 
 
 class BenchmarkFileError(ForeignFileError):
@@ -171,19 +174,40 @@ class Summary:
     Attributes:
         scores: name -> value, the most important one first.
         protocol: how they were computed.
-        differences: how that differs from the way in which published numbers were computed; empty if it doesn't.
         notes: further sentences for the report.
     """
 
     scores: Mapping[str, float]
     protocol: str
-    differences: Sequence[str] = ()
     notes: Sequence[str] = ()
 
-    @property
-    def comparable(self) -> bool:
-        """Whether the numbers may stand beside published ones."""
-        return not self.differences
+
+@dataclass(frozen=True)
+class Count:
+    """What a picture adds to a mean.
+
+    Attributes:
+        cell: name of the mean, such as a tag.
+        value: what is averaged.
+        weight: how much it counts.
+    """
+
+    cell: str
+    value: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is known of how the pictures of a tree were drawn.
+
+    Attributes:
+        cut: number of prompts that were longer than the model reads.
+        sampling: steps, guidance and so on.
+    """
+
+    cut: Any = UNKNOWN
+    sampling: Any = UNKNOWN
 
 
 @dataclass(kw_only=True, eq=False)
@@ -198,8 +222,16 @@ class PictureBenchmark(ABC):
         image_guidance_scale: of the input pictures; only for benchmarks of edits.
         seed: base of every sample's seed.
         batch_size: how many pictures are drawn together when they are drawn in memory.
-        needs: what judges its pictures: a `detector`, a judge that answers `questions`, or `nothing`.
+        limit: draw and judge only the first so many prompts; None for all.
+        tries: how often the judge is asked in one run for a reply that can be used.
+        steady: ask the judge at temperature 0 and in one wording, where the published way is another.
+        published_protocol: fields of the published protocol that this package doesn't know, such as `judge_weights`.
+        needs: what judges its pictures: a `detector`, a judge that answers `questions`, tells `probabilities` of
+            answers or reads `text`, or `nothing`.
         questions_source: what its option `questions` must name before pictures can be judged; empty where it has none.
+        published_manner: how its published script asks the judge; None leaves it to the judge.
+        manner: the same, with the system message of the script where that was read.
+        targets: the pictures to draw, within `limit`.
 
     Raises:
         ValueError: for an option that can't be used, a file of the wrong form, or a class that lacks a method.
@@ -207,6 +239,7 @@ class PictureBenchmark(ABC):
 
     needs: ClassVar[Needs]
     questions_source: ClassVar[str] = ""
+    published_manner: ClassVar[Manner | None] = None
 
     name: str
     title: str = ""
@@ -215,6 +248,10 @@ class PictureBenchmark(ABC):
     image_guidance_scale: float | None = None
     seed: int = 42
     batch_size: int = 32
+    limit: int | None = None
+    tries: int = 3
+    steady: bool = False
+    published_protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         # Python's own message for a method that is missing comes as a TypeError, so as a traceback.
@@ -226,19 +263,27 @@ class PictureBenchmark(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for option in ("num_inference_steps", "batch_size"):
+        for option in ("num_inference_steps", "batch_size", "limit", "tries"):
             value = getattr(self, option)
-            if type(value) is not int or value < 1:
+            if (type(value) is not int or value < 1) and not (option == "limit" and value is None):
                 raise ValueError(f"benchmark.{option} must be a whole number of at least 1, got {value!r}")
         if not isinstance(self.name, str) or not FILE_NAME.fullmatch(self.name):
             raise ValueError(f"benchmark.name must be letters, digits, '_', '-' and '.', got {shorten(self.name)!r}")
+        unknown = sorted(set(self.published_protocol) - {part.name for part in fields(Protocol)})
+        if unknown:
+            raise ValueError(f"benchmark.published_protocol has no field {unknown[0]!r}")
         self.title = self.title or self.name
+        self.manner = self.published_manner
         self.read_files()
+        self.targets = self.list_targets()
+        if self.limit is not None:
+            items = set(list(dict.fromkeys(target.item for target in self.targets))[: self.limit])
+            self.targets = [target for target in self.targets if target.item in items]
         self.check_targets()
 
     def check_targets(self) -> None:
         """Raise ValueError unless there are pictures to draw, each of which has a place of its own."""
-        paths = [target.path for target in self.list_targets()]
+        paths = [target.path for target in self.targets]
         if not paths:
             raise ValueError(f"the benchmark {self.name} lists no picture")
         if len(set(paths)) < len(paths):
@@ -265,9 +310,88 @@ class PictureBenchmark(ABC):
             JudgeError: when the judge gives no usable reply.
         """
 
-    @abstractmethod
+    def find_prompt(self, target: Target) -> str:
+        """Find the name of the prompt that a picture belongs to; what belongs together is drawn together at random."""
+        return target.item
+
+    def count(self, row: Row) -> list[Count]:
+        """List what a picture adds to which means: its score to that of its group; a missing picture adds 0."""
+        return [] if row.state == "failed" else [Count(row.group, row.score or 0.0)]
+
+    def combine(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Compute the scores from the means of all cells: these, and before them the mean over them."""
+        overall = {"overall": sum(means.values()) / len(means)}
+        return overall if len(means) == 1 else overall | dict(means)
+
+    def describe_rules(self) -> str:
+        """Describe in a few words how the judge's replies become scores."""
+        return f"{self.title}'s rules"
+
+    def list_notes(self, rows: Sequence[Row]) -> list[str]:
+        """List further sentences for the report."""
+        return []
+
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Compute the scores of all rows."""
+        """Compute the scores of all rows.
+
+        Raises:
+            ValueError: when no picture could be scored.
+        """
+        means = compute_means([count for row in rows for count in self.count(row)])
+        if not means:
+            raise ValueError(f"no picture of {self.title} could be scored")
+        samples = self.count_samples()
+        each = f", {max(samples.values())} each" if max(samples.values()) > 1 else ""
+        protocol = f"{self.describe_rules()}; {len(samples)} prompts of {getattr(self, 'file', self.name)}{each}"
+        return Summary(self.combine(means), protocol, self.list_notes(rows))
+
+    def count_samples(self) -> dict[str, int]:
+        """Count the samples of each prompt."""
+        samples: dict[str, int] = {}
+        for target in self.targets:
+            samples[target.item] = samples.get(target.item, 0) + len(target.samples)
+        return samples
+
+    def use_system(self, system: str) -> None:
+        """Ask the judge with a system message, which the published script has."""
+        self.manner = replace(self.manner or Manner(), system=system)
+
+    def describe_questions(self) -> Any:
+        """Describe, as plain data, all that is asked or looked for in the pictures, with its wording."""
+        return None
+
+    def get_published(self) -> Protocol | None:
+        """Return how the published numbers of this benchmark were reached; None when there are none."""
+        known = PROTOCOLS.get(self.name)
+        if known is None and not self.published_protocol:
+            return None
+        settings = {"judge_settings": self.manner.describe()} if self.manner is not None else {}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in self.published_protocol.items()}
+        return replace(known or Protocol(), **(settings | given))
+
+    def describe_protocol(self, rows: Sequence[Row], facts: JudgeFacts, drawn: Drawn) -> Protocol:
+        """Describe how the scores of rows were reached.
+
+        Args:
+            rows: one for each picture.
+            facts: who judged.
+            drawn: how the pictures were drawn.
+        """
+        samples = self.count_samples()
+        return Protocol(
+            judge=facts.name,
+            judge_weights=facts.weights,
+            judge_settings=facts.settings,
+            prompts=compute_data_digest({target.item: target.prompt for target in self.targets}),
+            questions=compute_data_digest(self.describe_questions()),
+            rules=self.describe_rules(),
+            num_prompts=len(samples),
+            samples=max(samples.values()),
+            missing=sum(row.state == "missing" for row in rows),
+            failed=sum(row.state == "failed" or bool(row.details.get("unanswered")) for row in rows),
+            cut=drawn.cut,
+            sampling=drawn.sampling,
+        )
 
     def write_other_files(self, root: Path) -> None:
         """Write the files other than pictures that the benchmark's published scorer expects in the tree, if any."""
@@ -275,14 +399,27 @@ class PictureBenchmark(ABC):
 
     def check_judge(self, judge: Any) -> None:
         """Raise ValueError when the judge is of the wrong kind, or an option that judging needs isn't set."""
+        kind = type(judge).__name__
         if self.needs == "detector" and not callable(judge):
-            raise ValueError(
-                f"{self.title} needs a detector, judge=template or judge=mask2former; got {type(judge).__name__}"
-            )
+            raise ValueError(f"{self.title} needs a detector, judge=template or judge=mask2former; got {kind}")
         if self.needs == "questions" and not hasattr(judge, "ask"):
-            raise ValueError(f"this benchmark asks questions; {type(judge).__name__} only detects")
+            raise ValueError(f"this benchmark asks questions; {kind} only detects")
+        if self.needs == "probabilities" and not hasattr(judge, "compute_probability"):
+            raise ValueError(
+                f"{self.title} needs a judge that tells probabilities, judge=qwen or judge=endpoint; got {kind}"
+            )
+        if self.needs == "text" and not (hasattr(judge, "read_lines") or hasattr(judge, "ask")):
+            raise ValueError(f"{self.title} needs a judge that reads text, judge=ocr, qwen or endpoint; got {kind}")
         if self.questions_source and not getattr(self, "questions", None):
             raise ValueError(f"benchmark.questions is needed for scoring: {self.questions_source}")
+
+    def prepare_judge(self, judge: Any) -> Any:
+        """Return the judge, after a check, as it is asked in this benchmark's manner."""
+        self.check_judge(judge)
+        manner = self.manner
+        if manner is not None and self.steady:
+            manner = replace(manner, temperature=0)
+        return use_manner(judge, manner)
 
     def build_sampling_options(self) -> dict[str, Any]:
         """Build the options that the pipeline draws the pictures with, all but seed and batch size."""
@@ -298,7 +435,7 @@ class PictureBenchmark(ABC):
             find_picture: returns the picture of a target, or None where there is none.
             judge: a detector or a judge, whichever `needs` names.
         """
-        for target in self.list_targets():
+        for target in self.targets:
             picture, group = find_picture(target), self.find_group(target)
             if picture is None:
                 yield Row(target.path, group, target.prompt, "missing", None, "the picture is missing")
@@ -306,7 +443,8 @@ class PictureBenchmark(ABC):
             try:
                 verdict = self.judge_picture(target, picture, judge)
             except (JudgeError, ScoreError) as error:
-                yield Row(target.path, group, target.prompt, "failed", None, hide_in_text(str(error)))
+                replies = {"replies": [hide_in_text(reply) for reply in getattr(error, "replies", ())]}
+                yield Row(target.path, group, target.prompt, "failed", None, hide_in_text(str(error)), replies)
                 continue
             yield Row(target.path, group, target.prompt, "scored", verdict.score, verdict.reason, dict(verdict.details))
 
@@ -332,11 +470,11 @@ def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
     return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
 
 
-def list_count_difference(count: int, published: int, what: str) -> list[str]:
-    """Say that a count isn't that of the published benchmark; empty when it is."""
-    return [] if count == published else [f"{count} {what} instead of {published}"]
-
-
-def list_judge_difference(judge_name: str, word: str, published: str) -> list[str]:
-    """Say that the judge isn't the published one, which is known by a `word` in its name; empty when it is."""
-    return [] if word in judge_name.lower() else [f"judged by {judge_name} instead of {published}"]
+def compute_means(counts: Iterable[Count]) -> dict[str, float]:
+    """Compute the weighted mean of each cell, in the order in which they come; cells without weight are left out."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for count in counts:
+        sums[count.cell] = sums.get(count.cell, 0.0) + count.weight * count.value
+        weights[count.cell] = weights.get(count.cell, 0.0) + count.weight
+    return {cell: sums[cell] / weight for cell, weight in weights.items() if weight}

@@ -11,17 +11,16 @@ from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
     BenchmarkFileError,
+    Count,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
     Summary,
     check_fields,
-    list_count_difference,
-    list_judge_difference,
 )
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
-from tbac.evaluation.judges.base import JudgeError, read_yes_or_no
+from tbac.evaluation.judges.base import Asked, JudgeError, ask_until_usable, read_yes_or_no
 from tbac.evaluation.picture_tree import Target
 from tbac.files import expand_path, read_csv, shorten
 
@@ -243,22 +242,19 @@ class DPG(PictureBenchmark):
         questions = self.questions_by_mode["fixed"][target.item]
         answers: list[dict[str, bool]] = []
         failure = ""
+        replies: list[str] = []
         for quarter in cut_quarters(picture):
             quarter_answers: dict[str, bool] = {}
             for question in questions:
+                asked = Asked([YES_OR_NO.format(question=question.text)], [quarter], self.tries)
                 try:
-                    reply = judge.ask(YES_OR_NO.format(question=question.text), [quarter])
+                    quarter_answers[str(question.number)] = ask_until_usable(judge, asked, read_yes_or_no)[0]
                 except JudgeError as error:
                     failure = f"{question.text} {error}"
-                    continue
-                answer = read_yes_or_no(reply)
-                if answer is None:
-                    failure = f"{question.text} {reply}"
-                else:
-                    quarter_answers[str(question.number)] = answer
+                    replies += error.replies
             answers.append(quarter_answers)
         if failure:
-            raise JudgeError(failure)
+            raise JudgeError(failure, replies)
         # The score of a single picture is for the report; `summarize` computes the benchmark's from the answers.
         wrong = []
         for question in questions:
@@ -269,7 +265,7 @@ class DPG(PictureBenchmark):
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Compute the scores of both modes; `overall` is that of `benchmark.mode`."""
-        stems = {target.path: target.item for target in self.list_targets()}
+        stems = {target.path: target.item for target in self.targets}
         failed = {stems[row.picture] for row in rows if row.state == "failed"}
         answers = {stems[row.picture]: read_answers(row) for row in rows if row.state == "scored"}
         scores: dict[str, float] = {}
@@ -291,19 +287,58 @@ class DPG(PictureBenchmark):
             raise ValueError(" ".join(notes))
         if failed:
             notes.append(f"{len(failed)} prompts without usable replies are in no mean.")
-        # Whoever compares with published numbers has to know what was done in another way.
-        differences = list_count_difference(len(self.prompts), 1065, "prompts")
-        differences += list_judge_difference(judge_name, "mplug", "mPLUG-large")
-        if self.mode == "fixed":
-            differences.append("scored by the fixed rules; benchmark.mode=official keeps the official scorer's quirks")
-        return Summary(scores, f"{len(self.prompts)} prompts of {self.file}, {self.mode} rules", differences, notes)
+        return Summary(scores, f"{len(stems)} prompts of {self.file}, {self.describe_rules()}", notes)
+
+    def count(self, row: Row) -> list[Count]:
+        """List what a prompt adds to the overall score of each mode, and to the categories of `benchmark.mode`."""
+        stem = row.picture.removesuffix(".png")
+        if row.state == "failed":
+            return []
+        counts = []
+        for mode in self.questions_by_mode:
+            answers = {stem: read_answers(row)} if row.state == "scored" else {}
+            try:
+                result = self._compute_scores(mode, answers, set(), [stem])
+            except ValueError:  # the official rules drop it
+                continue
+            ending = "" if mode == self.mode else f", {mode} rules"
+            counts.append(Count(f"overall{ending}", result.overall))
+            # Questions count alike in their category, so a prompt counts as often as it has some, for all pictures.
+            for category, share in result.categories.items() if mode == self.mode else ():
+                counts.append(Count(category, share, self._count_questions(stem, category)))
+        return counts
+
+    def _count_questions(self, stem: str, category: str) -> int:
+        """Count the questions about a prompt in a broad category."""
+        questions = self.questions_by_mode[self.mode][stem]
+        return sum(question.category.split("-")[0].strip() == category for question in questions)
+
+    def combine(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the means."""
+        return dict(means)
+
+    def describe_rules(self) -> str:
+        """Name the mode."""
+        return f"{self.mode} rules"
+
+    def describe_questions(self) -> Any:
+        """Return the questions of the mode."""
+        rows = []
+        for stem, questions in sorted(self.questions_by_mode.get(self.mode, {}).items()):
+            rows.append([stem, [[q.number, q.text, list(q.parents), q.category] for q in questions]])
+        return [YES_OR_NO, rows]
 
     def _compute_scores(
-        self, mode: Mode, answers: Mapping[str, Sequence[Mapping[int, bool]]], failed: set[str]
+        self,
+        mode: Mode,
+        answers: Mapping[str, Sequence[Mapping[int, bool]]],
+        failed: set[str],
+        stems: Sequence[str] | None = None,
     ) -> DenseScore:
-        """Compute the scores of the prompts with usable replies, from the questions that this mode reads."""
-        questions_of = self.questions_by_mode[mode]
-        questions = {item: asked for item, asked in questions_of.items() if item in self.prompts and item not in failed}
+        """Compute the scores of prompts with usable replies, or of some, from the questions that this mode reads."""
+        wanted = [target.item for target in self.targets] if stems is None else stems
+        asked_of = self.questions_by_mode[mode]
+        questions = {item: asked_of[item] for item in wanted if item in asked_of and item not in failed}
         answers_of_mode: dict[str, list[dict[int, bool]]] = {}
         for item, pictures in answers.items():
             if item in questions:

@@ -1,7 +1,7 @@
 """Edits that an exact detector can judge: whether the edit happened, and whether the rest stayed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -10,18 +10,18 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
+    Count,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
-    Summary,
     list_edit_targets,
     locate_picture,
     read_rows,
 )
 from tbac.evaluation.detectors.base import Detection, Scan, check_names
 from tbac.evaluation.picture_tree import Target
-from tbac.evaluation.rules import EVERY, Thresholds, aggregate_by_tag, judge_edit
+from tbac.evaluation.rules import EVERY, Thresholds, judge_edit
 from tbac.files import describe_error, expand_path, shorten
 
 KIND = "happened, "  # before the kind of edit, in the names of scores
@@ -75,17 +75,18 @@ class Edits(PictureBenchmark):
         verdict = judge_edit(source, wanted, edited, edit.get("anywhere", False))
         return PictureVerdict(verdict.score, details={"happened": verdict.happened, "kept": verdict.kept})
 
-    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Average over all edits, and by kind of edit the share that happened; a missing picture counts as 0."""
-        happened = [bool(row.details.get("happened", False)) for row in rows]
-        by_kind = aggregate_by_tag([(row.group, done) for row, done in zip(rows, happened, strict=True)])
-        scores = {
-            "score": mean(row.score or 0.0 for row in rows),
-            "happened": float(mean(happened)),
-            "kept": mean(float(row.details.get("kept", 0.0)) for row in rows),
-            **{f"{KIND}{kind}": share for kind, share in by_kind.items()},
-        }
-        return Summary(scores, f"{len(self.edits)} edits of {self.file}", ["there are no published numbers"])
+    def count(self, row: Row) -> list[Count]:
+        """Count score, share that happened and share that stayed, and what happened by kind; a missing picture as 0."""
+        happened = float(bool(row.details.get("happened", False)))
+        kept = float(row.details.get("kept", 0.0))
+        cells = {"score": row.score or 0.0, "happened": happened, "kept": kept, f"{KIND}{row.group}": happened}
+        return [Count(cell, value) for cell, value in cells.items()]
+
+    def combine(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the means, and the mean over kinds of what happened."""
+        kinds = {cell: value for cell, value in means.items() if cell.startswith(KIND)}
+        leading = {name: means[name] for name in ("score", "happened", "kept")}
+        return leading | {f"{KIND}overall": mean(kinds.values())} | kinds
 
 
 def read_edits(path: str | Path) -> list[dict]:

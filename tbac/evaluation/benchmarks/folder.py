@@ -42,7 +42,7 @@ class Folder(PictureBenchmark):
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Count the pictures that are there."""
         count = sum(row.state == "scored" for row in rows)
-        return Summary({"pictures": float(count)}, f"{len(self.prompts)} prompts of {self.file}", ["no score"])
+        return Summary({"pictures": float(count)}, f"{len(self.prompts)} prompts of {self.file}", ["No score."])
 
 
 def read_prompt_folder(path: str | Path) -> dict[str, str]:

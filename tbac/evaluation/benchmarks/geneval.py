@@ -9,18 +9,16 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
+    Count,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
-    Summary,
-    list_count_difference,
-    list_judge_difference,
     read_rows,
 )
 from tbac.evaluation.detectors.base import check_names
 from tbac.evaluation.picture_tree import Target, name_records_folder
-from tbac.evaluation.rules import EVERY, RELATIONS, aggregate_by_tag, judge_geneval
+from tbac.evaluation.rules import EVERY, RELATIONS, judge_geneval
 from tbac.files import shorten, write_whole
 
 
@@ -69,14 +67,13 @@ class GenEval(PictureBenchmark):
         verdict = judge_geneval(scan.detections, row, getattr(judge, "thresholds", EVERY))
         return PictureVerdict(float(verdict.correct), verdict.reason)
 
-    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Compute the share of right pictures per tag, and the mean of these; a missing picture is wrong."""
-        scores = aggregate_by_tag([(row.group, bool(row.score)) for row in rows])
-        differences = list_count_difference(len(self.prompts), 553, "prompts")
-        differences += list_count_difference(self.samples, 4, "samples per prompt")
-        differences += list_judge_difference(judge_name, "mask2former", "Mask2Former and CLIP")
-        protocol = f"GenEval's rules; {len(self.prompts)} prompts of {self.file}, {self.samples} each"
-        return Summary(scores, protocol, differences)
+    def count(self, row: Row) -> list[Count]:
+        """Count every picture for its tag; one that is missing or has no verdict is wrong."""
+        return [Count(row.group, row.score or 0.0)]
+
+    def describe_questions(self) -> Any:
+        """Return the objects that each prompt must and must not show."""
+        return [(row["tag"], row["include"], row.get("exclude", [])) for row in self.prompts]
 
 
 def read_geneval(path: str | Path) -> list[dict]:

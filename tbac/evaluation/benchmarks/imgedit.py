@@ -10,24 +10,22 @@ from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
     BenchmarkFileError,
+    Count,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
     Summary,
     check_fields,
-    list_count_difference,
     list_edit_targets,
-    list_judge_difference,
     locate_picture,
 )
-from tbac.evaluation.judges.base import JudgeError
+from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable
 from tbac.evaluation.picture_tree import Target
 from tbac.files import expand_path, read_json, shorten
 from tbac.pictures import open_picture
 
 PLACEHOLDER = "<edit_prompt>"  # marks the place of the instruction in the judge's prompts
-NUM_KINDS = 9  # that the published macro mean is over
 
 
 def read_score(reply: str) -> float | None:
@@ -60,11 +58,6 @@ class EditScores:
     by_kind: Mapping[str, float]
     scored: int
     unscored: Sequence[str]
-
-    @property
-    def comparable(self) -> bool:
-        """Whether every edit was scored and every kind is there, as for published numbers."""
-        return not self.unscored and len(self.by_kind) == NUM_KINDS
 
 
 def aggregate_edits(replies: Mapping[str, str | None], kinds: Mapping[str, str]) -> EditScores:
@@ -166,6 +159,7 @@ class ImgEdit(PictureBenchmark):
 
     needs: ClassVar[Needs] = "questions"
     questions_source: ClassVar[str] = "ImgEdit's prompts.json"
+    published_manner: ClassVar[Manner | None] = Manner()
 
     file: str
     images: str
@@ -191,21 +185,32 @@ class ImgEdit(PictureBenchmark):
         """Ask the judge to rate the edit; it sees the source and the edited picture."""
         edit = self.edits[target.item]
         text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
-        reply = judge.ask(text, [open_picture(edit.image), picture])
-        score = read_score(reply)
-        if score is None:
-            raise JudgeError(f"no rating in: {reply}")
+        asked = Asked([text], [open_picture(edit.image), picture], self.tries)
+        score, reply = ask_until_usable(judge, asked, read_score)
         return PictureVerdict(score / 5, reply, {"reply": reply})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Compute the means over kinds, over edits and by kind; like the official scorer, none counts unrated edits."""
-        items = {target.path: target.item for target in self.list_targets()}
-        replies = {items[row.picture]: row.details.get("reply") for row in rows}
-        result = aggregate_edits(replies, {key: edit.kind for key, edit in self.edits.items()})
-        differences = list_count_difference(len(self.edits), 737, "edits")
-        differences += list_count_difference(len(result.by_kind), NUM_KINDS, "kinds")
+        items = {target.path: target.item for target in self.targets}
+        replies = {items[row.picture]: row.details.get("reply") if row.state == "scored" else None for row in rows}
+        result = aggregate_edits(replies, {item: self.edits[item].kind for item in items.values()})
+        notes = []
         if result.unscored:
-            differences.append(f"{len(result.unscored)} edits without a rating, which are in no mean")
-        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
+            notes.append(f"{len(result.unscored)} edits without a rating are in no mean, as in the published script.")
         scores = {"overall": result.macro, "mean over edits": result.micro, **result.by_kind}
-        return Summary(scores, f"{len(self.edits)} edits of {self.file}", differences)
+        return Summary(scores, f"{len(items)} edits of {self.file}", notes)
+
+    def count(self, row: Row) -> list[Count]:
+        """Count the rating for its kind and for the mean over edits; an edit without one isn't counted."""
+        score = read_score(row.details["reply"]) if row.state == "scored" else None
+        return [] if score is None else [Count(row.group, score), Count("mean over edits", score)]
+
+    def combine(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Round the means of kinds, and average them."""
+        by_kind = {kind: round(value, 2) for kind, value in means.items() if kind != "mean over edits"}
+        overall = sum(by_kind.values()) / len(by_kind)
+        return {"overall": overall, "mean over edits": means["mean over edits"], **by_kind}
+
+    def describe_questions(self) -> Any:
+        """Return the judge's prompts, and the kind of each edit."""
+        return [self.judge_prompts, [edit.kind for edit in self.edits.values()]]

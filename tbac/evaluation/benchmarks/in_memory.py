@@ -36,8 +36,8 @@ def score_in_memory(pipeline: Any, benchmark: PictureBenchmark, judge: Any) -> S
         benchmark: lists what is drawn, and judges it.
         judge: of the kind that the benchmark needs.
     """
-    benchmark.check_judge(judge)
-    targets = benchmark.list_targets()
+    judge = benchmark.prepare_judge(judge)
+    targets = benchmark.targets
     pictures = draw_in_memory(pipeline, benchmark, targets)
     drawn = {target.path: picture for target, picture in zip(targets, pictures, strict=True)}
     rows = list(benchmark.judge_pictures(lambda target: drawn[target.path], judge))

@@ -1,4 +1,8 @@
-"""Published numbers that reports show beside ours, from the papers and repositories; † means rewritten prompts."""
+"""Published numbers that reports show beside ours, and how they were reached, from the papers and repositories."""
+
+from tbac.evaluation.protocol import OF_SERVICE, Protocol
+
+REWRITTEN = "†"  # after the name of a model whose prompts were rewritten before it drew them
 
 TBAC = "TBAC-UniImage-3B"
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -43,4 +47,119 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "OpenUni-L-512": _build_row(WISE, (0.51, 0.49, 0.64, 0.48, 0.63, 0.35), 0.52),
         "BAGEL": _build_row(WISE, (0.44, 0.55, 0.68, 0.44, 0.60, 0.39), 0.52),
     },
+}
+
+GPT_4O = ("gpt-4o", "gpt-4o-2024-05-13", "gpt-4o-2024-08-06", "gpt-4o-2024-11-20")  # as services call it
+# Digests of prompts and questions are those of the published files. The digest of a local judge's weights isn't known
+# here, so it is said which ones they are; `benchmark.published_protocol` may say their digest.
+PROTOCOLS: dict[str, Protocol] = {
+    "geneval": Protocol(
+        judge="Mask2Former and CLIP",
+        judge_weights="mmdetection's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco and OpenAI's ViT-L-14",
+        judge_settings="thresholds 0.3 and 0.9",
+        prompts="sha256:fd61687b5a7f8279",
+        questions="sha256:bdcdcca9edd06f37",
+        rules="GenEval's rules",
+        num_prompts=553,
+        samples=4,
+    ),
+    "dpg": Protocol(
+        judge="mplug_visual-question-answering_coco_large_en",
+        judge_weights="those of mPLUG-large on ModelScope",
+        judge_settings="its defaults",
+        prompts="sha256:6149816930d52aec",
+        questions="those of dpg_bench.csv alone",
+        rules="official rules",
+        num_prompts=1065,
+        samples=4,
+    ),
+    "tiif": Protocol(
+        judge=GPT_4O,
+        judge_weights=OF_SERVICE,
+        prompts="sha256:6727d6ab43a1010c",
+        questions="sha256:d2f5849ceca30d40",
+        rules="TIIF-Bench's averages",
+        num_prompts=5076,
+        samples=1,
+    ),
+    "tiif_mini": Protocol(
+        judge=GPT_4O,
+        judge_weights=OF_SERVICE,
+        prompts="sha256:1d9382bd48e1a7d3",
+        questions="sha256:1bac9587f960d295",
+        rules="TIIF-Bench's averages",
+        num_prompts=554,
+        samples=1,
+    ),
+    "imgedit": Protocol(
+        judge=GPT_4O,
+        judge_weights=OF_SERVICE,
+        prompts="sha256:c2813e89a74e52dd",
+        questions="sha256:38105d72bf7d260c",
+        rules="ImgEdit's rules",
+        num_prompts=737,
+        samples=1,
+    ),
+    "wise": Protocol(
+        judge="gpt-4o-2024-05-13",
+        judge_weights=OF_SERVICE,
+        prompts="sha256:c068b1a31653a75a",
+        questions="sha256:0f1dad4a3bce0f49",
+        rules="WISE, the first edition",
+        num_prompts=1000,
+        samples=1,
+    ),
+    "wise_verified": Protocol(
+        judge=("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B"),
+        judge_weights=OF_SERVICE,
+        prompts="sha256:02f5adb36f5fabdb",
+        questions="sha256:d9f43728f390a82c",
+        rules="WISE, the verified edition",
+        num_prompts=1000,
+        samples=1,
+    ),
+    "geneval2": Protocol(
+        judge=("Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
+        judge_weights=(OF_SERVICE, "those of Qwen3-VL-8B-Instruct"),
+        prompts="sha256:83159aedf6ff6087",
+        questions="sha256:adb656b6d7b02573",
+        rules="Soft-TIFA",
+        num_prompts=800,
+        samples=1,
+    ),
+    "unigenbench": Protocol(
+        judge=("gemini-2.5-pro", "google/gemini-2.5-pro"),
+        judge_weights=OF_SERVICE,
+        prompts="sha256:d8ea1d90a87f8bd7",
+        questions="sha256:df0632efeaa0f3f0",
+        rules="UniGenBench's rules",
+        num_prompts=600,
+        samples=4,
+    ),
+    "corebench": Protocol(
+        judge=("gemini-2.5-flash", "google/gemini-2.5-flash"),
+        judge_weights=OF_SERVICE,
+        prompts="sha256:e34b0efdca1ff03f",
+        questions="sha256:9e391126ab59cb98",
+        rules="T2I-CoReBench's rules",
+        num_prompts=1080,
+        samples=4,
+    ),
+    "longtext": Protocol(
+        judge=("Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        judge_weights=(OF_SERVICE, "those of Qwen2.5-VL-7B-Instruct"),
+        prompts="sha256:616e80a6bb6d09df",
+        questions="sha256:032b1f5f41c47bc3",
+        rules="LongText-Bench's rules",
+        num_prompts=160,
+        samples=4,
+    ),
+    "gedit": Protocol(
+        judge=("gpt-4.1", "gpt-4.1-2025-04-14"),
+        judge_weights=OF_SERVICE,
+        prompts="those of the data set stepfun-ai/GEdit-Bench",
+        rules="VIEScore, instructions in en",
+        num_prompts=606,
+        samples=1,
+    ),
 }

@@ -4,28 +4,33 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import mean
 from typing import Any, ClassVar
 
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import (
+    OWN_WORDS,
     BenchmarkFileError,
+    Count,
     Needs,
     PictureBenchmark,
     PictureVerdict,
     Row,
-    Summary,
-    list_count_difference,
-    list_judge_difference,
     read_rows,
 )
-from tbac.evaluation.judges.base import JudgeError, read_yes_or_no_lines
+from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable, read_yes_or_no_lines
+from tbac.evaluation.judges.ocr import OcrJudge
 from tbac.evaluation.picture_tree import Target
+from tbac.evaluation.published_scripts import fill, mark, read_script
+from tbac.evaluation.words import WORD_SCORES, compare_words, list_quoted_words
 from tbac.files import expand_path, shorten
 
-LINES = """Answer these questions about the picture, in this order. Write a line for each, which begins with yes or no.
-{questions}"""
+OWN_LINES = """Answer these questions about the picture, in this order, each in a line that begins with yes or no.
+\x02questions\x03"""
+PLACE = "##YNQuestions##"  # where the published templates have the questions
+TEMPLATES = ("raw_prompt", "raw_prompt_1", "raw_prompt_2")  # names of the published templates in their script
 LENGTHS = ("short", "long")
 REASONINGS = ("numeracy", "comparison", "differentiation", "negation")
 
@@ -134,8 +139,12 @@ def name_picture(pair: Pair, length: str, model_name: str) -> str:
 
 def list_tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
     """List both pictures of every pair."""
-    paths = [(name_picture(pair, length, model_name), pair.prompts[length]) for pair in pairs for length in LENGTHS]
-    return [Target(path, path, prompt) for path, prompt in paths]
+    targets = []
+    for pair in pairs:
+        for length in LENGTHS:
+            item = f"{pair.kind}/{length}/{pair.row}"
+            targets.append(Target(name_picture(pair, length, model_name), item, pair.prompts[length]))
+    return targets
 
 
 def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
@@ -172,29 +181,45 @@ def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
 class TIIF(PictureBenchmark):
     """Pairs of a short and a long prompt with yes/no questions.
 
+    The published script puts the questions of a picture into one of three templates at random, samples the reply at
+    temperature 1, and asks again until the number of lines fits. Here the template follows from the picture's name and
+    the number of the try. `steady` asks in the first template alone, at temperature 0.
+
     Attributes:
         file: folder of test prompts.
         questions: folder of eval prompts; None when pictures are only drawn.
+        script: TIIF-Bench's `eval_with_vlm.py`, whose templates and system message are then used; None asks in our own
+            words.
+        read_words: read the words in pictures of the type `text` by optical character recognition too.
         model_name: name of the folder of the pictures within each type.
-        published: how many pairs published numbers are averages of.
     """
 
     needs: ClassVar[Needs] = "questions"
     questions_source: ClassVar[str] = "TIIF-Bench's folder of eval prompts"
+    published_manner: ClassVar[Manner | None] = Manner(temperature=1)
 
     file: str
     questions: str | None = None
+    script: str | None = None
+    read_words: bool = False
     model_name: str = "tbac"
-    published: int = 2538
     title: str = "TIIF-Bench"
 
     def read_files(self) -> None:
-        """Read the pairs, and note which of them each picture belongs to."""
+        """Read the pairs and the templates, and note which pair each picture belongs to."""
         self.pairs = read_pairs(self.file, self.questions)
         self.pair_of: dict[str, Pair] = {}
+        self.length_of: dict[str, str] = {}
         for pair in self.pairs:
             for length in LENGTHS:
-                self.pair_of[name_picture(pair, length, self.model_name)] = pair
+                path = name_picture(pair, length, self.model_name)
+                self.pair_of[path], self.length_of[path] = pair, length
+        self.templates = [OWN_LINES]
+        if self.script is not None:
+            published = read_script(self.script, TEMPLATES)
+            self.templates = [str(published.get(name)).replace(PLACE, mark("questions")) for name in TEMPLATES]
+            self.use_system(published.get_message("system"))
+        self.ocr = OcrJudge() if self.read_words else None
 
     def list_targets(self) -> list[Target]:
         """List the targets `<type>/<model>/{short,long}_description/<row>.png`."""
@@ -204,41 +229,74 @@ class TIIF(PictureBenchmark):
         """Find the type of its pair."""
         return self.pair_of[target.path].kind
 
-    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
-        """Ask all questions about a picture at once, as TIIF-Bench asks them."""
+    def find_prompt(self, target: Target) -> str:
+        """Find its pair: both prompts of a pair are about the same."""
         pair = self.pair_of[target.path]
-        texts = "\n".join(text.strip() for text in pair.questions)
-        reply = judge.ask(LINES.format(questions=texts), [picture])
-        answers = read_yes_or_no_lines(reply, len(pair.questions))
-        if answers is None:
-            raise JudgeError(f"{len(pair.questions)} questions were answered with: {reply}")
+        return f"{pair.kind}/{pair.row}"
+
+    def list_wordings(self, target: Target) -> list[str]:
+        """List the ways to put the questions about a picture, in the order of the tries."""
+        texts = "\n".join(text.strip() for text in self.pair_of[target.path].questions)
+        wordings = [fill(template, questions=texts) for template in self.templates]
+        if self.steady:
+            return wordings[:1]
+        # What a script draws at random follows from the picture here, so that going on asks nothing twice.
+        order = Random(f"{self.seed}/{target.path}")
+        return [order.choice(wordings) for _ in range(self.tries)]
+
+    def judge_picture(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """Ask all questions about a picture at once, until there is a line for each."""
+        pair = self.pair_of[target.path]
+
+        def read(reply: str) -> list[bool] | None:
+            return read_yes_or_no_lines(reply, len(pair.questions))
+
+        answers, reply = ask_until_usable(judge, Asked(self.list_wordings(target), [picture], self.tries), read)
         right = [given == expected for given, expected in zip(answers, pair.answers, strict=True)]
         wrong = [question for question, is_right in zip(pair.questions, right, strict=True) if not is_right]
-        return PictureVerdict(float(mean(right)), ", ".join(wrong), {"right": sum(right), "asked": len(right)})
+        details = {"right": sum(right), "asked": len(right), "reply": reply}
+        if self.ocr is not None and pair.kind == "text":
+            details |= compare_words(list_quoted_words(target.prompt), self.ocr.read_text_lines(picture))
+        return PictureVerdict(float(mean(right)), ", ".join(wrong), details)
 
-    def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
-        """Average over both lengths; a missing picture has no right answer, and a failed one isn't counted."""
+    def count(self, row: Row) -> list[Count]:
+        """Count the questions of a type and length alike, whichever picture they are about."""
+        if row.state == "failed":
+            return []
+        pair, length = self.pair_of[row.picture], self.length_of[row.picture]
+        asked = len(pair.questions)
+        counts = [Count(f"{pair.kind}, {length}", 100 * row.details.get("right", 0) / asked, asked)]
+        for name in WORD_SCORES if pair.kind == "text" and self.ocr is not None else ():
+            worst = 1.0 if name == "word distance" else 0.0
+            counts.append(Count(f"{name}, {length}", row.details.get(name, worst)))
+        return counts
+
+    def combine(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Compute the averages of each length, and before them the mean of both."""
         scores: dict[str, float] = {}
+        words: dict[str, float] = {}
         for length in LENGTHS:
-            # Questions of a type count alike, whichever picture they are about.
-            right: dict[str, int] = defaultdict(int)
-            asked: dict[str, int] = defaultdict(int)
-            for row in rows:
-                pair = self.pair_of[row.picture]
-                if row.picture != name_picture(pair, length, self.model_name) or row.state == "failed":
-                    continue
-                right[pair.kind] += row.details.get("right", 0)
-                asked[pair.kind] += len(pair.questions)
-            by_type = {kind: 100 * right[kind] / asked[kind] for kind in asked}
+            ending = f", {length}"
+            by_type = {cell.removesuffix(ending): value for cell, value in means.items() if cell.endswith(ending)}
+            words |= {f"{name}{ending}": by_type.pop(name) for name in WORD_SCORES if name in by_type}
             if by_type:
-                scores |= {f"{name}, {length}": value for name, value in average_tiif(by_type).items()}
-        if not scores:
-            raise ValueError("no picture of TIIF-Bench could be scored")
+                scores |= {f"{name}{ending}": value for name, value in average_tiif(by_type).items()}
         overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]
-        # Whoever compares with published numbers has to know what was done in another way.
-        differences = list_count_difference(len(self.pairs), self.published, "pairs")
-        absent = [name for groups in GROUPS.values() for name in groups if f"{name}, short" not in scores]
-        if absent:
-            differences.append(f"nothing of {', '.join(absent)}")
-        differences += list_judge_difference(judge_name, "gpt-4", "GPT-4o")
-        return Summary({"overall": mean(overall), **scores}, f"{len(self.pairs)} pairs of {self.file}", differences)
+        return {"overall": mean(overall), **scores, **words}
+
+    def describe_rules(self) -> str:
+        """Say how the questions are put; a missing picture has no right answer, and a failed one isn't counted."""
+        if self.steady:
+            return "TIIF-Bench's averages, asked in one wording at temperature 0"
+        return "TIIF-Bench's averages"
+
+    def describe_questions(self) -> Any:
+        """Return the wordings, and the questions with their answers."""
+        return [self.templates, [[list(pair.questions), list(pair.answers)] for pair in self.pairs]]
+
+    def list_notes(self, rows: Sequence[Row]) -> list[str]:
+        """Say when the wording is our own, and what types there are no pictures of."""
+        notes = [] if self.script else [OWN_WORDS]
+        kinds = {pair.kind for pair in self.pairs}
+        absent = [name for groups in GROUPS.values() for name, types in groups.items() if not kinds & set(types)]
+        return notes + ([f"Nothing of {', '.join(absent)}."] if absent else [])

@@ -24,6 +24,8 @@ from transformers import (
 
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.detectors.coco import name_classes
+from tbac.evaluation.judges.base import JudgeFacts
+from tbac.evaluation.protocol import compute_weights_digest
 from tbac.evaluation.rules import GENEVAL_THRESHOLDS
 from tbac.models.sources import locate_folder
 from tbac.pictures import to_upright_rgb
@@ -143,6 +145,7 @@ class Mask2FormerDetector:
     def __init__(self, segmenter: str, clip: str, device: str = "auto") -> None:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         folder: Path = locate_folder("judge.segmenter", segmenter, MODEL_FILES)
+        self._weights = [compute_weights_digest(folder)]
         self.processor = Mask2FormerImageProcessorPil.from_pretrained(folder)
         self.segmenter = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(self.device).eval()
         labels = self.segmenter.config.id2label
@@ -152,7 +155,13 @@ class Mask2FormerDetector:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.clip = CLIPModel.from_pretrained(folder).to(self.device).eval()
         self.identity = f"Mask2Former {segmenter} and CLIP {clip}"
+        self._weights.append(compute_weights_digest(folder))
         self._classifiers: dict[str, Tensor] = {}
+
+    def describe_facts(self) -> JudgeFacts:
+        """Describe the two models by the digests of their weights, and the thresholds."""
+        settings = f"thresholds {self.thresholds.score} and {self.thresholds.counting}"
+        return JudgeFacts("Mask2Former and CLIP", " and ".join(self._weights), settings)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, colored: Collection[str] = ()) -> Scan:

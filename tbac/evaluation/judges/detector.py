@@ -35,6 +35,7 @@ class DetectorJudge:
     """
 
     slow = False
+    steady = True  # it says the same when it is asked again
 
     def __init__(self, detector: Detector, names: Sequence[str], colors: Sequence[str]) -> None:
         self.detector, self.names = detector, list(names)

@@ -1,14 +1,17 @@
 """A judge that runs on this machine: a Qwen2.5-VL."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from PIL import Image
 
-from tbac.evaluation.judges.base import JudgeError
-from tbac.models.prompt import ANSWER_SYSTEM
+from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
+from tbac.evaluation.protocol import compute_weights_digest
+from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs
 
 
 @dataclass(eq=False)
@@ -29,6 +32,7 @@ class QwenJudge:
     """
 
     slow: ClassVar[bool] = True
+    steady: ClassVar[bool] = True  # it says the same when it is asked again
 
     mllm: str
     device: str = "auto"
@@ -42,16 +46,48 @@ class QwenJudge:
         from tbac.models.prompt import PromptProcessor
         from tbac.models.qwen import open_mllm
 
-        folder, self.model = open_mllm("judge.mllm", self.mllm, self.dtype, self.quantization)
+        self.folder, self.model = open_mllm("judge.mllm", self.mllm, self.dtype, self.quantization)
         self.prompt = PromptProcessor.from_pretrained(
-            folder, image_pixels=self.image_pixels, max_text_tokens=self.max_text_tokens
+            self.folder, image_pixels=self.image_pixels, max_text_tokens=self.max_text_tokens
         )
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device)
+        self.system, self.longest = ANSWER_SYSTEM, self.max_new_tokens
+        self._set_identity()
+
+    def _set_identity(self) -> None:
         # Replies that were kept are used again only if everything that they depend on is the same.
         names = ("dtype", "quantization", "image_pixels", "max_new_tokens")
         self.identity = f"{self.mllm} ({ {name: getattr(self, name) for name in names} })"
+        if (self.system, self.longest) != (ANSWER_SYSTEM, self.max_new_tokens):
+            self.identity += f", {self.describe_facts().settings}"
+
+    def in_manner(self, manner: Manner) -> "QwenJudge":
+        """Return a judge with the manner's system message and length; it goes on to take the most likely token."""
+        judge = copy.copy(self)
+        judge.system = ANSWER_SYSTEM if manner.system is None else manner.system
+        judge.longest = manner.max_tokens or self.max_new_tokens
+        judge._set_identity()
+        return judge
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Digest of the weights, computed when it is first needed."""
+        return compute_weights_digest(self.folder)
+
+    def describe_facts(self) -> JudgeFacts:
+        """Describe the model by the last part of its folder or id, and by its weights."""
+        system = None if self.system == ANSWER_SYSTEM else self.system
+        settings = Manner(system, 0, self.longest).describe()
+        if self.quantization:
+            settings += f", {self.quantization}"
+        return JudgeFacts(self.mllm.rstrip("/").split("/")[-1], self.weights_digest, settings)
+
+    def _read(self, question: str, images: Sequence[Image.Image]) -> PromptInputs:
+        inputs = self.prompt([question], [list(images)], system=self.system, ending="", padding_side="left")
+        moved: PromptInputs = inputs.to(self.device)
+        return moved
 
     def ask(self, question: str, images: Sequence[Image.Image]) -> str:
         """Generate a reply.
@@ -59,9 +95,25 @@ class QwenJudge:
         Raises:
             JudgeError: when it is empty.
         """
-        inputs = self.prompt([question], [list(images)], system=ANSWER_SYSTEM, ending="", padding_side="left")
-        tokens = self.model.generate(dict(inputs.to(self.device)), self.max_new_tokens)
+        tokens = self.model.generate(dict(self._read(question, images)), self.longest)
         reply = self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
         if not reply:
             raise JudgeError("the reply is empty")
         return reply
+
+    @torch.no_grad()
+    def compute_probability(self, question: str, images: Sequence[Image.Image], answers: Sequence[str]) -> float:
+        """Compute the probability that the reply's first token is the first token of one of the answers.
+
+        Each answer counts, also where two begin with the same token, as in GenEval 2's script.
+        """
+        full = self.model.load_full_model()
+        inputs = dict(self._read(question, images))
+        # The library keeps the rotary offset of its last prompt here, and would use it for this one.
+        full.model.rope_deltas = None
+        kinds = (inputs["input_ids"] == full.config.image_token_id).int()
+        logits = full(**inputs, mm_token_type_ids=kinds, use_cache=False).logits[0, -1].float()
+        full.model.rope_deltas = None
+        encoded = [self.prompt.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+        first = torch.tensor([ids[0] for ids in encoded if ids], device=logits.device)
+        return min(float(logits.softmax(-1)[first].sum()), 1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import make_picture_finder
+from tbac.evaluation.benchmarks.base import Row, make_picture_finder
 from tbac.evaluation.benchmarks.geneval import GenEval, read_geneval
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.evaluation.detectors.base import Detection, Scan
@@ -163,3 +163,14 @@ def test_ties_at_a_threshold_and_among_scores_are_decided_as_in_geneval() -> Non
     assert GENEVAL_THRESHOLDS.apply([edge], "colors") == []
     first, second = (Detection("dog", color, (0, 0, 1, 1), 0.5) for color in ("red", "blue"))
     assert GENEVAL_THRESHOLDS.apply([first, second], "colors") == [second, first]
+
+
+def test_overall_is_the_mean_of_tags_and_gives_the_published_number() -> None:
+    """TBAC-UniImage-3B: 0.99, 0.94, 0.77, 0.92, 0.83, 0.75 -> 0.87."""
+    tags = {"single_object": 99, "two_object": 94, "counting": 77, "colors": 92, "position": 83, "color_attr": 75}
+    rows = [Row("", tag, "", score=float(i < right)) for tag, right in tags.items() for i in range(100)]
+    benchmark = read_published()
+    scores = benchmark.summarize(rows, "j").scores
+    assert scores == {"overall": pytest.approx(0.8667, abs=1e-4), **{tag: right / 100 for tag, right in tags.items()}}
+    with pytest.raises(ValueError, match="no picture"):
+        benchmark.summarize([], "j")

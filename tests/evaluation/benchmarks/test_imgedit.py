@@ -36,18 +36,15 @@ def test_macro_is_over_kinds_and_micro_over_edits() -> None:
     assert found.by_kind == {"add": 4.33, "remove": 1.0}
     assert found.macro == pytest.approx((4.33 + 1) / 2)
     assert found.micro == pytest.approx(14 / 4)
-    assert not found.comparable  # two of nine kinds
 
 
 def test_failed_and_absent_replies_are_counted_and_not_averaged() -> None:
     kinds = {str(i): f"kind {i}" for i in range(9)}
     replies: dict[str, str | None] = {key: "a: 3" for key in kinds}
-    assert aggregate_edits(replies, kinds).comparable
     replies["2"], replies["3"] = None, "nonsense"
     del replies["4"]
     found = aggregate_edits(replies, kinds)
     assert (found.scored, found.unscored, found.macro) == (6, ["2", "3", "4"], 3.0)
-    assert not found.comparable
 
 
 def test_replies_to_nothing_and_no_rating_at_all_are_errors() -> None:
@@ -76,7 +73,6 @@ def test_the_published_kinds_give_the_published_overall(cells: tuple[float, ...]
     found = aggregate_edits(replies, kinds)
     assert tuple(found.by_kind.values()) == cells
     assert round(found.macro, 2) == overall
-    assert found.comparable
 
 
 def test_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:

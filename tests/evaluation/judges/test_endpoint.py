@@ -1,11 +1,12 @@
 """The judge behind an endpoint: what is sent, and how often it is tried."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tbac.evaluation.judges.base import JudgeError
+from tbac.evaluation.judges.base import JudgeError, Manner
 from tbac.evaluation.judges.endpoint import EndpointJudge
 from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.pictures import make_noise_image
@@ -108,3 +109,61 @@ def test_address_and_key_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="judge=endpoint needs OPENAI_BASE_URL and OPENAI_API_KEY"):
         EndpointJudge("m")
+
+
+SEVEN = ["seven", "Seven", " seven", " Seven", "7", " 7"]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [
+        ({"seven": 0.5, " seven": 0.2, "7": 0.1, "six": 0.2}, 0.8),
+        ({"se": 0.6, "six": 0.3, "s": 0.1}, 0.6),  # as tokenizers cut words; one letter could be any
+        ({"six": 1.0}, 0.0),
+        ({"seven": 1.0}, 1.0),
+    ],
+)
+def test_probabilities_of_answers_add_up(server: Server, probabilities: dict, expected: float) -> None:
+    logs = {token: math.log(value) for token, value in probabilities.items()}
+    server.answers = [make_completion("seven", logs, "other-name")]
+    judge = EndpointJudge("m", max_retries=0, timeout=2).in_manner(Manner(temperature=0, max_tokens=1))
+    assert judge.compute_probability("how many?", [make_noise_image(1)], SEVEN) == pytest.approx(expected)
+    (request,) = server.requests
+    assert (request["logprobs"], request["top_logprobs"], request["max_tokens"]) == (True, 20, 1)
+    assert judge.describe_facts().name == "other-name"
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, {}, [], "x", {"content": []}, {"content": None}, {"content": [{"token": "a", "logprob": 0.0}]}, 7],
+)
+def test_no_probabilities_and_garbage_are_told(server: Server, logprobs: Any) -> None:
+    server.answers = [make_completion("seven", logprobs if not isinstance(logprobs, dict) else None)]
+    if isinstance(logprobs, dict):
+        server.answers[0]["choices"][0]["logprobs"] = logprobs
+    with pytest.raises(JudgeError, match=r"no probabilities|isn't a chat completion"):
+        EndpointJudge("m", max_retries=1, timeout=2).compute_probability("how many?", [make_noise_image(1)], SEVEN)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, "high", None, 5.0])
+def test_probabilities_that_are_none_are_refused_or_bounded(server: Server, value: Any) -> None:
+    server.answers = [make_completion("seven", {"seven": value})]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    if value == 5.0:  # a logarithm above 0 can only be a rounding
+        assert judge.compute_probability("how many?", [make_noise_image(1)], SEVEN) == 1
+    else:
+        with pytest.raises(JudgeError):
+            judge.compute_probability("how many?", [make_noise_image(1)], SEVEN)
+
+
+def test_a_manner_is_sent_and_what_isn_t_in_it_isn_t(server: Server) -> None:
+    server.answers = [make_completion("<think>well, yes</think>\nno")]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    strict = judge.in_manner(Manner(system="be strict", extra={"chat_template_kwargs": {"enable_thinking": False}}))
+    assert strict.ask("a cat?", [make_noise_image(1)]) == "no"
+    (request,) = server.requests
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert not {"temperature", "max_tokens"} & set(request)
+    assert strict.identity != judge.identity

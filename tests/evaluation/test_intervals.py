@@ -1,0 +1,70 @@
+"""Intervals by a bootstrap over prompts: against the textbook's, and the laws of means and differences."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tbac.evaluation.benchmarks.base import Row
+from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.evaluation.intervals import (
+    build_tally,
+    compute_differences,
+    compute_intervals,
+    draw_resamples,
+    list_cells,
+    list_prompts,
+)
+
+INCLUDE = [{"class": "dog", "count": 1}]
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> GenEval:
+    """200 prompts of two tags, two pictures each."""
+    rows = [{"tag": ("a", "b")[i % 2], "prompt": f"{i}", "include": INCLUDE} for i in range(200)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return GenEval(name="geneval", file=str(tmp_path / "x.jsonl"), samples=2)
+
+
+def make_rows(benchmark: GenEval, right: np.ndarray) -> list[Row]:
+    """Rows of all pictures; both of a prompt are alike."""
+    return [
+        Row(target.path, benchmark.find_group(target), target.prompt, score=float(right[int(target.item)]))
+        for target in benchmark.targets
+    ]
+
+
+def test_the_interval_of_a_share_is_the_textbook_s_over_prompts_not_pictures(benchmark: GenEval) -> None:
+    right = np.random.default_rng(1).random(200) < 0.7
+    rows = make_rows(benchmark, right)
+    low, high = compute_intervals(benchmark, rows)["overall"]
+    share = benchmark.summarize(rows, "j").scores["overall"]
+    assert low < share < high
+    width = 2 * 1.96 * np.sqrt(sum(right[k::2].var() / 100 / 4 for k in (0, 1)))
+    assert high - low == pytest.approx(width, rel=0.1)
+
+
+def test_resampling_each_prompt_once_gives_the_scores(benchmark: GenEval) -> None:
+    rows = make_rows(benchmark, np.random.default_rng(2).random(200) < 0.3)
+    cells = list_cells(benchmark, rows)
+    (means,) = build_tally(benchmark, rows, cells).resample(np.ones((1, 200)))
+    assert benchmark.combine(means) == pytest.approx(benchmark.summarize(rows, "j").scores)
+
+
+def test_every_resample_has_as_many_prompts_of_each_tag_as_there_are(benchmark: GenEval) -> None:
+    times, tags = draw_resamples(benchmark), list(list_prompts(benchmark).values())
+    assert {tuple(times[:, [t == tag for t in tags]].sum(1)) for tag in "ab"} == {(100.0,) * len(times)}
+
+
+def test_a_difference_pairs_the_prompts(benchmark: GenEval) -> None:
+    right = np.random.default_rng(3).random(200) < 0.5
+    better = right.copy()
+    better[np.flatnonzero(~right)[:10]] = True
+    rows, others = make_rows(benchmark, better), make_rows(benchmark, right)
+    low, high = compute_differences(benchmark, rows, others)["overall"]
+    assert 0 < low < 0.05 < high < 0.1  # ten prompts more, though each share alone is much less sure
+    low, high = compute_intervals(benchmark, rows)["overall"]
+    assert high - low > 0.1
+    assert compute_differences(benchmark, rows, rows)["overall"] == (0, 0)

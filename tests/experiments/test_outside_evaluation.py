@@ -113,4 +113,4 @@ def test_their_mistakes_are_named_as_ours_are(capfd: pytest.CaptureFixture[str])
     text = run_to_message("evaluate", capfd, *OWN, "benchmark=nothing")
     assert "benchmark._target_=outside_evaluation.NoBenchmark isn't derived from PictureBenchmark" in text
     text = run_to_message("evaluate", capfd, *OWN, "benchmark=unfinished")
-    assert "error: the benchmark Unfinished must define judge_picture, summarize, needs; see PictureBenchmark" in text
+    assert "error: the benchmark Unfinished must define judge_picture, needs; see PictureBenchmark" in text

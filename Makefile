@@ -1,13 +1,18 @@
 # Every target that runs Python depends on the environment, so each works on a fresh machine by itself.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-BIN := .venv/bin
+# An active environment of conda or venv is used if it has every pinned package, and tbac from this folder.
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+HAS_ALL := $(if $(ACTIVE),$(shell $(ACTIVE)/bin/python -I -c "import importlib.metadata as m, importlib.util as u; \
+  assert all(m.version(l.split('==')[0]).startswith(l.strip().split('==')[1]) for l in open('requirements.txt') if '==' in l); \
+  assert u.find_spec('tbac').origin.startswith('$(CURDIR)/'); print('yes')" 2>/dev/null))
+BIN := $(if $(HAS_ALL),$(ACTIVE)/bin,.venv/bin)
 MACHINE ?= local
 ARGS ?=
 SWEEP ?= taps_x_lr
 PORT ?= 5000
 STORE = $(or $(MLFLOW_TRACKING_URI),sqlite:///outputs/mlflow.db)
-READY := .venv/.ready
+READY := $(if $(HAS_ALL),requirements.txt,.venv/.ready)
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 TRAIN = $(BIN)/python experiments/train.py
 export PYTHONUNBUFFERED := 1
@@ -17,22 +22,22 @@ export PYTHONUNBUFFERED := 1
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(READY) ## make .venv and install the pinned dependencies
+env: $(READY) ## make .venv and install the pinned dependencies, unless an active environment has them all
 
-$(READY): requirements.txt pyproject.toml
+.venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer
+demo: $(READY) ## the main job on the shapes world: build, train three stages, score, generate, answer (8 min on two cores)
 	$(BIN)/python experiments/demo.py $(ARGS)
 
 words: $(READY) ## the world of words: installs its language model, converts it, and builds the world around it
 	$(BIN)/python data_prep/words/build.py install=true $(ARGS)
 
-test: $(READY) ## the test suite, on all cores up to eight
+test: $(READY) ## the test suite, on all cores up to eight (10 min on two)
 	$(PYTEST) $(ARGS)
 
 test-slow: $(READY) slurm-packages ## the test suite with the tests that take minutes or several processes

@@ -328,6 +328,13 @@ def find_init(cfg: DictConfig) -> str | None:
             f"stage {cfg.stage.name} starts from a checkpoint of {cfg.stage.previous}, and there is none under "
             f"{RUNS}/; run that stage first (make stage1, make stage2), or give init=PATH"
         )
+    log.info(
+        "stage %s starts from %s, the newest whole checkpoint of %s under %s; init=PATH takes another one",
+        cfg.stage.name,
+        newest,
+        cfg.stage.previous,
+        RUNS,
+    )
     return str(newest)
 
 

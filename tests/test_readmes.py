@@ -16,6 +16,7 @@ NAMES = [file.relative_to(ROOT).as_posix() for file in [*READMES, ROOT / "CONTRI
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`([\w./-]+/[\w.-]+\.(?:py|yaml|md))`")
 EXAMPLES = ("own/", "my_conf/", "local/", "outputs/", "data/")  # what a reader has, not the repository
+NOT_FOR_MAKE = ("MAKE", "ARGS", "VIRTUAL_ENV", "CONDA")  # what would change what it runs
 REQUIRED = {"train": ["run_dir=."]}
 
 
@@ -46,7 +47,7 @@ def list_python_commands(line: str) -> list[list[str]]:
     if words[0] == "python":
         return [words[1:]]
     dry = ["make", "--dry-run", "--assume-old=.venv/.ready", *words[1:]]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_MAKE)}
     printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout
     commands = [shlex.split(each) for each in printed.splitlines() if each.startswith(".venv/bin/python")]
     return [command[1:] for command in commands if command[1].endswith(".py")]

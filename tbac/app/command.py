@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tbac.app.arguments import quote, read_arguments
 from tbac.app.errors import describe_error, is_user_error, print_error, report_user_errors
 from tbac.app.folders import claim_folder
+from tbac.app.help import describe_options
 from tbac.app.making import make_part
 from tbac.app.multirun import SWEEPER, PointFailure, PointSweeper, note_failure
 from tbac.app.options import check_config, find_kind
@@ -53,6 +54,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @wraps(main)
         def start() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(describe_options(Path(CONF), config_name, name_script(), sys.argv[1:]))
+                return
             quiet_libraries()
             hide_secrets_in_logs()
             start_hydra(started_by_hydra, config_name)
@@ -190,6 +194,13 @@ def describe_command() -> str:
     ours = (f"{option}=", "hydra.sweeper._target_=")
     given = [argument for argument in sys.argv if not argument.startswith(ours)]
     return hide_in_text(shlex.join([sys.orig_argv[0], *given, f"{option}={quote(folder)}"]))
+
+
+def name_script() -> str:
+    """Name the file of this command as its user would call it."""
+    script = Path(sys.argv[0]).resolve()
+    root = Path(CONF).parent
+    return str(script.relative_to(root) if script.is_relative_to(root) else script)
 
 
 def get_run_folder() -> Path:

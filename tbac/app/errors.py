@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from tbac.redaction import hide_in_text
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError)
+# Variable that names a folder, its usual name, and what makes it.
+MADE = (
+    ("TBAC_SHAPES", "outputs/shapes", "make it with: python data_prep/shapes/build.py (make demo makes it too)"),
+    ("TBAC_WORDS", "outputs/words", "make it with: make words"),
+    ("", "outputs/demo", "make it with: make demo"),
+)
 OF_LIGHTNING = "MisconfigurationException"  # by name, since Lightning takes seconds to import
 
 
@@ -107,5 +114,15 @@ def report_user_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfi
 
 
 def print_error(message: str) -> None:
-    """Print the message that a command ends with."""
-    print(f"error: {hide_in_text(message)}", file=sys.stderr)
+    """Print the message that a command ends with, and how what is missing is made."""
+    print("\n".join([f"error: {hide_in_text(message)}", *list_hints(message)]), file=sys.stderr)
+
+
+def list_hints(message: str) -> list[str]:
+    """List the commands that make the folders which a message names and which aren't there."""
+    hints = []
+    for variable, usual, made_by in MADE:
+        folder = os.environ.get(variable) or usual
+        if re.search(rf"(?<![\w/]){re.escape(folder)}(?![\w-])", message) and not Path(folder).expanduser().exists():
+            hints.append(f"{folder} isn't there yet; {made_by}")
+    return hints

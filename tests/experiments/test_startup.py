@@ -55,7 +55,8 @@ def test_no_command_imports_anything_heavy_at_its_top() -> None:
 def test_help_of_every_command_imports_nothing_heavy() -> None:
     shown = run_all([[file, "--help"] for file in COMMANDS])
     assert [status for status, _, _ in shown] == [0] * len(COMMANDS)
-    assert all("Powered by Hydra" in text for _, _, text in shown)
+    assert all("usage: python " in text for _, _, text in shown)
+    assert all(f"usage: python {file} " in text for file, (_, _, text) in zip(COMMANDS, shown, strict=True))
     assert {file: imported for file, (_, imported, _) in zip(COMMANDS, shown, strict=True) if imported} == {}
 
 

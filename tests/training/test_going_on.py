@@ -165,7 +165,7 @@ def test_what_is_printed_when_it_is_stopped_is_the_command_that_goes_on(
     words = shlex.split(line.removeprefix("to go on: "))
     assert words[1] == "train.py"
     again = run_to_success("train", capfd, *words[2:])
-    (report,) = Path("a=b, c/it's" if named else "outputs/train").rglob("report.json")
+    (report,) = Path("a=b, c/it's" if named else "outputs/debug").rglob("report.json")
     assert json.loads(report.read_text())["steps"] == 3
     assert "finished before" in run_to_success("train", capfd, *words[2:])
     assert str(report.parent) in again

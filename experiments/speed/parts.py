@@ -8,6 +8,7 @@ import torch
 
 from experiments.speed.cached import bench_cached
 from experiments.speed.gpu_tests import run_gpu_tests
+from experiments.speed.kept_prompts import bench_prompt_cache
 from experiments.speed.kernels import bench_kernels
 from experiments.speed.loader import bench_loader
 from experiments.speed.measure import bench_rates
@@ -29,6 +30,7 @@ PARTS: dict[str, Part] = {
     "overhead": bench_overhead,
     "sampling": bench_sampling,
     "cached": bench_cached,
+    "prompt_cache": bench_prompt_cache,
     "loader": bench_loader,
     "batches": bench_batches,
     "kernels": bench_kernels,
@@ -61,6 +63,7 @@ def check(cfg: dict[str, Any]) -> None:
         ("repeats", cfg["repeats"]),
         ("turns", cfg["turns"]),
         ("warm_up", cfg["warm_up"]),
+        ("prompt_cache.batches", cfg["prompt_cache"]["batches"]),
         ("sampling.repeats", cfg["sampling"]["repeats"]),
         ("loader.repeats", cfg["loader"]["repeats"]),
         ("loader.batches", cfg["loader"]["batches"]),

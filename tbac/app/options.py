@@ -261,7 +261,9 @@ COMMANDS: dict[str, Fields] = {
         "batch": mapping_of(whole(), "a mapping from kinds of prompts to batch sizes"),
         **counts("turns", "latent_side", "repeats", "copy_mib", "matmul_size"),
         **dict.fromkeys(("shared_tokens", "warm_up"), whole(0)),
-        **dict.fromkeys(("compile_options", "overhead", "sampling", "cached", "loader"), plain_mapping()),
+        **dict.fromkeys(
+            ("compile_options", "overhead", "sampling", "cached", "prompt_cache", "loader"), plain_mapping()
+        ),
         "memory_caps_gib": list_of(number(above=0)),
         "out": new_folder(),
     },

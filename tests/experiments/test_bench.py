@@ -12,6 +12,7 @@ import torch
 from experiments.costs import Case, make_inputs
 from experiments.reports import format_table
 from experiments.speed.cached import IMAGES, LATENTS
+from experiments.speed.kept_prompts import FILES, RUN, bench_prompt_cache
 from experiments.speed.kernels import bench_kernels
 from experiments.speed.loader import BUCKETS, PILLOW, PLAIN, REDUCED, measure, memory_of_loading
 from experiments.speed.measure import Memory, in_child, interleaved, search_largest, summary
@@ -98,6 +99,16 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
     torch.testing.assert_close(solve(model, condition, Guidance(3.0), noise, 4), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_kept_prompts_are_compared_with_prompts_that_run(config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that gave another prompt's keys would be noticed before anything is measured."""
+    from tbac.models.prompt_cache import KeptPrompts
+
+    make_key = KeptPrompts.make_key
+    monkeypatch.setattr(KeptPrompts, "make_key", lambda self, text, images: make_key(self, text[:1] and "0", images))
+    with pytest.raises(RuntimeError, match="the losses of kept prompts aren't"):
+        bench_prompt_cache(config, torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str]) -> None:
     text = run_to_success("bench", capfd, *SMALL, "tokens={text: [12], image: [12]}", "out=bench")
@@ -114,6 +125,12 @@ def test_a_run_writes_its_tables_and_its_report(capfd: pytest.CaptureFixture[str
         assert found["ratio"] == pytest.approx(found["median_s"][IMAGES] / found["median_s"][LATENTS], rel=0.2)
         assert set(found["memory"]) == {IMAGES, LATENTS}
         assert 0 < found["encoder_share"] < 1
+    for case, sides in (("text, 20", 3), ("image + text, 20", 4)):
+        found = report["prompt_cache"]["cases"][case]
+        assert found["difference"] < 1e-5
+        assert len(found["median_s"]) == sides
+        assert set(found["memory"]) == {RUN, FILES}
+        assert found["ratio"] == pytest.approx(found["median_s"][RUN] / found["median_s"][FILES], rel=0.2)
     found = report["loader"]
     for side, seconds in found["median_s"].items():
         assert found["samples_per_s"][side] == pytest.approx(12 / seconds, rel=0.01)

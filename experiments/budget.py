@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments.costs import Activations, Case, count_autoencoder_flops, count_sample_flops, measure_activations
+from experiments.kept import SPARED, plan_prompt_cache
 from tbac.app import to_plain
 from tbac.models import UniImage
 
@@ -190,8 +191,12 @@ def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
     image_tokens = options["image_tokens"]
     edit = Case("image + text", options["text_tokens"] + image_tokens + 2, 1, round(image_tokens**0.5))
     edit_share = options["edit_share"][stage["name"]]
-    # Time follows from the FLOPs of an average sample.
-    flops = count_stage_flops(options, {text: 1 - edit_share, edit: edit_share}, model.autoencoder.compression)
+    # Time follows from the FLOPs of an average sample; what a prompt cache has kept doesn't run again.
+    shares = {text: 1 - edit_share, edit: edit_share}
+    flops = count_stage_flops(options, shares, model.autoencoder.compression)
+    prompt_cache = plan_prompt_cache(model, shares, flops, options)
+    for part in SPARED.get(options["prompt_cache"]["keep"], ()):
+        flops[part] = 0.0
     total = sum(flops.values())
     rate = options["utilisation"] * options["peak_tflops"] * 1e12 / total
     samples = stage["steps"] * stage["batch_size"] * setting.devices
@@ -217,6 +222,7 @@ def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
         "setting": {**asdict(setting), "batch": stage["batch_size"], "image_size": stage["image_size"]},
         "flops_per_sample": flops,
         "flops": total,
+        "prompt_cache": {keep: spared.to_dict() for keep, spared in prompt_cache.items()},
         "memory_gib": {name: round(value / GIB, 3) for name, value in memory.items()},
         "memory_total_gib": round((sum(memory.values()) + overhead) / GIB, 3),
         "samples_per_s_per_gpu": round(rate, 3),

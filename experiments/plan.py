@@ -12,6 +12,14 @@ from omegaconf import DictConfig
 from experiments.reports import format_table
 from tbac.app import command, compose_checked, get_run_folder
 
+CACHE_WORDS = {
+    "tflop_saved": "TFLOP saved a sample",
+    "faster_by": "faster by, from the second epoch on",
+    "mib_an_entry": "MiB an entry",
+    "gib_per_thousand_samples": "GiB per 1,000 samples",
+    "gib_read_per_s_per_gpu": "GiB read a second and GPU",
+}
+
 
 def format_report(report: dict[str, Any]) -> str:
     """Format the report as text: parameters first, then a table each for FLOPs, memory, time and largest batches."""
@@ -54,6 +62,12 @@ def format_report(report: dict[str, Any]) -> str:
             ],
         )
     )
+    # What prompt_cache.keep would save after the first epoch, and what it takes to keep and to read.
+    kept: list[tuple[str, list[Any]]] = []
+    for keep, spared in stages[0]["prompt_cache"].items():
+        for name in spared:
+            kept.append((f"{keep}: {CACHE_WORDS[name]}", [s["prompt_cache"][keep][name] for s in stages]))
+    text.append(format_stages("prompt_cache.keep", kept))
     # What fits depends on the setting and on the GPU.
     for stage in stages:
         sizes = list(next(iter(stage["largest_batch"].values())))

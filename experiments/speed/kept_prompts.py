@@ -51,8 +51,10 @@ class NumberedPrompts:
 
     def __call__(self, texts: Sequence[str], *_: Any, **__: Any) -> PromptInputs:
         ones = [self.make_one(text) for text in texts]
-        joined = {name: torch.cat([one[name] for one in ones]) for name in ones[0] if name != "shared_ids"}
-        joined["position_ids"] = torch.cat([one["position_ids"] for one in ones], dim=1)
+        joined: dict[str, Tensor] = {}
+        for name in ones[0]:
+            axis = 1 if name == "position_ids" else 0
+            joined[name] = torch.cat([one[name] for one in ones], dim=axis)
         return PromptInputs({**joined, "shared_ids": self.first["shared_ids"]})
 
     def find_shared_ids(self, system: str) -> tuple[int, ...]:
@@ -78,8 +80,8 @@ class KeptSteps:
         self.targets = targets(model, case.batch, cfg["latent_side"])
         prompt: Any = NumberedPrompts(model, case, cfg["shared_tokens"])
         self.prompt = prompt
-        batches = range(cfg["prompt_cache"]["batches"])
-        self.texts = [[str(case.batch * batch + i) for i in range(case.batch)] for batch in batches]
+        numbers = [str(number) for number in range(cfg["prompt_cache"]["batches"] * case.batch)]
+        self.texts = [numbers[first : first + case.batch] for first in range(0, len(numbers), case.batch)]
         self.made = [prompt(texts) for texts in self.texts]
         layers, depth = model.ladder.prompt_layers, model.ladder.plan.deepest
         self.features = FileStore(folder / "images", LARGEST)

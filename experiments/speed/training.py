@@ -361,7 +361,8 @@ def _training_tables(cases: dict[str, Any], names: list[str], failed: dict[str, 
 def _format_row(values: list[float], form: str) -> list[str]:
     """Values, and the first over each of the others; nothing for what wasn't measured."""
     ratios = [f"{values[0] / value:.2f}" for value in values[1:]]
-    return ["" if text == "nan" else text for text in [*(f"{value:{form}}" for value in values), *ratios]]
+    texts = [f"{value:{form}}" for value in values]
+    return ["" if text == "nan" else text for text in texts + ratios]
 
 
 def largest_batches(name: str, cfg: dict[str, Any], device: str, case: Case) -> dict[str, int]:

@@ -246,9 +246,11 @@ class KeptPrompts(PromptCache):
             KEYS_VALUES: join_padded([entry[KEYS_VALUES][: self.depth] for entry in entries], axis=2),
         }
         if self.layers:
-            tapped = [torch.stack([entry[_name_state(layer)] for layer in self.layers]) for entry in entries]
-            joined["states"] = join_padded(tapped, axis=1)
+            joined["states"] = join_padded([self._stack_states(entry) for entry in entries], axis=1)
         return joined
+
+    def _stack_states(self, entry: Entry) -> Tensor:
+        return torch.stack([entry[_name_state(layer)] for layer in self.layers])
 
     def serves(self, entry: Entry) -> bool:
         keys_values = entry.get(KEYS_VALUES)

@@ -31,6 +31,19 @@ def config() -> dict:
     return to_plain(compose_config("bench", *SMALL))["model"]
 
 
+def test_kept_prompts_save_what_is_said(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for keep in ("null", "prompts"):
+        options = ["world=shapes", "machine=local", "stages=[ti2i_pretrain]", f"prompt_cache.keep={keep}"]
+        run_to_success("plan", capfd, *options, f"hydra.run.dir=run_{keep}")
+        reports += json.loads(Path(f"run_{keep}/report.json").read_text())["stages"]
+    plain, kept = reports
+    ratio = kept["samples_per_s_per_gpu"] / plain["samples_per_s_per_gpu"]
+    assert ratio == pytest.approx(plain["prompt_cache"]["prompts"]["faster_by"], rel=1e-2)
+    assert kept["flops_per_sample"]["vision"] == kept["flops_per_sample"]["prefix"] == 0
+    assert kept["prompt_cache"] == plain["prompt_cache"]
+
+
 def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str]) -> None:
     text = run_to_success("plan", capfd, REAL, "hydra.run.dir=run")
     report = json.loads(Path("run/report.json").read_text())
@@ -56,6 +69,21 @@ def test_the_real_model_is_counted_as_published(capfd: pytest.CaptureFixture[str
     rate = 0.4 * 989e12 / text_stage["flops"]
     assert text_stage["samples_per_s_per_gpu"] == pytest.approx(rate, rel=1e-3)
     assert text_stage["gpu_hours"] == pytest.approx(text_stage["samples"] / rate / 3600, rel=1e-2)
+    # A prompt cache spares the prompt pass and the vision tower, for keys and values of 36 layers in bf16.
+    spared = text_stage["prompt_cache"]["prompts"]
+    assert spared["tflop_saved"] == pytest.approx(text_stage["flops_per_sample"]["prefix"] / 1e12, rel=1e-2)
+    assert spared["tflop_saved"] == pytest.approx(0.7, abs=0.1)
+    assert spared["mib_an_entry"] == pytest.approx(128 * 35 * 2 * 256 * 2 / 2**20, rel=1e-3)
+    assert spared["gib_read_per_s_per_gpu"] == pytest.approx(
+        spared["mib_an_entry"] / 1024 * rate * spared["faster_by"], rel=1e-2
+    )
+    edits = edit_stage["prompt_cache"]
+    assert edits["prompts"]["tflop_saved"] == pytest.approx(3.4, abs=0.1)
+    assert edits["images"]["mib_an_entry"] == pytest.approx(256 * 2048 * 2 / 2**20)
+    assert edits["prompts"]["gib_per_thousand_samples"] == pytest.approx(
+        3 * edits["prompts"]["mib_an_entry"] * 1000 / 1024, rel=1e-2
+    )
+    assert "| prompts: faster by, from the second epoch on |" in text
     assert "| largest batch, finetune | 24 GB | 48 GB | 80 GB | 141 GB |" in text
 
 

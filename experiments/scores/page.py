@@ -24,7 +24,8 @@ h1{font-size:1.6rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:Canvas}
-table.wide td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+table.wide td,table.wide th{text-align:left;white-space:normal;overflow-wrap:anywhere}
+table.wide td:first-child{overflow-wrap:normal;word-break:normal}
 .verdict{padding:.5rem .8rem;border-left:.3rem solid var(--bad);background:var(--soft)}
 .verdict.same{border-color:var(--good)}
 .differs td{color:var(--bad)}
@@ -35,11 +36,13 @@ color:inherit;cursor:pointer}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:1rem}
 .pairs .cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.7rem;display:flex;flex-direction:column;gap:.4rem}
-.card p{margin:0;overflow-wrap:anywhere}
+p{overflow-wrap:anywhere}.card p{margin:0}
 .card .head{display:flex;justify-content:space-between;gap:.5rem;font-size:.85rem;opacity:.8}
 .models{display:grid;grid-template-columns:1fr;gap:.5rem}.pairs .models{grid-template-columns:1fr 1fr}
 .pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(6rem,1fr));gap:.3rem;align-items:start}
-.pictures img{width:100%;height:auto;display:block;border-radius:.25rem}.small{image-rendering:pixelated}
+.pictures img{width:100%;height:auto;display:block;border-radius:.25rem;border-bottom:.25rem solid #8888}
+.right img{border-color:var(--good)}.wrong img{border-color:var(--bad)}
+.small{image-rendering:pixelated}
 .why{font-size:.85rem;opacity:.85}
 dialog{border:0;padding:0;max-width:98vw;max-height:98vh;background:none}dialog::backdrop{background:#000c}
 dialog img{max-width:98vw;max-height:96vh;min-width:min(90vw,32rem);object-fit:contain}
@@ -65,10 +68,11 @@ box.onclick=()=>box.close();
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture of a card: its file, relative to the page, and what is said of it."""
+    """A picture of a card: its file, relative to the page, what is said of it, and its score if it has one."""
 
     file: str
     caption: str
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Page:
         verdict: the sentence that says so.
         protocol: field, value, published value, and whether they agree; of every field.
         cards: the prompts that are shown.
+        tags: that cards can be filtered by, in their order.
         number: how many prompts there are.
     """
 
@@ -114,6 +119,7 @@ class Page:
     verdict: str
     protocol: Sequence[tuple[str, str, str, bool]]
     cards: Sequence[Card]
+    tags: Sequence[str]
     number: int
 
 
@@ -139,7 +145,7 @@ def render_page(page: Page, folder: Path) -> str:
         *(f"<p>{escape(note)}</p>" for note in page.notes),
         f"<p class='verdict{' same' if page.comparable else ''}'>{escape(page.verdict)}</p>",
         render_protocol(page.protocol),
-        render_buttons(page.cards, page.number),
+        render_buttons(page),
         "<div class=cards>",
         *(render_card(card, folder) for card in page.cards),
         f"</div><dialog><img alt=''></dialog><script>{SCRIPT}</script></body></html>",
@@ -169,14 +175,16 @@ def render_protocol(rows: Sequence[tuple[str, str, str, bool]]) -> str:
     return "".join([*lines, "</table></div></details>"])
 
 
-def render_buttons(cards: Sequence[Card], number: int) -> str:
+def render_buttons(page: Page) -> str:
     """Render the buttons that filter the cards by tag, and by whether they are among the best or the worst."""
-    lines = [f"<h2>Prompts</h2><p><span id=shown>{len(cards)}</span> shown of {number}</p>"]
-    for kind, values in (("tag", [card.tag for card in cards]), ("rank", [card.rank for card in cards])):
-        known = [value for value in dict.fromkeys(values) if value]
-        if not known or (kind == "tag" and len(known) < 2):
+    cards = page.cards
+    lines = [f"<h2>Prompts</h2><p><span id=shown>{len(cards)}</span> shown of {page.number}, the worst first</p>"]
+    tags, ranks = {card.tag for card in cards}, {card.rank for card in cards}
+    for kind, name, values, least in (("tag", "all tags", page.tags, 2), ("rank", "all scores", ("best", "worst"), 1)):
+        known = [value for value in values if value and value in (tags if kind == "tag" else ranks)]
+        if len(known) < least:
             continue
-        buttons = [f"<button data-kind={kind} data-value='' aria-pressed=true>all</button>"]
+        buttons = [f"<button data-kind={kind} data-value='' aria-pressed=true>{name}</button>"]
         for value in known:
             name = escape(value)
             buttons.append(f'<button data-kind={kind} data-value="{name}" aria-pressed=false>{name}</button>')
@@ -207,7 +215,9 @@ def render_picture(picture: ShownPicture, prompt: str, folder: Path) -> str:
         return "<span class=why>no picture</span>"
     kind = " class=small" if max(image.size) <= SMALL else ""
     source = encode_thumbnail(image)
-    return f'<a href="{quote(picture.file)}"><img{kind} loading=lazy alt="{escape(prompt)}" src="{source}"></a>'
+    mark = {1.0: " class=right", 0.0: " class=wrong"}.get(-1.0 if picture.score is None else picture.score, "")
+    image_tag = f'<img{kind} loading=lazy alt="{escape(prompt)}" src="{source}">'
+    return f'<a{mark} href="{quote(picture.file)}">{image_tag}</a>'
 
 
 def encode_thumbnail(image: Image.Image) -> str:

@@ -1,7 +1,7 @@
 """A benchmark's report: JSON, Markdown with sheets of pictures, and a page of HTML."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -154,24 +154,23 @@ def build_score_table(report: Report, intervals: Mapping, differences: Mapping) 
     """
     scores = report.main.summary.scores
     digits = 3 if max(scores.values()) <= 5 else 2
-
-    def make_row(
-        name: str, values: Mapping[str, float], bounds: Mapping[str, Interval], sign: bool = False
-    ) -> list[str]:
-        cells = [format_score(values[k], digits, bounds.get(k), sign) if k in values else "" for k in scores]
-        return [name, *cells]
-
-    rows = [make_row(f"this model ({report.main.checkpoint})", scores, intervals)]
+    columns: dict[str, list[str]] = {"": list(scores), "this model": format_scores(scores, scores, intervals, digits)}
     if report.other is not None:
         others = report.other.summary.scores
         bounds = compute_intervals(report.benchmark, report.other.rows)
-        rows.append(make_row(f"against ({report.other.checkpoint})", others, bounds))
+        columns["against"] = format_scores(scores, others, bounds, digits)
         minus = {name: value - others[name] for name, value in scores.items() if name in others}
-        rows.append(make_row("this model minus the other", minus, differences, sign=True))
-    # Published rows only where they were reached in the same way.
+        columns["this model minus the other"] = format_scores(scores, minus, differences, digits, sign=True)
+    # Published scores only where they were reached in the same way.
     published = PUBLISHED.get(report.benchmark.name, {}) if report.is_comparable else {}
-    rows += [make_row(f"{model}, published", values, {}) for model, values in published.items()]
-    return ["", *scores], rows
+    for model, values in published.items():
+        columns[f"{model}, published"] = format_scores(scores, values, {}, 2)
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def format_scores(names: Iterable[str], values: Mapping, bounds: Mapping, digits: int, sign: bool = False) -> list[str]:
+    """Format a column of scores with their intervals; empty where there is none."""
+    return [format_score(values[k], digits, bounds.get(k), sign) if k in values else "" for k in names]
 
 
 def list_protocol_rows(report: Report) -> list[tuple[str, str, str, bool]]:
@@ -182,6 +181,12 @@ def list_protocol_rows(report: Report) -> list[tuple[str, str, str, bool]]:
         (name.replace("_", " "), describe(value), describe(theirs[name]), is_followed(value, theirs[name]))
         for name, value in ours.items()
     ]
+
+
+def describe_models(report: Report) -> str:
+    """Say which checkpoints were evaluated."""
+    other = "" if report.other is None else f", against {report.other.checkpoint}"
+    return f"This model: {report.main.checkpoint}{other}."
 
 
 def list_notes(report: Report) -> list[str]:
@@ -246,6 +251,7 @@ def write_report(report: Report, out: Path) -> dict[str, Any]:
         f"# {benchmark.title}",
         format_table(columns, cells),
         *explained,
+        describe_models(report),
         f"{values['protocol']}.",
         report.give_verdict(),
         *list_notes(report),
@@ -259,13 +265,14 @@ def write_report(report: Report, out: Path) -> dict[str, Any]:
         parts.append(f"## {heading}\n\n![{heading}]({file}.png)\n\n{listed}")
     page = Page(
         benchmark.title,
-        [f"{values['protocol']}."],
+        [describe_models(report), f"{values['protocol']}."],
         (columns, cells),
         [*explained, *list_notes(report)],
         report.is_comparable,
         report.give_verdict(),
         list_protocol_rows(report),
         build_cards(report, prompts, out),
+        list(dict.fromkeys(prompt.group for prompt in prompts)),
         len(prompts),
     )
     write_whole(out / "report.json", (json.dumps(values, indent=2) + "\n").encode())
@@ -312,7 +319,10 @@ def build_cards(report: Report, prompts: Sequence[Prompt], out: Path) -> list[Ca
             folder = model.root.relative_to(out).as_posix()
             # One checkpoint against itself has one name, and still two columns.
             name = name if name not in shown else f"{name} (against)"
-            shown[name] = [ShownPicture(f"{folder}/{row.picture}", describe_row(row, len(models) > 1)) for row in rows]
+            shown[name] = []
+            for row in rows:
+                said = describe_row(row, with_score=len(models) > 1)
+                shown[name].append(ShownPicture(f"{folder}/{row.picture}", said, row.score))
         score = "" if prompt.score is None else f"{prompt.score:.2f}"
         cards.append(Card(prompt.text, prompt.group, prompt.rank, score, shown))
     return cards

@@ -84,6 +84,23 @@ def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture
     assert tree("one") != before
 
 
+def test_a_second_checkpoint_is_drawn_from_the_same_noise_and_compared(capfd: pytest.CaptureFixture[str]) -> None:
+    run_to_success("evaluate", capfd, *COMMON, "against=run", "samples=1", "out=two")
+    ours = {p.name: p.read_bytes() for p in Path("two/geneval").rglob("*.png")}
+    theirs = {p.name: p.read_bytes() for p in Path("two/against/geneval").rglob("*.png")}
+    assert ours == theirs != {}
+    report = result("two")
+    assert report["against"]["scores"]["overall"] == report["overall"]
+    assert set(map(tuple, report["against"]["intervals_of_difference"].values())) == {(0.0, 0.0)}
+    assert Path("two/report.html").read_text().count("data:image/png;base64,") == 24
+
+
+def test_the_first_prompts_alone_are_drawn_where_a_limit_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    run_to_success("evaluate", capfd, *COMMON, "benchmark.limit=3", "out=few")
+    assert result("few")["pictures"] == 6
+    assert "num prompts 3 instead of 553" in result("few")["differences"]
+
+
 def result(out: str) -> dict:
     return json.loads(Path(out, "report.json").read_text())
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from experiments.reports import format_table
 from experiments.sweeps import plots
+from experiments.sweeps.pairs import describe_layers, tabulate_comparisons
 from experiments.sweeps.points import SEED, Point
 from experiments.sweeps.score import open_grid
 from tbac.sampling.grid import join_pictures
-
-LADDER, BASELINE = "last_n", "final"
 
 
 def group_points(points: Sequence[Point]) -> dict[str, list[Point]]:
@@ -35,18 +34,19 @@ def describe_spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def tabulate(groups: Mapping[str, Sequence[Point]]) -> str:
-    """Tabulate GenEval's scores and the validation loss, a row per group."""
+    """Tabulate GenEval's scores and the validation loss, a row per group with the layers that it reads."""
     tags = [tag for tag in next(iter(groups.values()))[0].scores["geneval"] if tag != "overall"]
+    layers = describe_layers(groups)
     rows = []
     for name, points in groups.items():
         scores = [point.scores["geneval"] for point in points]
         overall = describe_spread([by_tag["overall"] for by_tag in scores])
         loss = describe_spread([point.scores["loss"] for point in points], 4)
-        row = [name, len(points), overall, loss]
+        row = [name, layers[name], len(points), overall, loss]
         for tag in tags:
             row.append(f"{mean(by_tag[tag] for by_tag in scores):.2f}")
         rows.append(row)
-    return format_table(["point", "seeds", "overall", "validation loss", *tags], rows)
+    return format_table(["point", "layers", "seeds", "overall", "validation loss", *tags], rows)
 
 
 def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
@@ -63,33 +63,6 @@ def tabulate_suites(groups: Mapping[str, Sequence[Point]]) -> str:
             row.append(describe_spread(values, digits) if values else "")
         rows.append(row)
     return format_table(["point", *names], rows)
-
-
-def compare_ladder(points: Sequence[Point]) -> str:
-    """Compare the ladder with the final state, seed by seed, where all other choices are equal."""
-    # A pair is two points that differ in their taps alone.
-    by_choice: dict[tuple, dict[str, Point]] = {}
-    for point in points:
-        others = tuple(sorted((key, value) for key, value in point.choices.items() if key != "taps"))
-        by_choice.setdefault(others, {})[point.choices.get("taps", "")] = point
-    pairs = []
-    for by_taps in by_choice.values():
-        if LADDER in by_taps and BASELINE in by_taps:
-            pairs.append((by_taps[LADDER], by_taps[BASELINE]))
-    if not pairs:
-        return ""
-    scores = [ladder.scores["geneval"]["overall"] - final.scores["geneval"]["overall"] for ladder, final in pairs]
-    losses = [ladder.scores["loss"] - final.scores["loss"] for ladder, final in pairs]
-    # A score is better when it is higher, a loss when it is lower.
-    lines = []
-    for label, gains, sign in (("GenEval rules, overall", scores, 1), ("validation loss", losses, -1)):
-        wins = sum(sign * gain > 0 for gain in gains)
-        verdict = "better" if sign * mean(gains) > 0 else "not better"
-        lines.append(
-            f"- {label}: `{LADDER}` minus `{BASELINE}` at equal seed and other choices is "
-            f"{describe_spread(gains, 4)}; better in {wins} of {len(gains)} pairs, on average {verdict}."
-        )
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,7 @@ def write_report(
         tabulate_failures(whole.failures),
         tabulate(groups),
         tabulate_suites(groups),
-        compare_ladder(points),
+        tabulate_comparisons(points),
         f"The best point on average: `python experiments/train.py sweep={name} hydra.mode=RUN {chosen}`.",
         *(f"## {title}\n\n![{title}]({file})" for title, file in pictures),
     ]

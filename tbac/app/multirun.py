@@ -124,6 +124,7 @@ class PointSweeper(Sweeper):
             raise
         if parent is not None:
             parent.finish("failed" if failures else "success")
+            print_links(parent, folder)
         finish_multirun(len(points), failures)
         return results
 
@@ -163,6 +164,13 @@ def begin_parent_run(cfg: DictConfig, varied: Sequence[str], folder: Path) -> "P
 
     name = " x ".join(key.split(".")[-1] for key in varied) or "multirun"
     return ParentRun(logger.tracking_uri, logger.experiment_name, name, str(folder / "mlflow_run_id"))
+
+
+def print_links(parent: "ParentRun", folder: Path) -> None:
+    """Print where a multirun is, and the pages of its runs."""
+    print(f"\nthe multirun's folder: {folder}")
+    for name, link in parent.list_links().items():
+        print(f"{name} (make ui serves it): {link}")
 
 
 def read_varied_overrides() -> dict[str, str]:

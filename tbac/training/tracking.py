@@ -676,6 +676,17 @@ class ParentRun:
     def log_file(self, path: Path) -> None:
         self._logger.log_file(path)
 
+    def list_links(self) -> dict[str, str]:
+        """List the pages of the UI that show its children; none when they can't be found."""
+        run = self._logger.run
+        try:
+            view = get_runs_link(run.tracking_uri, experiment_name=run.experiment_name, parent_run_id=self.run_id)
+        except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
+            log.warning("MLflow has no page of these runs now (%s)", describe_safely(error))
+            return {}
+        links = {"its runs": view, "beside each other": get_comparison_link(run.tracking_uri, self.run_id or "")}
+        return {name: hide_in_text(link) for name, link in links.items()}
+
     def finish(self, status: str = "success") -> None:
         """End it; `status` is success, killed or failed."""
         self._logger.finalize(status)

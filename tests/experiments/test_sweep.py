@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from statistics import stdev
 
 import mlflow
 import pytest
 from omegaconf import DictConfig
 from PIL import Image
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
 
 from experiments.sweeps import plots
+from experiments.sweeps.pairs import Comparison, compare_points, tabulate_comparisons
 from experiments.sweeps.points import Point, read_choices, read_points
-from experiments.sweeps.report import compare_ladder, describe_spread, group_points, tabulate, tabulate_suites
+from experiments.sweeps.report import describe_spread, group_points, tabulate, tabulate_suites
 from experiments.sweeps.score import open_data
 from tbac.app import to_plain
 from tbac.data.datamodule import ShardDataModule
@@ -50,16 +54,40 @@ def test_points_that_differ_in_the_seed_are_one_row_and_the_best_comes_first() -
     }
     assert list(groups) == ["taps=last_n", "taps=final"]
     row = tabulate(groups).splitlines()[2]
-    assert row == "| taps=last_n | 2 | 0.500 ± 0.141 | 0.1000 ± 0.0000 | 0.25 |"
+    assert row == "| taps=last_n | 1 2 | 2 | 0.500 ± 0.141 | 0.1000 ± 0.0000 | 0.25 |"
 
 
-def test_the_ladder_is_compared_with_the_final_state_seed_by_seed() -> None:
+def test_rules_are_compared_with_the_final_state_seed_by_seed() -> None:
     points = [point("final", s, 0.2, 0.2, lr="1") for s in (0, 1, 2)] + [point("last_n", 0, 0.5, 0.1, lr="1")]
     points += [point("last_n", 1, 0.1, 0.4, lr="1"), point("last_n", 2, 0.3, 0.1, lr="2")]
-    text = compare_ladder(points)
-    assert "0.1000 ± 0.2828; better in 1 of 2 pairs, on average better" in text
-    assert "0.0500 ± 0.2121; better in 1 of 2 pairs, on average not better" in text
-    assert compare_ladder([point("uniform", 0, 0.1)]) == ""
+    (score,) = compare_points(points, "taps", "final", "overall")
+    assert score.differences == pytest.approx([0.3, -0.1])
+    # The trusted reference: scipy's own interval of a paired test.
+    interval = ttest_rel([0.5, 0.1], [0.2, 0.2]).confidence_interval(0.95)
+    assert score.interval == pytest.approx((interval.low, interval.high))
+    text = tabulate_comparisons(points)
+    assert "| `last_n` | GenEval rules, overall | 2 | +0.1000 | -2.4412 to +2.6412 | 1 of 2 | open |" in text
+    assert "| `last_n` | validation loss | 2 | +0.0500 |" in text
+    assert tabulate_comparisons([point("uniform", 0, 0.1)]) == ""
+    assert "one pair tells nothing" in tabulate_comparisons(points[:1] + points[3:4])
+
+
+def test_a_difference_clear_of_0_is_found_on_its_side_and_seeds_are_counted() -> None:
+    gains = (0.10, 0.12, 0.09)
+    points = [point("final", s, 0.2, 0.2) for s in range(3)]
+    points += [point("uniform", s, 0.2 + gain, 0.2 + gain) for s, gain in enumerate(gains)]
+    rows = {line.split(" | ")[1]: line for line in tabulate_comparisons(points).splitlines() if "`uniform`" in line}
+    assert "| better |" in rows["GenEval rules, overall"]
+    assert "| worse |" in rows["validation loss"]
+    comparison = Comparison("x", gains)
+    needed = comparison.count_seeds(0.02)
+    assert needed is not None
+    # With so many pairs of the same spread the interval's half is 0.02 or less, and with one less it is longer.
+    for count, narrow in ((needed, True), (needed - 1, False)):
+        half = student.ppf(0.975, count - 1) * stdev(gains) / count**0.5
+        assert (half <= 0.02) == narrow
+    assert Comparison("x", (0.1,)).count_seeds(0.02) is None
+    assert Comparison("x", (1.0, -9.0)).count_seeds(1e-9) is None
 
 
 def test_further_suites_have_a_table_of_their_own() -> None:

@@ -19,6 +19,7 @@ from experiments.costs import Activations, Case, count_autoencoder_flops, count_
 from experiments.kept import SPARED, plan_prompt_cache
 from tbac.app import to_plain
 from tbac.models import UniImage
+from tbac.models.lora import has_adapters, is_trained_beside_adapters
 
 GIB = 1024**3
 # Bytes of one weight; nf4 has a float32 scale for every 64 weights.
@@ -96,6 +97,15 @@ def count_parts(model: UniImage) -> dict[str, int]:
     }
 
 
+def count_trained(model: UniImage) -> dict[str, int]:
+    """Count the parameters that training changes, of `queries`, `connector` and `denoiser`."""
+    parts = count_parts(model)
+    adapters = [parameter for name, parameter in model.denoiser.named_parameters() if is_trained_beside_adapters(name)]
+    adapted = has_adapters(model.provenance.config)
+    denoiser = sum(parameter.numel() for parameter in adapters) if adapted else parts["denoiser"]
+    return {"queries": parts["queries"], "connector": parts["connector"], "denoiser": denoiser}
+
+
 @lru_cache(maxsize=4)
 def count_in_use(model: UniImage) -> dict[str, int]:
     """Count the parameters that training reads, by how they are held.
@@ -108,11 +118,14 @@ def count_in_use(model: UniImage) -> dict[str, int]:
     deep = mllm.language_model.layers[: model.ladder.plan.deepest]
     linear = sum(count_parameters(m) for layer in deep for m in layer.modules() if isinstance(m, nn.Linear))
     frozen = (*deep, mllm.language_model.embed_tokens, mllm.visual, autoencoder.decoder)
+    # Of a denoiser with adapters these alone train, and its own weights are held as the frozen parts are.
+    denoiser = count_parameters(model.denoiser)
+    base = denoiser - count_trained(model)["denoiser"]
     return {
         "linear": linear,
-        "other": sum(map(count_parameters, frozen)) - linear,
+        "other": sum(map(count_parameters, frozen)) - linear + base,
         "encoder": count_parameters(autoencoder.encoder),
-        "trained": count_parameters(model.ladder) + count_parameters(model.denoiser),
+        "trained": count_parameters(model.ladder) + denoiser - base,
     }
 
 
@@ -322,7 +335,7 @@ def plan_run(model_config: DictConfig, stages: Sequence[DictConfig]) -> dict[str
     """
     model = build_on_meta(to_plain(model_config))
     parts = count_parts(model)
-    trained = parts["queries"] + parts["connector"] + parts["denoiser"]
+    trained = sum(count_trained(model).values())
     total = count_parameters(model)
     taps = model.ladder.plan
     return {

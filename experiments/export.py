@@ -5,12 +5,15 @@ python experiments/export.py checkpoint=outputs/train/… out=DIR [standalone=tr
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from tbac.app import command, open_model, read_opening_options
 from tbac.files import write_whole
+
+if TYPE_CHECKING:
+    from tbac.models.saved import SavedModel
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,24 @@ def read_facts(checkpoint: str) -> dict[str, Any]:
 
     read = read_checkpoint(checkpoint)
     return {"stage": read[FACTS]["stage"], "optimizer steps": read.get("global_step", "unknown")}
+
+
+def read_adapted(cfg: DictConfig) -> "SavedModel":
+    """Read the checkpoint of a model with adapters as it is, without merging them.
+
+    Raises:
+        ValueError: for an export, in which they are merged, and for a model without any.
+    """
+    from tbac.models.lora import has_adapters
+    from tbac.models.saved import read_checkpoint, read_saved_model
+
+    if (Path(cfg.checkpoint).expanduser() / "config.json").is_file():
+        raise ValueError(f"adapter=true needs a training checkpoint; in the export {cfg.checkpoint} they are merged")
+    connector = read_opening_options(cfg)["connector"]
+    saved = read_saved_model(read_checkpoint(cfg.checkpoint, only_weights=True), cfg.checkpoint, connector)
+    if not has_adapters(saved.config):
+        raise ValueError(f"adapter=true: {cfg.checkpoint} was trained without model.lora.rank")
+    return saved
 
 
 def note_run(checkpoint: str, out: Path) -> None:
@@ -68,9 +89,14 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
 @command("export")
 def main(cfg: DictConfig) -> None:
     check_options(cfg)
+    adapted = read_adapted(cfg) if cfg.adapter else None
     model = open_model(cfg.checkpoint, **read_opening_options(cfg)).model
     out = Path(cfg.out)
     model.save_pretrained(out, standalone=cfg.standalone, notes=read_facts(cfg.checkpoint))
+    if adapted is not None:
+        from tbac.models.lora import write_adapters
+
+        write_adapters(adapted, out)
     note_run(cfg.checkpoint, out)
     log.info("%s in %s", "the whole model" if cfg.standalone else "queries, connector and denoiser", out)
     if cfg.push_to_hub:

@@ -20,6 +20,7 @@ class Sample:
         target: image to generate; None where only its latents are stored.
         latents: scaled latents of the target (channel, height, width), where the shard holds them.
         origin: path of the shard that it came from.
+        reconstructs: the input image is the target itself, so the denoiser mustn't read its latents as a reference.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Sample:
     target: Image.Image | None = None
     latents: Tensor | None = None
     origin: str = ""
+    reconstructs: bool = False
 
 
 @dataclass

@@ -150,6 +150,7 @@ COMMANDS: dict[str, Fields] = {
         **OPENING,
         "out": new_folder(),
         "standalone": flag(),
+        "adapter": flag(),
         "push_to_hub": optional(text()),
         "private": flag(),
     },

@@ -69,9 +69,13 @@ def counts(*names: str) -> Fields:
     return dict.fromkeys(names, whole())
 
 
-SOURCE = record({"path": path()}, {"split": name(), "weight": number(above=0)}, "{path: …, split: …, weight: …}")
+SOURCE = record(
+    {"path": path()},
+    {"split": name(), "weight": number(above=0), "task": choice("generate", "reconstruct")},
+    "{path: …, split: …, weight: …, task: …}",
+)
 SOURCE_OR_FOLDER = Kind(
-    "a folder of shards, or {path: …, split: …, weight: …}",
+    "a folder of shards, or {path: …, split: …, weight: …, task: …}",
     lambda value: SOURCE.read({"path": value, "split": "train"} if isinstance(value, str) else value),
 )
 DROPOUT = Part(

@@ -35,6 +35,10 @@ class Collator:
         """
         texts = [s.text for s in samples]
         inputs = self.prompt(texts, [s.sources or None for s in samples], reference_size=size)
+        # A picture that is to be reconstructed is seen by the MLLM alone: its latents would give it away.
+        if "has_reference" in inputs:
+            given = [not s.reconstructs for s in samples]
+            inputs["has_reference"] = inputs["has_reference"] * torch.tensor(given, dtype=inputs["has_reference"].dtype)
         batch = Batch(prompt=inputs, keys=[s.key for s in samples], texts=texts)
         # Latents of several shapes come from other buckets than those of this training.
         latents = [s.latents for s in samples if s.latents is not None]

@@ -258,6 +258,7 @@ class ShardDataModule(L.LightningDataModule):
             max_bad_share=self.max_bad_share,
             reducing_gap=self.reducing_gap,
             latent_form=self._latent_form,
+            reconstruct=[shards.source.task == "reconstruct" for shards in sources],
         )
         # Plans are whole batches already (batch_size=None); forked workers share what this process has read.
         return CleanLoader(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from tbac.data.transforms import crop_part
 from tbac.files import ForeignFileError, describe_error, parse_json, spell_out
 from tbac.pictures import IMAGE_EXTENSIONS, UNREADABLE, PictureError, decode_picture
 from tbac.types import Sample
@@ -139,16 +141,57 @@ def _decode_fields(
     return Sample(key, text, sources, decode_image(data, field, size, reducing_gap), None, origin)
 
 
+def decode_picture_alone(
+    raw: Mapping[str, Any], rng: Random, use_latents: bool = True, size: tuple[int, int] | None = None
+) -> Sample:
+    """Decode one picture of a sample as both its prompt, without a text, and its target.
+
+    Args:
+        raw: fields of one key, as bytes, with `__key__` and `__url__`.
+        rng: chooses among the pictures of an edit: its target and its input images.
+        use_latents: take cached latents of the picture. Where an edit has them of some pictures, the others aren't
+            chosen, since a batch needs latents of all its samples or of none.
+        size: (height, width) in pixels that the target will be cropped to; the prompt shows the same part.
+
+    Raises:
+        CorruptSampleError: when there is no picture, only latents of one, or it is unreadable.
+    """
+    try:
+        names = [""] if find_image(raw, "") else ["target", *list_source_names(raw)]
+        pictures = {name: found for name in names if (found := find_image(raw, name))}
+        if not pictures:
+            raise CorruptSampleError("no picture to reconstruct; cached latents alone can't be seen", "no target image")
+        cached = {name: raw.get(f"{name}.latent.safetensors" if name else "latent.safetensors") for name in pictures}
+        with_latents = [name for name, packed in cached.items() if packed and use_latents]
+        name = rng.choice(with_latents or list(pictures))
+        field, data = pictures[name]
+        picture = decode_image(data, field)
+        if size is not None:
+            picture = crop_part(picture, size)
+        packed = cached[name] if with_latents else None
+        latents = None if packed is None else decode_latents(packed)
+        target = picture if packed is None else None
+        return Sample(raw["__key__"], "", [picture], target, latents, raw.get("__url__", ""), reconstructs=True)
+    except CorruptSampleError:
+        raise
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"it can't be decoded ({describe_error(error)})", "unreadable sample") from None
+
+
+def list_source_names(raw: Mapping[str, Any]) -> list[str]:
+    """List the names of the input images `source`, `source_1`, … in the order of their numbers."""
+    names = {match[1] for field in raw if (match := SOURCE.fullmatch(field))}
+    return sorted(names, key=lambda name: (len(name), name))  # by length first, so that 2 comes before 10
+
+
 def decode_sources(raw: Mapping[str, Any]) -> list[Image.Image]:
     """Decode the input images `source`, `source_1`, … in the order of their numbers.
 
     Raises:
         CorruptSampleError: when one is unreadable.
     """
-    names = {match[1] for field in raw if (match := SOURCE.fullmatch(field))}
     sources = []
-    # By length first, so that source_2 comes before source_10.
-    for name in sorted(names, key=lambda name: (len(name), name)):
+    for name in list_source_names(raw):
         image_file = find_image(raw, name)
         assert image_file is not None, "the name was taken from a field that is there"
         field, data = image_file

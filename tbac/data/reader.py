@@ -17,7 +17,7 @@ from random import Random
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tbac.data.decoding import CorruptSampleError, decode_sample
+from tbac.data.decoding import CorruptSampleError, decode_picture_alone, decode_sample
 from tbac.data.order import BatchPlan, Draw
 from tbac.data.shards import DataError
 from tbac.data.tars import ShardChangedError, TarReader
@@ -78,6 +78,7 @@ class ShardReader(Dataset[Batch]):
             number of samples of a pass.
         reducing_gap: JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size, as long
             as that is at least this many times what is kept; None decodes in full.
+        reconstruct: for each source, whether its pictures alone are read, as prompts and targets; empty for none.
         latent_form: channels of latents, and pixels that one of them stands for on each side; cached ones of another
             shape are refused. None takes them as they are.
 
@@ -97,6 +98,7 @@ class ShardReader(Dataset[Batch]):
     min_seen: int = 200
     reducing_gap: float | None = None
     latent_form: tuple[int, int] | None = None
+    reconstruct: Sequence[bool] = ()
     tally: Tally = field(default_factory=Tally, init=False)
     tars: TarReader = field(default_factory=TarReader, init=False)
 
@@ -150,7 +152,7 @@ class ShardReader(Dataset[Batch]):
             path = self.shards[draw.source][shard]
             self.tally.seen += 1
             try:
-                sample = self._read_and_decode(path, index, bucket or self.size)
+                sample = self._read_and_decode(path, index, bucket or self.size, draw)
                 usable = bucket is None or sample.latents is None or _has_aspect_ratio(sample.latents, bucket)
                 if usable and sample.latents is not None:
                     self._check_shape(sample.latents, bucket or self.size)
@@ -173,8 +175,8 @@ class ShardReader(Dataset[Batch]):
             return sample
         return self.dropout(sample, Random(f"dropout/{self.seed}/{draw.source}/{draw.passes}/{sample.key}"))
 
-    def _read_and_decode(self, path: Path, index: int, size: tuple[int, int]) -> Sample:
-        """Read and decode the sample at a place.
+    def _read_and_decode(self, path: Path, index: int, size: tuple[int, int], draw: Draw) -> Sample:
+        """Read and decode the sample at a place, as the source of a draw asks.
 
         Raises:
             CorruptSampleError: when it can't be read or decoded.
@@ -197,6 +199,9 @@ class ShardReader(Dataset[Batch]):
             reason = self.tars.read_index(path).broken or "its manifest says more"
             raise CorruptSampleError(f"the shard holds fewer samples ({reason})", "unreadable shard") from None
         try:
+            if self.reconstruct and self.reconstruct[draw.source]:
+                rng = Random(f"picture/{self.seed}/{draw.source}/{draw.passes}/{raw['__key__']}")
+                return decode_picture_alone(raw, rng, self.use_latents, size)
             return decode_sample(raw, self.use_latents, size, self.reducing_gap)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{raw['__key__']!s}: {error}", error.kind) from None

@@ -17,6 +17,7 @@ from tbac.files import ForeignFileError, expand_path, parse_json, read_bytes, sh
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+TASKS = ("generate", "reconstruct")
 FINGERPRINT_BYTES = 4096  # of the beginning of each tar
 
 
@@ -32,14 +33,17 @@ class Source:
         path: the folder, or where it can be downloaded from (`remote.py`).
         split: shards are named `<split>-{000000}.tar`.
         weight: share of the samples drawn from here, relative to the other sources.
+        task: `generate` trains on the samples as they are; `reconstruct` on their pictures alone: each is the prompt,
+            without a text, and the target.
 
     Raises:
-        ValueError: for a weight that isn't positive.
+        ValueError: for a weight that isn't positive, and for another task.
     """
 
     path: str
     split: str = "train"
     weight: float = 1.0
+    task: str = "generate"
 
     def __post_init__(self) -> None:
         for name in ("path", "split"):
@@ -48,6 +52,8 @@ class Source:
                 raise ValueError(f"{name} of a source must be text, got {shorten(value)!r}")
         if "/" in self.split:
             raise ValueError(f"the split of source {self.path} is the beginning of file names, got {self.split!r}")
+        if self.task not in TASKS:
+            raise ValueError(f"the task of source {self.path} must be {' or '.join(TASKS)}, got {shorten(self.task)!r}")
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"the weight of source {self.path} must be a positive number, got {shorten(weight)!r}")
@@ -61,9 +67,9 @@ def parse_source(fields: Mapping[str, Any] | str) -> Source:
     """
     if isinstance(fields, str):
         return Source(fields)
-    known = {"path", "split", "weight"}
+    known = {"path", "split", "weight", "task"}
     if not isinstance(fields, Mapping) or "path" not in fields or not set(fields) <= known:
-        raise ValueError(f"a source needs path and may have split and weight; got {shorten(fields)!r}")
+        raise ValueError(f"a source needs path and may have split, weight and task; got {shorten(fields)!r}")
     return Source(**fields)
 
 

@@ -74,6 +74,15 @@ def make_black_image(size: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", size)
 
 
+def crop_part(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Crop the largest central part of a picture that has the aspect ratio of `size` (height, width)."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    rows, columns = min(round(height * scale), image.height), min(round(width * scale), image.width)
+    top, left = (image.height - rows) // 2, (image.width - columns) // 2
+    return image.crop((left, top, left + columns, top + rows))
+
+
 def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Crop the largest central part that has the aspect ratio of `size` (height, width), and resize it to `size`.
 
@@ -83,13 +92,9 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Tensor:
     Returns:
         (height, width, 3), uint8.
     """
-    image = to_upright_rgb(image)
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    part = min(round(height * scale), image.height), min(round(width * scale), image.width)
-    top, left = (image.height - part[0]) // 2, (image.width - part[1]) // 2
-    pixels = torch.from_numpy(np.asarray(image)[top : top + part[0], left : left + part[1]].copy())
-    if part == size:
+    image = crop_part(to_upright_rgb(image), size)
+    pixels = torch.from_numpy(np.asarray(image).copy())
+    if (image.height, image.width) == size:
         return pixels
     resized = functional.interpolate(pixels.permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
     return resized.permute(1, 2, 0)

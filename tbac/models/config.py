@@ -32,7 +32,8 @@ SYSTEM_PROMPT = (
 )
 # What weights belong to: a run that goes on can't change these.
 FIXED_IN_TRAINING = (
-    "taps", "ladder", "num_queries", "query_phrases", "quantization", "reference_latents", "random_init", "seed",
+    "taps", "ladder", "num_queries", "query_phrases", "quantization", "lora", "reference_latents", "random_init",
+    "seed",
 )  # fmt: skip
 LARGEST_WHOLE = 2**63  # the integers of torch end before it
 LARGEST_STD = 1e6  # a larger one can only be a mistake
@@ -215,6 +216,50 @@ class LadderConfig:
 
 
 @dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters of the denoiser, which then train in its place (`tbac.models.lora`).
+
+    Attributes:
+        rank: of each adapter; None trains the denoiser itself.
+        alpha: adapters count alpha / rank; None = as much as the rank.
+        targets: matrices of the denoiser's blocks, each by how its name ends.
+
+    Raises:
+        ValueError: naming the option, its value and what is accepted.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _check_whole("model.lora.rank", self.rank, 1)
+        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (is_number and 0 < self.alpha <= LARGEST_STD):
+            raise ValueError(f"model.lora.alpha must be above 0 and at most {LARGEST_STD:g}, got {self.alpha!r}")
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) and t for t in targets):
+            raise ValueError(f"model.lora.targets must be a list of names, got {self.targets!r}")
+        object.__setattr__(self, "targets", tuple(targets))
+
+    @property
+    def scale(self) -> float:
+        """By what the product of an adapter's matrices is multiplied."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "LoraOptions":
+        """From plain values; unknown keys are errors."""
+        check_keys(values, [f.name for f in fields(cls)], "model.lora")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
+
+
+@dataclass(frozen=True)
 class ArchitectureConfig:
     """Configs of those parts whose configs aren't read from `mllm` and `denoiser`.
 
@@ -273,6 +318,7 @@ class ModelConfig:
         dtype: type of the frozen parts' weights: float32, bfloat16, float16; trained parts stay in float32.
         quantization: of the MLLM's decoder layers by bitsandbytes: `nf4`, `int8`, or None.
         prompt_embeddings: exported folder whose table of word embeddings prompts are read with; None = the MLLM's own.
+        lora: adapters that train in place of the denoiser's own weights, which are then held in `dtype`.
         reference_latents: the denoiser also reads the latents of each prompt's first input image.
         spell_words: after words in double quotes the prompt has their letters one by one.
         denoiser_checkpointing: run the denoiser's blocks again in the backward pass instead of keeping activations.
@@ -298,6 +344,7 @@ class ModelConfig:
     dtype: str = "float32"
     quantization: str | None = None
     prompt_embeddings: str | None = None
+    lora: LoraOptions = field(default_factory=LoraOptions)
     reference_latents: bool = False
     spell_words: bool = False
     denoiser_checkpointing: bool = False
@@ -312,6 +359,8 @@ class ModelConfig:
         if not isinstance(self.ladder, LadderConfig):
             check_keys(self.ladder, [f.name for f in fields(LadderConfig)], "ladder")
             object.__setattr__(self, "ladder", LadderConfig(**self.ladder))
+        if not isinstance(self.lora, LoraOptions):
+            object.__setattr__(self, "lora", LoraOptions.from_dict(self.lora))
         if self.architecture is not None and not isinstance(self.architecture, ArchitectureConfig):
             object.__setattr__(self, "architecture", ArchitectureConfig.from_dict(self.architecture))
         if self.system_prompt is None:
@@ -388,6 +437,7 @@ class ModelConfig:
         return values | {
             "taps": self.describe_taps(),
             "ladder": self.ladder.to_dict(),
+            "lora": self.lora.to_dict(),
             "query_phrases": None if self.query_phrases is None else list(self.query_phrases),
             "architecture": None if self.architecture is None else self.architecture.to_dict(),
         }

@@ -1,5 +1,6 @@
 """SANA's diffusion transformer with one context per block."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tbac.types import Condition
 
 KeyValue = tuple[Tensor, Tensor]
+MAX_SIZES = 128  # of pictures and batches that blocks are compiled for; those beyond run as they are
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,14 @@ class LadderDenoiser(nn.Module):
         return len(self.transformer.transformer_blocks)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks; `options` are those of `torch.compile`."""
-        self._run_block = torch.compile(_run_block, **options)
+        """Compile the blocks, anew for each size of picture; `options` are those of `torch.compile`.
+
+        Code for any size is no way out: torch 2.13 stops at the strides of such pictures in a convolution.
+        """
+        usual: dict[str, Any] = {"dynamic": False}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # since torch 2.12
+            usual["recompile_limit"] = MAX_SIZES
+        self._run_block = torch.compile(_run_block, **{**usual, **options})
 
     @apply_forward_hook
     def project(self, condition: Condition) -> ProjectedCondition:
@@ -154,7 +162,8 @@ class LadderDenoiser(nn.Module):
         """Project `condition.states` to the transformer's width: (block, batch, query, width)."""
         if condition.states.shape[0] != self.num_blocks:
             raise ValueError(f"{condition.states.shape[0]} contexts for {self.num_blocks} denoiser blocks")
-        return self.transformer.caption_norm(self.transformer.caption_projection(condition.states))
+        states = condition.states.to(self.transformer.dtype)
+        return self.transformer.caption_norm(self.transformer.caption_projection(states))
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.config import ArchitectureConfig, ModelConfig
 from tbac.models.denoiser import LadderDenoiser, load_transformer
 from tbac.models.ladder import Ladder
+from tbac.models.lora import add_adapters, check_targets, has_adapters
 from tbac.models.mllm import FrozenMLLM
 from tbac.models.prompt import PromptProcessor
 from tbac.models.qwen import DTYPES, load_mllm
@@ -77,6 +78,9 @@ def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
     """
     from_base = saved is None and not config.random_init
     parts, plan = check_config(config, opened=saved is not None)
+    if has_adapters(config):
+        with init_empty_weights(include_buffers=True):
+            check_targets(config.lora, SanaTransformer2DModel(**parts.transformer))
     with torch.random.fork_rng(devices=[]):
         # The ladder comes first, so that the seed alone decides its weights.
         torch.manual_seed(config.seed)
@@ -88,6 +92,8 @@ def build_parts(config: ModelConfig, saved: SavedModel | None = None) -> Parts:
                 transformer = load_transformer(locate_folder("model.denoiser", config.denoiser, DENOISER_FILES))
             else:
                 transformer = SanaTransformer2DModel(**parts.transformer)
+            if has_adapters(config):
+                add_adapters(transformer, config.lora, DTYPES[config.dtype])
             denoiser = LadderDenoiser(transformer, config.reference_latents)
     # Phrases need the tokenizer and the word embeddings of a real MLLM.
     if from_base and config.query_phrases is not None:

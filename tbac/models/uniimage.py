@@ -17,6 +17,7 @@ from tbac.models.export import find_export, read_export, write_export
 from tbac.models.ladder import Ladder
 from tbac.models.loading import Provenance, build_parts
 from tbac.models.locks import CallLock, one_at_a_time
+from tbac.models.lora import merge_saved, write_adapters
 from tbac.models.mllm import FrozenMLLM, Prefix
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
 from tbac.models.prompt_cache import CachedInputs, PromptCache
@@ -244,18 +245,28 @@ class UniImage(nn.Module):
             notes: more rows for the card.
             scheduler: config of a scheduler of diffusers that takes the place of the base model's.
         """
-        config = self.provenance.config
+        saved = self._describe(str(folder))
         if scheduler is not None:
-            assert config.architecture is not None
-            config = replace(config, architecture=replace(config.architecture, scheduler=dict(scheduler)))
-        saved = SavedModel(
-            config,
-            self.provenance.digests,
-            self.get_trained_state(),
-            str(folder),
-            self.mllm.prompt_embeddings,
+            architecture = saved.config.architecture
+            assert architecture is not None
+            config = replace(saved.config, architecture=replace(architecture, scheduler=dict(scheduler)))
+            saved = replace(saved, config=config)
+        write_export(merge_saved(saved), Path(folder), standalone, notes)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the denoiser's adapters alone, as diffusers loads them (`load_lora_adapter`, `load_lora_weights`).
+
+        Raises:
+            ValueError: for a model without adapters, such as one that was opened for use, where they are merged.
+        """
+        write_adapters(self._describe("the model"), folder)
+
+    def _describe(self, origin: str) -> SavedModel:
+        """Describe this model as a file would hold it."""
+        provenance = self.provenance
+        return SavedModel(
+            provenance.config, provenance.digests, self.get_trained_state(), origin, self.mllm.prompt_embeddings
         )
-        write_export(saved, Path(folder), standalone, notes)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "UniImage":
@@ -278,6 +289,7 @@ class UniImage(nn.Module):
         Raises:
             ValueError: when a part can't be found, its digest differs, or tensors don't fit.
         """
+        saved = merge_saved(saved)
         saved = replace(saved, config=saved.config.without_training_options())
         with torch.inference_mode(False):  # tensors that are made in inference mode can never be trained with
             model = cls(**vars(build_parts(saved.config, saved)))

@@ -11,6 +11,7 @@ from tbac.files import ForeignFileError, reading, shorten
 from tbac.models import UniImage
 from tbac.models.checkpoint_file import FACTS, WEIGHTS, WRITTEN, find_newest, list_checkpoints, read_checkpoint
 from tbac.models.export import make_absolute
+from tbac.models.lora import fit_saved
 from tbac.models.saved import SavedModel, check_frozen
 from tbac.training.randomness import check_random_state
 
@@ -210,7 +211,8 @@ def load_weights(saved: SavedModel, model: UniImage) -> None:
     changed = config.list_changes_since(saved.config)
     if changed:
         log.warning("%s was trained with other options: %s", saved.origin, ", ".join(changed))
-    state = dict(saved.state)
+    # Adapters are kept as they are, or become part of the matrices where this model has others or none.
+    state = fit_saved(saved, config, model.get_trained_state())
     if model.denoiser.reference_embed is not None and not any(name.startswith(REFERENCE) for name in state):
         log.warning("%s was trained without references: their embedding starts at zero", saved.origin)
         state |= {name: tensor for name, tensor in model.get_trained_state().items() if name.startswith(REFERENCE)}

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbac.distributed import gather_objects, get_world_size, shard, sum_over_ranks
 from tbac.flow import compute_velocity_loss, interpolate
@@ -82,6 +82,10 @@ class LadderTuningModule(L.LightningModule):
     @property
     def model(self) -> UniImage:
         return self._held[0]
+
+    def list_trained(self) -> list[tuple[str, nn.Parameter]]:
+        """List the parameters that this stage trains, by name."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @property
     def stepped(self) -> bool:

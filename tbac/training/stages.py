@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tbac.flow import check_scheme
+from tbac.models.lora import is_adapter, is_trained_beside_adapters
 
 TRAINABLE = ("queries", "connector", "denoiser")
 
@@ -116,8 +117,13 @@ class Stage:
 
     def apply_trainable(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Freeze what this stage doesn't train."""
-        for name, parameter in named_parameters:
-            parameter.requires_grad_(find_trainable_part(name) in self.trainable)
+        listed = list(named_parameters)
+        adapted = any(is_adapter(name) for name, _ in listed)
+        for name, parameter in listed:
+            part = find_trainable_part(name)
+            # Where the denoiser has adapters, these and what was added to it train in its place.
+            frozen = adapted and part == "denoiser" and not is_trained_beside_adapters(name)
+            parameter.requires_grad_(part in self.trainable and not frozen)
 
 
 def find_trainable_part(name: str) -> str:

@@ -10,11 +10,13 @@ import mlflow
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from experiments.studies.faults.runs import are_identical
+from tbac.models.lora import is_adapter
 from tbac.models.saved import read_checkpoint
 from tbac.training.tracking import get_runs_link, list_links
-from tests.helpers.commands import FEW, run_to_success
+from tests.helpers.commands import FEW, run_to_message, run_to_success
 from tests.helpers.pictures import make_noise_image
 
 pytestmark = pytest.mark.usefixtures("in_world")
@@ -165,6 +167,38 @@ def test_a_quantised_mllm_and_an_8_bit_optimizer_train_and_resume(
     assert {v["step"] for v in checkpoint["optimizer_states"][0]["state"].values()} == {4}
     text = run_to_success("evaluate", capfd, "checkpoint=two", "benchmark.num_inference_steps=1")
     assert "overall" in text
+
+
+def test_adapters_train_go_on_to_the_bit_and_become_part_of_the_model(capfd: pytest.CaptureFixture[str]) -> None:
+    options = [
+        *FEW,
+        "model.lora.rank=2",
+        "stage.steps=4",
+        "callbacks.checkpoint.every=2",
+        "callbacks.checkpoint.keep=9",
+    ]
+    run_to_success("train", capfd, *options, "hydra.run.dir=whole")
+    halfway = only("whole/checkpoints/t2i_pretrain-step=2.ckpt")
+    run_to_success("train", capfd, *options, "hydra.run.dir=again", f"resume='{halfway}'")
+    whole, again = read_checkpoint("whole"), read_checkpoint("again")
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
+    # Only queries, connector and adapters have an optimizer's state and an average of their own.
+    optimized = set(whole["tbac"]["optimized"])
+    assert {name for name in optimized if name.startswith("denoiser.")} == set(filter(is_adapter, whole["state_dict"]))
+    differs = {n for n, t in whole["state_dict"].items() if not torch.equal(t, whole["current_model_state"][n])}
+    assert differs <= optimized
+    # The next stage trains in full from what they have become, and exports hold plain matrices, and adapters if asked.
+    run_to_success("train", capfd, *FEW, "stage=ti2i_pretrain", "init=whole", "hydra.run.dir=next")
+    assert not any(map(is_adapter, read_checkpoint("next")["state_dict"]))
+    run_to_success("export", capfd, "checkpoint=whole", "out=export", "adapter=true")
+    assert not any(map(is_adapter, load_file("export/model.safetensors")))
+    assert len(load_file("export/pytorch_lora_weights.safetensors")) == len(
+        list(filter(is_adapter, whole["state_dict"]))
+    )
+    assert "trained without model.lora.rank" in run_to_message(
+        "export", capfd, "checkpoint=next", "out=x", "adapter=true"
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.budget import Setting, build_on_meta, estimate_memory, find_largest_batch
+from experiments.budget import (
+    Setting,
+    build_on_meta,
+    count_in_use,
+    count_trained,
+    estimate_memory,
+    find_largest_batch,
+)
 from experiments.costs import (
     Case,
     _count_convolution_backward,
@@ -218,3 +225,17 @@ def test_options_of_the_model_are_counted(config: dict) -> None:
     found = count_sample_flops(with_reference, edit, 4)
     assert found["reference"] == count_autoencoder_flops(config, 128)
     assert found["queries"] == plain["image + text"]["queries"]
+
+
+def test_of_a_denoiser_with_adapters_these_alone_train(config: dict) -> None:
+    plain = build_on_meta(config)
+    adapted = build_on_meta({**config, "lora": {"rank": 4, "alpha": None, "targets": ["to_q"]}})
+    width = adapted.denoiser.transformer.transformer_blocks[0].attn1.to_q.in_features
+    adapters = adapted.denoiser.num_blocks * 2 * (2 * 4 * width)  # two attentions in a block, two matrices each
+    assert count_trained(adapted)["denoiser"] == adapters
+    assert count_trained(plain)["denoiser"] == sum(p.numel() for p in plain.denoiser.parameters())
+    # The denoiser's own weights move from those that train to the frozen ones.
+    before, after = count_in_use(plain), count_in_use(adapted)
+    own = count_trained(plain)["denoiser"]
+    assert after["other"] - before["other"] == own
+    assert before["trained"] - after["trained"] == own - adapters

@@ -119,6 +119,26 @@ def test_checkpointing_and_compiling_change_neither_prediction_nor_gradients(mod
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_take_pictures_of_any_size(model: UniImage) -> None:
+    shapes = [(2, 6, 6), (2, 8, 8), (2, 6, 8), (3, 8, 6), (1, 4, 4)]
+    results: list[list[torch.Tensor]] = []
+    for compiled in (False, True):
+        if compiled:
+            model.denoiser.compile_blocks()
+        made = []
+        for number, (batch, rows, columns) in enumerate(shapes):
+            generator = torch.Generator().manual_seed(number)
+            latents = torch.randn(batch, 8, rows, columns, generator=generator)
+            states = torch.randn(4, batch, 16, 128, generator=generator).requires_grad_()
+            predicted = model.denoiser(latents, torch.full((batch,), 300.0), Condition(states))
+            predicted.square().sum().backward()
+            made += [predicted.detach(), states.grad]
+        results.append(made)
+    for plain, compiled_result in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_result, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpointing_runs_each_block_twice(model: UniImage) -> None:
     ran = []
     for index, block in enumerate(model.denoiser.transformer.transformer_blocks):

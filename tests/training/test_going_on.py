@@ -43,6 +43,7 @@ REFUSED = [
     ("ladder.query_std=0.5", "model.ladder.query_std"),
     ("ladder.prompt_context=true", "model.ladder.prompt_context"),
     ("ladder.tap_norm=rms", "model.ladder.tap_norm"),
+    ("model.lora.rank=2", "model.lora"),
     ("model.num_queries=4 model.query_phrases=null", "model."),
     ("model.query_phrases=null", "model.query_phrases"),
     ("model.reference_latents=true", "model.reference_latents"),

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights.
+"""An exponential moving average of the trained weights; what a stage doesn't train is its own average.
 
 The arithmetic is torch's. The callback is written here because Lightning's (`WeightAveraging`) copies the whole module,
 and by its own account does not work where it is sharded; this one keeps the average of the shards that a process holds.
@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tbac.distributed import find_max_over_ranks, gather_parts, get_local_part, shard_like
@@ -41,7 +41,7 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the average from the model's weights, and then load the weights that train from the checkpoint."""
-        self.average = [get_local_part(p.detach()).clone() for p in pl_module.parameters()]
+        self.average = [get_local_part(p.detach()).clone() for _, p in _list_trained(pl_module)]
         if self._current is not None:
             for name, parameter in pl_module.named_parameters():
                 get_local_part(parameter.data).copy_(get_local_part(shard_like(parameter, self._current[name])))
@@ -53,16 +53,16 @@ class EMA(L.Callback):
         assert isinstance(pl_module, LadderTuningModule)
         if not pl_module.stepped:
             return
-        current = [get_local_part(p.detach()) for p in pl_module.parameters()]
+        current = [get_local_part(p.detach()) for _, p in pl_module.list_trained()]
         update = get_ema_multi_avg_fn(self.decay if self.updates else 0.0)
         update(self.average, current, self.updates)
         self.updates += 1
 
     def restart_if_broken(self, pl_module: L.LightningModule) -> None:
         """Start the average anew from the weights if it can't be an average of them."""
-        weights = [get_local_part(p.detach()) for p in pl_module.parameters()]
+        weights = [get_local_part(p.detach()) for _, p in _list_trained(pl_module)]
         broken = []
-        for (name, _), average, weight in zip(pl_module.named_parameters(), self.average, weights, strict=True):
+        for (name, _), average, weight in zip(_list_trained(pl_module), self.average, weights, strict=True):
             largest = weight.abs().max() if weight.numel() else weight.new_zeros(())  # a process may hold no part of it
             limit = LARGEST * (1.0 + largest.nan_to_num(nan=math.inf))
             broken.append((name, ~(average.abs() <= limit).all()))
@@ -76,7 +76,7 @@ class EMA(L.Callback):
 
     def swap(self, pl_module: L.LightningModule) -> None:
         """Exchange average and current weights."""
-        for average, parameter in zip(self.average, pl_module.parameters(), strict=True):
+        for average, (_, parameter) in zip(self.average, _list_trained(pl_module), strict=True):
             current = get_local_part(parameter.data)
             copy_of_current = current.clone()
             current.copy_(average)
@@ -111,9 +111,14 @@ class EMA(L.Callback):
         checkpoint[CURRENT] = checkpoint["state_dict"]
         averaged = {
             name: gather_parts(parameter.detach(), average)
-            for (name, parameter), average in zip(pl_module.named_parameters(), self.average, strict=True)
+            for (name, parameter), average in zip(_list_trained(pl_module), self.average, strict=True)
         }
         checkpoint["state_dict"] = checkpoint[CURRENT] | averaged
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._current = checkpoint.get(CURRENT)
+
+
+def _list_trained(pl_module: L.LightningModule) -> list[tuple[str, nn.Parameter]]:
+    assert isinstance(pl_module, LadderTuningModule)
+    return pl_module.list_trained()

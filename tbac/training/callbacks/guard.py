@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
 from typing import Any, Literal
 
@@ -204,9 +205,10 @@ class Guard(L.Callback):
             log.error("the weights after step %d aren't finite; a rewind leads to those before", pl_module.steps)
             return
         state = trainer.optimizers[0].state
+        trained = [parameter for _, parameter in pl_module.list_trained()]
         self._snapshot = {
-            "weights": [_copy(p.data) for p in pl_module.parameters()],
-            "optimizer": [{k: _copy(v) for k, v in state.get(p, {}).items()} for p in pl_module.parameters()],
+            "weights": [_copy(parameter.data) for parameter in trained],
+            "optimizer": [_copy_moments(state.get(parameter, {})) for parameter in trained],
             "schedulers": [dict(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
             "rates": [g["lr"] for g in trainer.optimizers[0].param_groups],
             "averages": [(c.updates, [_copy(a) for a in c.average]) for c in self._list_averages(trainer)],
@@ -218,8 +220,8 @@ class Guard(L.Callback):
         assert self._snapshot is not None
         snapshot, state = self._snapshot, trainer.optimizers[0].state
         # Weights and moments are copied in place: the optimizer and CUDA graphs hold these very tensors.
-        parameters = zip(pl_module.parameters(), snapshot["weights"], snapshot["optimizer"], strict=True)
-        for parameter, weights, moments in parameters:
+        parameters = zip(pl_module.list_trained(), snapshot["weights"], snapshot["optimizer"], strict=True)
+        for (_, parameter), weights, moments in parameters:
             get_local_part(parameter.data).copy_(weights)
             if not moments:  # at the snapshot the optimizer had taken no step yet
                 state.pop(parameter, None)
@@ -255,6 +257,11 @@ class Guard(L.Callback):
         self.recent.clear()
         self.recent.extend(state_dict["recent"])
         self.in_a_row = state_dict["in_a_row"]
+
+
+def _copy_moments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what an optimizer keeps of one parameter."""
+    return {name: _copy(value) for name, value in state.items()}
 
 
 def _copy(value: Any) -> Any:

@@ -31,8 +31,8 @@ class Recipe:
         pictures: how many different pictures questions are about.
     """
 
-    word_steps: int = 300
-    steps: int = 600
+    word_steps: int = 150
+    steps: int = 300
     batch_size: int = 4
     word_lr: float = 3e-3
     lr: float = 1e-3

@@ -43,8 +43,8 @@ class Sizes:
         questions: of the answering benchmark.
     """
 
-    t2i: int = 8000
-    edit: int = 6000
+    t2i: int = 5000
+    edit: int = 4000
     curated: int = 2000
     val: int = 256
     samples_per_shard: int = 1000

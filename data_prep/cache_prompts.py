@@ -4,6 +4,13 @@ from omegaconf import DictConfig
 
 from tbac.app import command, make_part, pick_device
 
+# Precision of training by Lightning's name -> type of its autocast. The others change the weights themselves.
+AUTOCAST = {
+    **dict.fromkeys(("32-true", "32"), None),
+    **dict.fromkeys(("bf16-mixed", "bf16"), "bfloat16"),
+    **dict.fromkeys(("16-mixed", "16"), "float16"),
+}
+
 
 @command("cache_prompts")
 def main(cfg: DictConfig) -> None:
@@ -12,6 +19,9 @@ def main(cfg: DictConfig) -> None:
         raise ValueError("prompt_cache.keep must be prompts or images here, got null")
     if cfg.prompt_cache.folder is None:
         raise ValueError("prompt_cache.folder=DIR is needed: memory would be gone when this command ends")
+    precision = str(cfg.trainer.precision)
+    if precision not in AUTOCAST:
+        raise ValueError(f"machine.precision must be one of {', '.join(AUTOCAST)} here, got {precision}")
     if not 0 <= cfg.rank < cfg.world_size:
         raise ValueError(f"rank={cfg.rank} must be at least 0 and below world_size={cfg.world_size}")
 
@@ -20,6 +30,7 @@ def main(cfg: DictConfig) -> None:
     from data_prep.shards.prompts import fill_prompt_cache, list_samples
     from tbac.models import UniImage
     from tbac.models.prompt_cache import make_prompt_cache
+    from tbac.models.qwen import DTYPES
 
     device = pick_device("cuda" if cfg.machine.accelerator == "gpu" else cfg.machine.accelerator)
     if device.type == "cuda" and cfg.world_size > 1:  # the processes of a node share its GPUs, one each
@@ -28,11 +39,11 @@ def main(cfg: DictConfig) -> None:
     samples = list_samples(data)[cfg.rank :: cfg.world_size]
     model = UniImage.from_config(make_part(cfg.model, "model"))
     model.mllm.to(device)
-    cache = make_prompt_cache(config, model, cfg.trainer.precision)
+    cache = make_prompt_cache(config, model, precision)
     assert cache is not None
     # As in training, mixed precision means autocast.
-    mixed = cfg.trainer.precision == "bf16-mixed"
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    dtype = DTYPES[AUTOCAST[precision] or "float32"]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         filled = fill_prompt_cache(cache, model.mllm, samples, data.dropout)
     print(f"{filled.prompts:,} prompts of {filled.samples:,} samples: {filled.computed:,} weren't kept yet")
     if filled.corrupt:

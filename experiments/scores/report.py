@@ -10,8 +10,9 @@ from typing import Any
 
 from experiments.reports import format_table
 from experiments.scores.page import Card, Page, ShownPicture, render_page
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, Summary
+from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.published import PUBLISHED, REWRITTEN
+from tbac.evaluation.benchmarks.rows import Row, Summary
 from tbac.evaluation.intervals import Interval, compute_differences, compute_intervals
 from tbac.evaluation.protocol import UNKNOWN, Protocol, describe, is_comparable, is_followed, list_differences
 from tbac.files import write_whole

@@ -17,7 +17,8 @@ from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Evaluation, Report, write_report
 from tbac.app import check_members, compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import STATES, Drawn, PictureBenchmark, Row, check_score, make_picture_finder
+from tbac.evaluation.benchmarks.base import PictureBenchmark, make_picture_finder
+from tbac.evaluation.benchmarks.rows import STATES, Drawn, Row, check_score
 from tbac.evaluation.judges.base import JudgeFacts, read_facts
 from tbac.evaluation.judges.cache import Cache, CachedDetector, keep_replies
 from tbac.evaluation.judges.detector import answer_by_detection

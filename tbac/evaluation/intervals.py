@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row
+from tbac.evaluation.benchmarks.base import PictureBenchmark
+from tbac.evaluation.benchmarks.rows import Row
 
 RESAMPLES = 1000
 BOUNDS = (2.5, 97.5)  # percentiles

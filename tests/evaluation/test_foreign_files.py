@@ -11,13 +11,17 @@ from PIL import Image
 
 from experiments.scores.steps import read_results
 from tbac.evaluation.benchmarks.answers import Answers
-from tbac.evaluation.benchmarks.base import PictureVerdict, ScoreError
+from tbac.evaluation.benchmarks.corebench import CoReBench
 from tbac.evaluation.benchmarks.dpg import DPG
 from tbac.evaluation.benchmarks.edits import Edits
 from tbac.evaluation.benchmarks.folder import Folder
 from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.evaluation.benchmarks.geneval2 import GenEval2
 from tbac.evaluation.benchmarks.imgedit import ImgEdit
+from tbac.evaluation.benchmarks.longtext import LongText
+from tbac.evaluation.benchmarks.rows import PictureVerdict, ScoreError
 from tbac.evaluation.benchmarks.tiif import TIIF
+from tbac.evaluation.benchmarks.unigenbench import UniGenBench
 from tbac.evaluation.benchmarks.wise import WISE
 from tbac.evaluation.judges.cache import Cache, CachedJudge
 from tbac.evaluation.picture_tree import Target, Tree, TreeError
@@ -98,6 +102,32 @@ def prompts(folder: Path, text: str) -> Folder:
     return Folder(name="folder", file=str(folder / "x.txt"))
 
 
+def write_and_make(kind: type, folder: Path, text: str) -> Any:
+    (folder / "x").write_text(text)
+    return kind(name="x", file=str(folder / "x"))
+
+
+def geneval2(folder: Path, text: str) -> Any:
+    return write_and_make(GenEval2, folder, text)
+
+
+def longtext(folder: Path, text: str) -> Any:
+    return write_and_make(LongText, folder, text)
+
+
+def corebench(folder: Path, text: str) -> Any:
+    return write_and_make(CoReBench, folder, text)
+
+
+def unigenbench(folder: Path, text: str) -> Any:
+    return write_and_make(UniGenBench, folder, text)
+
+
+ATOMS = {"prompt": "p", "atom_count": 3, "vqa_list": [["q?", "Yes"]], "skills": ["object"]}
+LONG_TEXT = {"prompt_id": 1, "prompt": "p", "text": ["a word"]}
+CHECKED = {"Prompt": "p", "Checklist": [{"question": "q?"}]}
+UNI = "index,prompt_en,sub_dims_en\n"
+POINTS = json.dumps({"Testpoints": ["Style"], "Testpoint Description": ["ink"]}).replace('"', '""')
 Make = Callable[[Path, str], Any]
 REFUSED: list[tuple[Make, str]] = [
     *((make, text) for make in (geneval, edits, answers) for text in ("", DEEP, "[1]", "null", '"x"', "{}", "\0")),
@@ -165,6 +195,19 @@ REFUSED: list[tuple[Make, str]] = [
     (dpg, ""),
     (dpg, "\0\0"),
     *((prompts, text) for text in ("", "\n\n", " \n")),
+    *((make, text) for make in (geneval2, longtext) for text in ("", DEEP, "[1]", "null", "{}", "\0")),
+    *((make, text) for make in (corebench, unigenbench) for text in ("", DEEP, "[1]", "null", "{}", "\0")),
+    *((geneval2, json.dumps({**ATOMS, "vqa_list": value})) for value in ([], [1], [["q"]], [["q", 1]], [["", "a"]])),
+    *((geneval2, json.dumps({**ATOMS, "skills": value})) for value in ([], ["luck"], [1], ["object"] * 2, None)),
+    *((geneval2, json.dumps({**ATOMS, "atom_count": value})) for value in (True, "3", None, 1.5)),
+    *((longtext, json.dumps({**LONG_TEXT, "prompt_id": value})) for value in (True, -1, 10**9, "1", 1.0)),
+    *((longtext, json.dumps({**LONG_TEXT, "text": value})) for value in ([], [1], "a", ["..."], [None])),
+    (longtext, json.dumps(LONG_TEXT) + "\n" + json.dumps(LONG_TEXT)),
+    *((corebench, json.dumps({key: CHECKED})) for key in ("", "../x", "C-MI", "C-MI-", "c-mi-001", "C-MI-0/1", LONG)),
+    *((corebench, json.dumps({"C-MI-001": {**CHECKED, "Checklist": value}})) for value in ([], [1], [{}], "q")),
+    (corebench, json.dumps({"C-MI-001": {**CHECKED, "Prompt": " "}})),
+    *((unigenbench, UNI + row) for row in ("0", "0,p", "x,p,{}", "-1,p,{}", "0,p,[]", f"{'9' * 30},p,{{}}", "0,p,{")),
+    (unigenbench, f'{UNI}0,p,"{POINTS}"\n0,p,"{POINTS}"\n'),
 ]  # fmt: skip
 
 
@@ -189,6 +232,10 @@ ACCEPTED: list[tuple[Make, str]] = [
     (tiif, json.dumps(ASKED)),
     (dpg, "\ufeff" + CSV.replace("\n", "\r\n") + f"one,1,0,{'a' * 200_000},q"),
     (prompts, f"\ufeff{SEPARATED}\r\na blue circle"),
+    (geneval2, "\ufeff" + json.dumps(ATOMS) + "\r\n"),
+    (longtext, json.dumps({**LONG_TEXT, "prompt": SEPARATED}, ensure_ascii=False)),
+    (corebench, json.dumps({"R-LR-001": CHECKED, "C-MI-001": CHECKED})),
+    (unigenbench, f'\ufeff{UNI}7,p,"{POINTS}"\r\n'),
 ]
 
 

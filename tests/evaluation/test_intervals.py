@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tbac.evaluation.benchmarks.base import Row
 from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.evaluation.benchmarks.rows import Row
 from tbac.evaluation.intervals import (
     build_tally,
     compute_differences,

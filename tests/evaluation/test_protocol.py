@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import Drawn, PictureBenchmark, Row
+from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.evaluation.benchmarks.geneval2 import GenEval2
 from tbac.evaluation.benchmarks.published import PROTOCOLS, PUBLISHED
+from tbac.evaluation.benchmarks.rows import Drawn, Row
 from tbac.evaluation.benchmarks.wise import WISE, WISEVerified
 from tbac.evaluation.judges.base import JudgeFacts
 from tbac.evaluation.protocol import FREE, OF_SERVICE, UNKNOWN, Protocol, is_comparable, list_differences

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.helpers.commands import FEW, run_to_message, run_to_success
 from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.processes import start_command
+from tests.helpers.published import locate_published
 
 pytestmark = pytest.mark.usefixtures("trained_run")
 COMMON = ["checkpoint=run", "benchmark.num_inference_steps=2", "device=cpu", "samples=2"]
@@ -212,6 +213,47 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
     )
     assert result("one")["overall"] == pytest.approx((0.7 * 2 + 0.2) / 2)
     assert len(endpoint.requests) == 6
+
+
+SEVEN = {"Yes": -0.1, "one": -0.5, "No": -3.0}  # natural logarithms
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "file", "reply", "name"),
+    [
+        ("geneval2", "geneval2/geneval2_data.jsonl", make_completion("Yes", SEVEN), "soft_tifa_gm"),
+        (
+            "unigenbench",
+            "unigenbench/test_prompts_en.csv",
+            make_completion("<analysis>['','','']</analysis><score>[1,0,1]</score>"),
+            "overall",
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("corebench", "corebench/R-LR.json", make_completion("yes"), "reasoning"),
+                ("longtext", "longtext/text_prompts.jsonl", make_completion("FRESH BREWS"), "overall"),
+                ("wise_verified", "wise/verified", make_completion("Score: 1"), "culture"),
+            )
+        ),
+    ],
+)
+def test_newer_benchmarks_are_drawn_judged_and_reported(
+    benchmark: str, file: str, reply: dict, name: str, endpoint: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.answers = [reply]
+    options = [*COMMON, f"benchmark={benchmark}", f"benchmark.file={locate_published(file)}", "benchmark.limit=1"]
+    options += ["benchmark.num_inference_steps=1", "judge=endpoint", "judge.max_retries=0"]
+    run_to_success("evaluate", capfd, *options, "out=one")
+    report = result("one")
+    assert not report["failed"]
+    assert report[name] > 0
+    assert report["protocol_fields"]["judge"] == "m"
+    assert "judge m instead of" in " ".join(report["differences"])
+    # Every reply is kept: going on asks nothing.
+    asked = len(endpoint.requests)
+    run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
+    assert (len(endpoint.requests), result("one")) == (asked, report)
 
 
 def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:

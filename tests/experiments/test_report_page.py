@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from experiments.scores.report import Evaluation, Report, choose_sheets, list_prompts, write_report
-from tbac.evaluation.benchmarks.base import Drawn, Row
 from tbac.evaluation.benchmarks.geneval import GenEval
+from tbac.evaluation.benchmarks.rows import Drawn, Row
 from tbac.evaluation.judges.base import JudgeFacts
 from tests.helpers.browser import HAS_BROWSER, NO_BROWSER, Page
 

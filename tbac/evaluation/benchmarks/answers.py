@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbac.evaluation.benchmarks.base import locate_picture, read_rows
+from tbac.evaluation.benchmarks.files import locate_picture, read_rows
 from tbac.evaluation.rules import is_same_answer
 from tbac.files import expand_path
 from tbac.pictures import open_picture

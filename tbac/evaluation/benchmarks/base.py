@@ -7,7 +7,7 @@ when it is built, so that a wrong file is reported before a model is loaded. To 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -15,199 +15,17 @@ from typing import Any, ClassVar, Literal, Self
 from PIL import Image
 
 from tbac.evaluation.benchmarks.published import PROTOCOLS
+from tbac.evaluation.benchmarks.rows import Count, Drawn, PictureVerdict, Row, ScoreError, Summary, compute_means
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner, use_manner
 from tbac.evaluation.picture_tree import Target
-from tbac.evaluation.protocol import UNKNOWN, Protocol, compute_data_digest
-from tbac.files import ForeignFileError, describe_error, expand_path, parse_json, read_lines, shorten
-from tbac.pictures import PictureError, check_header, open_picture
+from tbac.evaluation.protocol import Protocol, compute_data_digest
+from tbac.files import shorten
+from tbac.pictures import PictureError, open_picture
 from tbac.redaction import hide_in_text
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")  # what may name a folder of ours
-STATES = ("scored", "missing", "failed")  # of a picture
 Needs = Literal["detector", "questions", "probabilities", "text", "nothing"]
 OWN_WORDS = "The judge is asked in our own words; benchmark.script names the published script, to ask in its words."
-
-
-class BenchmarkFileError(ForeignFileError):
-    """A benchmark file has the wrong form; the message names file, line and field."""
-
-
-def read_rows(path: str | Path, required: Mapping[str, type], check: Callable[[dict], str] | None = None) -> list[dict]:
-    """Read the rows of a JSON-lines file.
-
-    Args:
-        path: the file.
-        required: field that every row must have -> its type.
-        check: returns what is wrong with a row, or "".
-
-    Raises:
-        BenchmarkFileError: when the file is absent or empty, or a row has the wrong form.
-        ForeignFileError: when it can't be read, or a line isn't JSON.
-    """
-    # A path that someone typed may be wrong, and so may be the kind of file.
-    path = expand_path(path, "benchmark.file")
-    if not path.exists():
-        raise BenchmarkFileError(f"benchmark file {path} doesn't exist")
-    rows = []
-    # Each row is checked now, since a fault that only shows up after hours of drawing is expensive. Lines end with a
-    # newline alone: a text within JSON may hold other signs that Python takes for the end of a line.
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        row = parse_json(line, place, dict)
-        # The required fields are checked first, so that `check` may rely on them.
-        check_fields(row, required, place)
-        problem = check(row) if check else ""
-        if problem:
-            raise BenchmarkFileError(f"{place}: {problem}")
-        rows.append(row)
-    if not rows:
-        raise BenchmarkFileError(f"{path} holds no row")
-    return rows
-
-
-def check_fields(row: Any, required: Mapping[str, type], place: str) -> None:
-    """Check that a row is a mapping with fields of the right types.
-
-    Raises:
-        BenchmarkFileError: naming the place, the field, its type and its value.
-    """
-    if not isinstance(row, dict):
-        raise BenchmarkFileError(f"{place} must be a mapping, got {shorten(row)}")
-    for name, kind in required.items():
-        value = row.get(name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # in Python True is an int
-            raise BenchmarkFileError(f"{place} needs {name!r} as {kind.__name__}, got {shorten(value)}")
-
-
-def locate_picture(folder: Path, name: str, place: str) -> Path:
-    """Find a picture that a benchmark file names, in the folder that it must lie in.
-
-    What the file names is shown to a model or sent to a judge, so nothing outside of the folder may be named, by `..`
-    or by a link. Links into the blobs of a download of the Hugging Face hub stay inside of that download.
-
-    Args:
-        folder: of the pictures.
-        name: of the file, relative to it.
-        place: file and row that name it, for messages.
-
-    Raises:
-        BenchmarkFileError: for a name that leads out of the folder, and for what isn't a picture.
-    """
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not name:
-        raise BenchmarkFileError(f"{place}: a picture's path must stay inside of {folder}, got {shorten(name)!r}")
-    try:
-        real, root = (folder / path).resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise BenchmarkFileError(f"{place}: {shorten(name)!r} can't be a path ({describe_error(error)})") from None
-    allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
-    if not any(real.is_relative_to(parent) for parent in allowed):
-        raise BenchmarkFileError(f"{place}: a picture's path must stay inside of {folder}, got a link to {real}")
-    try:
-        check_header(real, str(folder / path))
-    except PictureError as error:
-        raise BenchmarkFileError(f"{place}: {error}") from None
-    return folder / path
-
-
-@dataclass(frozen=True)
-class PictureVerdict:
-    """What a benchmark concludes about one picture from a judge's reply or a detector's scan.
-
-    Attributes:
-        score: in [0, 1]; None where the benchmark has no score.
-        reason: what is wrong with the picture.
-        details: whatever else `summarize` needs.
-
-    Raises:
-        ScoreError: for a score that isn't a number in [0, 1], such as NaN.
-    """
-
-    score: float | None
-    reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_score(self.score)
-
-
-class ScoreError(ValueError):
-    """A judge has given a score that is none."""
-
-
-def check_score(score: Any) -> None:
-    """Raise ScoreError for what is neither None nor a number in [0, 1]."""
-    is_number = isinstance(score, int | float) and not isinstance(score, bool)
-    if score is not None and not (is_number and 0 <= score <= 1):
-        raise ScoreError(f"a score must be a number from 0 to 1, got {shorten(score)}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture of a benchmark, and its score.
-
-    Attributes:
-        picture: its path in the tree.
-        group: tag, type, kind or category that it counts for.
-        prompt: what it should show.
-        state: `scored`; `missing`, when it isn't there or can't be read; `failed`, when the judge gave no usable reply.
-        score: in [0, 1]; None unless it was scored.
-        reason: what is wrong with it.
-        details: whatever else `summarize` needs.
-    """
-
-    picture: str
-    group: str
-    prompt: str
-    state: str = "scored"
-    score: float | None = None
-    reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a benchmark reports.
-
-    Attributes:
-        scores: name -> value, the most important one first.
-        protocol: how they were computed.
-        notes: further sentences for the report.
-    """
-
-    scores: Mapping[str, float]
-    protocol: str
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Count:
-    """What a picture adds to a mean.
-
-    Attributes:
-        cell: name of the mean, such as a tag.
-        value: what is averaged.
-        weight: how much it counts.
-    """
-
-    cell: str
-    value: float
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What is known of how the pictures of a tree were drawn.
-
-    Attributes:
-        cut: number of prompts that were longer than the model reads.
-        sampling: steps, guidance and so on.
-    """
-
-    cut: Any = UNKNOWN
-    sampling: Any = UNKNOWN
 
 
 @dataclass(kw_only=True, eq=False)
@@ -468,13 +286,3 @@ def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:
         edits: key -> instruction and source picture.
     """
     return [Target(f"{key}.png", key, instruction, (0,), (image,)) for key, (instruction, image) in edits.items()]
-
-
-def compute_means(counts: Iterable[Count]) -> dict[str, float]:
-    """Compute the weighted mean of each cell, in the order in which they come; cells without weight are left out."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for count in counts:
-        sums[count.cell] = sums.get(count.cell, 0.0) + count.weight * count.value
-        weights[count.cell] = weights.get(count.cell, 0.0) + count.weight
-    return {cell: sums[cell] / weight for cell, weight in weights.items() if weight}

@@ -9,17 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    BenchmarkFileError,
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    Summary,
-    check_fields,
-)
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.files import BenchmarkFileError, check_fields
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row, Summary
 from tbac.evaluation.judges.base import Asked, JudgeError, ask_until_usable, read_yes_or_no
 from tbac.evaluation.picture_tree import Target
 from tbac.files import expand_path, read_csv, shorten

@@ -9,16 +9,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    list_edit_targets,
-    locate_picture,
-    read_rows,
-)
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, list_edit_targets
+from tbac.evaluation.benchmarks.files import locate_picture, read_rows
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
 from tbac.evaluation.detectors.base import Detection, Scan, check_names
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.rules import EVERY, Thresholds, judge_edit

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, PictureVerdict, Row, Summary
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.rows import PictureVerdict, Row, Summary
 from tbac.evaluation.picture_tree import Target
 from tbac.files import expand_path, read_lines, read_text
 

@@ -8,14 +8,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    read_rows,
-)
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.files import read_rows
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
 from tbac.evaluation.detectors.base import check_names
 from tbac.evaluation.picture_tree import Target, name_records_folder
 from tbac.evaluation.rules import EVERY, RELATIONS, judge_geneval

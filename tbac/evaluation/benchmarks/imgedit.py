@@ -8,18 +8,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    BenchmarkFileError,
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    Summary,
-    check_fields,
-    list_edit_targets,
-    locate_picture,
-)
+from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark, list_edit_targets
+from tbac.evaluation.benchmarks.files import BenchmarkFileError, check_fields, locate_picture
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row, Summary
 from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable
 from tbac.evaluation.picture_tree import Target
 from tbac.files import expand_path, read_json, shorten

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, Summary
+from tbac.evaluation.benchmarks.base import PictureBenchmark
+from tbac.evaluation.benchmarks.rows import Row, Summary
 from tbac.evaluation.picture_tree import Target, derive_seed, join_grid
 from tbac.pictures import open_picture
 

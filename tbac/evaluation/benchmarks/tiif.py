@@ -10,16 +10,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    OWN_WORDS,
-    BenchmarkFileError,
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    read_rows,
-)
+from tbac.evaluation.benchmarks.base import OWN_WORDS, Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.files import BenchmarkFileError, read_rows
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
 from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable, read_yes_or_no_lines
 from tbac.evaluation.judges.ocr import OcrJudge
 from tbac.evaluation.picture_tree import Target

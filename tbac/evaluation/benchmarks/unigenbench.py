@@ -9,16 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    OWN_WORDS,
-    BenchmarkFileError,
-    Count,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    check_fields,
-)
+from tbac.evaluation.benchmarks.base import OWN_WORDS, Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.files import BenchmarkFileError, check_fields
+from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
 from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.published_scripts import Script, read_script

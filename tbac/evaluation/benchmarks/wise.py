@@ -12,15 +12,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import (
-    OWN_WORDS,
-    BenchmarkFileError,
-    Needs,
-    PictureBenchmark,
-    PictureVerdict,
-    Row,
-    check_fields,
-)
+from tbac.evaluation.benchmarks.base import OWN_WORDS, Needs, PictureBenchmark
+from tbac.evaluation.benchmarks.files import BenchmarkFileError, check_fields
+from tbac.evaluation.benchmarks.rows import PictureVerdict, Row
 from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.published_scripts import fill, read_script

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import Row, make_picture_finder
+from tbac.evaluation.benchmarks.base import make_picture_finder
 from tbac.evaluation.benchmarks.geneval import GenEval, read_geneval
 from tbac.evaluation.benchmarks.in_memory import score_in_memory
+from tbac.evaluation.benchmarks.rows import Row
 from tbac.evaluation.detectors.base import Detection, Scan
 from tbac.evaluation.detectors.coco import GENEVAL_NAMES, OTHER_NAMES, name_classes
 from tbac.evaluation.detectors.template import TemplateDetector

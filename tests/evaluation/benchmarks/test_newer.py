@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tbac.evaluation.benchmarks.base import PictureBenchmark, Row, make_picture_finder
+from tbac.evaluation.benchmarks.base import PictureBenchmark, make_picture_finder
 from tbac.evaluation.benchmarks.corebench import CoReBench, read_answer
 from tbac.evaluation.benchmarks.gedit import GEdit, read_scores
 from tbac.evaluation.benchmarks.geneval2 import GenEval2, list_answers
 from tbac.evaluation.benchmarks.longtext import LongText
+from tbac.evaluation.benchmarks.rows import Row
 from tbac.evaluation.benchmarks.unigenbench import UniGenBench, read_marks
 from tbac.evaluation.judges.base import JudgeError
 from tests.helpers.pictures import make_noise_image

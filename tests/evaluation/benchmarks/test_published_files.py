@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tbac.evaluation.benchmarks.base import Drawn, PictureBenchmark, Row
+from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.corebench import CoReBench
 from tbac.evaluation.benchmarks.dpg import DPG
 from tbac.evaluation.benchmarks.geneval import GenEval
@@ -17,6 +17,7 @@ from tbac.evaluation.benchmarks.geneval2 import GenEval2
 from tbac.evaluation.benchmarks.imgedit import ImgEdit
 from tbac.evaluation.benchmarks.longtext import LongText
 from tbac.evaluation.benchmarks.published import PROTOCOLS
+from tbac.evaluation.benchmarks.rows import Drawn, Row
 from tbac.evaluation.benchmarks.tiif import TIIF
 from tbac.evaluation.benchmarks.unigenbench import UniGenBench
 from tbac.evaluation.benchmarks.wise import WISE, WISEVerified

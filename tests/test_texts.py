@@ -14,8 +14,8 @@ from data_prep.datasets.rows import read_rows
 from data_prep.shards.conversion import ConversionOptions, convert
 from experiments.generate import read_prompts
 from tbac.data.decoding import decode_text
-from tbac.evaluation.benchmarks.files import read_rows as read_benchmark_rows
 from tbac.evaluation.benchmarks.dpg import read_dpg_questions
+from tbac.evaluation.benchmarks.files import read_rows as read_benchmark_rows
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
 from tbac.evaluation.benchmarks.imgedit import read_judge_prompts
 from tbac.files import ForeignFileError, read_csv, read_json, read_lines

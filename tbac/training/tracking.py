@@ -8,6 +8,7 @@ import os
 import re
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -35,6 +36,7 @@ COLUMNS = [  # of the list of runs
 SERVED = "http://127.0.0.1:5000"  # what `make ui` serves at
 ARTIFACTS = "mlartifacts"  # folder of all artifacts, beside the sqlite file
 UNSENT = "mlflow_unsent.jsonl"  # beside the file of the run's id: what MLflow hasn't taken yet
+UNFINISHED = ".unfinished"  # end of the name of a sqlite file whose tables are being made
 OPENED: dict[str, int] = {}  # sqlite store -> how often this process has made it anew
 LONGEST_VALUE = 500  # characters of a parameter
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # we try again ourselves
@@ -226,7 +228,11 @@ class MlflowRun:
 
 
 def open_store(tracking_uri: str) -> Any:
-    """Connect to MLflow; a sqlite file is made by one process at a time."""
+    """Connect to MLflow; a sqlite file is made by one process at a time, and is there when it is whole.
+
+    MLflow makes a new file table by table, which takes seconds. One whose maker is killed meanwhile could never be
+    opened again, so it is made under another name.
+    """
     from mlflow import MlflowClient  # takes seconds to import
 
     if not tracking_uri.startswith("sqlite:///"):
@@ -237,9 +243,12 @@ def open_store(tracking_uri: str) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if has_tables(file):
             return MlflowClient(name_again(tracking_uri))
-        client = MlflowClient(name_anew(tracking_uri))
-        client.search_experiments(max_results=1)  # makes the tables
-    return client
+        for remains in file.parent.glob(f"{file.name}.*{UNFINISHED}"):
+            remains.unlink()
+        unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        MlflowClient(f"sqlite:///{unfinished.absolute()}").search_experiments(max_results=1)  # makes the tables
+        os.replace(unfinished, file)
+    return MlflowClient(name_anew(tracking_uri))
 
 
 def has_tables(file: Path) -> bool:

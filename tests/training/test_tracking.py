@@ -22,6 +22,7 @@ from tbac.training.tracking import (
     make_mlflow_logger,
     make_tag_name,
     open_parent_run,
+    open_store,
 )
 from tests.helpers.pictures import make_noise_image
 from tests.helpers.training import make_data, make_module, make_trainer
@@ -143,3 +144,22 @@ def test_the_samples_taken_of_each_source_are_logged(model: UniImage) -> None:
     assert set(logged) == {"t2i-train", "edit-train"}
     assert sum(logged.values()) == 32
     assert logged["t2i-train"] > logged["edit-train"] > 0
+
+
+def test_a_store_whose_maker_is_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with some of its tables could never be opened again, by MLflow's own account: table already exists."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def kill(*_: object) -> None:
+        assert not (tmp_path / "mlflow.db").exists()  # whatever is being made has another name
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tbac.training.tracking.os.replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(uri)
+    (unfinished,) = tmp_path.glob("mlflow.db.*.unfinished")
+    unfinished.write_bytes(unfinished.read_bytes()[:4096])
+    assert open_store(uri).create_experiment("made") == "1"
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert [e.name for e in open_store(uri).search_experiments(filter_string="name = 'made'")] == ["made"]

@@ -111,6 +111,8 @@ def test_suites_with_questions_are_drawn_by_any_number_of_processes_and_scored(
     benchmark: str, pictures: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*COMMON, f"benchmark={benchmark}"]
+    if benchmark == "tiif_mini":
+        options.append("benchmark.model_name=org/model")  # as on a model hub
     run_to_success("evaluate", capfd, *options, "out=one")
     made = {p.relative_to("one").as_posix(): p.read_bytes() for p in Path("one", benchmark).rglob("*.png")}
     assert len(made) == result("one")["pictures"] == pictures

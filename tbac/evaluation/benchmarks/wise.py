@@ -53,14 +53,17 @@ class Edition:
     def read_ratings(self, reply: str) -> dict[str, int] | None:
         """Read the ratings of a reply, as the edition's script does; None unless all are there and in range.
 
-        A rating is its name, perhaps in asterisks, perhaps with a colon of any width, and a digit; of several ones the
-        last counts. If no name is there at all, lines of a digit alone are read in the order of the ratings.
+        A rating is its name, perhaps in asterisks, perhaps with a colon, and a digit. If no name is there at all, lines
+        of a digit alone are read in the order of the ratings. Of several values of one rating the last counts in the
+        first edition, where only the digit is looked at, and the first one in the verified edition, where it must stand
+        alone. The first edition's script also takes digits above 2, which no score can come from; here they are asked
+        for again.
         """
-        names = "|".join(self.ratings)
-        found = re.findall(rf"\*{{0,2}}({names})\*{{0,2}}\s*[:：]?\s*(\d)", reply, re.IGNORECASE)
-        ratings = {name.lower(): int(value) for name, value in found}
+        digit = r"(\d)" if self is LEGACY else rf"([0-{self.best}])\b"
+        found = re.findall(rf"\*{{0,2}}({'|'.join(self.ratings)})\*{{0,2}}\s*:?\s*{digit}", reply, re.IGNORECASE)
+        ratings = {name.lower(): int(value) for name, value in (found if self is LEGACY else found[:1])}
         alone = re.findall(rf"(?m)^\s*([0-{self.best}])\s*$", reply)
-        if not ratings and (len(alone) == 1 if self.best == 1 else len(alone) >= len(self.ratings)):
+        if not ratings and (len(alone) >= len(self.ratings) if self is LEGACY else len(alone) == 1):
             ratings = dict(zip(self.ratings, map(int, alone), strict=False))
         if set(ratings) != set(self.ratings) or max(ratings.values()) > self.best:
             return None

@@ -1,10 +1,12 @@
 """DPG-Bench's rules: chains of questions, the official scorer's quirks, and what is missing."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tbac.evaluation.benchmarks.dpg import (
+    DPG,
     DenseScore,
     Mode,
     Question,
@@ -12,6 +14,7 @@ from tbac.evaluation.benchmarks.dpg import (
     apply_dependencies,
     read_dpg_questions,
 )
+from tbac.evaluation.benchmarks.rows import Row, compute_means
 
 HEADER = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
@@ -128,3 +131,24 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read_dpg_questions(tmp_path / "y.csv")
     with pytest.raises(ValueError, match=r"z.csv:2: proposition_id and dependency must be whole numbers, got 'one'"):
         read_dpg_questions(write(tmp_path / "z.csv", "p0,t,,one,0,e,w,e (x),Q?"))
+
+
+@pytest.mark.parametrize("mode", ["official", "fixed"])
+def test_the_means_that_intervals_come_from_are_the_scores(tmp_path: Path, mode: Mode) -> None:
+    (tmp_path / "prompts").mkdir()
+    lines = [HEADER, "skipped,,,1,0,,,other (x),a?"]
+    rng = Random(0)
+    for stem in ("a", "b", "c"):
+        (tmp_path / "prompts" / f"{stem}.txt").write_text(stem)
+        for number in range(1, rng.randint(3, 6)):
+            lines.append(f"{stem},,,{number},{rng.randrange(number)},,,entity - {rng.choice('xy')} (z),q{number}?")
+    (tmp_path / "q.csv").write_text("\n".join(lines))
+    benchmark = DPG(name="dpg", file=str(tmp_path / "prompts"), questions=str(tmp_path / "q.csv"), mode=mode)
+    rows = []
+    for target in benchmark.targets:
+        numbers = [str(question.number) for question in benchmark.questions_by_mode["fixed"][target.item]]
+        answers = [{number: rng.random() < 0.6 for number in numbers}] * 4  # four alike: then categories agree too
+        rows.append(Row(target.path, "", target.prompt, "scored", 0.5, "", {"answers": answers}))
+    scores = benchmark.summarize(rows, "j").scores
+    means = compute_means([count for row in rows for count in benchmark.count(row)])
+    assert benchmark.combine(means) == pytest.approx(dict(scores))

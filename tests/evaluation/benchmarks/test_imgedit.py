@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tbac.evaluation.benchmarks.imgedit import EditItem, aggregate_edits, read_imgedit, read_judge_prompts, read_score
+from tbac.evaluation.benchmarks.imgedit import (
+    EditItem,
+    ImgEdit,
+    aggregate_edits,
+    read_imgedit,
+    read_judge_prompts,
+    read_score,
+)
+from tbac.evaluation.benchmarks.rows import Row, compute_means
 from tests.helpers.pictures import make_noise_image
 
 REPLY = "Brief reasoning: fine\nPrompt Compliance: 5\nVisual Naturalness: 4\nPhysical & Detail Integrity: 4"
@@ -96,3 +104,17 @@ def test_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:
             read_imgedit(file, tmp_path)
     with pytest.raises(ValueError, match="doesn't exist"):
         read_imgedit(tmp_path / "absent.json", tmp_path)
+
+
+def test_the_means_that_intervals_come_from_are_the_scores(tmp_path: Path) -> None:
+    make_noise_image(0).save(tmp_path / "cat.png")
+    edits = {str(i): {"id": "cat.png", "prompt": "p", "edit_type": ("add", "style")[i % 2]} for i in range(7)}
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    benchmark = ImgEdit(name="imgedit", file=str(tmp_path / "edits.json"), images=str(tmp_path))
+    rows = []
+    for i, target in enumerate(benchmark.targets):
+        reply = f"a: {1 + i % 5}\nb: {5 - i % 3}\nc: 2"
+        state, details = ("failed", {}) if i == 3 else ("scored", {"reply": reply})
+        rows.append(Row(target.path, benchmark.find_group(target), "p", state, None, "", details))
+    means = compute_means([count for row in rows for count in benchmark.count(row)])
+    assert benchmark.combine(means) == pytest.approx(dict(benchmark.summarize(rows, "j").scores))

@@ -5,8 +5,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from PIL import Image
 
-from tbac.evaluation.benchmarks.tiif import GROUPS, TYPES, average_tiif, list_tiif_targets, read_pairs
+from tbac.evaluation.benchmarks.rows import Drawn, Row
+from tbac.evaluation.benchmarks.tiif import GROUPS, TIIF, TYPES, average_tiif, list_tiif_targets, read_pairs
+from tbac.evaluation.judges.base import JudgeFacts
 
 
 def test_there_are_twelve_basic_and_twenty_six_advanced_types() -> None:
@@ -88,3 +91,40 @@ def test_bad_files_are_named(tmp_path: Path, prompts: list, questions: list | No
             write(tmp_path / folder, "x.jsonl", rows)
     with pytest.raises(ValueError, match=words):
         read_pairs(tmp_path / "p", None if questions is None else tmp_path / "q")
+
+
+def test_a_model_may_be_called_as_on_a_hub_and_the_prompts_stay_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "p", "text_prompts.jsonl", [prompt("text", 0)])
+    plain, hub = (TIIF(name="tiif", file=str(tmp_path / "p"), model_name=name) for name in ("tbac", "org/model"))
+    assert hub.targets[0].path == "text/org/model/short_description/0.png"
+    digests = {b.describe_protocol([], JudgeFacts(), Drawn()).prompts for b in (plain, hub)}
+    assert len(digests) == 1
+
+
+class Fixed:
+    """Says yes to everything, and reads the same lines in every picture."""
+
+    identity, slow = "fixed", False
+
+    def ask(self, question: str, images: object) -> str:
+        return "yes"
+
+    def read_text_lines(self, image: object) -> list[str]:
+        return ["tea", "caek"]
+
+
+def test_words_are_read_in_pictures_of_the_type_text_alone(tmp_path: Path) -> None:
+    described = {"short_description": 'a sign: "tea", "cake"', "long_description": 'a long sign: "tea", "cake"'}
+    for kind in ("text", "style"):
+        row = {"type": kind, **described}
+        write(tmp_path / "p", f"{kind}.jsonl", [row])
+        write(tmp_path / "q", f"{kind}.jsonl", [{**row, "yn_question_list": ["a?"], "yn_answer_list": ["yes"]}])
+    benchmark = TIIF(name="tiif", file=str(tmp_path / "p"), questions=str(tmp_path / "q"), read_words=True)
+    benchmark.ocr = Fixed()  # type: ignore[assignment]
+    rows = list(benchmark.judge_pictures(lambda target: Image.new("RGB", (8, 8)), Fixed()))
+    scores = benchmark.summarize(rows, "j").scores
+    assert (scores["overall"], scores["text, short"], scores["style, long"]) == (100, 100, 100)
+    assert scores["word recall, short"] == scores["word recall, long"] == 0.5
+    assert scores["word distance, short"] == pytest.approx(0.25)  # two of the four letters of one of two words
+    missing = [Row(row.picture, row.group, row.prompt, "missing") for row in rows]
+    assert benchmark.summarize(missing, "j").scores["word recall, short"] == 0

@@ -56,7 +56,8 @@ def test_the_editions_can_t_be_mixed_up(name: str, edition: Edition) -> None:
     [
         ("Consistency: 2\nRealism: 1\nAesthetic Quality: 0", (2, 1, 0)),
         ("**Consistency:** 2\n**Realism:** 2\n**Aesthetic Quality:** 2", None),  # the colon stands within the asterisks
-        ("**Consistency**: 2\n**Realism**： 2\n**Aesthetic Quality** 2", (2, 2, 2)),
+        ("**Consistency**: 2\n**Realism** : 2\n**Aesthetic Quality** 2", (2, 2, 2)),
+        ("Consistency: 10\nRealism: 1\nAesthetic Quality: 0", (1, 1, 0)),  # only the digit is looked at
         ("consistency: 1, realism: 0, aesthetic quality: 1", (1, 0, 1)),
         ("Consistency: 0\nRealism: 0\nAesthetic Quality: 0\nConsistency: 2", (2, 0, 0)),
         ("2\n1\n0", (2, 1, 0)),
@@ -73,7 +74,18 @@ def test_three_ratings(reply: str, expected: tuple[int, int, int] | None) -> Non
 
 @pytest.mark.parametrize(
     ("reply", "expected"),
-    [("Score: 1", 1), ("**Score**: 0", 0), ("score 1", 1), ("1", 1), ("1\n0", None), ("Score: 2", None), ("yes", None)],
+    [
+        ("Score: 1", 1),
+        ("**Score**: 0", 0),
+        ("score 1", 1),
+        ("1", 1),
+        ("1\n0", None),
+        ("Score: 2", None),
+        ("yes", None),
+        ("Score: 10", None),
+        ("Score: 1\nno, score: 0", 1),
+        ("Score: 2, so score 1", 1),
+    ],
 )
 def test_one_rating(reply: str, expected: int | None) -> None:
     found = VERIFIED.read_ratings(reply)

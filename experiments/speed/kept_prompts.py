@@ -3,7 +3,7 @@
 import gc
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -149,8 +149,10 @@ def measure_memory(name: str, cfg: dict[str, Any], device: str, case: Case, fold
     return {**memory.end(), "after_one_pass_mib": held[len(steps.texts) - 1], "after_three_mib": held[-1]}
 
 
-def bench_prompt_cache(cfg: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def bench_prompt_cache(cfg: dict[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Seconds and memory of a step, with prompts that run and with kept ones, after their losses were found equal.
+
+    What was found is given anew after each case.
 
     Raises:
         RuntimeError: when they aren't.
@@ -178,8 +180,9 @@ def bench_prompt_cache(cfg: dict[str, Any], device: torch.device) -> dict[str, A
         flops = count_sample_flops(cfg["model"], case, cfg["latent_side"])
         found["saved_share"] = (flops["prefix"] + flops["vision"]) / sum(flops.values())
         cases[f"{case.name}, {case.tokens}"] = found | {"memory": memory, "batch": case.batch}
-    ratios = [f"{label} {found['ratio']:.2f}" for label, found in cases.items()]
-    return {"cases": cases, "table": _make_tables(cases), "line": "prompts run / kept in files: " + "; ".join(ratios)}
+        ratios = [f"{label} {values['ratio']:.2f}" for label, values in cases.items()]
+        line = "prompts run / kept in files: " + "; ".join(ratios)
+        yield {"cases": cases, "table": _make_tables(cases), "line": line}
 
 
 def _compare(losses: dict[str, list[float]], cfg: dict[str, Any]) -> float:

@@ -106,7 +106,7 @@ def test_kept_prompts_are_compared_with_prompts_that_run(config: dict, monkeypat
     make_key = KeptPrompts.make_key
     monkeypatch.setattr(KeptPrompts, "make_key", lambda self, text, images: make_key(self, text[:1] and "0", images))
     with pytest.raises(RuntimeError, match="the losses of kept prompts aren't"):
-        bench_prompt_cache(config, torch.device("cpu"))
+        next(bench_prompt_cache(config, torch.device("cpu")))
 
 
 @pytest.mark.slow

@@ -305,7 +305,7 @@ DRAWING: Fields = {
     "limit": optional(whole()),
     "tries": whole(),
     "steady": flag(),
-    "published_protocol": plain_mapping(),
+    "published_protocol": optional(plain_mapping()),
 }
 BENCHMARKS = "tbac.evaluation.benchmarks"
 QUESTIONS = SCRIPT = optional(path())

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tbac.evaluation.benchmarks.rows import Drawn
+from tbac.evaluation.benchmarks.wise import WISEVerified
+from tbac.evaluation.judges.base import JudgeFacts
 from tests.helpers.commands import FEW, run_to_message, run_to_success
 from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.processes import start_command
@@ -256,6 +259,42 @@ def test_newer_benchmarks_are_drawn_judged_and_reported(
     asked = len(endpoint.requests)
     run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
     assert (len(endpoint.requests), result("one")) == (asked, report)
+
+
+@pytest.mark.slow  # a thousand pictures are judged
+def test_a_run_that_follows_the_published_protocol_is_comparable_and_one_picture_less_isn_t(
+    endpoint: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = locate_published("wise/verified")
+    published = WISEVerified(name="wise_verified", file=str(folder))
+    for target in published.targets:
+        path = Path("one/wise_verified", target.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    Path("one/wise_verified.drawn.json").write_text(json.dumps({"cut": 0, "sampling": {"num_inference_steps": 30}}))
+    # The published script isn't here, so what it asks is said to be what we ask; its system message isn't sent.
+    digest = published.describe_protocol([], JudgeFacts(), Drawn()).questions
+    options = [*COMMON, "benchmark=wise_verified", f"benchmark.file={folder}", "judge=endpoint", "judge.max_retries=0"]
+    options += [f"benchmark.published_protocol={{questions: '{digest}'}}", "steps=[score,report]", "out=one"]
+    endpoint.answers = [make_completion("Score: 1", model="Qwen3.5-35B-A3B")]
+    run_to_success("evaluate", capfd, *options)
+    text = Path("one/report.md").read_text()
+    assert "Comparable with published numbers." in text
+    assert "BAGEL, published" in text
+    assert result("one")["comparable"]
+    Path("one/wise_verified/7.png").unlink()
+    run_to_success("evaluate", capfd, *options)
+    text = Path("one/report.md").read_text()
+    assert "Not comparable with published numbers: missing 1 instead of 0." in text
+    assert "published |" not in text.split("| field")[0]
+
+
+def test_a_detector_that_lacks_a_class_is_refused_before_anything_is_drawn(capfd: pytest.CaptureFixture[str]) -> None:
+    row = {"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}
+    Path("dogs.jsonl").write_text(json.dumps(row))
+    text = run_to_message("evaluate", capfd, *COMMON, "benchmark.file=dogs.jsonl", "out=x")
+    assert "the judge can't find dog, which dogs.jsonl asks for" in text
+    assert not list(Path("x").rglob("*.png"))
 
 
 def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:

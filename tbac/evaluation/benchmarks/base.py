@@ -8,7 +8,7 @@ when it is built, so that a wrong file is reported before a model is loaded. To 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -69,7 +69,7 @@ class PictureBenchmark(ABC):
     limit: int | None = None
     tries: int = 3
     steady: bool = False
-    published_protocol: Mapping[str, Any] = field(default_factory=dict)
+    published_protocol: Mapping[str, Any] | None = None
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         # Python's own message for a method that is missing comes as a TypeError, so as a traceback.
@@ -87,7 +87,7 @@ class PictureBenchmark(ABC):
                 raise ValueError(f"benchmark.{option} must be a whole number of at least 1, got {value!r}")
         if not isinstance(self.name, str) or not FILE_NAME.fullmatch(self.name):
             raise ValueError(f"benchmark.name must be letters, digits, '_', '-' and '.', got {shorten(self.name)!r}")
-        unknown = sorted(set(self.published_protocol) - {part.name for part in fields(Protocol)})
+        unknown = sorted(set(self.published_protocol or ()) - {part.name for part in fields(Protocol)})
         if unknown:
             raise ValueError(f"benchmark.published_protocol has no field {unknown[0]!r}")
         self.title = self.title or self.name
@@ -184,7 +184,7 @@ class PictureBenchmark(ABC):
         if known is None and not self.published_protocol:
             return None
         settings = {"judge_settings": self.manner.describe()} if self.manner is not None else {}
-        given = {name: tuple(v) if isinstance(v, list) else v for name, v in self.published_protocol.items()}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in (self.published_protocol or {}).items()}
         return replace(known or Protocol(), **(settings | given))
 
     def describe_protocol(self, rows: Sequence[Row], facts: JudgeFacts, drawn: Drawn) -> Protocol:

@@ -47,6 +47,12 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "OpenUni-L-512": _build_row(WISE, (0.51, 0.49, 0.64, 0.48, 0.63, 0.35), 0.52),
         "BAGEL": _build_row(WISE, (0.44, 0.55, 0.68, 0.44, 0.60, 0.39), 0.52),
     },
+    "wise_verified": {
+        "BAGEL": _build_row(WISE, (0.4125, 0.3500, 0.3083, 0.2000, 0.4417, 0.2583), 0.3520),
+        "UniWorld-V1": _build_row(WISE, (0.5150, 0.4917, 0.5500, 0.2250, 0.4000, 0.1667), 0.4260),
+        "DeepGen 1.0": _build_row(WISE, (0.6500, 0.4100, 0.7200, 0.3900, 0.5900, 0.4500), 0.5700),
+        "FLUX.2-dev": _build_row(WISE, (0.6650, 0.5667, 0.6583, 0.3667, 0.5250, 0.3750), 0.5650),
+    },
 }
 
 GPT_4O = ("gpt-4o", "gpt-4o-2024-05-13", "gpt-4o-2024-08-06", "gpt-4o-2024-11-20")  # as services call it

@@ -272,10 +272,12 @@ def test_a_run_that_follows_the_published_protocol_is_comparable_and_one_picture
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
     Path("one/wise_verified.drawn.json").write_text(json.dumps({"cut": 0, "sampling": {"num_inference_steps": 30}}))
-    # The published script isn't here, so what it asks is said to be what we ask; its system message isn't sent.
+    # The published script isn't here, so what it asks, and with which settings, is said to be what we do.
     digest = published.describe_protocol([], JudgeFacts(), Drawn()).questions
     options = [*COMMON, "benchmark=wise_verified", f"benchmark.file={folder}", "judge=endpoint", "judge.max_retries=0"]
-    options += [f"benchmark.published_protocol={{questions: '{digest}'}}", "steps=[score,report]", "out=one"]
+    settings = WISEVerified.published_manner.describe().replace("'", "\\'")  # type: ignore[union-attr]
+    known = f"questions: '{digest}', judge_settings: '{settings}'"
+    options += [f"benchmark.published_protocol={{{known}}}", "steps=[score,report]", "out=one"]
     endpoint.answers = [make_completion("Score: 1", model="Qwen3.5-35B-A3B")]
     run_to_success("evaluate", capfd, *options)
     text = Path("one/report.md").read_text()

@@ -18,7 +18,7 @@ from tbac.evaluation.benchmarks.published import PROTOCOLS
 from tbac.evaluation.benchmarks.rows import Count, Drawn, PictureVerdict, Row, ScoreError, Summary, compute_means
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner, use_manner
 from tbac.evaluation.picture_tree import Target
-from tbac.evaluation.protocol import Protocol, compute_data_digest
+from tbac.evaluation.protocol import UNKNOWN, Protocol, compute_data_digest
 from tbac.files import shorten
 from tbac.pictures import PictureError, open_picture
 from tbac.redaction import hide_in_text
@@ -183,7 +183,10 @@ class PictureBenchmark(ABC):
         known = PROTOCOLS.get(self.name)
         if known is None and not self.published_protocol:
             return None
-        settings = {"judge_settings": self.manner.describe()} if self.manner is not None else {}
+        # The settings of a script with a system message are known; those of others follow from the manner.
+        settings = {}
+        if self.published_manner is not None and (known is None or known.judge_settings == UNKNOWN):
+            settings["judge_settings"] = self.published_manner.describe()
         given = {name: tuple(v) if isinstance(v, list) else v for name, v in (self.published_protocol or {}).items()}
         return replace(known or Protocol(), **(settings | given))
 

@@ -56,8 +56,8 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
 }
 
 GPT_4O = ("gpt-4o", "gpt-4o-2024-05-13", "gpt-4o-2024-08-06", "gpt-4o-2024-11-20")  # as services call it
-# Digests of prompts and questions are those of the published files. The digest of a local judge's weights isn't known
-# here, so it is said which ones they are; `benchmark.published_protocol` may say their digest.
+# Digests of prompts, questions and system messages are those of the published files and scripts. The digest of a local
+# judge's weights isn't known here, so it is said which ones they are; `benchmark.published_protocol` may say it.
 PROTOCOLS: dict[str, Protocol] = {
     "geneval": Protocol(
         judge="Mask2Former and CLIP",
@@ -82,6 +82,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "tiif": Protocol(
         judge=GPT_4O,
         judge_weights=OF_SERVICE,
+        judge_settings="system message 84fd78b8, temperature 1, no limit of length",
         prompts="sha256:6727d6ab43a1010c",
         questions="sha256:d2f5849ceca30d40",
         rules="TIIF-Bench's averages",
@@ -91,6 +92,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "tiif_mini": Protocol(
         judge=GPT_4O,
         judge_weights=OF_SERVICE,
+        judge_settings="system message 84fd78b8, temperature 1, no limit of length",
         prompts="sha256:1d9382bd48e1a7d3",
         questions="sha256:1bac9587f960d295",
         rules="TIIF-Bench's averages",
@@ -109,6 +111,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "wise": Protocol(
         judge="gpt-4o-2024-05-13",
         judge_weights=OF_SERVICE,
+        judge_settings="system message 1034e394, temperature 0, at most 2000 tokens",
         prompts="sha256:c068b1a31653a75a",
         questions="sha256:0f1dad4a3bce0f49",
         rules="WISE, the first edition",
@@ -118,6 +121,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "wise_verified": Protocol(
         judge=("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B"),
         judge_weights=OF_SERVICE,
+        judge_settings="system message c9b9e5e1, temperature 0, at most 500 tokens, "
+        "chat_template_kwargs {'enable_thinking': False}",
         prompts="sha256:02f5adb36f5fabdb",
         questions="sha256:d9f43728f390a82c",
         rules="WISE, the verified edition",

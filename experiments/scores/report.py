@@ -203,6 +203,9 @@ def list_notes(report: Report) -> list[str]:
     names = PUBLISHED.get(report.benchmark.name, {})
     if report.is_comparable and any(REWRITTEN in name for name in names):
         notes.append(f"{REWRITTEN} The prompts were rewritten by a language model before this model drew them.")
+    if report.benchmark.published_protocol:
+        given = ", ".join(name.replace("_", " ") for name in report.benchmark.published_protocol)
+        notes.append(f"How published scores were reached was given by benchmark.published_protocol for: {given}.")
     if report.other is not None:
         notes.append("Both models drew from the same noise; the interval of the difference pairs their prompts.")
     return notes

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tbac.evaluation.detectors.base import Detection, Scan
-from tbac.evaluation.judges.base import JudgeError
-from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge
+from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
+from tbac.evaluation.judges.cache import Cache, CachedDetector, CachedJudge, keep_replies
 from tbac.evaluation.rules import Thresholds
 from tests.helpers.pictures import make_noise_image
 
@@ -61,3 +61,36 @@ def test_scans_are_kept_with_what_was_to_be_colored(tmp_path: Path) -> None:
     assert colored.detections[0].color == "red"
     assert CachedDetector(detector, Cache(tmp_path / "judged.jsonl"))(make_noise_image(1)) == plain
     assert detector.asked == 2
+
+
+class Reader(Counting):
+    """Reads the number of pictures that it has seen, and tells the same as a probability."""
+
+    def read_text_lines(self, image: Image.Image) -> list[str]:
+        self.asked += 1
+        return ["line", str(self.asked)]
+
+    def compute_probability(self, question: str, images: Any, answers: Any) -> float:
+        self.asked += 1
+        return self.asked / 10
+
+    def describe_facts(self) -> JudgeFacts:
+        return JudgeFacts(f"reader {self.asked}", "w", "s")
+
+
+def test_readings_and_probabilities_are_kept_and_a_manner_doesn_t_matter_to_a_reader(tmp_path: Path) -> None:
+    reader, file = Reader(), tmp_path / "judged.jsonl"
+    kept = keep_replies(reader, Cache(file))
+    assert kept.in_manner(Manner(system="be strict")) is kept
+    for _ in range(3):
+        assert kept.read_text_lines(make_noise_image(1)) == ["line", "1"]  # type: ignore[attr-defined]
+        kept = keep_replies(reader, Cache(file))
+    assert [kept.compute_probability("a?", [make_noise_image(1)], ["yes"]) for _ in range(2)] == [0.2, 0.2]
+    assert kept.compute_probability("a?", [make_noise_image(1)], ["no"]) == 0.3
+    # Who gave what was kept is known in the next run too, whoever judges then.
+    again = CachedJudge(reader, Cache(file))
+    assert again.compute_probability("a?", [make_noise_image(1)], ["yes"]) == 0.2
+    assert again.describe_facts() == JudgeFacts("reader 2", "w", "s")
+    assert type(keep_replies(Counting(), Cache(file))) is CachedJudge
+    with pytest.raises(JudgeError, match="tells no probabilities"):
+        keep_replies(Counting(), Cache(file)).compute_probability("a?", [], [])

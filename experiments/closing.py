@@ -1,11 +1,10 @@
 """What a training run ends with: where it is, and the command that comes next."""
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.stage_configs import OF_THE_RELEASE
 from tbac.app import describe_command, get_run_folder
 from tbac.redaction import hide_in_text
+from tbac.training.interruptions import outlast_terminal
 from tbac.training.tracking import get_run_link, read_run_id
 
 # Overrides that the next stage must have too, since it goes on with this model on this machine.
@@ -35,24 +35,15 @@ def print_closing(cfg: DictConfig, report: Mapping[str, Any]) -> None:
     for number, line in enumerate(list_next_commands(cfg, last, HydraConfig.get().overrides.task)):
         rows["next" if not number else "or"] = line
     lines = [f"  {name:12}{value}" for name, value in rows.items()]
-    tell("\n".join(["", "done", *lines]), sys.stdout)
+    with outlast_terminal():
+        print("\n".join(["", "done", *lines]), flush=True)
 
 
 def print_interruption() -> None:
     """Print where an interrupted run is, and the exact command that goes on with it."""
-    lines = ["", f"interrupted; what was done is saved in {shorten_path(get_run_folder())}"]
-    tell("\n".join([*lines, f"to go on: {describe_command()}"]), sys.stderr)
-
-
-def tell(text: str, stream: TextIO) -> None:
-    """Print a text; that whoever read the stream has gone, as in `| head`, makes no run that is over fail."""
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        # What is left in the stream's buffer would fail once more at the end of the process.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    with outlast_terminal():
+        print(f"\ninterrupted; what was done is saved in {shorten_path(get_run_folder())}", file=sys.stderr)
+        print(f"to go on: {describe_command()}", file=sys.stderr, flush=True)
 
 
 def find_link(cfg: DictConfig, folder: Path) -> str | None:

@@ -21,7 +21,7 @@ FIXED = (
 )
 FIXED_OF_THE_MODEL = tuple(f"model.{name}" for name in FIXED_IN_TRAINING)
 # Where things lie, and what belongs to one start of a run.
-NOT_COMPARED = ("run_dir", "init", "resume", "parent_run_id", "stages", "stage_overrides", "logger", "model")
+NOT_COMPARED = ("run_dir", "init", "resume", "parent_run_id", "submit", "stages", "stage_overrides", "logger", "model")
 NOT_COMPARED_OF_THE_MODEL = ("mllm", "denoiser", "prompt_embeddings", "architecture")  # parts are compared by digests
 OF_PLACES = ("folder", "default_root_dir", "cache_dir", "plugins")
 

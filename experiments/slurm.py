@@ -5,11 +5,15 @@ file for a single job, and submitit writes the job's script from it, into `.subm
 back into its queue goes on in the same folder, and in the same MLflow run.
 """
 
+import os
 import runpy
+import shlex
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,12 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from submitit.core.utils import FailedJobError
 
 from tbac.app import quote
+from tbac.files import write_whole
+from tbac.training.run_facts import REVISION, read_git_revision
 
 TRAIN = Path(__file__).with_name("train.py")
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("tbac", "experiments", "data_prep", "conf")  # what a job runs
 OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # keys of the file that only Hydra's launcher understands
 
 
@@ -39,34 +47,97 @@ def build_job_parameters(launcher: Mapping[str, Any], log_file: Path) -> dict[st
     return {name if name in shared else f"slurm_{name}": value for name, value in options.items()}
 
 
-def submit(launcher: Mapping[str, Any], folder: Path, arguments: Sequence[str]) -> str:
-    """Submit a job that trains in `folder`; returns its number.
+@dataclass(frozen=True)
+class Job:
+    """A job that trains.
 
-    Args:
+    Attributes:
         launcher: `conf/hydra/launcher/slurm.yaml`, resolved.
         folder: the run folder; the job's log is `slurm-<number>.log` in it.
         arguments: of train.py.
+    """
+
+    launcher: Mapping[str, Any]
+    folder: Path
+    arguments: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if "srun_args" not in self.launcher:
+            raise ValueError(
+                "a machine with `slurm` needs conf/hydra/launcher/slurm.yaml too: give hydra/launcher=slurm"
+            )
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments with the folder that the job trains in."""
+        return [*self.arguments, f"hydra.run.dir={quote(str(self.folder))}"]
+
+
+def copy_code(place: Path) -> Path:
+    """Copy this code and its configs for a job, with a note of its revision; returns the copy's folder."""
+    if place.exists():  # of an earlier submission in this run folder
+        shutil.rmtree(place)
+    for name in CODE:
+        left_out = shutil.ignore_patterns("__pycache__", "*.png", "*.md")
+        shutil.copytree(ROOT / name, place / name, ignore=left_out, symlinks=True)
+    write_whole(place / REVISION, f"{read_git_revision()}\n".encode())
+    return place
+
+
+def submit(job: Job, code: Path | None = None, after: str | None = None) -> str:
+    """Submit a job; returns its number.
+
+    Args:
+        job: the job.
+        code: folder of a copy of this code that it runs; None runs this code as it is then.
+        after: number of another job that must have succeeded before.
 
     Raises:
-        ValueError: without SLURM's programs, where the machine names no SLURM launcher, and when SLURM refuses.
+        ValueError: without SLURM's programs, and when SLURM refuses.
     """
-    if "srun_args" not in launcher:
-        raise ValueError("a machine with `slurm` needs conf/hydra/launcher/slurm.yaml too: give hydra/launcher=slurm")
     # Submitit looks for srun, which a cluster has on its login nodes only.
-    job_folder = folder / ".submitit"
+    job_folder = job.folder / ".submitit"
     try:
         executor = submitit.AutoExecutor(folder=job_folder, cluster="slurm")
     except RuntimeError as error:
         raise ValueError(
             "this machine is a SLURM cluster and its programs aren't here; submit from one of its login nodes"
         ) from error
-    executor.update_parameters(**build_job_parameters(launcher, folder / "slurm-%j.log"))
-    # The job trains in this run folder.
-    words = [*arguments, f"hydra.run.dir={quote(str(folder))}"]
+    parameters = build_job_parameters(job.launcher, job.folder / "slurm-%j.log")
+    if code is not None:
+        # The copy comes before the working directory, which python -m would look into first.
+        path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+        parameters["slurm_setup"] = [*(parameters["slurm_setup"] or []), path]
+    if after is not None:
+        depends = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+        parameters["slurm_additional_parameters"] = {**parameters["slurm_additional_parameters"], **depends}
+    executor.update_parameters(**parameters)
     try:
-        return executor.submit(train_in_job, words).job_id
+        return executor.submit(train_in_job, job.words).job_id
     except FailedJobError as error:
         raise ValueError(f"sbatch refused the job that is written in {job_folder}: {error}") from error
+
+
+def show_script(job: Job) -> str:
+    """Show the script that would be submitted.
+
+    Submitit writes it and gives it to `sbatch`, in whose place there is a program here that does nothing.
+    """
+    before = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory() as place:
+        for name, does in (("sbatch", "echo Submitted batch job 0"), ("srun", "true")):
+            program = Path(place) / name
+            program.write_text(f"#!/bin/sh\n{does}\n")
+            program.chmod(0o755)
+        os.environ["PATH"] = f"{place}:{before}"
+        try:
+            submit(replace(job, folder=Path(place)))
+        finally:
+            os.environ["PATH"] = before
+        script = (Path(place) / ".submitit" / "0_submission.sh").read_text()
+    shown = script.replace(place, str(job.folder))
+    command = shlex.join(["python", "experiments/train.py", *job.words])
+    return f"{shown.rstrip()}\n# each process runs: {command}"
 
 
 def train_in_job(arguments: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,31 +22,10 @@ from tbac.app import (
     describe_command,
     get_run_folder,
     keep_freed_memory,
-    quote,
     record_config,
-    to_plain,
 )
 
 log = logging.getLogger(__name__)
-
-
-def submit_job(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
-    """Submit a SLURM job that trains these stages."""
-    from experiments.slurm import submit
-    from experiments.training_run import find_init
-    from tbac.models.saved import read_checkpoint
-
-    folder = get_run_folder().absolute()
-    # The checkpoint to start from is chosen now, so that all processes of the job take the same.
-    init = find_init(configs[0])
-    if init and Path(init).is_file():
-        read_checkpoint(init)
-    arguments = [o for o in overrides if o.split("=")[0] != "init"]
-    arguments += [f"init={quote(str(Path(init).absolute()))}"] if init else []
-    launcher = {**to_plain(HydraConfig.get().launcher), "name": f"tbac-{configs[0].stage.name}"}
-    record_config(cfg)
-    job = submit(launcher, folder, arguments)
-    print(f"submitted job {job}; its log is {folder / f'slurm-{job}.log'}")
 
 
 def tell_finished(configs: Sequence[DictConfig]) -> None:
@@ -96,7 +74,9 @@ def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     configs = compose_stages(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
-        submit_job(cfg, configs, overrides)
+        from experiments.submitting import submit_run
+
+        submit_run(cfg, configs, overrides)
         return
     if is_finished(configs, get_run_folder()):
         tell_finished(configs)

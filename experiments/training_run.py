@@ -102,6 +102,25 @@ def train(configs: Sequence[DictConfig], folder: Path, accepted: Callable[[], No
     return report
 
 
+def check_without_model(configs: Sequence[DictConfig]) -> StagedDataModule:
+    """Check all that can be checked without a model: parts, schedules, taps, data and its manifests.
+
+    Returns:
+        The data of the stages.
+
+    Raises:
+        ValueError: for an option that can't be used.
+    """
+    stages = [build_stage(c) for c in configs]
+    find_preemption(stages)
+    check_config(make_model_config(configs[0]))
+    data = StagedDataModule([make_part(c.data, "data") for c in configs])
+    try_schedules(configs, stages, data)
+    if configs[0].logger:
+        check_target(configs[0].logger, "logger")
+    return data
+
+
 def send_unsent(cfg: DictConfig) -> None:
     """Send what an earlier start of a run, which is finished, couldn't send to its logger."""
     logger = make_part(cfg.logger, "logger") if cfg.logger else None

@@ -20,7 +20,7 @@ from tbac.redaction import hide_in_text
 log = logging.getLogger(__name__)
 # Overrides that don't belong to an experiment: they change no point's name, unless a sweep varies them.
 NOT_OF_THE_EXPERIMENT = (
-    "machine", "logger", "debug", "callbacks", "trainer", "hydra", "sweep", "parent_run_id", "resume",
+    "machine", "logger", "debug", "callbacks", "trainer", "hydra", "sweep", "parent_run_id", "resume", "submit",
 )  # fmt: skip
 LOCK = ".lock"
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in the order in which Lightning looks

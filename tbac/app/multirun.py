@@ -168,9 +168,13 @@ def begin_parent_run(cfg: DictConfig, varied: Sequence[str], folder: Path) -> "P
 
 def print_links(parent: "ParentRun", folder: Path) -> None:
     """Print where a multirun is, and the pages of its runs."""
-    print(f"\nthe multirun's folder: {folder}")
-    for name, link in parent.list_links().items():
-        print(f"{name} (make ui serves it): {link}")
+    from tbac.training.interruptions import outlast_terminal
+
+    links = parent.list_links()
+    with outlast_terminal():
+        print(f"\nthe multirun's folder: {folder}")
+        for name, link in links.items():
+            print(f"{name} (make ui serves it): {link}")
 
 
 def read_varied_overrides() -> dict[str, str]:

@@ -90,6 +90,7 @@ COMMANDS: dict[str, Fields] = {
         "init": optional(path()),
         "resume": optional(path()),
         "run_dir": path(),
+        "submit": flag(),
         "parent_run_id": optional(text()),
         "stage": STAGE,
         "machine": MACHINE,

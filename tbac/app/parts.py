@@ -237,7 +237,9 @@ ACCELERATOR = choice("auto", "cpu", "cuda", "gpu", "mps")
 STRATEGY = choice("auto", "ddp", "fsdp")
 SLURM: Fields = {
     **dict.fromkeys(("account", "partition", "qos", "constraint", "gres", "container"), optional(text())),
-    "cpus_per_task": whole(),
+    **counts("cpus_per_task", "points_at_once"),
+    "gpu_memory_gb": optional(number(above=0)),
+    **dict.fromkeys(("chain", "copy_code"), flag()),
     "mem_gb": optional(number(above=0)),
     **counts("minutes", "signal_seconds"),
     "setup": list_of(text()),

@@ -1,11 +1,15 @@
 """SLURM jobs: what is asked for, and what is refused."""
 
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import run_app
+from tests.helpers.commands import run_app, run_to_message, run_to_success
+from tests.helpers.configs import ROOT
 
 pytestmark = pytest.mark.usefixtures("in_world")
 
@@ -38,9 +42,13 @@ def test_a_job_asks_for_what_the_machine_says(
     }  # fmt: skip
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == expected
     (command,) = (line for line in lines if line.startswith("srun "))
-    assert lines.index("module load cuda") < lines.index(command)
+    (path,) = (line for line in lines if line.startswith("export PYTHONPATH="))
+    assert path == f"export PYTHONPATH={run}/.code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+    assert lines.index("module load cuda") < lines.index(path) < lines.index(command)
+    for words in ("squeue --jobs=7", f"tail -F {run}/slurm-7.log", "scancel 7"):
+        assert words in text
     options, python = command.split(" apptainer exec image.sif ")
-    assert {"--kill-on-bad-exit=1", "--open-mode=append"} < set(options.split())
+    assert {"--kill-on-bad-exit=1", "--open-mode=append", "--cpus-per-task=12"} < set(options.split())
     assert options.rpartition("--output ")[2].startswith(f"{run}/slurm-%j.log")
     assert "-m submitit.core._submit" in python
 
@@ -63,3 +71,68 @@ def test_what_slurm_refuses_is_said(
     assert "invalid partition specified: x" in text
     (script,) = Path("run/.submitit").glob("*.sh")
     assert "srun" in script.read_text()
+
+
+WRONG = {
+    "stage.sources=[{path: absent}]": "shard folder absent doesn't exist",
+    "taps=explicit taps.layers=[99,1,2,3]": "99",
+    "stage.image_size=25": "25",
+    "stage.min_lr=1": "min_lr",
+    "init=absent": "absent",
+    "machine.slurm.gpu_memory_gb=0.01": "GB on each GPU, and machine.slurm.gpu_memory_gb is 0.01",
+    "stage=ti2i_pretrain": "starts from a checkpoint of t2i_pretrain, and there is none",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_what_is_wrong_never_reaches_sbatch(
+    overrides: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_on_path(monkeypatch, tmp_path / "bin", srun="", sbatch=f"touch {tmp_path}/reached; echo Submitted batch job 7")
+    words = overrides.split(" taps.") if "taps=explicit" in overrides else [overrides]
+    words = [words[0], *(f"taps.{word}" for word in words[1:])]
+    text = run_to_message("train", capfd, "world=shapes", "machine=slurm_2x8", *words)
+    assert WRONG[overrides] in text
+    assert not (tmp_path / "reached").exists()
+
+
+def test_stages_are_jobs_that_follow_each_other_or_one(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    count = f"echo x >> {tmp_path}/count; echo Submitted batch job $(wc -l < {tmp_path}/count)"
+    put_on_path(monkeypatch, tmp_path / "bin", srun="", sbatch=count)
+    stages = ["stages=[t2i_pretrain,ti2i_pretrain]", "stage_overrides.ti2i_pretrain=[stage.lr=5e-4]", "seed=5"]
+    common = ["world=shapes", "machine=slurm_2x8", *stages]
+    text = run_to_success("train", capfd, *common, "hydra.run.dir=chained")
+    files = {1: "chained/t2i_pretrain/.submitit/1_submission.sh", 2: "chained/ti2i_pretrain/.submitit/2_submission.sh"}
+    scripts = {number: Path(file).read_text() for number, file in files.items()}
+    assert "dependency" not in scripts[1]
+    assert {"#SBATCH --dependency=afterok:1", "#SBATCH --kill-on-invalid-dep=yes"} <= set(scripts[2].splitlines())
+    assert "squeue --jobs=1,2" in text
+    assert "scancel 1 2" in text
+    # Printed, the second one says what its processes run.
+    shown = run_to_success("train", capfd, *common, "submit=false", "hydra.run.dir=shown")
+    line = [line for line in shown.splitlines() if line.startswith("# each process runs: ")][1]
+    words = shlex.split(line.removeprefix("# each process runs: "))
+    wanted = {"stage=ti2i_pretrain", "stage.lr=5e-4", "seed=5", f"init={tmp_path}/shown/t2i_pretrain"}
+    assert wanted < set(words)
+    assert not [word for word in words if word.startswith(("stages=", "stage_overrides", "submit"))]
+    assert shown.count("#SBATCH --nodes=2") == 2
+    assert not Path("shown/.hydra").exists()
+    assert not list(Path("shown").glob("**/.submitit"))
+    run_to_success("train", capfd, *common, "machine.slurm.chain=false", "hydra.run.dir=one")
+    assert [file.name for file in Path("one/.submitit").glob("*_submission.sh")] == ["3_submission.sh"]
+
+
+def test_a_job_s_code_is_a_copy_that_says_which_it_is(tmp_path: Path) -> None:
+    from experiments.slurm import CODE, copy_code
+    from tbac.training.run_facts import REVISION, read_git_revision
+
+    copy_code(tmp_path / "code")
+    copy = copy_code(tmp_path / "code")  # again, over the one of before
+    assert (copy / REVISION).read_text().strip() == read_git_revision()
+    assert {entry.name for entry in copy.iterdir()} == {*CODE, REVISION}
+    run = "import tbac.app, tbac.training.run_facts as f; print(tbac.app.CONF); print(f.read_git_revision())"
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str(copy / "conf"), read_git_revision()], done.stderr

@@ -1,8 +1,10 @@
 """Training on a real SLURM cluster: two nodes on this machine."""
 
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +180,76 @@ def test_a_point_of_a_sweep_near_its_time_limit_goes_back_into_the_queue(
     text, _ = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, text
     assert are_identical(last(folder)["state_dict"], last(whole)["state_dict"])
+
+
+def test_stages_are_jobs_that_follow_each_other(slurm: Path, in_world: Path, tmp_path: Path) -> None:
+    few = ["debug=few_steps", "stage.steps=2", "callbacks.sample_grid.prompts=[]", "logger=csv"]
+    words = [*few, *MACHINE, f"hydra.run.dir={tmp_path}/chain"]
+    arguments = " ".join(f"'{o}'" if "'" not in o else f'"{o}"' for o in words)
+    command = ["make", "-s", "stages", "MACHINE=slurm_2x8", f"ARGS={arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = re.findall(r"submitted job (\d+)", done.stdout)
+    assert len(jobs) == 3
+    assert read_job_state(jobs[2]) == "PENDING"
+    stages = ("t2i_pretrain", "ti2i_pretrain", "finetune")
+    for job, stage in zip(jobs, stages, strict=True):
+        finished(job, tmp_path / "chain" / stage)
+    for before, stage in itertools.pairwise(stages):
+        text = next((tmp_path / "chain" / stage).glob("slurm-*.log")).read_text()
+        assert f"starting from the weights of {tmp_path}/chain/{before}\n" in text
+
+
+def test_a_requeue_after_an_edit_runs_the_code_of_before(
+    slurm: Path, in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A copy of the repository, which is edited while the job runs.
+    repository = tmp_path / "repository"
+    for name in ("tbac", "experiments", "data_prep", "conf"):
+        shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    folder = tmp_path / "run"
+    slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
+    words = [*RUN, "logger=csv", "machine=slurm_2x8", *MACHINE, slow, f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "experiments/train.py", *words],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = re.findall(r"submitted job (\d+)", done.stdout)[0]
+    wait_until(lambda: lines(folder) >= 3)
+    for file in ("tbac/training/module.py", "experiments/train.py", "experiments/slurm.py", "tbac/app/command.py"):
+        (repository / file).write_text("raise SystemExit('this was edited after the job was submitted')\n")
+    (repository / "conf" / "stage" / "ti2i_pretrain.yaml").write_text("steps: nonsense\n")
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    wait_until(lambda: read_job_state(job) == "PENDING")
+    finished(job, folder)
+    text = (folder / f"slurm-{job}.log").read_text()
+    assert "going on from" in text
+    assert "this was edited" not in text
+    assert (folder / "checkpoints" / f"ti2i_pretrain-step={STEPS}.ckpt").is_file()
+
+
+def test_a_sweep_is_an_array_of_few_at_once_and_one_failing_point_is_one(
+    slurm: Path, in_world: Path, tmp_path: Path
+) -> None:
+    machine = ["machine=slurm_2x8", *MACHINE, "machine.slurm.points_at_once=1"]
+    quick = ["stage.steps=4", "callbacks.guard.max_rejects=1", "callbacks.guard.over=1", "logger=csv"]
+    done = subprocess.run(
+        [sys.executable, "experiments/train.py", "-m", *RUN, *machine, *quick, "stage.lr=1e-3,1e38,2e-3",
+         f"hydra.sweep.dir={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    assert "2 of 3 points finished; these failed" in text
+    assert "steps were rejected" in text
+    assert len(list(tmp_path.glob("*/report.json"))) == 2
+    (script,) = tmp_path.glob(".submitit/*/*_submission.sh")
+    assert "#SBATCH --array=0-2%1" in script.read_text()
 
 
 def _keys(folder: Path, rank: int) -> list[list[str]]:

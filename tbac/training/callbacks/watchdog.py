@@ -87,6 +87,10 @@ class Watchdog(L.Callback):
         """Tell the other processes what ended this one."""
         if self._thread is None:
             return
+        # A signal ends all processes after the same step, in good order; the first one may still be writing.
+        if isinstance(exception, SystemExit):
+            self._stop()
+            return
         # An error of the connection only says that another process is gone; the thread finds out which, and ends this.
         if _lost_connection(exception):
             self._thread.join(self.gone_seconds + 10 * self.beat_seconds)

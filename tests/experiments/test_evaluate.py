@@ -89,20 +89,16 @@ def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture
 
 
 def test_a_second_checkpoint_is_drawn_from_the_same_noise_and_compared(capfd: pytest.CaptureFixture[str]) -> None:
-    run_to_success("evaluate", capfd, *COMMON, "against=run", "samples=1", "out=two")
-    ours = {p.name: p.read_bytes() for p in Path("two/geneval").rglob("*.png")}
-    theirs = {p.name: p.read_bytes() for p in Path("two/against/geneval").rglob("*.png")}
-    assert ours == theirs != {}
+    run_to_success("evaluate", capfd, *COMMON, "against=run", "benchmark.limit=3", "out=two")
+    ours = {p.relative_to("two"): p.read_bytes() for p in Path("two/geneval").rglob("*.png")}
+    theirs = {p.relative_to("two/against"): p.read_bytes() for p in Path("two/against/geneval").rglob("*.png")}
+    assert ours == theirs
     report = result("two")
+    assert len(ours) == report["pictures"] == 6  # of the first three prompts
+    assert "num prompts 3 instead of 553" in report["differences"]
     assert report["against"]["scores"]["overall"] == report["overall"]
     assert set(map(tuple, report["against"]["intervals_of_difference"].values())) == {(0.0, 0.0)}
-    assert Path("two/report.html").read_text().count("data:image/png;base64,") == 24
-
-
-def test_the_first_prompts_alone_are_drawn_where_a_limit_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    run_to_success("evaluate", capfd, *COMMON, "benchmark.limit=3", "out=few")
-    assert result("few")["pictures"] == 6
-    assert "num prompts 3 instead of 553" in result("few")["differences"]
+    assert Path("two/report.html").read_text().count("data:image/png;base64,") == 12
 
 
 def result(out: str) -> dict:
@@ -220,22 +216,18 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
     assert len(endpoint.requests) == 6
 
 
-SEVEN = {"Yes": -0.1, "one": -0.5, "No": -3.0}  # natural logarithms
+LIKELY = {"Yes": -0.1, "one": -0.5, "No": -3.0}  # natural logarithms
+MARKS = "<analysis>['','','']</analysis><score>[1,0,1]</score>"
 
 
 @pytest.mark.parametrize(
     ("benchmark", "file", "reply", "name"),
     [
-        ("geneval2", "geneval2/geneval2_data.jsonl", make_completion("Yes", SEVEN), "soft_tifa_gm"),
-        (
-            "unigenbench",
-            "unigenbench/test_prompts_en.csv",
-            make_completion("<analysis>['','','']</analysis><score>[1,0,1]</score>"),
-            "overall",
-        ),
+        ("geneval2", "geneval2/geneval2_data.jsonl", make_completion("Yes", LIKELY), "soft_tifa_gm"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("unigenbench", "unigenbench/test_prompts_en.csv", make_completion(MARKS), "overall"),
                 ("corebench", "corebench/R-LR.json", make_completion("yes"), "reasoning"),
                 ("longtext", "longtext/text_prompts.jsonl", make_completion("FRESH BREWS"), "overall"),
                 ("wise_verified", "wise/verified", make_completion("Score: 1"), "culture"),
@@ -259,6 +251,19 @@ def test_newer_benchmarks_are_drawn_judged_and_reported(
     asked = len(endpoint.requests)
     run_to_success("evaluate", capfd, *options, "out=one", "steps=[score,report]")
     assert (len(endpoint.requests), result("one")) == (asked, report)
+
+
+@pytest.mark.slow
+def test_texts_are_read_on_this_machine_and_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    file = locate_published("longtext/text_prompts.jsonl")
+    options = [*COMMON, "benchmark=longtext", f"benchmark.file={file}", "benchmark.limit=1", "judge=ocr", "out=one"]
+    run_to_success("evaluate", capfd, *options)
+    report = result("one")
+    assert report["protocol_fields"]["judge"] == "PP-OCR"
+    assert (report["overall"], report["pictures"], report["failed"]) == (0, 4, {})  # noise has no words
+    assert len(Path("one/longtext.judged.jsonl").read_text().splitlines()) == 4
+    text = run_to_message("evaluate", capfd, *options[:-2], "judge=template", "out=two")
+    assert "LongText-Bench needs a judge that reads text, judge=ocr, qwen or endpoint" in text
 
 
 @pytest.mark.slow  # a thousand pictures are judged

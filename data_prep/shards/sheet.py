@@ -13,6 +13,7 @@ from tbac.types import Sample
 
 SIDE = 192  # pixels of a picture on the sheet
 SHOWN = 24  # samples
+COLUMNS = 6  # pictures in a row: of edits, which mostly have one source, three
 
 
 def draw_sheet(folder: Path, path: Path, count: int = SHOWN) -> int:
@@ -31,9 +32,7 @@ def draw_sheet(folder: Path, path: Path, count: int = SHOWN) -> int:
         captions += [*(["source"] * (len(shown) - 1)), sample.text]
     if not pictures:
         return 0
-    # An edit has the same number of pictures as others mostly, so that rows begin with a source.
-    pairs = 2 if any(sample.sources for sample in samples) else 1
-    sheet = join_pictures(pictures, columns=3 * pairs, captions=captions, wrap=SIDE // 7, font_size=12)
+    sheet = join_pictures(pictures, columns=COLUMNS, captions=captions, wrap=SIDE // 7, font_size=12)
     write_whole(path, encode_png(sheet))
     return len(samples)
 

@@ -43,8 +43,13 @@ def name_point(overrides: Sequence[str], varied: Collection[str] = (), limit: in
         limit: longest name in bytes; a longer one is cut.
     """
     distinguishing = []
-    for override in sorted(overrides):
-        key = override.partition("=")[0].lstrip("+~")
+
+    def read_key(override: str) -> str:
+        return override.partition("=")[0].lstrip("+~")
+
+    # What is varied comes first, so that it isn't what a long name loses.
+    for override in sorted(overrides, key=lambda one: (read_key(one) not in varied, one)):
+        key = read_key(override)
         if key in varied or re.split(r"[./@]", key)[0] not in NOT_OF_THE_EXPERIMENT:
             distinguishing.append(override)
     whole = ",".join(distinguishing) or "default"

@@ -38,10 +38,10 @@ def test_good_shards_pass(capfd: pytest.CaptureFixture[str]) -> None:
     assert "1; most often 16 x 8 (12)" in text
     assert "| fields: image txt | 12 |" in text
     assert Image.open("out/histograms.png").width > 500
-    # A sheet of all twelve, three in a row, each with its caption.
+    # A sheet of all twelve, six in a row, each with its caption.
     sheet = Image.open("out/samples.png")
-    assert sheet.width == 3 * 192 + 4 * 4
-    assert sheet.height > 4 * 192
+    assert sheet.width == 6 * 192 + 7 * 4
+    assert sheet.height > 2 * 192
     assert "12 of the samples, sources beside targets" in text
 
 

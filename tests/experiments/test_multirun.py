@@ -53,6 +53,13 @@ def test_points_with_other_values_have_other_folders_whichever_key_they_turn(key
     assert name_point([*others, f"{key}=1"], [key.lstrip("+~")]) == name_point([f"{key}=1"], [key.lstrip("+~")])
 
 
+def test_a_long_name_begins_with_what_is_varied() -> None:
+    long = f"stage.sources=[{{path: {'x' * 200}}}]"
+    name = name_point([long, "taps=final", "seed=1", "stage.lr=1e-3"], ["taps", "seed"])
+    assert name.startswith("seed=1,taps=final,stage.lr=1e-3,stage.sources=")
+    assert len(name.encode()) <= 120
+
+
 def test_points_over_two_keys_have_different_folders() -> None:
     pairs = list(itertools.product(VALUES, VALUES))
     names = {name_point([f"init={one}", f"machine.x={other}"], ["machine.x"]) for one, other in pairs}

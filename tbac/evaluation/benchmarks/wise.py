@@ -35,6 +35,7 @@ class Edition:
         shares: category -> weight of its mean in the overall score.
         ratings: what the judge rates -> weight of the rating in the score of a picture.
         best: the best rating; the worst is 0.
+        lenient: whether any digit after a rating's name is read, and the last one counts; else the first number does.
         words: our own question, where the published one isn't given.
     """
 
@@ -44,6 +45,7 @@ class Edition:
     shares: Mapping[str, float]
     ratings: Mapping[str, float]
     best: int
+    lenient: bool
     words: str
 
     def find_category(self, number: int) -> str:
@@ -54,16 +56,14 @@ class Edition:
         """Read the ratings of a reply, as the edition's script does; None unless all are there and in range.
 
         A rating is its name, perhaps in asterisks, perhaps with a colon, and a digit. If no name is there at all, lines
-        of a digit alone are read in the order of the ratings. Of several values of one rating the last counts in the
-        first edition, where only the digit is looked at, and the first one in the verified edition, where it must stand
-        alone. The first edition's script also takes digits above 2, which no score can come from; here they are asked
-        for again.
+        of a digit alone are read in the order of the ratings. The first edition's script also takes digits above 2,
+        which no score can come from; here such a reply is asked for again.
         """
-        digit = r"(\d)" if self is LEGACY else rf"([0-{self.best}])\b"
+        digit = r"(\d)" if self.lenient else rf"([0-{self.best}])\b"
         found = re.findall(rf"\*{{0,2}}({'|'.join(self.ratings)})\*{{0,2}}\s*:?\s*{digit}", reply, re.IGNORECASE)
-        ratings = {name.lower(): int(value) for name, value in (found if self is LEGACY else found[:1])}
+        ratings = {name.lower(): int(value) for name, value in (found if self.lenient else found[:1])}
         alone = re.findall(rf"(?m)^\s*([0-{self.best}])\s*$", reply)
-        if not ratings and (len(alone) >= len(self.ratings) if self is LEGACY else len(alone) == 1):
+        if not ratings and (len(alone) >= len(self.ratings) if self.lenient else len(alone) == 1):
             ratings = dict(zip(self.ratings, map(int, alone), strict=False))
         if set(ratings) != set(self.ratings) or max(ratings.values()) > self.best:
             return None
@@ -81,6 +81,7 @@ LEGACY = Edition(
     shares={"culture": 0.4, "time": 0.167, "space": 0.133, "biology": 0.1, "physics": 0.1, "chemistry": 0.1},
     ratings={"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1},
     best=2,
+    lenient=True,
     words="""Rate a generated picture against its prompt. Prompt: \x02Prompt\x03
 What the prompt asks for, explained: \x02Explanation\x03
 Give three whole numbers from 0 (not at all) to 2 (fully), each in a line of its own and nothing else:
@@ -95,6 +96,7 @@ VERIFIED = Edition(
     shares={"culture": 0.4, "time": 0.12, "space": 0.12, "biology": 0.12, "physics": 0.12, "chemistry": 0.12},
     ratings={"score": 1.0},
     best=1,
+    lenient=False,
     words="""Does a generated picture show what its prompt means? Prompt: \x02Prompt\x03
 What the prompt means, explained: \x02Explanation\x03
 Say in one line "Score: 1" if it clearly shows that and can be judged, or "Score: 0" if not, and nothing else.""",

@@ -60,16 +60,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         `recommended` (states of -> layers, overrides, accuracy of both these and the final state), `forecast` (rule ->
         states of -> accuracy), and the numbers of captions.
     """
-    from tbac.evaluation.probing import (
-        choose_layers,
-        forecast,
-        join,
-        make_tasks,
-        measure_mean,
-        probe_layers,
-        read_states,
-        recommend,
-    )
+    from tbac.evaluation.probing import Probe, make_tasks, read_states, recommend
     from tbac.models.taps import resolve_taps
 
     # What the user gave is checked before a weight is read.
@@ -80,24 +71,24 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     num_layers, num_blocks = model.mllm.num_layers, model.denoiser.num_blocks
     plans = {rule: resolve_taps(config.taps, num_layers, num_blocks) for rule, config in rules.items()}
     states = read_states(model, [caption.text for caption in captions], cfg.batch_size)
-    # Taps are chosen by one half of the tested captions, and measured by the other.
-    choosing, judging = make_tasks(captions, 0), make_tasks(captions, 1)
     report: dict[str, Any] = {
         "captions": {split: sum(c.split == split for c in captions) for split in ("train", "seen", "unseen")},
         "chance": {task.concept: 1 / len(set(task.labels[task.train])) for task in tasks},
         "accuracy": {}, "recommended": {}, "forecast": {rule: {} for rule in plans},
     }  # fmt: skip
     for source, read in states.items():
-        report["accuracy"][source] = probe_layers(read, tasks)
-        layers = choose_layers(read, choosing, cfg.most_layers)
+        probe = Probe(read, tasks)
+        report["accuracy"][source] = probe.measure_layers()
+        # Taps are chosen by one half of the tested captions, and measured by the other.
+        layers = probe.choose_layers(cfg.most_layers, half=0)
         report["recommended"][source] = {
             "layers": layers,
             "taps": recommend(layers, num_layers),
-            "accuracy": measure_mean(join(read, layers), judging),
-            "final": measure_mean(read[-1], judging),
+            "accuracy": probe.measure_mean(layers, half=1),
+            "final": probe.measure_mean([num_layers], half=1),
         }
         for rule, plan in plans.items():
-            report["forecast"][rule][source] = forecast(read, plan, lambda features: measure_mean(features, judging))
+            report["forecast"][rule][source] = probe.forecast(plan, half=1)
     report["reads"] = "prompt" if model.ladder.prompt_layers else "queries"
     return report
 

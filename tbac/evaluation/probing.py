@@ -9,7 +9,7 @@ Each token is divided by its root mean square before the mean is taken, as with 
 counts for more because its numbers are larger.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +61,11 @@ def read_states(model: UniImage, texts: Sequence[str], batch_size: int = 32) -> 
 
 @dataclass(frozen=True)
 class Task:
-    """A concept to be read, in one set of captions.
+    """A concept to be read.
 
     Attributes:
         concept: its name.
-        labels: class of each caption that is learnt from or tested.
+        labels: class of each caption; of those that say nothing about the concept, nothing.
         train: places of the captions to learn from.
         tests: set of captions (`seen`, `unseen`) -> places of those to be tested.
     """
@@ -75,28 +75,34 @@ class Task:
     train: np.ndarray
     tests: Mapping[str, np.ndarray]
 
-    def measure(self, features: np.ndarray) -> dict[str, float]:
-        """Fit on features (caption, channel), and measure the accuracy in each tested set.
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Fit on features (caption, channel), and predict the class of every caption.
 
-        A class counts as much as any other, however many captions it has, so that guessing gives one over their number.
+        A class counts as much as any other, however many captions it has.
         """
         classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES, class_weight="balanced"))
         classifier.fit(features[self.train], self.labels[self.train])
+        return classifier.predict(features)
+
+    def measure(self, predicted: np.ndarray, half: int | None = None) -> dict[str, float]:
+        """Measure the accuracy in each tested set: the mean over classes, so that guessing gives one over their number.
+
+        Args:
+            predicted: class of each caption.
+            half: 0 or 1 looks at every second caption of each set: a choice that is made by one half is measured by the
+                other. None looks at all.
+        """
         accuracies = {}
-        for name, places in self.tests.items():
-            right = classifier.predict(features[places]) == self.labels[places]
-            classes = np.unique(self.labels[places])
-            accuracies[name] = float(np.mean([right[self.labels[places] == one].mean() for one in classes]))
+        for name, tested in self.tests.items():
+            places = tested if half is None else tested[half::2]
+            right = predicted[places] == self.labels[places]
+            by_class = [right[self.labels[places] == one].mean() for one in np.unique(self.labels[places])]
+            accuracies[name] = float(np.mean(by_class)) if by_class else float("nan")
         return accuracies
 
 
-def make_tasks(captions: Sequence[LabelledCaption], half: int | None = None) -> list[Task]:
+def make_tasks(captions: Sequence[LabelledCaption]) -> list[Task]:
     """Make a task for each concept of some captions.
-
-    Args:
-        captions: with labels.
-        half: 0 or 1 tests only every second caption of each set: a choice that is made on one half is measured on the
-            other. None tests all.
 
     Raises:
         ValueError: as `list_concepts` does.
@@ -108,91 +114,92 @@ def make_tasks(captions: Sequence[LabelledCaption], half: int | None = None) -> 
         for index, caption in enumerate(captions):
             if concept in caption.labels:
                 places[caption.split].append(index)
-        if half is not None:
-            places |= {name: places[name][half::2] for name in TESTED}
         tests = {name: np.array(places[name]) for name in TESTED if places[name]}
         tasks.append(Task(concept, labels, np.array(places["train"]), tests))
     return tasks
 
 
-def probe_layers(states: np.ndarray, tasks: Sequence[Task]) -> dict[str, dict[str, list[float]]]:
-    """Measure how well each concept can be read from each layer.
+class Probe:
+    """Measures what can be read from layers, and fits each set of layers only once.
 
     Args:
-        states: (layer, caption, hidden).
+        states: (layer, caption, hidden), of layers 0 (embeddings) to the final state.
         tasks: the concepts.
-
-    Returns:
-        Tested set -> concept -> accuracy at each layer.
     """
-    found: dict[str, dict[str, list[float]]] = {}
-    for task in tasks:
-        for features in states:
-            for name, accuracy in task.measure(features).items():
-                found.setdefault(name, {}).setdefault(task.concept, []).append(accuracy)
-    return found
 
+    def __init__(self, states: np.ndarray, tasks: Sequence[Task]) -> None:
+        self.states, self.tasks = states, tasks
+        self._predicted: dict[tuple[tuple[int, ...], bool], list[np.ndarray]] = {}
 
-def measure_mean(features: np.ndarray, tasks: Sequence[Task]) -> float:
-    """Measure the mean accuracy over concepts: in captions of unseen words where a concept has them, else of seen."""
-    accuracies = []
-    for task in tasks:
-        measured = task.measure(features)
-        accuracies.append(measured.get("unseen", measured.get("seen", 0.0)))
-    return float(np.mean(accuracies))
+    def _predict(self, layers: Sequence[int], mixed: bool) -> list[np.ndarray]:
+        """Predict each concept of all captions from layers that are joined along channels, or from their mean."""
+        key = tuple(sorted(set(layers))), mixed
+        if key not in self._predicted:
+            read = [self.states[layer] for layer in key[0]]
+            features = np.mean(read, axis=0) if mixed else np.concatenate(read, axis=-1)
+            self._predicted[key] = [task.predict(features) for task in self.tasks]
+        return self._predicted[key]
 
+    def measure(
+        self, layers: Sequence[int], mixed: bool = False, half: int | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Measure how well each concept can be read: concept -> tested set -> accuracy; `half` as in `Task.measure`."""
+        predicted = zip(self.tasks, self._predict(layers, mixed), strict=True)
+        return {task.concept: task.measure(classes, half) for task, classes in predicted}
 
-def join(states: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """Join layers along channels: (layer, caption, hidden) -> (caption, number of layers * hidden)."""
-    return np.concatenate([states[layer] for layer in layers], axis=-1)
+    def measure_mean(self, layers: Sequence[int], mixed: bool = False, half: int | None = None) -> float:
+        """Measure the mean accuracy over concepts: in unseen words where a concept has them, else in seen ones."""
+        by_concept = self.measure(layers, mixed, half).values()
+        return float(np.nanmean([tested.get("unseen", tested.get("seen", np.nan)) for tested in by_concept]))
 
+    def measure_layers(self) -> dict[str, dict[str, list[float]]]:
+        """Measure every layer by itself: tested set -> concept -> accuracy at each layer."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for layer in range(len(self.states)):
+            for concept, tested in self.measure([layer]).items():
+                for name, accuracy in tested.items():
+                    found.setdefault(name, {}).setdefault(concept, []).append(accuracy)
+        return found
 
-def choose_layers(states: np.ndarray, tasks: Sequence[Task], most: int = 3) -> list[int]:
-    """Choose the layers that together tell most: the best one, then whichever adds most, while it adds enough.
+    def choose_layers(self, most: int = 3, half: int | None = 0) -> list[int]:
+        """Choose the layers that together tell most: the best one, then whichever adds most, while it adds enough.
 
-    Args:
-        states: (layer, caption, hidden); layer 0, the embeddings, isn't chosen.
-        tasks: the concepts; the choice is made by their tested captions, so what it is worth has to be measured on
-            others.
-        most: how many layers at most.
+        Args:
+            most: how many layers at most; layer 0, the embeddings, isn't among them.
+            half: of the tested captions, by which they are chosen.
 
-    Returns:
-        The layers, ascending.
-    """
-    chosen: list[int] = []
-    best = 0.0
-    while len(chosen) < most:
-        candidates = [layer for layer in range(1, len(states)) if layer not in chosen]
-        worth = {layer: measure_mean(join(states, [*chosen, layer]), tasks) for layer in candidates}
-        if not worth:
-            break
-        # Of equals the deepest is taken: a state says more of its prompt the deeper it lies.
-        layer = max(candidates, key=lambda candidate: (worth[candidate], candidate))
-        if chosen and worth[layer] < best + LEAST_GAIN:
-            break
-        chosen.append(layer)
-        best = worth[layer]
-    return sorted(chosen)
+        Returns:
+            The layers, ascending.
+        """
+        chosen: list[int] = []
+        best = 0.0
+        while len(chosen) < most:
+            candidates = [layer for layer in range(1, len(self.states)) if layer not in chosen]
+            worth = {layer: self.measure_mean([*chosen, layer], half=half) for layer in candidates}
+            if not worth:
+                break
+            # Of equals the deepest is taken: a state says more of its prompt the deeper it lies.
+            layer = max(candidates, key=lambda candidate: (worth[candidate], candidate))
+            if chosen and worth[layer] < best + LEAST_GAIN:
+                break
+            chosen.append(layer)
+            best = worth[layer]
+        return sorted(chosen)
 
+    def forecast(self, plan: TapPlan, half: int | None = 1) -> float:
+        """Forecast what a tap plan is worth: the mean over blocks of what can be read of that which the block reads.
 
-def forecast(states: np.ndarray, plan: TapPlan, measure: Callable[[np.ndarray], float]) -> float:
-    """Forecast what a tap plan is worth: the mean over blocks of what can be read of that which the block reads.
+        A mix is taken as it begins, as the mean of its layers.
 
-    A mix is taken as it begins, as the mean of its layers.
-
-    Args:
-        states: (layer, caption, hidden).
-        plan: the taps.
-        measure: gives the worth of features (caption, channel), such as their mean accuracy.
-    """
-    worth: dict[tuple[int, ...], float] = {}
-    readings = plan.list_readings()
-    for reading in set(readings):
-        layers = [plan.layers[position] for position in reading]
-        mixed = plan.mixed and len(layers) > 1
-        features = states[layers].mean(axis=0) if mixed else join(states, list(dict.fromkeys(layers)))
-        worth[reading] = measure(features)
-    return float(np.mean([worth[reading] for reading in readings]))
+        Args:
+            plan: the taps.
+            half: of the tested captions, by which it is measured.
+        """
+        worth = []
+        for reading in plan.list_readings():
+            layers = [plan.layers[position] for position in reading]
+            worth.append(self.measure_mean(layers, plan.mixed and len(layers) > 1, half))
+        return float(np.mean(worth))
 
 
 def recommend(layers: Sequence[int], num_layers: int) -> str:

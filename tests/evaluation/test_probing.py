@@ -1,7 +1,6 @@
 """Probes: captions with labels, what is read from a model, and what is chosen by it."""
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +13,7 @@ from data_prep.words.captions import KIND_OF
 from data_prep.words.captions import draw_captions as draw_word_captions
 from data_prep.words.lexicon import read_lexicon
 from tbac.evaluation.captions import LabelledCaption, choose_split, list_concepts, read_table
-from tbac.evaluation.probing import (
-    choose_layers,
-    forecast,
-    join,
-    make_tasks,
-    measure_mean,
-    probe_layers,
-    read_states,
-    recommend,
-)
+from tbac.evaluation.probing import Probe, Task, make_tasks, read_states, recommend
 from tbac.models import UniImage
 from tbac.models.taps import bundle, final, last_n, learned_mix, resolve_taps
 
@@ -50,7 +40,7 @@ def draw_world(count: int = 360) -> tuple[np.ndarray, list[LabelledCaption]]:
 
 def test_what_is_planted_in_a_layer_is_found_there() -> None:
     states, captions = draw_world()
-    found = probe_layers(states, make_tasks(captions))
+    found = Probe(states, make_tasks(captions)).measure_layers()
     assert set(found) == {"seen", "unseen"}
     for concept, layer, chance in (("color", 2, 1 / 3), ("shape", 5, 1 / 2)):
         accuracies = found["unseen"][concept]
@@ -62,42 +52,52 @@ def test_what_is_planted_in_a_layer_is_found_there() -> None:
 
 def test_layers_are_chosen_that_complete_each_other_and_no_more() -> None:
     states, captions = draw_world()
-    assert choose_layers(states, make_tasks(captions, 0)) == [2, 5]
-    judging = make_tasks(captions, 1)
-    assert measure_mean(join(states, [2, 5]), judging) > 0.97
+    probe = Probe(states, make_tasks(captions))
+    assert probe.choose_layers() == [2, 5]
+    assert probe.measure_mean([2, 5], half=1) > 0.97
+    assert len(probe.choose_layers(most=1)) == 1
     only_color = [LabelledCaption(c.text, {"color": c.labels["color"]}, c.split) for c in captions]
-    assert choose_layers(states, make_tasks(only_color, 0)) == [2]
-    assert len(choose_layers(states, make_tasks(captions, 0), most=1)) == 1
+    assert Probe(states, make_tasks(only_color)).choose_layers() == [2]
 
 
 def test_a_choice_is_made_and_measured_by_different_captions() -> None:
-    _, captions = draw_world()
-    halves = [make_tasks(captions, half) for half in (0, 1)]
-    for first, second, whole in zip(*halves, make_tasks(captions), strict=True):
-        assert first.train.tolist() == second.train.tolist() == whole.train.tolist()
-        for name, places in whole.tests.items():
-            assert sorted([*first.tests[name], *second.tests[name]]) == places.tolist()
-            assert not set(first.tests[name]) & set(second.tests[name])
+    captions = [LabelledCaption(str(i), {"c": str(i % 2)}, "train" if i < 8 else "seen") for i in range(24)]
+    (task,) = make_tasks(captions)
+    predicted = task.labels.copy()
+    predicted[task.tests["seen"][0::2]] = "wrong"
+    assert [task.measure(predicted, half)["seen"] for half in (0, 1, None)] == [0.0, 1.0, 0.5]
 
 
 def test_every_class_counts_the_same() -> None:
     labels = ["red"] * 90 + ["green"] * 10
     captions = [LabelledCaption(f"{i}", {"color": c}, "train" if i % 2 else "seen") for i, c in enumerate(labels)]
     (task,) = make_tasks(captions)
-    assert task.measure(np.zeros((100, 3)))["seen"] == 0.5  # one class is always guessed
+    assert task.measure(task.predict(np.zeros((100, 3))))["seen"] == 0.5  # one class is always guessed
 
 
 def test_a_forecast_is_the_mean_over_what_blocks_read() -> None:
     states, captions = draw_world()
-    measure = partial(measure_mean, tasks=make_tasks(captions))
+    probe = Probe(states, make_tasks(captions))
     listed = resolve_taps(last_n, 6, 4)
-    expected = [measure(states[layer]) for layer in (2, 3, 4, 5)]
-    assert forecast(states, listed, measure) == pytest.approx(np.mean(expected))
+    assert probe.forecast(listed) == pytest.approx(np.mean([probe.measure_mean([k], half=1) for k in (2, 3, 4, 5)]))
     joined = resolve_taps(partial(bundle, layers=[2, 5], blocks=[0]), 6, 4)
-    expected = [measure(join(states, [2, 5])), *[measure(states[6])] * 3]
-    assert forecast(states, joined, measure) == pytest.approx(np.mean(expected))
+    expected = [probe.measure_mean([2, 5], half=1), *[probe.measure_mean([6], half=1)] * 3]
+    assert probe.forecast(joined) == pytest.approx(np.mean(expected))
     mixed = resolve_taps(partial(learned_mix, layers=[2, 5]), 6, 4)
-    assert forecast(states, mixed, measure) == pytest.approx(measure(states[[2, 5]].mean(axis=0)))
+    mean = Probe(states[[2, 5]].mean(axis=0)[None], make_tasks(captions)).measure_mean([0], half=1)
+    assert probe.forecast(mixed) == pytest.approx(mean)
+
+
+def test_a_set_of_layers_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, captions = draw_world(90)
+    fitted: list[tuple[int, ...]] = []
+    plain = Task.predict
+    monkeypatch.setattr(Task, "predict", lambda task, features: fitted.append(features.shape) or plain(task, features))
+    probe = Probe(states, make_tasks(captions))
+    probe.measure_layers()
+    assert len(fitted) == 2 * 7
+    probe.forecast(resolve_taps(last_n, 6, 4))
+    assert len(fitted) == 2 * 7
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,8 @@ def test_states_are_those_of_the_library_s_own_pass(model: UniImage) -> None:
 def test_rules_of_a_model_are_told_apart(model: UniImage) -> None:
     captions = draw_captions(0, 300)
     states = read_states(model, [caption.text for caption in captions])
-    measure = partial(measure_mean, tasks=make_tasks(captions))
-    worth = {rule: forecast(states["prompt"], resolve_taps(rule, 6, 4), measure) for rule in (final, last_n)}
-    assert all(0.2 < value <= 1 for value in worth.values())
+    probe = Probe(states["prompt"], make_tasks(captions))
+    assert all(0.2 < probe.forecast(resolve_taps(rule, 6, 4)) <= 1 for rule in (final, last_n))
 
 
 def test_captions_of_the_shapes_world_can_be_probed() -> None:
@@ -241,6 +240,5 @@ def test_captions_that_can_t_be_probed_are_named(rows: list, words: str) -> None
 def test_chance_is_a_class_of_many() -> None:
     states, captions = draw_world()
     noise = np.random.default_rng(1).normal(size=states.shape[1:])
-    assert measure_mean(noise, make_tasks(captions)) == pytest.approx((1 / 3 + 1 / 2) / 2, abs=0.15)
-    assert not math.isnan(measure_mean(noise, make_tasks(captions)))
-    assert json.dumps(probe_layers(states, make_tasks(captions)))
+    assert Probe(noise[None], make_tasks(captions)).measure_mean([0]) == pytest.approx((1 / 3 + 1 / 2) / 2, abs=0.15)
+    assert json.dumps(Probe(states, make_tasks(captions)).measure_layers())

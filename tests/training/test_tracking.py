@@ -3,16 +3,20 @@
 import contextlib
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 
 from tbac.models import UniImage
 from tbac.training.callbacks.throughput import Throughput
+from tbac.training.interruptions import INTERRUPTION
+from tbac.training.run_logger import RunLogger
 from tbac.training.system_metrics import SystemMetrics
 from tbac.training.tracking import (
     RUN_ID,
@@ -163,3 +167,19 @@ def test_a_store_whose_maker_is_killed_is_made_anew(tmp_path: Path, monkeypatch:
     assert open_store(uri).create_experiment("made") == "1"
     assert not list(tmp_path.glob("*.unfinished"))
     assert [e.name for e in open_store(uri).search_experiments(filter_string="name = 'made'")] == ["made"]
+
+
+@pytest.mark.parametrize(("received", "status"), [(signal.SIGINT, "killed"), (None, "failed")])
+def test_a_fit_that_a_signal_ends_was_killed(
+    received: signal.Signals | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends(DummyLogger):
+        said = ""
+
+        def finalize(self, status: str) -> None:
+            self.said = status
+
+    monkeypatch.setattr(INTERRUPTION, "received", received)
+    own = Ends()
+    RunLogger(own).finalize("failed")  # what Lightning says of every exception
+    assert own.said == status

@@ -6,6 +6,7 @@ python experiments/probe.py world=real captions.path=my_captions.csv
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from tbac.models.config import ModelConfig
 
 
+def compose_rule(rule: str, overrides: Sequence[str]) -> "ModelConfig":
+    """Compose the model's options with a tap rule, given as on a command line after `taps=`."""
+    cfg = compose_checked("probe", [*overrides, *shlex.split(f"taps={rule}")])
+    return make_part(cfg.model, "model")
+
+
 def compose_rules(cfg: DictConfig) -> "dict[str, ModelConfig]":
     """Compose the model's options with each of the tap rules to be forecast, and check that the rules fit its sizes.
 
@@ -30,10 +37,7 @@ def compose_rules(cfg: DictConfig) -> "dict[str, ModelConfig]":
     from tbac.models.taps import resolve_taps
 
     given = [override for override in HydraConfig.get().overrides.task if not override.startswith(("taps", "rules"))]
-    composed = {
-        rule: make_part(compose_checked("probe", [*given, *shlex.split(f"taps={rule}")]).model, "model")
-        for rule in cfg.rules
-    }
+    composed = {rule: compose_rule(rule, given) for rule in cfg.rules}
     if cfg.checkpoint is None:
         config = make_part(cfg.model, "model")
         check_config(config)

@@ -162,6 +162,7 @@ def write_adapters(saved: "SavedModel", folder: str | Path) -> None:
     if not has_adapters(saved.config):
         raise ValueError(f"{saved.origin} has no adapters: it was trained without model.lora.rank")
     matrices = sorted({name.split(".lora_")[0] for name in adapters})
+    assert lora.rank is not None
     metadata = {"r": lora.rank, "lora_alpha": lora.scale * lora.rank, "target_modules": matrices}
     SanaLoraLoaderMixin.save_lora_weights(
         folder, transformer_lora_layers=adapters, transformer_lora_adapter_metadata=metadata

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,18 @@ log = logging.getLogger(__name__)
 TRAIN = Path(__file__).parent / "train.py"
 
 
+def build_world(name: str, cfg: DictConfig) -> None:
+    """Build one of the offline worlds; what that takes is imported only then."""
+    if name == "shapes":
+        from data_prep.shapes import parts as shapes
+
+        shapes.build_world(cfg)
+    else:
+        from data_prep.words import parts as words
+
+        words.build_world(cfg)
+
+
 def build_world_if_missing(cfg: DictConfig) -> None:
     """Build the offline world that the sweep trains on if it is missing, so that a sweep runs in a fresh clone."""
     mllm = Path(compose_checked("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm)
@@ -31,7 +42,7 @@ def build_world_if_missing(cfg: DictConfig) -> None:
         world = compose_checked(name, options)
         if Path(world.out) in mllm.parents and not mllm.is_dir():
             log.info("%s trains on the world data_prep/%s, which is built first", cfg.name, name)
-            import_module(f"data_prep.{name}.parts").build_world(world)
+            build_world(name, world)
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:

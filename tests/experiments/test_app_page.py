@@ -120,7 +120,7 @@ def test_norms_and_plots(studio: Studio) -> None:
 
 
 def test_mixed_taps_are_named_by_their_blocks(in_world: Path) -> None:
-    assert list_taps(load_small_model(in_world, "taps=learned_mix"))[0] == "block 0: mix"
+    assert list_taps(load_small_model(in_world, "taps=learned_mix"))[0] == "block 0: mix of 2..5"
 
 
 def test_two_models_draw_from_the_same_noise(studio: Studio, model: UniImage, tmp_path: Path) -> None:

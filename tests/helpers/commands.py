@@ -1,6 +1,7 @@
 """Runs the commands in the process of the test."""
 
 import importlib
+import logging
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tu
     Returns:
         its exit status, and all that it printed.
     """
+    forget_closed_streams()
     module = importlib.import_module(name if name.startswith("data_prep.") else f"experiments.{name}")
     GlobalHydra.instance().clear()
     argv, sys.argv = sys.argv, [f"{name}.py", *arguments]
@@ -33,6 +35,14 @@ def run_app(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> tu
         GlobalHydra.instance().clear()
     captured = capfd.readouterr()
     return status, captured.out + captured.err
+
+
+def forget_closed_streams() -> None:
+    """Remove the logging handlers that commands of earlier tests have left, whose captured streams are closed now."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if getattr(getattr(handler, "stream", None), "closed", False):
+            root.removeHandler(handler)
 
 
 def run_to_message(name: str, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:

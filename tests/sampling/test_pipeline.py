@@ -128,7 +128,7 @@ def test_a_picture_s_keys_and_values_are_made_once(
     monkeypatch.setattr(
         model.mllm,
         "read_prefix",
-        lambda inputs, depth: (read.append(len(inputs["input_ids"])), original(inputs, depth))[1],
+        lambda inputs, *how: (read.append(len(inputs["input_ids"])), original(inputs, *how))[1],
     )
     latents_of(pipeline, PROMPTS, num_inference_steps=5, num_images_per_prompt=2)
     assert read == [4]  # three prompts, and one negative prompt for all of them

@@ -134,7 +134,8 @@ class LiveLine:
         self.progress.start()
         self._task = self.progress.add_task("", total=1, words="")
         # Handlers have noted the streams of before, which the live line has taken the place of.
-        self._handlers = [h for h in logging.getLogger().handlers if type(h) is logging.StreamHandler]
+        plain = [h for h in logging.getLogger().handlers if type(h) is logging.StreamHandler]
+        self._handlers = [h for h in plain if not getattr(h.stream, "closed", False)]
         self._streams = [handler.setStream(sys.stderr) for handler in self._handlers]
 
     def show(self, name: str, step: int, total: int, words: Sequence[str]) -> None:

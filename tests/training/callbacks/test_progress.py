@@ -51,10 +51,13 @@ class Terminal(io.StringIO):
 def test_a_terminal_has_a_live_line_and_what_is_logged_scrolls_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    handler = logging.StreamHandler(stream)
-    logging.getLogger().addHandler(handler)
+    handler, gone = logging.StreamHandler(stream), logging.StreamHandler(io.StringIO())
+    gone.stream.close()  # as that of a pipe whose reader has gone
+    for one in (gone, handler):
+        logging.getLogger().addHandler(one)
     try:
         line = LiveLine(stream)
+        logging.getLogger().removeHandler(gone)
         assert isinstance(line.progress, Progress)
         line.show("finetune", 3, 12, ["0:01:00 left", "loss 0.1"])
         line.progress.refresh()
@@ -62,7 +65,8 @@ def test_a_terminal_has_a_live_line_and_what_is_logged_scrolls_above_it(monkeypa
         line.stop()
         assert handler.stream is stream
     finally:
-        logging.getLogger().removeHandler(handler)
+        for one in (gone, handler):
+            logging.getLogger().removeHandler(one)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "finetune" in shown
     assert "3/12  0:01:00 left  loss 0.1" in shown

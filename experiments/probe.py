@@ -6,6 +6,7 @@ python experiments/probe.py world=real captions.path=my_captions.csv
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     plans = {rule: resolve_taps(config.taps, num_layers, num_blocks) for rule, config in rules.items()}
     states = read_states(model, [caption.text for caption in captions], cfg.batch_size)
     report: dict[str, Any] = {
-        "captions": {split: sum(c.split == split for c in captions) for split in ("train", "seen", "unseen")},
+        "captions": {"train": 0, "seen": 0, "unseen": 0, **Counter(caption.split for caption in captions)},
         "chance": {task.concept: 1 / len(set(task.labels[task.train])) for task in tasks},
         "accuracy": {}, "recommended": {}, "forecast": {rule: {} for rule in plans},
     }  # fmt: skip
@@ -97,21 +98,30 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     return report
 
 
+def find_best(accuracies: Sequence[float]) -> int:
+    """Find the layer of the highest accuracy; of equals the deepest."""
+    return max(range(len(accuracies)), key=lambda layer: (accuracies[layer], layer))
+
+
 def format_report(report: dict[str, Any]) -> str:
     """Format the report: for each concept where it is read best, then the forecasts of the rules."""
     rows = []
     for source, tested in report["accuracy"].items():
         for name, concepts in tested.items():
             for concept, values in concepts.items():
-                best = max(range(len(values)), key=lambda layer: (values[layer], layer))
+                best = find_best(values)
                 chance = f"{report['chance'][concept]:.2f}"
                 rows.append([f"{concept}, {name}", source, best, f"{values[best]:.3f}", f"{values[-1]:.3f}", chance])
     header = ["concept, captions", "states of", "best layer", "there", "final state", "chance"]
     text = [format_table(header, rows)]
-    rows = [[rule, *(f"{value:.3f}" for value in found.values())] for rule, found in report["forecast"].items()]
+    # What was chosen for one kind of states is measured by these alone.
+    worth = dict(report["forecast"])
     for source, found in report["recommended"].items():
-        rows.append([f"chosen for {source}: {found['taps']}", *("" for _ in report["recommended"])])
-        rows[-1][1 + list(report["recommended"]).index(source)] = f"{found['accuracy']:.3f}"
+        worth[f"chosen for {source}: {found['taps']}"] = {source: found["accuracy"]}
+    rows = []
+    for taps, values in worth.items():
+        cells = [f"{values[source]:.3f}" if source in values else "" for source in report["accuracy"]]
+        rows.append([taps, *cells])
     text.append(format_table(["taps", *(f"forecast, {source}" for source in report["accuracy"])], rows))
     return "\n\n".join(text)
 
@@ -131,8 +141,7 @@ def plot_accuracies(report: dict[str, Any], file: Path) -> None:
         panel.set_title(f"states of {source}")
         figure.colorbar(shown, ax=panel, label="accuracy")
         for row, accuracies in enumerate(values):
-            best = max(range(len(accuracies)), key=lambda layer: (accuracies[layer], layer))
-            panel.text(best, row, "×", ha="center", va="center", color="red")
+            panel.text(find_best(accuracies), row, "×", ha="center", va="center", color="red")
     panels[-1].set_xlabel("layer (0 = embeddings, the last is the final state; × = best)")
     figure.savefig(file, dpi=110)
 

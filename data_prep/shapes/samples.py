@@ -1,7 +1,7 @@
 """Writes the samples of the shapes world: training sets of the three stages, and the files of its benchmarks."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -137,6 +137,22 @@ def make_edit_samples(prefix: str, edits: Iterator[Edit], encode: Encode) -> Ite
             index += 1
 
 
+def write_both_splits(
+    folder: Path, train: Iterator[Any], val: Iterator[Any], sizes: Any, facts: Mapping[str, Any]
+) -> None:
+    """Write the shards of a training set, and the one shard of its validation set.
+
+    Args:
+        folder: of both.
+        train: samples to train on.
+        val: samples to validate with.
+        sizes: with `samples_per_shard` and `val`.
+        facts: more fields of the manifest.
+    """
+    write_shards(folder, "train", train, sizes.samples_per_shard, facts)
+    write_shards(folder, "val", val, sizes.val, facts)
+
+
 def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_digest: str) -> None:
     """Write the shards of the three stages: `t2i`, `edit`, and the curated `finetune_t2i` and `finetune_edit`."""
     sizes = world.sizes
@@ -146,12 +162,12 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
     val_edits = world.val_edits[: sizes.val]
     for name, count in (("t2i", sizes.t2i), ("finetune_t2i", sizes.curated)):
         drawn = ((sample_caption(r, s), s) for r, s in islice(world.draw_training_scenes(name), count))
-        write_shards(out / name, "train", make_t2i_samples(name, drawn, encode), sizes.samples_per_shard, facts)
-        write_shards(out / name, "val", make_t2i_samples(f"{name}_val", iter(val_t2i), encode), sizes.val, facts)
+        samples = make_t2i_samples(name, drawn, encode), make_t2i_samples(f"{name}_val", iter(val_t2i), encode)
+        write_both_splits(out / name, *samples, sizes, facts)
     for name, count in (("edit", sizes.edit), ("finetune_edit", sizes.curated)):
         edits = islice(world.draw_training_edits(name), count)
-        write_shards(out / name, "train", make_edit_samples(name, edits, encode), sizes.samples_per_shard, facts)
-        write_shards(out / name, "val", make_edit_samples(f"{name}_val", iter(val_edits), encode), sizes.val, facts)
+        samples = make_edit_samples(name, edits, encode), make_edit_samples(f"{name}_val", iter(val_edits), encode)
+        write_both_splits(out / name, *samples, sizes, facts)
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from data_prep.shapes.samples import (
     Encode,
     make_edit_samples,
     make_t2i_samples,
+    write_both_splits,
     write_edits,
     write_questions,
     write_rows,
     write_world_file,
 )
 from data_prep.shapes.scene import Scene, draw_crowded_scene, sample_scene
-from data_prep.shards.writer import write_shards
 from data_prep.words.lexicon import Lexicon
 from data_prep.words.speech import Habits, Speaker
 from data_prep.words.suites import PLAIN, SUITES, sample_suite
@@ -124,12 +124,10 @@ def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_dig
     for name, count in (("t2i", sizes.t2i), ("finetune_t2i", sizes.curated)):
         train, val = world.draw_captions(name), world.draw_captions("val", held_out=True)
         samples = make_t2i_samples(name, islice(train, count), encode)
-        write_shards(out / name, "train", samples, sizes.samples_per_shard, facts)
-        samples = make_t2i_samples(f"{name}_val", islice(val, sizes.val), encode)
-        write_shards(out / name, "val", samples, sizes.val, facts)
+        val_samples = make_t2i_samples(f"{name}_val", islice(val, sizes.val), encode)
+        write_both_splits(out / name, samples, val_samples, sizes, facts)
     for name, count in (("edit", sizes.edit), ("finetune_edit", sizes.curated)):
         edits, val_edits = world.draw_instructions(name), world.draw_instructions("val edits", held_out=True)
         samples = make_edit_samples(name, islice(edits, count), encode)
-        write_shards(out / name, "train", samples, sizes.samples_per_shard, facts)
-        samples = make_edit_samples(f"{name}_val", islice(val_edits, sizes.val), encode)
-        write_shards(out / name, "val", samples, sizes.val, facts)
+        val_samples = make_edit_samples(f"{name}_val", islice(val_edits, sizes.val), encode)
+        write_both_splits(out / name, samples, val_samples, sizes, facts)

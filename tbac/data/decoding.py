@@ -1,7 +1,8 @@
 """Decodes raw WebDataset samples into `Sample`s, and refuses whatever can't be decoded completely."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -91,6 +92,17 @@ def find_image(raw: Mapping[str, Any], name: str) -> tuple[str, bytes] | None:
     return None
 
 
+@contextmanager
+def refusing_unreadable() -> Iterator[None]:
+    """Turn whatever else a parser raises for the bytes of one sample into a refusal of this sample alone."""
+    try:
+        yield
+    except CorruptSampleError:
+        raise
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"it can't be decoded ({describe_error(error)})", "unreadable sample") from None
+
+
 def decode_sample(
     raw: Mapping[str, Any],
     use_latents: bool = True,
@@ -109,13 +121,8 @@ def decode_sample(
     Raises:
         CorruptSampleError: when a part is missing or unreadable.
     """
-    try:
+    with refusing_unreadable():
         return _decode_fields(raw, use_latents, size, reducing_gap)
-    except CorruptSampleError:
-        raise
-    # Whatever else a parser raises for the bytes of one sample is about this sample alone.
-    except UNREADABLE as error:
-        raise CorruptSampleError(f"it can't be decoded ({describe_error(error)})", "unreadable sample") from None
 
 
 def _decode_fields(
@@ -156,7 +163,7 @@ def decode_picture_alone(
     Raises:
         CorruptSampleError: when there is no picture, only latents of one, or it is unreadable.
     """
-    try:
+    with refusing_unreadable():
         names = [""] if find_image(raw, "") else ["target", *list_source_names(raw)]
         pictures = {name: found for name in names if (found := find_image(raw, name))}
         if not pictures:
@@ -172,10 +179,6 @@ def decode_picture_alone(
         latents = None if packed is None else decode_latents(packed)
         target = picture if packed is None else None
         return Sample(raw["__key__"], "", [picture], target, latents, raw.get("__url__", ""), reconstructs=True)
-    except CorruptSampleError:
-        raise
-    except UNREADABLE as error:
-        raise CorruptSampleError(f"it can't be decoded ({describe_error(error)})", "unreadable sample") from None
 
 
 def list_source_names(raw: Mapping[str, Any]) -> list[str]:

@@ -64,12 +64,11 @@ def add_adapters(transformer: "SanaTransformer2DModel", options: LoraOptions, dt
 
     Args:
         transformer: with its weights, or on the meta device.
-        options: which matrices, and of which rank.
+        options: which matrices, and of which rank; `check_targets` has passed them.
         dtype: type of the frozen weights; adapters are float32.
     """
     from peft import LoraConfig
 
-    check_targets(options, transformer)
     transformer.to(dtype)
     targets = [name for name in list_matrices(transformer) if name.endswith(tuple(f".{t}" for t in options.targets))]
     assert options.rank is not None

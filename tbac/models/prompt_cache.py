@@ -15,6 +15,7 @@ Nothing of a prompt depends on what trains, so its keys, values, next position a
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -101,7 +102,7 @@ class Waiting:
     inputs: tuple[Any, Any]
 
 
-class PromptCache:
+class PromptCache(ABC):
     """What both kinds of cache share: they stand in the place of `model.prompt`, and give the prefix of a batch.
 
     Args:
@@ -119,12 +120,13 @@ class PromptCache:
         self.depth, self.layers = depth, tuple(layers)
         self.computed = 0  # entries that weren't kept, and were computed in this process
 
+    @abstractmethod
     def __call__(
         self, texts: Sequence[str], images: ImageGroups | None = None, reference_size: tuple[int, int] | None = None
     ) -> CachedInputs:
         """Build the inputs of a batch out of what is kept; arguments as of `PromptProcessor`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_prefix(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> Prefix:
         """Return what the query pass reads of a batch; what wasn't kept is computed and kept.
 
@@ -132,7 +134,6 @@ class PromptCache:
             inputs: what this object made, on the model's device.
             mllm: computes what is missing.
         """
-        raise NotImplementedError
 
     def complete(self, inputs: Mapping[str, Any], mllm: FrozenMLLM) -> list[Entry]:
         """Return the entries of a batch, and compute and keep those that were waiting."""
@@ -156,18 +157,18 @@ class PromptCache:
         self.store.write(waiting.key, self.merge(kept, entry))
         return entry
 
+    @abstractmethod
     def compute(self, waiting: Waiting, mllm: FrozenMLLM) -> Entry:
         """Compute one entry, alone; its tensors are on the CPU."""
-        raise NotImplementedError
 
     def look_up(self, key: str) -> Entry | None:
         """Return an entry that a loader process can see, if it has all that is read."""
         entry = self.store.read(key) if self.store.shared else None
         return entry if entry is not None and self.serves(entry) else None
 
+    @abstractmethod
     def serves(self, entry: Entry) -> bool:
         """Whether an entry holds all that this model reads."""
-        raise NotImplementedError
 
     def merge(self, kept: Entry | None, entry: Entry) -> Entry:
         """Join what was kept, and didn't serve, with what was computed in its place."""

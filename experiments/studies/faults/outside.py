@@ -70,14 +70,19 @@ def train_with_logger(faults: "Faults", name: str, title: str, store: str, **opt
     return run, Row(title, ENDS, ours, say_yes_or_no(equal), samples, equal and samples == NONE)
 
 
-def logger_down(faults: "Faults") -> Row:
-    run, row = train_with_logger(faults, "logger_down", "MLflow's server is down", "http://127.0.0.1:9")
-    store = faults.root / "logger_down.db"
-    again = faults.train("logger_down", *log_to(f"sqlite:///{store}"))
+def send_later(faults: "Faults", run: Run, row: Row, store: Path) -> Row:
+    """Start a run again whose records couldn't be sent, now that its store is there, and see that all have come."""
+    again = faults.train(run.folder.name, *log_to(f"sqlite:///{store}"))
     sent = list_logged_steps(store)
     ours = f"{row.ours}, which sent {len(sent)} of 24 steps"
     holds = row.holds and again.status == 0 and len(sent) == 24 and not (run.folder / UNSENT).exists()
     return replace(row, ours=ours, holds=holds)
+
+
+def logger_down(faults: "Faults") -> Row:
+    run, row = train_with_logger(faults, "logger_down", "MLflow's server is down", "http://127.0.0.1:9")
+    store = faults.root / "logger_down.db"
+    return send_later(faults, run, row, store)
 
 
 def logger_deleted(faults: "Faults") -> Row:
@@ -99,11 +104,7 @@ def logger_locked(faults: "Faults") -> Row:
         run, row = train_with_logger(faults, "logger_locked", title, f"sqlite:///{store}")
         held.rollback()
         held.execute("DROP TABLE t")
-    again = faults.train("logger_locked", *log_to(f"sqlite:///{store}"))
-    sent = list_logged_steps(store)
-    ours = f"{row.ours}, which sent {len(sent)} of 24 steps"
-    holds = row.holds and again.status == 0 and len(sent) == 24 and not (run.folder / UNSENT).exists()
-    return replace(row, ours=ours, holds=holds)
+    return send_later(faults, run, row, store)
 
 
 def logger_full(faults: "Faults") -> Row:

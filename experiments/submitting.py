@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from experiments.budget import build_on_meta, plan_run
 from experiments.slurm import Job, copy_code, show_script, submit
 from experiments.stage_configs import OF_THE_RELEASE
-from experiments.training_run import check_without_model, find_init
+from experiments.starting import find_init
+from experiments.training_run import check_without_model
 from tbac.app import compose_checked, get_run_folder, quote, record_config, to_plain
 from tbac.data.datamodule import StagedDataModule
 from tbac.models.saved import read_checkpoint

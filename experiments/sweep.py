@@ -83,14 +83,15 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
 def choose_scoring(cfg: DictConfig) -> DictConfig:
     """Compose the command's config again with the scoring of the sweep's world, unless the user has chosen one.
 
-    What the user gave wins over what the scoring says.
+    A scoring that is named by world and stage comes before that of the world. What the user gave wins over what the
+    scoring says.
     """
-    train = compose("train", [f"sweep={cfg.name}", "run_dir=."], return_hydra_config=True)
-    world = train.hydra.runtime.choices["world"]
+    chosen = compose("train", [f"sweep={cfg.name}", "run_dir=."], return_hydra_config=True).hydra.runtime.choices
     known = GlobalHydra.instance().config_loader().get_group_options("scoring")
-    if HydraConfig.get().runtime.choices.get("scoring") or world not in known:
+    fitting = [name for name in (f"{chosen['world']}_{chosen['stage']}", chosen["world"]) if name in known]
+    if HydraConfig.get().runtime.choices.get("scoring") or not fitting:
         return cfg
-    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={world}"])
+    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={fitting[0]}"])
 
 
 @command("sweep")

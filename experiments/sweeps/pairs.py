@@ -9,7 +9,8 @@ from scipy.stats import t as student
 from experiments.reports import format_table
 from experiments.sweeps.points import Point
 
-BASELINES = {"taps": "final", "experiment": "as_released"}  # key of a sweep -> value that others are compared with
+# Key of a sweep, and the value that others are compared with.
+BASELINES = (("taps", "final"), ("experiment", "as_released"), ("experiment", "ladder/final"))
 SIZES = (0.05, 0.02)  # differences of a score for which the report says how many seeds tell them
 MOST_SEEDS = 1000
 
@@ -53,7 +54,7 @@ class Comparison:
 
 def find_baseline(points: Sequence[Point]) -> tuple[str, str] | None:
     """Find the key and the value that the others are compared with; None where the sweep has none of `BASELINES`."""
-    for key, value in BASELINES.items():
+    for key, value in BASELINES:
         if any(point.choices.get(key) == value for point in points):
             return key, value
     return None

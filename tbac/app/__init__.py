@@ -1,8 +1,9 @@
 """What the commands share: options and their check, messages for users, run folders, sweeps, opening a model.
 
 Every command imports this first. It imports neither torch nor a model library at the top, so that `--help` and a
-mistake in the config are answered at once. `kinds.py` has the kinds of values, `parts.py` and `options.py` what each
-option accepts.
+mistake in the config are answered at once. `kinds.py` has the kinds of values, `groups.py` what a group of conf/ may
+hold; `parts.py` (of training), `machine_parts.py`, `scoring_parts.py`, `dataset_parts.py` and, for each command,
+`options.py` say what each option accepts.
 """
 
 from tbac.app.arguments import quote

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from tbac.app.making import make_part
-from tbac.models.config import check_precision
+from tbac.models.checks import check_precision
 
 if TYPE_CHECKING:
     import torch

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from tbac.app.dataset_parts import CONVERSION, DATASET, PRETRAINING, RECIPE, SCENES, SIZES, VISION_RECIPE, WORD_SIZES
+from tbac.app.groups import DEVICE, NAMES_TO_LISTS, PROBABILITY, Fields, Part, Parts, counts
 from tbac.app.kinds import (
     Kind,
     anything,
@@ -29,39 +31,10 @@ from tbac.app.kinds import (
     unique,
     whole,
 )  # fmt: skip
-from tbac.app.parts import (
-    BENCHMARK,
-    CALLBACKS,
-    CAPTIONS,
-    CONVERSION,
-    DATA,
-    DATASET,
-    DEVICE,
-    FLOW,
-    GUARD,
-    JUDGE,
-    LOGGER,
-    MACHINE,
-    NAMES_TO_LISTS,
-    OPTIM,
-    PRECISION,
-    PRETRAINING,
-    PROBABILITY,
-    PROMPT_CACHE,
-    RECIPE,
-    SCENES,
-    SCHEDULE,
-    SIZES,
-    STAGE,
-    TRAINER,
-    VISION_RECIPE,
-    WORD_SIZES,
-    Fields,
-    Part,
-    Parts,
-    counts,
-)  # fmt: skip
-from tbac.models.config import DTYPE_NAMES, QUANTIZATIONS
+from tbac.app.machine_parts import MACHINE, PRECISION, TRAINER
+from tbac.app.parts import CALLBACKS, DATA, FLOW, GUARD, LOGGER, OPTIM, PROMPT_CACHE, SCHEDULE, STAGE
+from tbac.app.scoring_parts import BENCHMARK, CAPTIONS, JUDGE
+from tbac.models.checks import DTYPE_NAMES, QUANTIZATIONS
 
 CHOSEN_LATER = ("dataset",)  # the command itself names those that there are
 OVERRIDES = list_of(text())

@@ -10,8 +10,8 @@ from tbac.data.datamodule import ShardDataModule
 from tbac.data.decoding import CorruptSampleError, decode_sample
 from tbac.data.tars import TarReader
 from tbac.data.transforms import ConditionDropout
+from tbac.models.kept_prompts import PromptCache
 from tbac.models.mllm import FrozenMLLM
-from tbac.models.prompt_cache import PromptCache
 
 log = logging.getLogger(__name__)
 TELL_EVERY_S = 30.0

@@ -18,8 +18,8 @@ from experiments.speed.measure import MIB, Memory, in_child, interleaved, status
 from experiments.speed.training import OURS, Side, autocast, make_model, targets
 from tbac.models import UniImage
 from tbac.models.kept import FileStore, MemoryStore
+from tbac.models.kept_prompts import FEATURES, GRID, KeptPrompts, PromptCache
 from tbac.models.prompt import PromptInputs
-from tbac.models.prompt_cache import FEATURES, GRID, KeptPrompts, PromptCache
 
 RUN, MEMORY, FILES, IMAGES = "prompts run", "kept in memory", "kept in files", "images kept in files"
 LIMIT = 1e-5  # relative difference of losses in float32

@@ -23,7 +23,7 @@ from tbac.evaluation.benchmarks.in_memory import score_in_memory
 from tbac.files import ForeignFileError, read_json, write_whole
 from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
-from tbac.models.config import check_plain
+from tbac.models.checks import check_plain
 from tbac.models.saved import FACTS, read_checkpoint
 from tbac.pictures import PictureError, open_picture
 from tbac.sampling.grid import encode_png

@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLConfig
 
 from tbac.files import ForeignFileError, reading, shorten
 from tbac.flow import NUM_TIMESTEPS
-from tbac.models.config import ArchitectureConfig, ModelConfig, check_keys, check_scheduler
+from tbac.models.checks import check_keys, check_scheduler
+from tbac.models.config import ArchitectureConfig, ModelConfig
 from tbac.models.mllm import check_mllm
 from tbac.models.sources import HubUnreachableError, read_config
 from tbac.models.taps import TapPlan, resolve_taps

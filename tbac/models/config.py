@@ -12,21 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from tbac.files import ForeignFileError, reading, shorten
+from tbac.files import ForeignFileError, reading
+from tbac.models.checks import (
+    check_flag,
+    check_keys,
+    check_plain,
+    check_precision,
+    check_scheduler,
+    check_text,
+    check_whole,
+    is_number,
+)
 from tbac.models.taps import TapPlan, TapRule, last_n
 
 TAP_NORMS = ("none", "rms", "layer")
 CONNECTORS = ("shared_mlp", "per_tap_mlp", "transformer")
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("nf4", "int8")
-SCHEDULERS = (  # of diffusers: those that can follow a flow
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-)
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
@@ -35,77 +35,9 @@ FIXED_IN_TRAINING = (
     "taps", "ladder", "num_queries", "query_phrases", "quantization", "lora", "reference_latents", "random_init",
     "seed",
 )  # fmt: skip
-LARGEST_WHOLE = 2**63  # the integers of torch end before it
 LARGEST_STD = 1e6  # a larger one can only be a mistake
 BEHAVIOUR = ("image_pixels", "max_text_tokens", "system_prompt", "reference_latents", "spell_words")
 Connector = Callable[..., Any]  # (num_taps, hidden_size, channels) -> nn.Module; `tbac.models.ladder` says more
-
-
-def _is_whole(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < LARGEST_WHOLE
-
-
-def _check_whole(name: str, value: Any, minimum: int) -> None:
-    if not _is_whole(value, minimum):
-        raise ValueError(f"{name} must be at least {minimum}, a whole number; got {value!r}")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a text, got {value!r}")
-
-
-def check_precision(prefix: str, dtype: Any, quantization: Any) -> None:
-    """Raise ValueError for an unknown type or quantisation; `prefix` stands before the options' names in messages."""
-    if dtype not in DTYPE_NAMES:
-        raise ValueError(f"{prefix}dtype must be one of {', '.join(DTYPE_NAMES)}; got {dtype!r}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"{prefix}quantization must be null, {' or '.join(QUANTIZATIONS)}; got {quantization!r}")
-
-
-def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a scheduler config that names a class outside the fixed list."""
-    name = config.get("_class_name")
-    if name not in SCHEDULERS:
-        raise ValueError(
-            f"the scheduler config names the class {name!r}; it must be one of diffusers' {', '.join(SCHEDULERS)}"
-        )
-
-
-def check_plain(values: Any, place: str) -> None:
-    """Raise ValueError when a config from a file isn't plain data, or names something to be imported or called.
-
-    Args:
-        values: the config, or a part of it.
-        place: dotted name of `values`, for the message.
-    """
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            if key == "_target_":
-                raise ValueError(
-                    f"{place} names _target_={value!r}; a config in a file is data, and nothing that it names is "
-                    "imported or called"
-                )
-            check_plain(value, f"{place}.{key}")
-    elif isinstance(values, list | tuple):
-        for index, value in enumerate(values):
-            check_plain(value, f"{place}[{index}]")
-    elif not isinstance(values, str | int | float | None):
-        raise ValueError(f"{place} must be plain data, such as a text or a number; got {shorten(values)}")
-
-
-def check_keys(values: Any, accepted: Sequence[str], place: str) -> None:
-    """Raise ValueError unless `values` is a mapping with none but the accepted keys."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{place} must be a mapping, got {values!r}")
-    unknown = sorted(str(key) for key in values if key not in accepted)
-    if unknown:
-        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; it may have {', '.join(accepted)}")
 
 
 def name_connector(connector: str | Connector) -> str:
@@ -148,14 +80,13 @@ class LadderConfig:
                 f"ladder.connector must be one of {', '.join(CONNECTORS)}; got {self.connector!r} (a connector of "
                 "your own is given by _target_, with _partial_: true)"
             )
-        _check_whole("ladder.num_layers", self.num_layers, 1)
-        _check_whole("ladder.num_heads", self.num_heads, 1)
-        is_number = isinstance(self.query_std, int | float) and not isinstance(self.query_std, bool)
-        if not is_number or not 0 <= self.query_std <= LARGEST_STD:
+        check_whole("ladder.num_layers", self.num_layers, 1)
+        check_whole("ladder.num_heads", self.num_heads, 1)
+        if not is_number(self.query_std) or not 0 <= self.query_std <= LARGEST_STD:
             raise ValueError(f"ladder.query_std must be between 0 and {LARGEST_STD:g}, got {self.query_std!r}")
         if self.tap_norm not in TAP_NORMS:
             raise ValueError(f"ladder.tap_norm must be one of {', '.join(TAP_NORMS)}; got {self.tap_norm!r}")
-        _check_flag("ladder.prompt_context", self.prompt_context)
+        check_flag("ladder.prompt_context", self.prompt_context)
         if self.connector == "transformer":
             self.check_prompt_context(per_token=False)
 
@@ -234,9 +165,8 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if self.rank is not None:
-            _check_whole("model.lora.rank", self.rank, 1)
-        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (is_number and 0 < self.alpha <= LARGEST_STD):
+            check_whole("model.lora.rank", self.rank, 1)
+        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha <= LARGEST_STD):
             raise ValueError(f"model.lora.alpha must be above 0 and at most {LARGEST_STD:g}, got {self.alpha!r}")
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) and t for t in targets):
@@ -367,16 +297,16 @@ class ModelConfig:
             object.__setattr__(self, "system_prompt", SYSTEM_PROMPT)
         # Types and ranges of all single values.
         for name in ("mllm", "denoiser", "system_prompt"):
-            _check_text(f"model.{name}", getattr(self, name))
+            check_text(f"model.{name}", getattr(self, name))
         for name in ("image_pixels", "num_queries", "max_text_tokens"):
-            _check_whole(f"model.{name}", getattr(self, name), 1)
-        _check_whole("model.seed", self.seed, 0)
+            check_whole(f"model.{name}", getattr(self, name), 1)
+        check_whole("model.seed", self.seed, 0)
         flags = ("reference_latents", "spell_words", "denoiser_checkpointing", "query_checkpointing", "compile")
         for name in (*flags, "random_init"):
-            _check_flag(f"model.{name}", getattr(self, name))
+            check_flag(f"model.{name}", getattr(self, name))
         check_precision("model.", self.dtype, self.quantization)
         if self.prompt_embeddings is not None:
-            _check_text("model.prompt_embeddings", self.prompt_embeddings)
+            check_text("model.prompt_embeddings", self.prompt_embeddings)
         if not isinstance(self.taps, TapPlan) and not callable(self.taps):
             raise ValueError(f"model.taps must be a tap rule, such as those of conf/taps/; got {self.taps!r}")
         self._check_query_phrases()

@@ -19,8 +19,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from tbac.models.decoder_layer import finish_layer, project, project_keys_values, run_query_layer
 from tbac.models.vision import encode_images, run_vision_layer
 
 KeyValue = tuple[Tensor, Tensor]
@@ -85,8 +85,8 @@ class FrozenMLLM(nn.Module):
         self._read_full_model = read_full_model
         self.register_buffer("prompt_embeddings", prompt_embeddings)
         self.checkpointing = False  # of the query pass: its layers run again in the backward pass
-        self._run_query_layer: Callable[..., Tensor] = _run_query_layer
-        self._run_projections, self._run_rest = _project, _finish_layer
+        self._run_query_layer: Callable[..., Tensor] = run_query_layer
+        self._run_projections, self._run_rest = project, finish_layer
         self._run_vision_layer = run_vision_layer
         self._constants: tuple[Any, list[KeyValue]] | None = None
 
@@ -108,9 +108,9 @@ class FrozenMLLM(nn.Module):
 
         In the prompt pass only what surrounds attention is compiled, so that attention stays on the causal kernels.
         """
-        self._run_query_layer = torch.compile(_run_query_layer, **options)
-        self._run_projections = torch.compile(_project, **options)
-        self._run_rest = torch.compile(_finish_layer, **options)
+        self._run_query_layer = torch.compile(run_query_layer, **options)
+        self._run_projections = torch.compile(project, **options)
+        self._run_rest = torch.compile(finish_layer, **options)
         self._run_vision_layer = torch.compile(run_vision_layer, **options)
 
     def load_full_model(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -227,7 +227,7 @@ class FrozenMLLM(nn.Module):
             # Without a tap at the last layer's output only its keys and values are needed: the queries read no more.
             last = index + 1 == len(decoder) and depth not in layers
             if last:
-                key, value = _project_last(layer, hidden, rotary)
+                key, value = project_keys_values(layer, hidden, rotary)
             else:
                 query, key, value = self._run_projections(layer, hidden, rotary)
             if num_shared:
@@ -274,10 +274,10 @@ class FrozenMLLM(nn.Module):
                 rotary = self.body.language_model.rotary_emb(hidden, positions)
                 keys_values = []
                 for layer in self.body.language_model.layers[:depth]:
-                    query, key, value = _project(layer, hidden, rotary)
+                    query, key, value = project(layer, hidden, rotary)
                     keys_values.append((key, value))
                     attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-                    hidden = _finish_layer(layer, hidden, attended)
+                    hidden = finish_layer(layer, hidden, attended)
             self._constants = (circumstances, keys_values)
         return self._constants[1]
 
@@ -300,7 +300,7 @@ class FrozenMLLM(nn.Module):
         positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)
         causal = (steps[:, None] >= steps).expand(batch, 1, count, count)
         mask = torch.cat([prefix.mask[:, None, None, :].expand(batch, 1, count, -1), causal], dim=-1)
-        # `_run_query_layer` makes rows of the heads that share keys and values, and each row needs its mask.
+        # `run_query_layer` makes rows of the heads that share keys and values, and each row needs its mask.
         config = self.model.config.text_config
         mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
         # A boolean mask would be converted to numbers in every layer, so it is converted once.
@@ -348,53 +348,3 @@ def pad_right(inputs: Any) -> Any:
     order = (torch.arange(mask.shape[1], device=mask.device) + leading) % mask.shape[1]
     moved = {name: inputs[name].gather(1, order) for name in ("input_ids", "attention_mask")}
     return {**inputs, **moved}
-
-
-def _project(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise, project and rotate: query, key and value, each (batch, head, token, head channel)."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query = _split_heads(attention, attention.q_proj(normed))
-    key = _split_heads(attention, attention.k_proj(normed))
-    value = _split_heads(attention, attention.v_proj(normed))
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    return query.to(value.dtype), key.to(value.dtype), value  # under autocast the rotary tables are float32
-
-
-def _project_last(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute key and value as `_project` does, without a query.
-
-    The last layer of a prompt needs only keys and values, because its output isn't used.
-    """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    key = _split_heads(attention, attention.k_proj(normed))
-    value = _split_heads(attention, attention.v_proj(normed))
-    _, key = apply_rotary_pos_emb(key, key, *rotary)
-    return key.to(value.dtype), value
-
-
-def _split_heads(attention: Any, projected: Tensor) -> Tensor:
-    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def _run_query_layer(
-    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, bias: Tensor
-) -> Tensor:
-    """Run one layer of the query pass: the queries attend to the prompt's keys and values and to each other.
-
-    Query heads that share keys and values become rows of one head, so that keys and values are read once. `bias` has
-    a row for each of these rows: 0 where it may look, and minus infinity elsewhere.
-    """
-    query, key, value = _project(layer, hidden, rotary)
-    heads, tokens = query.shape[1:3]
-    key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    attended = scaled_dot_product_attention(grouped, key, value, attn_mask=bias)
-    return _finish_layer(layer, hidden, attended.unflatten(2, (-1, tokens)).reshape(-1, heads, tokens, key.shape[-1]))
-
-
-def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Finish a decoder layer after attention: output projection, residual, MLP, residual."""
-    hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCond
 
 from tbac.files import ForeignFileError, reading
 from tbac.models.architecture import check_mllm_kind, make_mllm_config
-from tbac.models.config import DTYPE_NAMES, check_precision
+from tbac.models.checks import DTYPE_NAMES, check_precision
 from tbac.models.mllm import FrozenMLLM, check_mllm
 from tbac.models.sources import MLLM_FILES, locate_folder, read_config
 from tbac.models.weights import WeightFiles, check_finite, strip_mllm_prefix

@@ -14,13 +14,13 @@ from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.config import Connector, ModelConfig
 from tbac.models.denoiser import LadderDenoiser, ProjectedCondition
 from tbac.models.export import find_export, read_export, write_export
+from tbac.models.kept_prompts import CachedInputs, PromptCache
 from tbac.models.ladder import Ladder
 from tbac.models.loading import Provenance, build_parts
 from tbac.models.locks import CallLock, one_at_a_time
 from tbac.models.lora import merge_saved, write_adapters
 from tbac.models.mllm import FrozenMLLM, Prefix
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs, PromptProcessor
-from tbac.models.prompt_cache import CachedInputs, PromptCache
 from tbac.models.qwen import DTYPES
 from tbac.models.saved import SavedModel, read_checkpoint, read_saved_model
 from tbac.types import Condition

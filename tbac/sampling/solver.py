@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tbac.flow import NUM_TIMESTEPS
 from tbac.models import UniImage
-from tbac.models.config import check_scheduler
+from tbac.models.checks import check_scheduler
 from tbac.models.denoiser import ProjectedCondition
 from tbac.sampling.cuda_graph import PredictionGraphs
 from tbac.sampling.guidance import Guidance

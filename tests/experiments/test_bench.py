@@ -101,7 +101,7 @@ def test_the_baseline_s_samples_are_ours(config: dict) -> None:
 
 def test_kept_prompts_are_compared_with_prompts_that_run(config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that gave another prompt's keys would be noticed before anything is measured."""
-    from tbac.models.prompt_cache import KeptPrompts
+    from tbac.models.kept_prompts import KeptPrompts
 
     make_key = KeptPrompts.make_key
     monkeypatch.setattr(KeptPrompts, "make_key", lambda self, text, images: make_key(self, text[:1] and "0", images))

@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from tbac.files import write_whole
 from tbac.models import UniImage
 from tbac.models.kept import FileStore, MemoryStore, pack
-from tbac.models.prompt_cache import GIB, PromptCache, PromptCacheConfig, make_prompt_cache
+from tbac.models.kept_prompts import PromptCache
+from tbac.models.prompt_cache import GIB, PromptCacheConfig, make_prompt_cache
 from tbac.types import Batch, Condition
 from tests.helpers.pictures import make_noise_image, make_prompt_cases
 from tests.helpers.worlds import load_small_model

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tbac.models import UniImage
-from tbac.models.config import SCHEDULERS
+from tbac.models.checks import SCHEDULERS
 from tbac.sampling import UniImagePipeline
 from tests.helpers.pictures import make_noise_image
 from tests.helpers.worlds import load_small_model

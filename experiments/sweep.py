@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from experiments.sweeps.points import describe_failures, read_choices, read_failures, read_points
-from tbac.app import FAILED, claim_folder, command, compose_checked, make_part, note_failure, to_plain
+from tbac.app import FAILED, check, claim_folder, command, compose_checked, make_part, note_failure, to_plain
 from tbac.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,35 @@ def build_world(name: str, cfg: DictConfig) -> None:
         words.build_world(cfg)
 
 
-def build_world_if_missing(cfg: DictConfig) -> None:
-    """Build the offline world that the sweep trains on if it is missing, so that a sweep runs in a fresh clone."""
-    mllm = Path(compose_checked("train", [f"sweep={cfg.name}", "run_dir=."]).model.mllm)
+@dataclass(frozen=True)
+class Trained:
+    """What a sweep trains.
+
+    Attributes:
+        world: the choice of the group `world`.
+        mllm: folder of its MLLM.
+    """
+
+    world: str
+    mllm: Path
+
+
+def read_trained(sweep: str) -> Trained:
+    """Read what a committed sweep trains from the config of its points.
+
+    Raises:
+        ValueError: for options that training can't be started with.
+    """
+    train = compose("train", [f"sweep={sweep}", "run_dir=."], return_hydra_config=True)
+    world = train.hydra.runtime.choices["world"]
+    with open_dict(train):
+        del train["hydra"]
+    check("train", train)
+    return Trained(world, Path(train.model.mllm))
+
+
+def build_world_if_missing(cfg: DictConfig, mllm: Path) -> None:
+    """Build the offline world whose MLLM this is if it is missing, so that a sweep runs in a fresh clone."""
     for name, options in {"shapes": [], "words": ["install=true"]}.items():
         world = compose_checked(name, options)
         if Path(world.out) in mllm.parents and not mllm.is_dir():
@@ -80,25 +107,23 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
         raise ValueError(f"the training of {cfg.name} ended with status {status}; the same command goes on from there")
 
 
-def choose_scoring(cfg: DictConfig) -> DictConfig:
+def choose_scoring(cfg: DictConfig, world: str) -> DictConfig:
     """Compose the command's config again with the scoring of the sweep's world, unless the user has chosen one.
 
-    A scoring that is named by world and stage comes before that of the world. What the user gave wins over what the
-    scoring says.
+    What the user gave wins over what the scoring says.
     """
-    chosen = compose("train", [f"sweep={cfg.name}", "run_dir=."], return_hydra_config=True).hydra.runtime.choices
     known = GlobalHydra.instance().config_loader().get_group_options("scoring")
-    fitting = [name for name in (f"{chosen['world']}_{chosen['stage']}", chosen["world"]) if name in known]
-    if HydraConfig.get().runtime.choices.get("scoring") or not fitting:
+    if HydraConfig.get().runtime.choices.get("scoring") or world not in known:
         return cfg
-    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={fitting[0]}"])
+    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={world}"])
 
 
 @command("sweep")
 def main(cfg: DictConfig) -> None:
     # A wrong name is an error before anything is built or trained.
     choices = read_choices(cfg.name)
-    cfg = choose_scoring(cfg)
+    trained = read_trained(cfg.name)
+    cfg = choose_scoring(cfg, trained.world)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))
     if unknown:
@@ -115,7 +140,7 @@ def main(cfg: DictConfig) -> None:
         read_metric_history,
     )
 
-    build_world_if_missing(cfg)
+    build_world_if_missing(cfg, trained.mllm)
     out = Path(cfg.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     expected = prod(map(len, choices.values()))

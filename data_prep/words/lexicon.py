@@ -79,13 +79,13 @@ def read_lexicon(path: Path = FILE) -> Lexicon:
     expected = {*CONCEPTS, *SENTENCES, "patterns", "unseen_pairs"}
     if not isinstance(content, dict) or set(content) != expected:
         raise ValueError(f"{path} must have {', '.join(sorted(expected))}")
-    kinds = {kind: {str(name): entry for name, entry in content[kind].items()} for kind in CONCEPTS}
-    kinds |= {kind: {kind: content[kind]} for kind in SENTENCES}
-    for kind, concepts in kinds.items():
-        check_concepts(concepts, CONCEPTS.get(kind, (kind,)), f"{path}: {kind}")
-    words = {kind: {name: list_by_split(entry) for name, entry in concepts.items()} for kind, concepts in kinds.items()}
+    words = {}
+    for kind in (*CONCEPTS, *SENTENCES):
+        # A kind of sentences has no concepts, so it is its own one.
+        concepts = content[kind] if kind in CONCEPTS else {kind: content[kind]}
+        words[kind] = read_concepts(concepts, CONCEPTS.get(kind, (kind,)), f"{path}: {kind}")
     plurals: dict[str, str] = {}
-    for entry in kinds["shapes"].values():
+    for entry in content["shapes"].values():
         plurals |= entry["train"] | entry["held_out"]
     if set(content["patterns"]) != set(PATTERNS):
         raise ValueError(f"{path}: patterns must have {', '.join(PATTERNS)}")
@@ -95,18 +95,26 @@ def read_lexicon(path: Path = FILE) -> Lexicon:
     return Lexicon(words, plurals, content["patterns"], pairs)
 
 
-def check_concepts(concepts: Mapping[str, Any], expected: Sequence[str], place: str) -> None:
-    """Raise ValueError unless there are words of both splits for each concept, none of which stands in both."""
-    if set(concepts) != set(expected):
-        raise ValueError(f"{place} must have {', '.join(expected)}, got {', '.join(concepts)}")
-    for name, entry in concepts.items():
+def read_concepts(concepts: Mapping[Any, Any], expected: Sequence[str], place: str) -> dict[str, dict[str, list[str]]]:
+    """Read the words of each concept of a kind: concept -> split -> words.
+
+    Args:
+        concepts: concept -> split -> words, or a mapping of singulars to plurals, of which the singulars are taken.
+        expected: the concepts that there must be.
+        place: where they stand, for messages.
+
+    Raises:
+        ValueError: unless there are words of both splits for each concept, none of which stands in both.
+    """
+    by_name = {str(name): entry for name, entry in concepts.items()}
+    if set(by_name) != set(expected):
+        raise ValueError(f"{place} must have {', '.join(expected)}, got {', '.join(by_name)}")
+    words = {}
+    for name, entry in by_name.items():
         if set(entry) != set(SPLITS) or not all(entry[split] for split in SPLITS):
             raise ValueError(f"{place}.{name} must have words for {' and '.join(SPLITS)}")
         shared = set(entry["train"]) & set(entry["held_out"])
         if shared:
             raise ValueError(f"{place}.{name}: {', '.join(map(str, sorted(shared)))} can't be both seen and unseen")
-
-
-def list_by_split(entry: Mapping[str, Any]) -> dict[str, list[str]]:
-    """List the words of each split as texts; of a mapping of singulars to plurals, the singulars."""
-    return {split: [str(word) for word in entry[split]] for split in SPLITS}
+        words[name] = {split: list(map(str, entry[split])) for split in SPLITS}
+    return words

@@ -172,8 +172,9 @@ class Speaker:
     def wrap(self, said: Said, scene: Scene) -> str:
         """Put a description into a sentence, with clauses that don't matter and things that aren't there."""
         # Other words of a sentence name shapes and colors that the scene hasn't.
-        shapes = [shape for shape in GLYPHS if shape not in {item.shape for item in scene.items}]
-        colors = [color for color in COLORS if color not in {item.color for item in scene.items}]
+        drawn_shapes, drawn_colors = {item.shape for item in scene.items}, {item.color for item in scene.items}
+        shapes = [shape for shape in GLYPHS if shape not in drawn_shapes]
+        colors = [color for color in COLORS if color not in drawn_colors]
         return self.fill(self._draw_sentence(), said, shapes, colors)
 
     def _draw_sentence(self) -> str:
@@ -190,13 +191,12 @@ class Speaker:
     def fill(self, kind: str, said: Said, shapes: Sequence[str], colors: Sequence[str]) -> str:
         """Put a description into a sentence of this kind, which may name one of `shapes` and of `colors` besides."""
         # Only those sentences whose blanks can be filled, and into which the description fits.
-        blanks = {"{shapes}": shapes, "{color}": colors}
-        sentences = [
-            sentence
-            for sentence in self.list_choices(kind)
-            if all(names for blank, names in blanks.items() if blank in sentence)
-            and (not said.is_sentence or sentence.startswith("{}") or sentence.endswith(": {}"))
-        ]
+        unfilled = [blank for blank, names in (("{shapes}", shapes), ("{color}", colors)) if not names]
+        sentences = []
+        for sentence in self.list_choices(kind):
+            fits = not said.is_sentence or sentence.startswith("{}") or sentence.endswith(": {}")
+            if fits and not any(blank in sentence for blank in unfilled):
+                sentences.append(sentence)
         sentence = self.rng.choice(sentences) if sentences else "{}"
         if "{shapes}" in sentence:
             sentence = sentence.replace("{shapes}", self.name_kind(self.rng.choice(shapes), count=2))

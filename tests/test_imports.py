@@ -34,7 +34,7 @@ NEVER_UP = [("tbac/sampling/", "tbac/training/"), ("tbac/sampling/", "tbac/evalu
 RESERVED = {
     "hydra": ("experiments/", "data_prep/", "tbac/app/"),
     "lightning": ("tbac/training/", "tbac/data/datamodule.py"),
-    "mlflow": ("tbac/training/tracking.py",),
+    "mlflow": ("tbac/training/tracking/store.py",),
 }
 
 

@@ -159,7 +159,7 @@ def test_a_store_whose_maker_is_killed_is_made_anew(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tbac.training.tracking.os.replace", kill)
+        patch.setattr("tbac.training.tracking.store.os.replace", kill)
         with pytest.raises(KeyboardInterrupt):
             open_store(uri)
     (unfinished,) = tmp_path.glob("mlflow.db.*.unfinished")

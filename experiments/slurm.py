@@ -8,7 +8,6 @@ back into its queue goes on in the same folder, and in the same MLflow run.
 import os
 import runpy
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,13 +20,10 @@ import submitit
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from submitit.core.utils import FailedJobError
 
+from experiments.copied_code import export_path
 from tbac.app import quote
-from tbac.files import write_whole
-from tbac.training.run_facts import REVISION, read_git_revision
 
 TRAIN = Path(__file__).with_name("train.py")
-ROOT = Path(__file__).resolve().parents[1]
-CODE = ("tbac", "experiments", "data_prep", "conf")  # what a job runs
 OF_THE_LAUNCHER = ("_target_", "submitit_folder")  # keys of the file that only Hydra's launcher understands
 
 
@@ -73,17 +69,6 @@ class Job:
         return [*self.arguments, f"hydra.run.dir={quote(str(self.folder))}"]
 
 
-def copy_code(place: Path) -> Path:
-    """Copy this code and its configs for a job, with a note of its revision; returns the copy's folder."""
-    if place.exists():  # of an earlier submission in this run folder
-        shutil.rmtree(place)
-    for name in CODE:
-        left_out = shutil.ignore_patterns("__pycache__", "*.png", "*.md")
-        shutil.copytree(ROOT / name, place / name, ignore=left_out, symlinks=True)
-    write_whole(place / REVISION, f"{read_git_revision()}\n".encode())
-    return place
-
-
 def submit(job: Job, code: Path | None = None, after: str | None = None) -> str:
     """Submit a job; returns its number.
 
@@ -105,9 +90,7 @@ def submit(job: Job, code: Path | None = None, after: str | None = None) -> str:
         ) from error
     parameters = build_job_parameters(job.launcher, job.folder / "slurm-%j.log")
     if code is not None:
-        # The copy comes before the working directory, which python -m would look into first.
-        path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
-        parameters["slurm_setup"] = [*(parameters["slurm_setup"] or []), path]
+        parameters["slurm_setup"] = [*(parameters["slurm_setup"] or []), export_path(code)]
     if after is not None:
         depends = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
         parameters["slurm_additional_parameters"] = {**parameters["slurm_additional_parameters"], **depends}

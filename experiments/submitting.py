@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.budget import build_on_meta, plan_run
-from experiments.slurm import Job, copy_code, show_script, submit
+from experiments.copied_code import FOLDER, copy_code
+from experiments.slurm import Job, show_script, submit
 from experiments.stage_configs import OF_THE_RELEASE
 from experiments.starting import find_init
 from experiments.training_run import check_without_model
@@ -36,9 +37,7 @@ def submit_run(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequen
     """
     folder = get_run_folder().absolute()
     # What is wrong is said here, and not by a job that has waited for hours.
-    data = check_without_model(configs)
-    check_shapes(configs[0], data)
-    check_memory(configs, overrides)
+    check_before_submission(configs, overrides)
     # The checkpoint to start from is chosen now, so that all processes of the job take the same.
     init = find_init(configs[0])
     if init and not Path(init).expanduser().exists():
@@ -57,12 +56,26 @@ def submit_run(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequen
             print(show_script(job), end="\n\n")
         return
     record_config(cfg)
-    code = copy_code(folder / ".code") if cfg.machine.slurm.copy_code else None
+    code = copy_code(folder / FOLDER) if cfg.machine.slurm.copy_code else None
     numbers: list[str] = []
     for job in jobs:
         numbers.append(submit(job, code, after=numbers[-1] if numbers else None))
         print(f"submitted job {numbers[-1]}; its log is {job.folder / f'slurm-{numbers[-1]}.log'}")
     print_commands(jobs, numbers)
+
+
+def check_before_submission(configs: Sequence[DictConfig], overrides: Sequence[str]) -> None:
+    """Check what can be checked without a GPU: parts, data, shapes, memory.
+
+    Args:
+        configs: of each stage.
+        overrides: of the run.
+
+    Raises:
+        ValueError: for whatever would end the job.
+    """
+    check_shapes(configs[0], check_without_model(configs))
+    check_memory(configs, overrides)
 
 
 def make_job(stage: str, folder: Path, arguments: Sequence[str]) -> Job:

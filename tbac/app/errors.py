@@ -22,7 +22,8 @@ MADE = (
     ("TBAC_WORDS", "outputs/words", "make it with: make words"),
     ("", "outputs/demo", "make it with: make demo"),
 )
-OF_LIGHTNING = "MisconfigurationException"  # by name, since Lightning takes seconds to import
+# By name, since their packages take seconds to import: what Lightning says of its options, and a cluster of a job.
+OF_PACKAGES = ("MisconfigurationException", "FailedJobError")
 
 
 def find_cause(error: BaseException) -> BaseException:
@@ -36,7 +37,7 @@ def is_user_error(error: BaseException) -> bool:
     """Whether an error says what a user, a file or the machine got wrong; False where a traceback was asked for."""
     if os.environ.get("TBAC_TRACEBACK"):
         return False
-    return isinstance(find_cause(error), USER_ERRORS) or type(error).__name__ == OF_LIGHTNING
+    return isinstance(find_cause(error), USER_ERRORS) or type(error).__name__ in OF_PACKAGES
 
 
 def describe_error(error: BaseException) -> str:

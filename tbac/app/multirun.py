@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -57,6 +58,21 @@ def note_failure(folder: Path, message: str) -> PointFailure:
     print_error(f"{folder.name}: {message}")
     write_whole(folder / FAILED, f"{message}\n".encode())
     return PointFailure(str(folder), message)
+
+
+class PointCheck(Callback):
+    """A callback of Hydra's that checks the points of a multirun before any is started."""
+
+    def check_point(self, config: DictConfig, folder: Path) -> None:
+        """Check a point.
+
+        Args:
+            config: of the point, with what Hydra needs itself.
+            folder: of its run.
+
+        Raises:
+            ValueError: for whatever would end it.
+        """
 
 
 class PointSweeper(Sweeper):
@@ -129,11 +145,16 @@ class PointSweeper(Sweeper):
         return results
 
     def _try_to_compose(self, job: list[str], folder: Path) -> PointFailure | DictConfig:
-        """Compose the config of a point; what can't be composed is a point that failed."""
+        """Compose the config of a point and check it; what can't be composed, or trained, is a point that failed."""
         assert self.context is not None
         assert self.config is not None
         try:
-            return self.context.config_loader.load_sweep_config(self.config, job)
+            config = self.context.config_loader.load_sweep_config(self.config, job)
+            # Machines that start points later, such as clusters, have a callback that knows what would end one.
+            for callback in self.context.callbacks.callbacks:
+                if isinstance(callback, PointCheck):
+                    callback.check_point(config, folder)
+            return config
         except Exception as error:
             if not is_user_error(error):
                 raise

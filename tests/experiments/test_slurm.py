@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from experiments.copied_code import CODE, copy_code, export_path
+from tbac.app import quote
 from tests.helpers.commands import run_app, run_to_message, run_to_success
 from tests.helpers.configs import ROOT
 
@@ -42,8 +46,8 @@ def test_a_job_asks_for_what_the_machine_says(
     }  # fmt: skip
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == expected
     (command,) = (line for line in lines if line.startswith("srun "))
-    (path,) = (line for line in lines if line.startswith("export PYTHONPATH="))
-    assert path == f"export PYTHONPATH={run}/.code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+    (path,) = (line for line in lines if "export PYTHONPATH=" in line)
+    assert path == export_path(run / ".code")
     assert lines.index("module load cuda") < lines.index(path) < lines.index(command)
     for words in ("squeue --jobs=7", f"tail -F {run}/slurm-7.log", "scancel 7"):
         assert words in text
@@ -125,7 +129,6 @@ def test_stages_are_jobs_that_follow_each_other_or_one(
 
 
 def test_a_job_s_code_is_a_copy_that_says_which_it_is(tmp_path: Path) -> None:
-    from experiments.slurm import CODE, copy_code
     from tbac.training.run_facts import REVISION, read_git_revision
 
     copy_code(tmp_path / "code")
@@ -136,3 +139,66 @@ def test_a_job_s_code_is_a_copy_that_says_which_it_is(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(copy / "conf"), read_git_revision()], done.stderr
+
+
+def test_a_multirun_begins_again_from_a_copy_of_the_code_and_tells_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments import cluster_multirun
+
+    started: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(cluster_multirun.os, "execve", lambda *given: started.append(given))
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py", "-m", "seed=1,2"])
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    sweep = tmp_path / "my sweep"
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        options = [f"hydra.sweep.dir='{sweep}'", "machine=slurm", "run_dir=."]
+        cfg = compose("train", options, return_hydra_config=True)
+    callback = cluster_multirun.ClusterMultirun()
+    for _ in range(2):  # a second start doesn't write over the copy of the first, whose jobs may still wait
+        callback.on_multirun_start(cfg)
+    assert len(set(sweep.glob(".code/*"))) == 2
+    _, command, environment = started[0]
+    code = Path(command[1]).parents[1]
+    assert code.parent == sweep / ".code"
+    assert (code / "conf" / "train.yaml").is_file()
+    assert command[2:] == ["-m", "seed=1,2", f"hydra.sweep.dir={quote(str(sweep))}"]
+    assert environment["PYTHONPATH"] == f"{code}:/elsewhere"
+    # In the copy its jobs get the path; a shell reads the line as it is meant.
+    monkeypatch.setattr(cluster_multirun, "ROOT", code)
+    callback.on_multirun_start(cfg)
+    assert len(started) == 2
+    (line,) = cfg.hydra.launcher.setup
+    for before, after in (("/elsewhere", f"{code}:/elsewhere"), ("", str(code))):
+        shell = subprocess.run(
+            ["bash", "-c", f'{line}; echo "$PYTHONPATH"'],
+            env={**os.environ, "PYTHONPATH": before}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert shell.stdout == f"{after}\n"
+    cfg.machine.slurm.copy_code = False
+    monkeypatch.setattr(cluster_multirun, "ROOT", ROOT)
+    callback.on_multirun_start(cfg)
+    assert len(started) == 2
+
+
+@pytest.mark.slow
+def test_points_that_cannot_be_trained_are_not_submitted_and_what_slurm_refuses_is_said(
+    in_world: Path, tmp_path: Path
+) -> None:
+    for name, does in (
+        ("sbatch", f'cp "$1" {tmp_path}/script; echo "no such partition" >&2; exit 1'),
+        ("srun", "true"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    points = ["stage.lr=1e-3,-1,2e-3", "logger=csv", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = subprocess.run(
+        [sys.executable, "experiments/train.py", "-m", "world=shapes", "machine=slurm_2x8", *points],
+        cwd=ROOT, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "stage.lr must be positive, got -1" in done.stderr
+    assert done.stderr.rstrip().endswith("error: no such partition")
+    assert "Traceback" not in done.stderr
+    assert "#SBATCH --array=0-1%2" in (tmp_path / "script").read_text()

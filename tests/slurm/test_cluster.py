@@ -14,6 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from experiments.copied_code import CODE
 from experiments.studies.faults.local_slurm import (
     OVERRIDES,
     list_missing_programs,
@@ -200,13 +201,24 @@ def test_stages_are_jobs_that_follow_each_other(slurm: Path, in_world: Path, tmp
         assert f"starting from the weights of {tmp_path}/chain/{before}\n" in text
 
 
+def copy_repository(place: Path) -> Path:
+    """Copy what a user has cloned; it is edited while jobs wait or run."""
+    for name in CODE:
+        shutil.copytree(ROOT / name, place / "repository" / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    return place / "repository"
+
+
+def edit_code(repository: Path) -> None:
+    """Edit code and configs so that a job which reads them ends."""
+    for file in ("tbac/training/module.py", "experiments/train.py", "experiments/slurm.py", "tbac/app/command.py"):
+        (repository / file).write_text("raise SystemExit('this was edited after the job was submitted')\n")
+    (repository / "conf" / "stage" / "ti2i_pretrain.yaml").write_text("steps: nonsense\n")
+
+
 def test_a_requeue_after_an_edit_runs_the_code_of_before(
     slurm: Path, in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A copy of the repository, which is edited while the job runs.
-    repository = tmp_path / "repository"
-    for name in ("tbac", "experiments", "data_prep", "conf"):
-        shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    repository = copy_repository(tmp_path)
     folder = tmp_path / "run"
     slow = "+callbacks.fault={_target_:experiments.studies.faults.inject.Slow,seconds:0.7}"
     words = [*RUN, "logger=csv", "machine=slurm_2x8", *MACHINE, slow, f"hydra.run.dir={folder}"]
@@ -221,9 +233,7 @@ def test_a_requeue_after_an_edit_runs_the_code_of_before(
     assert done.returncode == 0, done.stdout + done.stderr
     job = re.findall(r"submitted job (\d+)", done.stdout)[0]
     wait_until(lambda: lines(folder) >= 3)
-    for file in ("tbac/training/module.py", "experiments/train.py", "experiments/slurm.py", "tbac/app/command.py"):
-        (repository / file).write_text("raise SystemExit('this was edited after the job was submitted')\n")
-    (repository / "conf" / "stage" / "ti2i_pretrain.yaml").write_text("steps: nonsense\n")
+    edit_code(repository)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     wait_until(lambda: read_job_state(job) == "PENDING")
     finished(job, folder)
@@ -233,22 +243,30 @@ def test_a_requeue_after_an_edit_runs_the_code_of_before(
     assert (folder / "checkpoints" / f"ti2i_pretrain-step={STEPS}.ckpt").is_file()
 
 
-def test_a_sweep_is_an_array_of_few_at_once_and_one_failing_point_is_one(
+def test_a_sweep_is_an_array_of_few_at_once_of_one_code_and_a_failing_point_is_one(
     slurm: Path, in_world: Path, tmp_path: Path
 ) -> None:
+    repository, sweep, log = copy_repository(tmp_path), tmp_path / "sweep", tmp_path / "log"
     machine = ["machine=slurm_2x8", *MACHINE, "machine.slurm.points_at_once=1"]
     quick = ["stage.steps=4", "callbacks.guard.max_rejects=1", "callbacks.guard.over=1", "logger=csv"]
-    done = subprocess.run(
-        [sys.executable, "experiments/train.py", "-m", *RUN, *machine, *quick, "stage.lr=1e-3,1e38,2e-3",
-         f"hydra.sweep.dir={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    text = done.stdout + done.stderr
-    assert done.returncode == 1, text
-    assert "2 of 3 points finished; these failed" in text
+    points = ["stage.lr=1e-3,1e38,2e-3,-1", f"hydra.sweep.dir={sweep}"]
+    with log.open("w") as file:
+        multirun = subprocess.Popen(
+            [sys.executable, "experiments/train.py", "-m", *RUN, *machine, *quick, *points],
+            cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)}, stdout=file, stderr=file,
+        )  # fmt: skip
+    # The code changes while the first point trains and the others wait.
+    wait_until(lambda: bool(list(sweep.glob("*/sample_log/rank_0.jsonl"))))
+    edit_code(repository)
+    status, text = multirun.wait(500), log.read_text()
+    assert status == 1, text
+    assert "this was edited" not in text
+    assert "2 of 4 points finished; these failed" in text
     assert "steps were rejected" in text
-    assert len(list(tmp_path.glob("*/report.json"))) == 2
-    (script,) = tmp_path.glob(".submitit/*/*_submission.sh")
+    assert len(list(sweep.glob("*/report.json"))) == 2
+    # What can't be trained at all isn't submitted.
+    assert "stage.lr must be positive, got -1" in text
+    (script,) = sweep.glob(".submitit/*/*_submission.sh")
     assert "#SBATCH --array=0-2%1" in script.read_text()
 
 

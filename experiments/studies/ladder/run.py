@@ -1,8 +1,8 @@
 """The study's record and its comparison: python experiments/studies/ladder/run.py
 
-The study takes more hours than one sitting has, so a sitting trains some points with `make sweep`, and this command takes
-what is finished into a record that is kept beside the study: a point's scores, its validation loss and its learned
-shares of layers. Then it compares every arm with the final state, pair by pair of equal seeds.
+The study takes more hours than one sitting has, so a sitting trains some points with `make sweep`, and this command
+takes what is finished into a record that is kept beside the study: a point's scores, its validation loss and its
+learned shares of layers. Then it compares every arm with the final state, pair by pair of equal seeds.
 """
 
 import json

@@ -1,0 +1,36 @@
+"""Jobs of a cluster run a copy of this code: what is edited while they wait in the queue changes nothing for them.
+
+A single job gets the copy's path (`experiments/slurm.py`), a multirun begins again from it (`cluster_multirun.py`).
+"""
+
+import shlex
+import shutil
+from pathlib import Path
+
+from tbac.files import write_whole
+from tbac.training.run_facts import REVISION, read_git_revision
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("tbac", "experiments", "data_prep", "conf")  # what a job runs
+FOLDER = ".code"  # of copies, in the folder of a run or of a multirun
+
+
+def copy_code(place: Path) -> Path:
+    """Copy this code and its configs for a job, with a note of its revision; returns the copy's folder."""
+    if place.exists():  # of an earlier submission in this run folder
+        shutil.rmtree(place)
+    for name in CODE:
+        left_out = shutil.ignore_patterns("__pycache__", "*.png", "*.md")
+        shutil.copytree(ROOT / name, place / name, ignore=left_out, symlinks=True)
+    write_whole(place / REVISION, f"{read_git_revision()}\n".encode())
+    return place
+
+
+def export_path(code: Path) -> str:
+    """Write the shell line after which Python imports this code.
+
+    It comes before the working directory, which `python -m` would look into first. The line has no braces, since it
+    goes through configs, which would take `${` for an interpolation.
+    """
+    before = '[ -z "$PYTHONPATH" ] || PYTHONPATH=":$PYTHONPATH"'
+    return f'{before}; export PYTHONPATH={shlex.quote(str(code))}"$PYTHONPATH" PYTHONSAFEPATH=1'

@@ -23,7 +23,7 @@ from tbac.models import UniImage
 from tbac.pictures import open_picture
 from tbac.sampling import UniImagePipeline
 from tbac.sampling.grid import join_pictures
-from tbac.sampling.pipeline import convert_to_pil
+from tbac.sampling.latents import convert_to_pil
 from tbac.training.tracking import RUN_ID, ParentRun, add_to_run, find_run_id, make_tag_name
 
 log = logging.getLogger(__name__)

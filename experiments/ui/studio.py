@@ -17,7 +17,7 @@ from tbac.app import open_model
 from tbac.files import write_whole
 from tbac.pictures import open_picture, to_upright_rgb
 from tbac.sampling import UniImagePipeline
-from tbac.sampling.pipeline import convert_to_pil
+from tbac.sampling.latents import convert_to_pil
 from tbac.sampling.recipe import Recipe, compute_fingerprint, save_picture
 
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # width to height

@@ -5,29 +5,34 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from accelerate import cpu_offload_with_hook
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 
-from tbac.files import is_valid_text, shorten
 from tbac.models import UniImage
 from tbac.models.denoiser import ProjectedCondition
 from tbac.models.locks import CallLock, one_at_a_time
+from tbac.sampling.arguments import (
+    CALLBACK_TENSORS,
+    check_callback_tensors,
+    check_counts,
+    check_output_type,
+    check_prompt_form,
+    list_texts,
+    repeat_negatives,
+)
+from tbac.sampling.conditions import encode_branches, encode_texts, join_embeds
 from tbac.sampling.guidance import Guidance
 from tbac.sampling.inputs import ImageInput, group_images
+from tbac.sampling.latents import check_noise, compute_latent_shape, convert_output, draw_noise
+from tbac.sampling.offload import PartOffload
 from tbac.sampling.solver import FlowSolver, check_flow_scheduler, make_scheduler, set_timesteps
-from tbac.types import Condition
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CALLBACK_TENSORS = ("latents",)
 log = logging.get_logger(__name__)
 
 
@@ -64,7 +69,7 @@ class UniImagePipeline(DiffusionPipeline):
         self._interrupt = False
         self._num_timesteps = 0
         self._guidance_scale = self._image_guidance_scale = 1.0
-        self._offloaded: tuple[torch.device, list[Any]] | None = None
+        self._offload: PartOffload | None = None
 
     @classmethod
     def from_pretrained(
@@ -178,10 +183,7 @@ class UniImagePipeline(DiffusionPipeline):
         self.remove_all_hooks()
         self.to("cpu")
         self.model.ladder.to(target)
-        hooks: list[Any] = []
-        for part in (self.model.mllm, self.model.denoiser, self.model.autoencoder):
-            hooks.append(cpu_offload_with_hook(part, target, hooks[-1] if hooks else None)[1])
-        self._offloaded = (target, hooks)
+        self._offload = PartOffload((self.model.mllm, self.model.denoiser, self.model.autoencoder), target)
 
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
         """Refuse: the ladder runs layers part by part, which diffusers' hooks on whole layers don't see."""
@@ -193,14 +195,14 @@ class UniImagePipeline(DiffusionPipeline):
 
     def remove_all_hooks(self) -> None:
         """End offloading; the parts stay where they are."""
-        for hook in self._offloaded[1] if self._offloaded else ():
-            hook.remove()
-        self._offloaded = None
+        if self._offload is not None:
+            self._offload.remove()
+        self._offload = None
 
     def maybe_free_model_hooks(self) -> None:
         """Move the part that ran last back to the CPU, where offloading is on."""
-        for hook in self._offloaded[1] if self._offloaded else ():
-            hook.offload()
+        if self._offload is not None:
+            self._offload.free()
 
     def to(self, *arguments: Any, **options: Any) -> "UniImagePipeline":
         """Move or cast the model as `torch.nn.Module.to` does; ends offloading."""
@@ -232,14 +234,7 @@ class UniImagePipeline(DiffusionPipeline):
         """
         prompts = list_texts("prompt", prompt)
         negatives = repeat_negatives(negative_prompt, len(prompts))
-        # Both are encoded together, so that they get one length where prompts are part of the context.
-        texts = prompts + negatives if do_classifier_free_guidance else prompts
-        inputs = self.model.prompt(texts, [None] * len(texts)).to(self.model.device)
-        condition = self.model.encode_condition(inputs)
-        states = condition.states.transpose(0, 1)
-        mask = condition.mask
-        if mask is None:
-            mask = torch.ones(states.shape[0], states.shape[2], device=states.device)
+        states, mask = encode_texts(self.model, prompts + negatives if do_classifier_free_guidance else prompts)
         found = []
         for rows in (slice(0, len(prompts)), slice(len(prompts), None)):
             found += [values[rows].repeat_interleave(num_images_per_prompt, 0) for values in (states, mask)]
@@ -248,42 +243,6 @@ class UniImagePipeline(DiffusionPipeline):
             return embeds, embeds_mask, None, None
         return embeds, embeds_mask, negative_embeds, negative_mask
 
-    def _join_embeds(self, guidance: Guidance, prompt: dict[str, Tensor | None]) -> ProjectedCondition:
-        """Build the condition of all guidance branches from what `encode_prompt` returned."""
-        kinds = ["negative_prompt", "prompt"] if len(guidance.branches) == 2 else ["prompt"]
-        parts: dict[str, list[Tensor]] = {"embeds": [], "attention_mask": []}
-        for kind in kinds:
-            embeds = prompt[f"{kind}_embeds"]
-            if embeds is None or embeds.ndim != 4 or embeds.shape[1] != self.model.denoiser.num_blocks:
-                shape = None if embeds is None else tuple(embeds.shape)
-                raise ValueError(
-                    f"{kind}_embeds must have shape (prompt, {self.model.denoiser.num_blocks}, query, channel), as "
-                    f"encode_prompt() returns; got {shape}"
-                )
-            mask = prompt[f"{kind}_attention_mask"]
-            check_finite(f"{kind}_embeds", embeds)
-            parts["embeds"].append(embeds)
-            parts["attention_mask"].append(embeds.new_ones(embeds.shape[0], embeds.shape[2]) if mask is None else mask)
-        sizes = {tuple(embeds.shape) for embeds in parts["embeds"]}
-        if len(sizes) > 1:
-            raise ValueError(f"prompt_embeds and negative_prompt_embeds must have one shape; got {sorted(sizes)}")
-        device = self.model.device
-        states = torch.cat(parts["embeds"]).transpose(0, 1).to(device)
-        mask = torch.cat(parts["attention_mask"]).to(device)
-        return self.model.denoiser.project(Condition(states, None if bool(mask.all()) else mask, None))
-
-    def _branch_inputs(
-        self, branch: str, prompts: list[str], images: list[list[Image.Image] | None], negatives: list[str]
-    ) -> tuple[list[str], list[list[Image.Image] | None]]:
-        """Choose the texts and images that a guidance branch reads."""
-        if branch == "full":
-            return prompts, images
-        if branch == "image":
-            return negatives, images
-        black = [[Image.new("RGB", i.size) for i in group] if group else None for group in images]
-        return negatives, black
-
-    @torch.no_grad()
     def encode(
         self,
         prompts: list[str],
@@ -292,33 +251,8 @@ class UniImagePipeline(DiffusionPipeline):
         guidance: Guidance,
         size: tuple[int, int] | None = None,
     ) -> ProjectedCondition:
-        """Encode the conditions of all guidance branches in one batch: rows (branch * prompt).
-
-        Inputs that are equal, such as one negative prompt for all, are encoded only once.
-
-        Args:
-            prompts: one text per picture that is asked for.
-            images: input images of each prompt, or None.
-            negatives: negative prompt of each prompt.
-            guidance: says which branches there are.
-            size: (height, width) in pixels of references, for models that read any; None = the model's own size.
-        """
-        # What each row of the result has to read.
-        asked: list[tuple[str, list[Image.Image] | None]] = []
-        for branch in guidance.branches:
-            asked += zip(*self._branch_inputs(branch, prompts, images, negatives), strict=True)
-        # Two rows are equal when they have the same text and the same image objects.
-        keys = [(text, tuple(map(id, group or ()))) for text, group in asked]
-        order = list(dict.fromkeys(keys))
-        distinct = [asked[keys.index(key)] for key in order]
-        texts, groups = [text for text, _ in distinct], [group for _, group in distinct]
-        inputs = self.model.prompt(texts, groups, reference_size=size)
-        condition = self.model.denoiser.project(self.model.encode_condition(inputs.to(self.model.device)))
-        # Each row gets the condition of its input.
-        rows = [order.index(key) for key in keys]
-        if rows == list(range(len(order))):
-            return condition
-        return condition[torch.tensor(rows, device=self.model.device)]
+        """Encode the conditions of all guidance branches, as `encode_branches` does: rows (branch * prompt)."""
+        return encode_branches(self.model, prompts, images, negatives, guidance, size)
 
     @one_at_a_time
     @torch.no_grad()
@@ -386,24 +320,13 @@ class UniImagePipeline(DiffusionPipeline):
             ValueError: for numbers that don't fit each other or values that aren't accepted, before anything runs.
         """
         # Everything that the user can get wrong is checked before any weight is used.
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give prompt or prompt_embeds, and not both")
-        if prompt_embeds is not None and image is not None:
-            raise ValueError("prompt_embeds are for text-to-image; give image= with prompt=")
+        check_prompt_form(prompt, prompt_embeds, image)
         prompts = list_texts("prompt", prompt) if prompt_embeds is None else [""] * len(prompt_embeds)
         images = group_images(image, len(prompts))
         negatives = repeat_negatives(negative_prompt, len(prompts))
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may hold {CALLBACK_TENSORS}; got {unknown[0]!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        counts = (num_inference_steps, num_images_per_prompt)
-        if not all(is_count(count) for count in counts):
-            raise ValueError(
-                "num_inference_steps and num_images_per_prompt must be at least 1, whole numbers; got "
-                f"{num_inference_steps} and {num_images_per_prompt}"
-            )
+        check_callback_tensors(callback_on_step_end_tensor_inputs)
+        check_output_type(output_type)
+        check_counts(num_inference_steps, num_images_per_prompt)
         # Text-to-image has one guidance scale, edits have two, and one batch can't mix them.
         edits = [bool(group) for group in images]
         low, high = guidance_interval
@@ -411,17 +334,15 @@ class UniImagePipeline(DiffusionPipeline):
         guidance = Guidance(guidance_scale, image_scale, (low, high), batch_branches)
         if any(edits) and not all(edits):
             raise ValueError("a batch is either all edits or all text-to-image: give every prompt an image, or none")
-        shape = self._compute_latent_shape(len(prompts) * num_images_per_prompt, height, width)
-        noise = self._draw_noise(shape, generator) if latents is None else latents
-        if not isinstance(noise, Tensor):
-            raise ValueError(f"latents must be a tensor, got {type(noise).__name__}")
-        if tuple(noise.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(noise.shape)}")
-        check_finite("latents", noise)
+        # Where the solver starts, and which noise levels it visits.
+        shape = compute_latent_shape(self.model, len(prompts) * num_images_per_prompt, height, width)
+        noise = draw_noise(shape, generator) if latents is None else latents
+        check_noise(noise, shape)
         check_flow_scheduler(self.scheduler)
         scheduler = copy.deepcopy(self.scheduler)
         set_timesteps(scheduler, num_inference_steps, self.model.device, timesteps, sigmas)
 
+        # The condition is encoded once, and read in every step.
         if prompt_embeds is None:
             factor = self.model.autoencoder.compression
             condition = self.encode(prompts, images, negatives, guidance, (shape[2] * factor, shape[3] * factor))
@@ -432,7 +353,7 @@ class UniImagePipeline(DiffusionPipeline):
                 "negative_prompt_embeds": negative_prompt_embeds,
                 "negative_prompt_attention_mask": negative_prompt_attention_mask,
             }
-            condition = self._join_embeds(guidance, given)
+            condition = join_embeds(self.model, guidance, given)
         # Rows (branch, prompt) -> (branch, prompt, picture): each picture keeps the condition of its own prompt.
         if num_images_per_prompt > 1:
             rows = torch.arange(len(guidance.branches) * len(prompts), device=self.model.device)
@@ -444,24 +365,35 @@ class UniImagePipeline(DiffusionPipeline):
         solved = solver.scale_noise(noise.to(self.model.device))
         self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
         self._interrupt, self._num_timesteps = False, len(solver.timesteps)
-        with self.progress_bar(total=len(solver.timesteps)) as bar:
-            for index, timestep in enumerate(solver.timesteps):
-                if self.interrupt:
-                    break
-                solved = solver.step(solved, index)
-                if callback_on_step_end is not None:
-                    tensors = {"latents": solved} if callback_on_step_end_tensor_inputs else {}
-                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
-                    solved = changed.get("latents", solved)
-                bar.update()
+        solved = self._solve(solver, solved, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if not solved.isfinite().all():
             raise ValueError(
                 f"the picture holds NaN or infinite numbers; guidance_scale={guidance_scale} may be too large, or "
                 f"{self.model.ladder.queries.dtype} too narrow for this model"
             )
-        made = self._convert_output(solved, output_type)
+        made = convert_output(self.model.autoencoder, solved, output_type)
         self.maybe_free_model_hooks()
         return UniImageOutput(images=made) if return_dict else (made,)
+
+    def _solve(
+        self,
+        solver: FlowSolver,
+        latents: Tensor,
+        callback: Callable[..., Mapping[str, Tensor] | None] | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """Take the solver's steps, with a callback after each; returns the latents."""
+        with self.progress_bar(total=len(solver.timesteps)) as bar:
+            for index, timestep in enumerate(solver.timesteps):
+                if self.interrupt:
+                    break
+                latents = solver.step(latents, index)
+                if callback is not None:
+                    tensors = {"latents": latents} if names else {}
+                    changed = callback(self, index, timestep, tensors) or {}
+                    latents = changed.get("latents", latents)
+                bar.update()
+        return latents
 
     @one_at_a_time
     @torch.no_grad()
@@ -487,74 +419,3 @@ class UniImagePipeline(DiffusionPipeline):
         answers = self.model.answer(questions, group_images(image, len(questions)), max_new_tokens)
         self.maybe_free_model_hooks()
         return answers[0] if isinstance(question, str) else answers
-
-    def _convert_output(self, latents: Tensor, output_type: str) -> Any:
-        """Convert scaled latents to what was asked for."""
-        if output_type == "latent":
-            return latents
-        pixels = (self.model.autoencoder.decode(latents) + 1) / 2
-        if output_type == "pt":
-            return pixels
-        if output_type == "np":
-            return pixels.float().permute(0, 2, 3, 1).cpu().numpy()
-        return convert_to_pil(pixels)
-
-    def _compute_latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        config, factor = self.model.denoiser.transformer.config, self.model.autoencoder.compression
-        sides, step = [], self.model.size_multiple
-        for name, pixels in (("height", height), ("width", width)):
-            pixels = config.sample_size * factor if pixels is None else pixels
-            if not is_count(pixels) or pixels < step or pixels % step:
-                raise ValueError(f"{name} must be a positive multiple of {step} pixels, got {pixels}")
-            sides.append(pixels // factor)
-        return count, config.in_channels, sides[0], sides[1]
-
-    def _draw_noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None
-    ) -> Tensor:
-        """Draw standard normal noise in float32, on the generator's device (the CPU without a generator)."""
-        if generator is None or isinstance(generator, torch.Generator):
-            device = generator.device if generator else "cpu"
-            return torch.randn(shape, generator=generator, device=device)
-        if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one, or one per picture")
-        return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def list_texts(name: str, value: Any) -> list[str]:
-    """Return one text or several as a list; raise ValueError without any, and for what can't be written as UTF-8."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts:
-        raise ValueError(f"{name} must be a text or a list of at least one text, got {shorten(value)}")
-    for text in texts:
-        if not isinstance(text, str) or not is_valid_text(text):
-            raise ValueError(f"{name} must be a text or a list of texts, got {shorten(ascii(text))}")
-    return list(texts)
-
-
-def check_finite(name: str, values: Any) -> None:
-    """Raise ValueError for what isn't a tensor of floating point numbers, or holds NaN or an infinite one."""
-    if not isinstance(values, Tensor) or not values.is_floating_point() or not values.isfinite().all():
-        kind = f"a tensor of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name} must be a tensor of finite floating point numbers, got {kind}")
-
-
-def repeat_negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
-    """Give each of `count` prompts its negative prompt."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return list_texts("negative_prompt", negative_prompt or "") * count
-    negatives = list_texts("negative_prompt", negative_prompt)
-    if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts")
-    return negatives
-
-
-def convert_to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Convert pixels (image, 3, height, width) in [0, 1] to PIL images."""
-    arrays = (pixels.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(a)) for a in arrays]

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
+from tbac.models.answering import AnswerOptions
 from tbac.models.decoder_layer import finish_layer, project, project_keys_values, run_query_layer
 from tbac.models.vision import encode_images, run_vision_layer
 
@@ -325,16 +326,22 @@ class FrozenMLLM(nn.Module):
 
     @apply_forward_hook
     @torch.no_grad()
-    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-        """Generate token ids (batch, new token) greedily with the untouched model; `inputs` are padded on the left."""
+    def generate(self, inputs: dict[str, Tensor], options: AnswerOptions, streamer: Any = None) -> Tensor:
+        """Generate token ids (batch, new token) with the untouched model.
+
+        Args:
+            inputs: of prompts, padded on the left.
+            options: how tokens are chosen.
+            streamer: a streamer of transformers, which gets the tokens one by one; for a batch of one.
+        """
         model = self.load_full_model()
         # The library keeps the rotary offset of its last prompt here, and would use it for the next one.
         model.model.rope_deltas = None
         kinds = (inputs["input_ids"] == model.config.image_token_id).int()
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        output = model.generate(
-            **inputs, mm_token_type_ids=kinds, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
-        )
+        chosen = options.list_generation_options()
+        with options.seeded(model.device):
+            output = model.generate(**inputs, mm_token_type_ids=kinds, use_cache=True, streamer=streamer, **chosen)
         model.model.rope_deltas = None
         return output[:, inputs["input_ids"].shape[1] :]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbac.flow import compute_timestep
+from tbac.models.answering import AnswerOptions
 from tbac.models.architecture import check_channels
 from tbac.models.autoencoder import FrozenAutoencoder
 from tbac.models.config import Connector, ModelConfig
@@ -173,23 +174,34 @@ class UniImage(nn.Module):
         return self.denoiser(noisy_latents, compute_timestep(sigma), condition, branches)
 
     @one_at_a_time
-    def answer(self, questions: list[str], images: list[Any] | None = None, max_new_tokens: int = 64) -> list[str]:
-        """Answer questions greedily with the untouched MLLM.
+    def answer(
+        self,
+        questions: list[str],
+        images: list[Any] | None = None,
+        max_new_tokens: int = 64,
+        streamer: Any = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer questions with the untouched MLLM, greedily unless `sampling` says otherwise.
 
         Args:
             questions: one per answer.
             images: per question a list of images, or None.
             max_new_tokens: longest answer in tokens.
+            streamer: a streamer of transformers, such as `TextStreamer`, which gets the tokens of a single answer.
+            sampling: the other options of `AnswerOptions`.
 
         Raises:
-            ValueError: for a longest answer that isn't a whole number of at least 1.
+            TypeError: for an option that there isn't.
+            ValueError: for an option's value that isn't accepted, and for a streamer with several questions.
         """
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        options = AnswerOptions(max_new_tokens, **sampling)
         if not questions:
             return []
+        if streamer is not None and len(questions) > 1:
+            raise ValueError(f"a streamer shows one answer, and there are {len(questions)} questions")
         inputs = self.prompt(questions, images, system=ANSWER_SYSTEM, ending="", padding_side="left").to(self.device)
-        tokens = self.mllm.generate(dict(inputs), max_new_tokens)
+        tokens = self.mllm.generate(dict(inputs), options, streamer)
         return [t.strip() for t in self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def get_trained_state(self) -> dict[str, Tensor]:

@@ -402,6 +402,8 @@ class UniImagePipeline(DiffusionPipeline):
         question: str | Sequence[str],
         image: ImageInput | Sequence[ImageInput | None] | None = None,
         max_new_tokens: int = 64,
+        streamer: Any = None,
+        **sampling: Any,
     ) -> Any:
         """Answer a question, about an image or several if given, with the untouched MLLM.
 
@@ -409,13 +411,21 @@ class UniImagePipeline(DiffusionPipeline):
             question: one text; or several, which are answered in one batch.
             image: as of a call: for one question an image or a list of images, for several one entry per question.
             max_new_tokens: longest answer in tokens.
+            streamer: a streamer of transformers, such as `TextStreamer`, which gets the tokens of a single answer.
+            sampling: `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, as of transformers'
+                `generate`, and `seed` (`tbac.models.answering.AnswerOptions`). Without them the answer is greedy.
 
         Returns:
             The answer; a list of answers for a list of questions.
+
+        Raises:
+            TypeError: for an option that there isn't.
+            ValueError: for an option's value that isn't accepted, and for a streamer with several questions.
         """
         questions = [question] if isinstance(question, str) else list(question)
         if not questions:
             return []
-        answers = self.model.answer(questions, group_images(image, len(questions)), max_new_tokens)
+        images = group_images(image, len(questions))
+        answers = self.model.answer(questions, images, max_new_tokens, streamer, **sampling)
         self.maybe_free_model_hooks()
         return answers[0] if isinstance(question, str) else answers

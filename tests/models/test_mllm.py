@@ -1,10 +1,12 @@
 """The split pass of the frozen MLLM against the plain one: whole sequence, every hidden state, gradient through all."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TextStreamer
 
 from tbac.models import UniImage
 from tbac.models.vision import pad_vision_mlps
@@ -233,6 +235,55 @@ def test_answers_equal_the_library_s_own_generation(model: UniImage) -> None:
     assert model.answer(texts, images, 5) == [
         t.strip() for t in tokenizer.batch_decode(expected, skip_special_tokens=True)
     ]
+
+
+def generate_by_the_library(model: UniImage, text: str, **options: Any) -> str:
+    """Answer as transformers alone would, from a copy of the model that nothing else has used."""
+    untouched = copy.deepcopy(model.mllm.load_full_model())
+    inputs = model.prompt([text], None, system="You are a helpful assistant.", ending="", padding_side="left")
+    kinds = torch.zeros_like(inputs["input_ids"], dtype=torch.int)
+    tokens = untouched.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=8, **options)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return model.prompt.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0}, {"top_k": 5}, {"top_p": 0.5, "repetition_penalty": 1.5}])
+def test_drawn_answers_equal_the_library_s_own_and_leave_its_random_numbers(model: UniImage, options: dict) -> None:
+    torch.manual_seed(7)
+    expected = generate_by_the_library(model, "what is it?", do_sample=True, **options)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    drawn = [model.answer(["what is it?"], None, 8, do_sample=True, seed=7, **options)[0] for _ in range(2)]
+    assert drawn == [expected, expected]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.answer(["what is it?"], None, 8, do_sample=True, seed=8, **options) != drawn[:1]
+
+
+def test_a_streamed_answer_is_the_answer(model: UniImage, capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = TextStreamer(model.prompt.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    (answer,) = model.answer(["what is it?"], None, 8, streamer)
+    assert capsys.readouterr().out.strip() == answer
+    with pytest.raises(ValueError, match="a streamer shows one answer, and there are 2 questions"):
+        model.answer(["what is it?", "how many?"], None, 8, streamer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.5}, "temperature=0.5 is for answers that are drawn; give do_sample=True"),
+        ({"seed": 0}, "seed=0 is for answers"),
+        ({"do_sample": True, "temperature": 0}, "temperature must be a number above 0, got 0"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p must be at most 1, got 1.5"),
+        ({"do_sample": True, "top_k": True}, "top_k must be a whole number of at least 1, got True"),
+        ({"do_sample": 1}, "do_sample must be true or false, got 1"),
+        ({"do_sample": True, "seed": -1}, "seed must be a whole number"),
+        ({"repetition_penalty": "2"}, "repetition_penalty must be a number above 0, got '2'"),
+    ],
+)
+def test_options_of_an_answer_are_named(model: UniImage, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        model.answer(["what is it?"], None, 8, **options)
 
 
 def test_answering_one_by_one_equals_answering_together(model: UniImage) -> None:

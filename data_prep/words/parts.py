@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import Qwen2VLImageProcessorPil
 
+from data_prep.language_model import NOT_INSTALLED, convert_llama, find_package, install_package, load_smollm2
 from data_prep.shapes.parts import (
     LONE_SCENES,
     Branch,
@@ -29,19 +30,18 @@ from data_prep.shapes.parts import (
 from data_prep.shapes.pretrain_denoiser import draw_lone_scenes
 from data_prep.shapes.scene import Scene
 from data_prep.words.lexicon import FILE, Lexicon, read_lexicon
-from data_prep.words.llama import NOT_INSTALLED, convert_llama, find_package, install_package, load_smollm2
 from data_prep.words.samples import World, write_benchmarks, write_training_sets
 from data_prep.words.vision import Recipe, train_vision_tower
 from tbac.app import to_plain
 
 # The code that each part is made by, beside that of the shapes world.
 TEXT_CODE = ("lexicon.py", "speech.py", "suites.py", "samples.py")
-MLLM_CODE = ("llama.py", "vision.py")
+MLLM_CODE = ("../language_model.py", "vision.py")
 
 
 def digest_of(names: Iterable[str]) -> str:
     """Compute the sha256 of some of these files and of the code of the shapes world."""
-    return compute_source_digest(Path(__file__).with_name(name) for name in names)
+    return compute_source_digest(Path(__file__).parent / name for name in names)
 
 
 def make_mllm(folder: Path, vision_config: dict[str, Any], recipe: Recipe, seed: int) -> None:

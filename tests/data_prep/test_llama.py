@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from data_prep.words.llama import NOT_INSTALLED, LanguageModel, convert_llama, find_package, load_smollm2
+from data_prep.language_model import NOT_INSTALLED, LanguageModel, convert_llama, find_package, load_smollm2
 from tbac.app import to_plain
+from tbac.models.answering import AnswerOptions
 from tbac.models.mllm import FrozenMLLM
 from tests.helpers.configs import compose_config
 
@@ -86,7 +87,7 @@ def test_it_answers_as_the_llama_does(language: LanguageModel, request: pytest.F
         inputs = ask(question)
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
         expected = llama.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-        found = FrozenMLLM(model).generate(inputs, max_new_tokens=12)
+        found = FrozenMLLM(model).generate(inputs, AnswerOptions(12))
         assert found.max() < words  # never one of the tokens that were appended for pictures
         assert found.tolist() == expected[:, inputs["input_ids"].shape[1] :].tolist()
         if "smollm2" in request.node.name and "France" in question:

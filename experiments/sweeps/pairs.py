@@ -98,14 +98,23 @@ def describe_verdict(comparison: Comparison, higher_is_better: bool) -> str:
     return "better" if (interval[0] > 0) == higher_is_better else "worse"
 
 
-def tabulate_comparisons(points: Sequence[Point]) -> str:
-    """Tabulate every value of the compared key against the baseline; an empty text where there is nothing to."""
+LOSS = ("validation loss", "loss", False)  # label, score, whether higher is better
+OVERALL = ("GenEval rules, overall", "overall", True)
+
+
+def tabulate_comparisons(points: Sequence[Point], scores: Sequence[tuple[str, str, bool]] = (OVERALL, LOSS)) -> str:
+    """Tabulate every value of the compared key against the baseline; an empty text where there is nothing to.
+
+    Args:
+        points: with these scores.
+        scores: label, name and whether higher is better.
+    """
     found = find_baseline(points)
     if found is None:
         return ""
     key, baseline = found
     rows = []
-    for label, score, higher in (("GenEval rules, overall", "overall", True), ("validation loss", "loss", False)):
+    for label, score, higher in scores:
         for comparison in compare_points(points, key, baseline, score):
             rows.append(format_comparison(comparison, label, higher))
     if not rows:

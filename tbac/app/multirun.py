@@ -60,11 +60,11 @@ def note_failure(folder: Path, message: str) -> PointFailure:
     return PointFailure(str(folder), message)
 
 
-class PointCheck(Callback):
-    """A callback of Hydra's that checks the points of a multirun before any is started."""
+class PointsCallback(Callback):
+    """A callback of Hydra's that looks at the points of a multirun, before and after they run."""
 
     def check_point(self, config: DictConfig, folder: Path) -> None:
-        """Check a point.
+        """Check a point before any is started, on machines that start them later.
 
         Args:
             config: of the point, with what Hydra needs itself.
@@ -72,6 +72,14 @@ class PointCheck(Callback):
 
         Raises:
             ValueError: for whatever would end it.
+        """
+
+    def tell_points(self, config: DictConfig, varied: Sequence[str]) -> None:
+        """Say what came out, when all points have ended.
+
+        Args:
+            config: of the multirun, with what Hydra needs itself.
+            varied: keys that it varies.
         """
 
 
@@ -138,11 +146,17 @@ class PointSweeper(Sweeper):
 
                 parent.finish(describe_end(end))
             raise
+        for callback in self._list_callbacks():
+            callback.tell_points(self.config, varied)
         if parent is not None:
             parent.finish("failed" if failures else "success")
             print_links(parent, folder)
         finish_multirun(len(points), failures)
         return results
+
+    def _list_callbacks(self) -> list[PointsCallback]:
+        assert self.context is not None
+        return [callback for callback in self.context.callbacks.callbacks if isinstance(callback, PointsCallback)]
 
     def _try_to_compose(self, job: list[str], folder: Path) -> PointFailure | DictConfig:
         """Compose the config of a point and check it; what can't be composed, or trained, is a point that failed."""
@@ -150,10 +164,8 @@ class PointSweeper(Sweeper):
         assert self.config is not None
         try:
             config = self.context.config_loader.load_sweep_config(self.config, job)
-            # Machines that start points later, such as clusters, have a callback that knows what would end one.
-            for callback in self.context.callbacks.callbacks:
-                if isinstance(callback, PointCheck):
-                    callback.check_point(config, folder)
+            for callback in self._list_callbacks():
+                callback.check_point(config, folder)
             return config
         except Exception as error:
             if not is_user_error(error):

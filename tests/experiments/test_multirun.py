@@ -69,7 +69,9 @@ def test_points_over_two_keys_have_different_folders() -> None:
 @pytest.mark.usefixtures("in_world")
 def test_each_point_trains_in_a_folder_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     sweep = ["callbacks.guard.patience=3,4", "machine.num_workers=0,1"]
-    run_to_success("train", capfd, "-m", *SMALL, *sweep, "hydra.sweep.dir=sweep")
+    told = run_to_success("train", capfd, "-m", *SMALL, *sweep, "hydra.sweep.dir=sweep")
+    for choices in itertools.product(("patience=3", "patience=4"), ("num_workers=0", "num_workers=1")):
+        assert f"| {' '.join(choices)} | 1 | " in told
     reports = sorted(Path("sweep").glob("*/report.json"))
     assert len(reports) == 4
     overrides = [yaml.safe_load((file.parent / ".hydra/overrides.yaml").read_text()) for file in reports]
@@ -206,3 +208,22 @@ def test_a_sweep_reports_what_finished_and_what_failed(capfd: pytest.CaptureFixt
     assert "Could not find 'taps/deepest'" in report
     assert "error: 1 of 12 points are finished" in text
     assert len(json.loads((tmp_path / "sweep" / "report.json").read_text())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_world")
+def test_points_side_by_side_are_those_of_one_after_the_other() -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    for name, options in (("plain", []), ("beside", launcher)):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / "train.py"), "-m", *SMALL, *options, "stage.lr=1e-3,2e-3,-1",
+             "logger=csv", f"hydra.sweep.dir={name}"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert "2 of 3 points finished" in done.stderr
+        assert "stage.lr must be positive, got -1" in done.stderr
+    for file in Path("plain").glob("*/report.json"):
+        losses = [json.loads(path.read_text()) for path in (file, "beside" / file.relative_to("plain"))]
+        assert losses[0]["val_loss_last"] == losses[1]["val_loss_last"]
+    assert len(list(Path("beside").glob("*/report.json"))) == 2

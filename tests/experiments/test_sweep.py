@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from experiments.sweeps import plots
+from experiments.sweeps.losses import describe_losses
 from experiments.sweeps.pairs import Comparison, compare_points, tabulate_comparisons
 from experiments.sweeps.points import Point, read_choices, read_points
 from experiments.sweeps.report import describe_spread, group_points, tabulate, tabulate_suites
@@ -70,6 +71,25 @@ def test_rules_are_compared_with_the_final_state_seed_by_seed() -> None:
     assert "| `last_n` | validation loss | 2 | +0.0500 |" in text
     assert tabulate_comparisons([point("uniform", 0, 0.1)]) == ""
     assert "one pair tells nothing" in tabulate_comparisons(points[:1] + points[3:4])
+
+
+def test_a_plain_multirun_ends_with_its_losses_and_their_pairs() -> None:
+    def trained(taps: str, seed: int, loss: float | None) -> Point:
+        return Point(Path(f"{taps}{seed}"), {"taps": taps, "seed": str(seed)}, {"steps": 9, "val_loss_last": loss})
+
+    points = [trained("last_n", seed, 0.30 + seed / 100) for seed in range(3)]
+    points += [trained("final", seed, 0.20 + seed / 50) for seed in range(3)]
+    points += [trained("uniform", 0, None)]  # it had no validation
+    losses, pairs = describe_losses(points)
+    assert losses.splitlines()[2:] == [
+        "| taps=final | 3 | 0.2200 ± 0.0200 |",
+        "| taps=last_n | 3 | 0.3100 ± 0.0100 |",
+    ]
+    interval = ttest_rel([0.30, 0.31, 0.32], [0.20, 0.22, 0.24]).confidence_interval(0.95)
+    row = f"| `last_n` | validation loss | 3 | +0.0900 | {interval.low:+.4f} to {interval.high:+.4f} | 0 of 3 | worse |"
+    assert row in pairs
+    assert describe_losses(points[:3]) == [losses.replace("| taps=final | 3 | 0.2200 ± 0.0200 |\n", "")]
+    assert describe_losses([]) == []
 
 
 def test_a_difference_clear_of_0_is_found_on_its_side_and_seeds_are_counted() -> None:

@@ -8,39 +8,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tbac.app import command, open_model, read_opening_options
-from tbac.files import expand_path, parse_json, read_lines, shorten
+from tbac.files import read_prompts
 
 log = logging.getLogger(__name__)
 SETTINGS = ("negative_prompt", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
-
-
-def read_prompts(path: str) -> list[str]:
-    """Read the prompts of a file: one a line, or JSON lines with `prompt`.
-
-    Raises:
-        ValueError: naming file and line, when it isn't of that form.
-    """
-    place = f"prompt_file={path}"
-    file = expand_path(path, "prompt_file")
-    if not file.exists():
-        raise ValueError(f"{place} doesn't exist")
-    lines = read_lines(file, place)
-    # Each line is a prompt, unless the file's name says that it holds JSON lines.
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            prompts.append(line.strip())
-            continue
-        row = parse_json(line, f"{place}, line {number}")
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            given = shorten(line.strip())
-            raise ValueError(f"{place}, line {number} needs a 'prompt' that is a string, got {given}")
-        prompts.append(row["prompt"])
-    if not prompts:
-        raise ValueError(f"{place} holds no prompt")
-    return prompts
 
 
 def take_recipe(cfg: DictConfig) -> str:
@@ -71,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     # Prompts and images are checked before a model is loaded.
     prompts = list(cfg.prompts)
     if cfg.prompt_file:
-        prompts += read_prompts(cfg.prompt_file)
+        prompts += read_prompts(cfg.prompt_file, "prompt_file")
     if not prompts:
         raise ValueError("nothing to draw: give prompts=[...] or prompt_file=PATH")
     images = [open_picture(path, f"image {path}") for path in cfg.images]

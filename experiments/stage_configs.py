@@ -9,7 +9,8 @@ from experiments.reports import read_run_report
 from tbac.app import check, compose_as_given, to_plain
 
 OF_THE_RELEASE = ("t2i_pretrain", "ti2i_pretrain", "finetune")  # for which stage_overrides has a place always
-PER_STAGE = ("stage", "data", "optim", "schedule", "flow", "callbacks", "guard")  # what stages of a run may differ in
+# What stages of a run may differ in.
+PER_STAGE = ("stage", "reward", "data", "optim", "schedule", "flow", "callbacks", "guard")
 
 
 def compose_stages(cfg: DictConfig, overrides: Sequence[str]) -> list[DictConfig]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.going_on import compare_with_checkpoint, warn_of_replaced_data
 from experiments.stage_configs import PER_STAGE
@@ -23,11 +23,13 @@ from tbac.models.prompt_cache import make_prompt_cache
 from tbac.models.saved import read_saved_model
 from tbac.redaction import hide_secrets
 from tbac.training.callbacks.preemption import Preemption
+from tbac.training.callbacks.reinforce import Reinforce
 from tbac.training.callbacks.stage_transition import StageTransition
 from tbac.training.checkpoints import describe_model, find_newest_readable, load_weights
 from tbac.training.interruptions import INTERRUPTION, InterruptedRun, outlast_terminal
 from tbac.training.module import LadderTuningModule
 from tbac.training.randomness import seed_everything
+from tbac.training.rewarding import FROM_SHARDS, WeightedReward
 from tbac.training.run_facts import collect_run_facts
 from tbac.training.run_logger import RunLogger, log_nowhere
 from tbac.training.run_summary import name_run, summarize
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     import lightning as L
 
 log = logging.getLogger(__name__)
+REWARDS = Path(__file__).parents[1] / "conf" / "reward"
 
 
 def train(configs: Sequence[DictConfig], folder: Path, accepted: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -189,10 +192,40 @@ def build_stage(cfg: DictConfig) -> Stage:
         flow=make_part(cfg.flow, "flow"),
         trainable=list(cfg.stage.trainable),
         keep_optimizer=cfg.stage.keep_optimizer,
-        callbacks=[make_part(c, f"callbacks.{name}") for name, c in (cfg.callbacks or {}).items()],
+        callbacks=[*build_reinforcement(cfg), *build_callbacks(cfg)],
         config=hide_secrets(to_plain(cfg)),
         **{name: cfg.stage[name] for name in names},
     )
+
+
+def build_callbacks(cfg: DictConfig) -> list[Any]:
+    """Build the callbacks that a config names."""
+    return [make_part(part, f"callbacks.{name}") for name, part in (cfg.callbacks or {}).items()]
+
+
+def build_reinforcement(cfg: DictConfig) -> list[Reinforce]:
+    """Build the callback that makes a stage learn from rewards, with these; nothing for other stages.
+
+    Raises:
+        ValueError: without a reward, and for captions of shards that may be empty.
+    """
+    if not cfg.stage.reinforce:
+        return []
+    if not cfg.get("reward"):
+        there = ", ".join(sorted(file.stem for file in REWARDS.glob("*.yaml")))
+        raise ValueError(f"stage.reinforce needs a reward, and there is none of that name: reward=NAME may be {there}")
+    options = make_part(cfg.stage.reinforce, "stage.reinforce")
+    drops = [name for name, probability in cfg.stage.dropout.items() if str(name)[0] != "_" and probability]
+    if options.prompts == FROM_SHARDS and drops:
+        raise ValueError(
+            f"stage.dropout.{drops[0]}={cfg.stage.dropout[drops[0]]} would leave prompts without their text or image; "
+            "with stage.reinforce.prompts=shards it must be 0"
+        )
+    rewards = []
+    for name, part in cfg.reward.items():
+        own = OmegaConf.masked_copy(part, [key for key in part if key != "weight"])
+        rewards.append(WeightedReward(str(name), make_part(own, f"reward.{name}"), part.get("weight", 1.0)))
+    return [Reinforce(rewards, options, cfg.seed)]
 
 
 def make_model_config(cfg: DictConfig) -> ModelConfig:

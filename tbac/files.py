@@ -347,3 +347,36 @@ def read_json_lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
         except (ValueError, RecursionError):
             continue
+
+
+def read_prompts(path: str, option: str) -> list[str]:
+    """Read the prompts of a file: one a line, or JSON lines with `prompt`.
+
+    Args:
+        path: the file.
+        option: name of the user's option that gives it, for messages.
+
+    Raises:
+        ValueError: naming file and line, when it isn't of that form.
+    """
+    place = f"{option}={path}"
+    file = expand_path(path, option)
+    if not file.exists():
+        raise ValueError(f"{place} doesn't exist")
+    lines = read_lines(file, place)
+    # Each line is a prompt, unless the file's name says that it holds JSON lines.
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            prompts.append(line.strip())
+            continue
+        row = parse_json(line, f"{place}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            given = shorten(line.strip())
+            raise ValueError(f"{place}, line {number} needs a 'prompt' that is a string, got {given}")
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise ValueError(f"{place} holds no prompt")
+    return prompts

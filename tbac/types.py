@@ -1,8 +1,9 @@
-"""What the parts of the library hand to each other: samples, batches and conditions."""
+"""What the parts of the library hand to each other: samples, batches, conditions and rewards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -111,3 +112,41 @@ class Condition:
             joined[name] = torch.cat(parts) if parts else None
         states = torch.cat([condition.states for condition in conditions], dim=1)
         return Condition(states, **joined)
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """What a picture is asked for with.
+
+    Attributes:
+        text: caption or edit instruction.
+        images: files of the input images, for edits.
+    """
+
+    text: str
+    images: tuple[Path, ...] = ()
+
+
+class RewardError(RuntimeError):
+    """A reward can't be told for the moment, such as while an endpoint doesn't answer; it may be asked again."""
+
+
+class Reward(Protocol):
+    """Says how good pictures are; `tbac/evaluation/rewards.py` has some."""
+
+    def list_prompts(self) -> Sequence[PicturePrompt] | None:
+        """List the only prompts whose pictures it can score; None when it can score those of any prompt."""
+        ...
+
+    def score(self, prompts: Sequence[PicturePrompt], pictures: Sequence[Image.Image]) -> Sequence[float | None]:
+        """Score pictures, the higher the better; None for a picture that no score can be had for.
+
+        Args:
+            prompts: one of each picture.
+            pictures: in RGB.
+
+        Raises:
+            RewardError: when it may be asked again later.
+            ValueError: when asking again would bring nothing else.
+        """
+        ...

@@ -16,6 +16,7 @@ ROWS = [
     ["tbac/models/", "tbac/data/"],
     [
         "tbac/flow.py",
+        "tbac/reinforcement.py",
         "tbac/types.py",
         "tbac/files.py",
         "tbac/pictures.py",

@@ -12,13 +12,12 @@ import pytest
 from data_prep.datasets.image_folder import ImageFolder
 from data_prep.datasets.rows import read_rows
 from data_prep.shards.conversion import ConversionOptions, convert
-from experiments.generate import read_prompts
 from tbac.data.decoding import decode_text
 from tbac.evaluation.benchmarks.dpg import read_dpg_questions
 from tbac.evaluation.benchmarks.files import read_rows as read_benchmark_rows
 from tbac.evaluation.benchmarks.folder import read_prompt_folder
 from tbac.evaluation.benchmarks.imgedit import read_judge_prompts
-from tbac.files import ForeignFileError, read_csv, read_json, read_lines
+from tbac.files import ForeignFileError, read_csv, read_json, read_lines, read_prompts
 from tests.helpers.pictures import make_noise_image
 
 # What one finds in captions: characters that break lines on a screen, and others that look like nothing.
@@ -64,8 +63,9 @@ ROWS = [{"text": text, "image": "x.png"} for text in TEXTS]
 # Place where text files are read -> name of the file, what is in it, and how its texts are read.
 PLACES: dict[str, tuple[str, str, Callable[[Path], list[str]]]] = {
     "lines": ("x.txt", write_lines(TEXTS), lambda file: [line for line in read_lines(file) if line]),
-    "prompts": ("x.txt", write_lines(TEXTS), lambda file: read_prompts(str(file))),
-    "prompts in JSON": ("x.jsonl", write_json_lines([{"prompt": t} for t in TEXTS]), lambda f: read_prompts(str(f))),
+    "prompts": ("x.txt", write_lines(TEXTS), lambda file: read_prompts(str(file), "prompt_file")),
+    "prompts in JSON": ("x.jsonl", write_json_lines([{"prompt": t} for t in TEXTS]),
+                        lambda file: read_prompts(str(file), "prompt_file")),
     "benchmark": ("x.jsonl", write_json_lines([{"prompt": t} for t in TEXTS]),
                   lambda file: [row["prompt"] for row in read_benchmark_rows(file, {"prompt": str})]),
     "benchmark of lines": ("x.txt", write_lines(TEXTS), lambda file: list(read_prompt_folder(file).values())),
@@ -132,7 +132,7 @@ def test_what_isnt_csv_is_named(content: bytes, words: str) -> None:
 def test_a_prompt_file_gives_prompts_or_one_message(content: bytes, name: str) -> None:
     Path(name).write_bytes(content)
     try:
-        prompts = read_prompts(name)
+        prompts = read_prompts(name, "prompt_file")
     except ValueError as error:
         text = str(error)
         assert f"prompt_file={name}" in text, text

@@ -58,34 +58,46 @@ def list_dense_questions(scene: Scene) -> list[Asked]:
     return asked
 
 
-def write_dense(scenes: Iterator[Scene], count: int, folder: Path, describe: Callable[[Scene], str]) -> None:
-    """Write `prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them, for scenes that are held out.
+def write_dense(
+    scenes: Iterator[Scene],
+    count: int,
+    folder: Path,
+    describe: Callable[[Scene], str],
+    ask: Callable[[Scene], list[Asked]] = list_dense_questions,
+) -> None:
+    """Write `prompts/<stem>.txt` and `questions.csv`, as DPG-Bench has them.
 
     Args:
-        scenes: without end, of which the first `count` held-out ones are taken.
+        scenes: without end, of which the first `count` different ones are taken.
         count: number of prompts.
         folder: where the files go.
-        describe: writes what a scene shows, with the place of every object.
+        describe: writes what a scene shows.
+        ask: lists the questions about a scene.
     """
     prompts = folder / "prompts"
     prompts.mkdir(parents=True)
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(DPG_COLUMNS)
-        for index, scene in enumerate(_select_held_out(count, scenes)):
-            stem, text = f"dense_{index:03d}", describe(scene)
+        for index, scene in enumerate(_take_different(count, scenes)):
+            stem, text = f"{folder.name}_{index:03d}", describe(scene)
             (prompts / f"{stem}.txt").write_text(f"{text}\n")
-            for number, (category, question, parents) in enumerate(list_dense_questions(scene), start=1):
+            for number, (category, question, parents) in enumerate(ask(scene), start=1):
                 dependency = ",".join(map(str, parents)) or "0"
                 kind = category.split(" - ")[0]
                 table.writerow([stem, text, "", number, dependency, kind, category, f"{category} (…)", question])
 
 
-def _select_held_out(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
-    """Select the first scenes that are held out, each of them once."""
+def select_held_out(scenes: Iterator[Scene]) -> Iterator[Scene]:
+    """Select the scenes that are held out of training."""
+    return (scene for scene in scenes if scene.held_out)
+
+
+def _take_different(count: int, scenes: Iterator[Scene]) -> Iterator[Scene]:
+    """Take the first scenes, each of them once."""
     seen: set[Scene] = set()
     for scene in scenes:
-        if scene.held_out and scene not in seen:
+        if scene not in seen:
             seen.add(scene)
             yield scene
         if len(seen) == count:
@@ -131,7 +143,8 @@ def write_pairs(rng: Random, count: int, folder: Path) -> None:
         (folder / part).mkdir(parents=True)
     for kind in PAIR_TYPES:
         prompts, questions = [], []
-        for scene in _select_held_out(count, iter(lambda kind=kind: draw_pair_scene(rng, kind), None)):  # type: ignore[misc]
+        drawn = iter(lambda kind=kind: draw_pair_scene(rng, kind), None)  # type: ignore[misc]
+        for scene in _take_different(count, select_held_out(drawn)):
             short, asked = write_pair(rng, kind, scene)
             described = {"type": kind, "short_description": short, "long_description": write_long_caption(scene)}
             prompts.append(described)

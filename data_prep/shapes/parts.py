@@ -1,4 +1,5 @@
-"""The parts of the shapes world, each made when it is missing: benchmarks, tokenizer, backbones, shards.
+"""The parts of the shapes world, each made when it is missing: benchmarks, prompts for rewards, tokenizer,
+backbones, shards.
 
 Everything is made from one seed. Backbones have the formats of the real ones, and shards hold cached latents. A part is
 made in a temporary folder, which gets its name when it is complete. Its `recipe.json` says what it was made from; with
@@ -29,6 +30,7 @@ from data_prep.shapes.language import sample_caption, sample_edit, sample_questi
 from data_prep.shapes.pretrain_autoencoder import pretrain_autoencoder, stack_pixels
 from data_prep.shapes.pretrain_denoiser import draw_lone_scenes, pretrain_denoiser
 from data_prep.shapes.pretrain_mllm import Recipe, pretrain_mllm
+from data_prep.shapes.rewards import write_reward_files
 from data_prep.shapes.samples import Encode, World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import USUAL, Mixture, Scene, render, sample_scene
 from data_prep.shapes.tokenizer import train_tokenizer
@@ -199,6 +201,7 @@ def build_world(cfg: DictConfig) -> Path:
     world = World.draw(cfg.seed, sizes, mixture)
     made_from = [asdict(sizes), asdict(mixture), cfg.seed, compute_source_digest()]
     build_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
+    build_part(out / "rewards", made_from, lambda folder: write_reward_files(world, folder))
     build_part(out / "tokenizer", made_from, lambda folder: make_tokenizer(folder, cfg.seed, mixture))
     # Pre-training takes minutes, so the MLLM gets one core, and the models of pictures and the shards another.
     branches: list[Branch] = [

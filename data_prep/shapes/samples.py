@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.shapes.benchmarks import write_dense, write_pairs
+from data_prep.shapes.benchmarks import select_held_out, write_dense, write_pairs
 from data_prep.shapes.language import (
     Edit,
     sample_caption,
@@ -52,6 +52,7 @@ class Sizes:
         edits: of the editing benchmark.
         dense: prompts of the suite of dense prompts.
         pairs_per_type: pairs of a short and a long prompt of each type.
+        rewards: prompts of each kind to learn from by reward.
     """
 
     t2i: int = 12000
@@ -64,6 +65,7 @@ class Sizes:
     edits: int = 48
     dense: int = 24
     pairs_per_type: int = 8
+    rewards: int = 400
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def write_benchmarks(world: World, out: Path) -> None:
     write_edits(world.val_edits[: world.sizes.edits], out)
     dense = Random(f"dense/{world.seed}")
     crowded = iter(lambda: draw_crowded_scene(dense), None)
-    write_dense(crowded, world.sizes.dense, out / "dense", write_long_caption)
+    write_dense(select_held_out(crowded), world.sizes.dense, out / "dense", write_long_caption)
     write_pairs(Random(f"pairs/{world.seed}"), world.sizes.pairs_per_type, out / "pairs")
 
 

@@ -30,7 +30,7 @@ from data_prep.shapes.parts import (
 from data_prep.shapes.pretrain_denoiser import draw_lone_scenes
 from data_prep.shapes.scene import Scene
 from data_prep.words.lexicon import FILE, Lexicon, read_lexicon
-from data_prep.words.samples import World, write_benchmarks, write_training_sets
+from data_prep.words.samples import World, write_benchmarks, write_reward_files, write_training_sets
 from data_prep.words.vision import Recipe, train_vision_tower
 from tbac.app import to_plain
 
@@ -101,6 +101,7 @@ def build_world(cfg: DictConfig) -> Path:
     world = World(instantiate(cfg.sizes), cfg.seed, read_lexicon())
     made_from = [asdict(world.sizes), cfg.seed, digest_of((*TEXT_CODE, FILE.name))]
     build_part(out / "benchmarks", made_from, lambda folder: write_benchmarks(world, folder))
+    build_part(out / "rewards", made_from, lambda folder: write_reward_files(world, folder))
     # Pre-training takes minutes, so the MLLM gets one core, and the models of pictures and the shards another.
     branches: list[Branch] = [
         (_make_language_parts, (out, parts["mllm"]["vision_config"], instantiate(cfg.vision), cfg.seed)),

@@ -1,5 +1,6 @@
 """Writes the samples of the world of words: training sets of the three stages, suites, edits and questions."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -7,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from data_prep.shapes.benchmarks import write_dense
+from data_prep.shapes.benchmarks import select_held_out, write_dense
 from data_prep.shapes.language import Edit, sample_edit
 from data_prep.shapes.samples import (
     Encode,
@@ -41,6 +42,7 @@ class Sizes:
         dense: prompts of the suite of dense sentences.
         edits: of each of the two suites of edits.
         questions: of the answering benchmark.
+        rewards: prompts of each kind to learn from by reward.
     """
 
     t2i: int = 5000
@@ -52,6 +54,7 @@ class Sizes:
     dense: int = 40
     edits: int = 64
     questions: int = 200
+    rewards: int = 400
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,34 @@ def write_benchmarks(world: World, out: Path) -> None:
     rng = Random(f"words dense/{world.seed}")
     speaker = Speaker(lexicon, rng, (), PLAIN)
     crowded = (scene for scene in iter(lambda: draw_crowded_scene(rng), None) if not lexicon.is_unseen(scene))
-    write_dense(crowded, sizes.dense, out / "dense", lambda scene: speaker.describe_fully(scene).text)
+    write_dense(select_held_out(crowded), sizes.dense, out / "dense", lambda scene: speaker.describe_fully(scene).text)
     for name, unseen in (("edits", ()), ("edits_unseen", UNSEEN_OF_EDITS)):
         edits = world.draw_instructions(name, held_out=True, unseen=unseen)
         write_edits(list(islice(edits, sizes.edits)), out, name)
     rng = Random(f"words questions/{world.seed}")
     write_questions(rng, list(islice(world.draw_scenes(rng, held_out=True), sizes.questions)), out)
+
+
+def write_reward_files(world: World, out: Path) -> None:
+    """Write what a model may learn from by reward: `world.json`, `geneval.jsonl`, `dense/`, and `edits.jsonl`.
+
+    None shows a held-out scene or has words that training never sees, and no prompt of a suite is among them.
+    """
+    sizes, lexicon = world.sizes, world.lexicon
+    write_world_file(out)
+    taken: set[str] = set()
+    for name in SUITES:
+        suite = sample_suite(name, lexicon, Random(f"words {name}/{world.seed}"), sizes.prompts_per_tag)
+        taken.update(row["prompt"] for row in suite)
+    per_tag = math.ceil(sizes.rewards / len(SUITES["seen_words"]))
+    rows = sample_suite("seen_words", lexicon, Random(f"words rewards/{world.seed}"), per_tag)
+    write_rows(out / "geneval.jsonl", [row for row in rows if row["prompt"] not in taken])
+    rng = Random(f"words rewards dense/{world.seed}")
+    speaker = Speaker(lexicon, rng, (), PLAIN)
+    crowded = (scene for scene in iter(lambda: draw_crowded_scene(rng), None) if not scene.held_out)
+    seen = (scene for scene in crowded if not lexicon.is_unseen(scene))
+    write_dense(seen, sizes.rewards, out / "dense", lambda scene: speaker.describe_fully(scene).text)
+    write_edits(list(islice(world.draw_instructions("rewards"), sizes.rewards)), out)
 
 
 def write_training_sets(world: World, out: Path, encode: Encode, autoencoder_digest: str) -> None:

@@ -29,7 +29,7 @@ SIZES = Part(
     {
         "data_prep.shapes.samples.Sizes": counts(
             "t2i", "edit", "curated", "val", "samples_per_shard", "prompts_per_tag", "questions", "edits", "dense",
-            "pairs_per_type",
+            "pairs_per_type", "rewards",
         )
     }
 )  # fmt: skip
@@ -49,7 +49,8 @@ RECIPE = Part(
 WORD_SIZES = Part(
     {
         "data_prep.words.samples.Sizes": counts(
-            "t2i", "edit", "curated", "val", "samples_per_shard", "prompts_per_tag", "dense", "edits", "questions"
+            "t2i", "edit", "curated", "val", "samples_per_shard", "prompts_per_tag", "dense", "edits", "questions",
+            "rewards",
         )
     }
 )  # fmt: skip

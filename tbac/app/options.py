@@ -33,7 +33,7 @@ from tbac.app.kinds import (
 )  # fmt: skip
 from tbac.app.machine_parts import MACHINE, PRECISION, TRAINER
 from tbac.app.parts import CALLBACKS, DATA, FLOW, GUARD, LOGGER, OPTIM, PROMPT_CACHE, SCHEDULE, STAGE
-from tbac.app.scoring_parts import BENCHMARK, CAPTIONS, JUDGE
+from tbac.app.scoring_parts import BENCHMARK, CAPTIONS, JUDGE, REWARD
 from tbac.models.checks import DTYPE_NAMES, QUANTIZATIONS
 
 CHOSEN_LATER = ("dataset",)  # the command itself names those that there are
@@ -66,6 +66,7 @@ COMMANDS: dict[str, Fields] = {
         "submit": flag(),
         "parent_run_id": optional(text()),
         "stage": STAGE,
+        "reward": REWARD,
         "machine": MACHINE,
         **MODEL,
         "flow": FLOW,

@@ -16,6 +16,7 @@ from tbac.app.kinds import (
     optional,
     path,
     pattern,
+    plain_mapping,
     record,
     seed,
     some_of,
@@ -36,6 +37,21 @@ SOURCE_OR_FOLDER = Kind(
 DROPOUT = Part(
     {"tbac.data.transforms.ConditionDropout": shares("caption_drop_prob", "image_drop_prob", "both_drop_prob")}
 )
+REINFORCE = Part(
+    {
+        "tbac.training.reinforce_options.ReinforceOptions": {
+            "prompts": either(choice("rewards", "shards"), path()),
+            "drawing": {
+                "group_size": whole(2), "num_inference_steps": whole(), "scheduler": optional(plain_mapping()),
+            },
+            "loss": {"beta": number(above=0), "weigh_errors": flag(), "kl_weight": number(least=0)},
+            "rounds": {"steps": whole(), "decay": number(least=0, below=1), "decay_growth": number(least=0)},
+            "patience": dict.fromkeys(("first_seconds", "longest_seconds", "give_up_minutes"), number(above=0)),
+            "supervised_weight": number(least=0),
+        }
+    },
+    needed=False,
+)  # fmt: skip
 STAGE: Fields = {
     "name": name(),
     "previous": optional(name()),
@@ -64,6 +80,7 @@ STAGE: Fields = {
     "sample_prompts": list_of(text()),
     "sample_guidance": number(least=0),
     "sample_steps": whole(),
+    "reinforce": REINFORCE,
 }
 DATA = Part(
     {

@@ -1,6 +1,6 @@
-"""The options of benchmarks, of judges and detectors, and of the captions that a probe reads."""
+"""The options of benchmarks, of judges and detectors, of rewards, and of the captions that a probe reads."""
 
-from tbac.app.groups import DEVICE, PROBABILITY, Fields, Part, counts
+from tbac.app.groups import DEVICE, PROBABILITY, Fields, Part, Parts, counts
 from tbac.app.kinds import choice, flag, name, number, optional, path, pattern, plain_mapping, seed, text, whole
 from tbac.models.checks import DTYPE_NAMES, QUANTIZATIONS
 
@@ -80,3 +80,21 @@ CAPTIONS = Part(
         "tbac.evaluation.captions.read_table": {"path": path()},
     }
 )
+REWARDS = "tbac.evaluation.rewards"
+WEIGHT: Fields = {"weight": number(above=0)}
+BENCHMARK_REWARD: Fields = {"benchmark": BENCHMARK, "judge": JUDGE, "threads": whole()}
+REWARD = Parts(
+    Part(
+        {
+            f"{REWARDS}.BenchmarkReward": {**WEIGHT, **BENCHMARK_REWARD},
+            f"{REWARDS}.JudgeReward": {
+                **WEIGHT, "judge": JUDGE, "question": text(), "probability": flag(), **counts("threads", "tries"),
+            },
+            f"{REWARDS}.RandomReward": {
+                **WEIGHT, "seed": seed(), "levels": optional(whole(2)),
+                "reward": Part({f"{REWARDS}.BenchmarkReward": BENCHMARK_REWARD}),
+            },
+        },
+        common=WEIGHT,
+    )
+)  # fmt: skip

@@ -48,6 +48,7 @@ class LadderTuningModule(L.LightningModule):
         self.norms: GradientNorms | None = None
         self._context_squares: Tensor | None = None  # (block,)
         self.graphs: StepGraphs | None = None  # if set, steps run by recorded CUDA graphs
+        self.objective: Callable[[Batch], Tensor] | None = None  # what a stage minimises in place of the usual loss
         self.enter(stage, stage.steps or 1)
 
     def enter(self, stage: Stage, total_steps: int) -> None:
@@ -58,6 +59,7 @@ class LadderTuningModule(L.LightningModule):
             total_steps: optimizer steps of its schedule.
         """
         self.stage, self.total_steps = stage, total_steps
+        self.objective = None
         self.steps = 0  # optimizer steps taken in this stage, without rejected ones
         self.measure_taps = False  # whether `compute_tap_norms` will be called
         self.inherited_optimizer_state: Mapping[str, dict[str, Any]] | None = None  # by parameter name
@@ -132,15 +134,28 @@ class LadderTuningModule(L.LightningModule):
             latents: (batch * k, channel, height, width), the k rows of a sample next to each other.
         """
         path = interpolate(latents, noise, sigma)
+        rows = None
+        if len(latents) != len(batch):
+            rows = torch.arange(len(batch), device=self.device).repeat_interleave(len(latents) // len(batch))
+        prediction = self.predict_velocity(batch.prompt, path.noisy, sigma, rows)
+        return compute_velocity_loss(prediction, path.velocity)
+
+    def predict_velocity(self, inputs: Any, noisy: Tensor, sigma: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Predict `noise - latents` from prompts, each of which is read once.
+
+        Args:
+            inputs: what the model's `prompt` made.
+            noisy: (batch, channel, height, width).
+            sigma: (batch,).
+            rows: which prompt each of the batch belongs to; None where they follow each other one by one.
+        """
         runner = self.graphs if self.graphs is not None and torch.is_grad_enabled() else self.model
-        condition = runner.encode_condition(batch.prompt)
+        condition = runner.encode_condition(inputs)
         if self.measure_taps and condition.states.requires_grad:
             condition.states.register_hook(self._measure_contexts)
-        if len(latents) != len(batch):
-            rows = torch.arange(len(batch), device=self.device)
-            condition = condition[rows.repeat_interleave(len(latents) // len(batch))]
-        prediction = runner.predict_velocity(path.noisy, sigma, condition)
-        return compute_velocity_loss(prediction, path.velocity)
+        if rows is not None:
+            condition = condition[rows.to(self.device)]
+        return runner.predict_velocity(noisy, sigma, condition)
 
     def _measure_contexts(self, gradient: Tensor) -> None:
         """Add the squares of each block's context gradient to those of the step's earlier micro-batches."""
@@ -169,15 +184,19 @@ class LadderTuningModule(L.LightningModule):
         self.attempted = self.rejected = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss, with noise and sigmas that depend only on seed, stage and each sample's number of draw."""
+        """Compute the loss: flow matching's, unless the stage has another objective."""
         self.begun += 1
+        loss = self.compute_training_loss(batch) if self.objective is None else self.objective(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def compute_training_loss(self, batch: Batch) -> Tensor:
+        """Compute the loss, with noise and sigmas that depend only on seed, stage and each sample's number of draw."""
         latents = get_latents(self.model, batch)
         names = [f"{self.seed}/{self.stage.name}/{position}" for position in batch.positions]
         noise, sigma = draw_noise(names, latents, self.stage.flow)
         latents = latents.repeat_interleave(self.stage.flow.noise_samples_per_prompt, dim=0)
-        loss = self.compute_loss(batch, noise, sigma, latents)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        return loss
+        return self.compute_loss(batch, noise, sigma, latents)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss, with noise and sigmas that depend only on each sample's key: the same in every validation."""

@@ -34,11 +34,11 @@ from data_prep.datasets.table import Table
 from data_prep.shards.conversion import NAME, ConversionOptions, convert
 from data_prep.shards.verification import examine_tar, verify
 from data_prep.shards.writer import write_shards
-from experiments.generate import read_prompts
 from tbac.data.buckets import load_target_sizes, name_sizes_file, read_sizes, write_sizes
 from tbac.data.decoding import CorruptSampleError, decode_latents, decode_sample
 from tbac.data.shards import DataError, Source, SourceShards, parse_manifest
 from tbac.data.tars import TarReader
+from tbac.files import read_prompts
 from tbac.pictures import PictureError, decode_picture
 from tests.helpers.pictures import encode_image, make_noise_image, make_orientation_exif
 
@@ -214,7 +214,7 @@ def check_table(file: Path) -> None:
 
 def check_prompts(file: Path) -> None:
     try:
-        prompts = read_prompts(file.name)
+        prompts = read_prompts(file.name, "prompt_file")
     except ValueError as error:
         check_message(error, file.name)
         return

@@ -5,17 +5,23 @@ import io
 import json
 import tarfile
 from collections import defaultdict
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from PIL import Image
 
+from data_prep.shapes.rewards import describe_scene, list_word_questions, strip_opening, write_reward_files
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
-from data_prep.shapes.scene import render
+from data_prep.shapes.scene import draw_word_scene, render
 from data_prep.shards.writer import write_shards
 from tbac.evaluation.benchmarks.edits import parse_scan
 from tbac.evaluation.detectors.template import TemplateDetector
+from tbac.evaluation.judges.detector import DetectorJudge
+from tbac.evaluation.rules import judge_geneval
 from tests.helpers.worlds import SIZES
 
 SETS = ("t2i", "edit", "finetune_t2i", "finetune_edit")
@@ -101,3 +107,45 @@ def test_edit_rows_show_their_source(tmp_path: Path) -> None:
 def test_keys_that_webdataset_would_split_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="neither a dot nor a slash"):
         write_shards(tmp_path, "train", iter([(key, {"txt": "x"})]), 10)
+
+
+def test_prompts_to_learn_from_share_nothing_with_the_benchmarks(tmp_path: Path) -> None:
+    world = World.draw(0, replace(SIZES, rewards=60, prompts_per_tag=20))
+    write_reward_files(world, tmp_path / "rewards")
+    write_benchmarks(world, tmp_path / "benchmarks")
+    learnt, asked = (
+        [json.loads(line) for line in (tmp_path / part / "geneval.jsonl").read_text().splitlines()]
+        for part in ("rewards", "benchmarks")
+    )
+    assert len({row["prompt"] for row in learnt}) == 60
+    assert {row["tag"] for row in learnt} == {"counting", "position", "color_attr"}
+    assert not {strip_opening(row["prompt"]) for row in learnt} & {strip_opening(row["prompt"]) for row in asked}
+    sources = {
+        hashlib.sha256(Image.open(f).convert("RGB").tobytes()).hexdigest()
+        for f in (tmp_path / "rewards" / "pictures").glob("*.png")
+    }
+    shown = {
+        hashlib.sha256(Image.open(f).convert("RGB").tobytes()).hexdigest()
+        for f in (tmp_path / "benchmarks" / "pictures").glob("*.png")
+    }
+    assert sources
+    assert not sources & shown
+
+
+def test_the_pictures_that_prompts_are_about_are_right_by_their_own_rules(tmp_path: Path) -> None:
+    """What is asked for is true of the scene that the prompt was written about."""
+    world = World.draw(0, SIZES)
+    write_reward_files(replace(world, sizes=replace(SIZES, rewards=30)), tmp_path)
+    detector = TemplateDetector.from_world(tmp_path / "world.json")
+    rng, seen = Random("x"), 0
+    for _, scene in islice(world.draw_training_scenes("x"), 300):
+        described = describe_scene(rng, scene)
+        if described is not None:
+            seen += 1
+            assert judge_geneval(detector(render(scene)).detections, described[1]).correct, described
+    assert seen > 100
+    judge = DetectorJudge(detector, detector.object_names, detector.color_names)
+    for _ in range(20):
+        scene = draw_word_scene(rng)
+        for _, question, _ in list_word_questions(scene):
+            assert judge.ask(question, [render(scene)]) == "yes", question

@@ -31,6 +31,7 @@ BY_THEMSELVES = (
     "debug",
     "experiment",
     "opening",
+    "reward",
     "study",
     "sweep",
     "world",
@@ -198,6 +199,29 @@ def test_every_judge_takes_its_options(name: str) -> None:
     """The options are those of the class; its weights, or its endpoint, aren't here."""
     judge = compose_config("evaluate", "checkpoint=x", "out=x", f"judge={name}").judge
     inspect.signature(get_object(judge._target_)).bind(**{k: v for k, v in judge.items() if k != "_target_"})
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "reward").glob("*.yaml")))
+def test_every_reward_takes_its_options(name: str) -> None:
+    """The options are those of the classes; weights, endpoints and files aren't all here."""
+    rewards = compose_config("train", "run_dir=.", "stage=reinforce", f"reward={name}").reward
+    parts = list(rewards.values())
+    assert parts
+    for part in parts:
+        inner = [part[key] for key in ("benchmark", "judge", "reward") if key in part]
+        parts += inner
+        options = {key: value for key, value in part.items() if key not in ("_target_", "weight")}
+        inspect.signature(get_object(part._target_)).bind(**options)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_reinforcement_has_a_reward_in_every_world_and_other_stages_have_none(world: str) -> None:
+    config = compose_config("train", "run_dir=.", f"world={world}", "stage=reinforce")
+    assert config.reward
+    assert config.stage.reinforce
+    other = compose_config("train", "run_dir=.", f"world={world}", "stage=finetune")
+    assert "reward" not in other
+    assert other.stage.reinforce is None
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "dataset").glob("*.yaml")))

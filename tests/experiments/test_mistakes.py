@@ -130,6 +130,25 @@ TRAIN = [
     ("stage.lr=1e-3,2e-3", "stage.lr"),
     ("stage.lr=[1e-3", "stage.lr"),
 ]
+REINFORCE = [
+    ("stage.reinforce.drawing.group_size=1", "stage.reinforce.drawing.group_size must be at least 2, got 1"),
+    ("stage.reinforce.drawing.steps=4", "stage.reinforce.drawing.steps isn't an option"),
+    ("stage.reinforce.drawing.scheduler={_class_name: DDIMScheduler}", "DDIMScheduler"),
+    ("stage.reinforce.loss.beta=0", "stage.reinforce.loss.beta must be positive, got 0"),
+    ("stage.reinforce.loss.weigh_errors=3", "stage.reinforce.loss.weigh_errors must be true or false"),
+    ("stage.reinforce.rounds.decay=1", "stage.reinforce.rounds.decay must be at least 0 and below 1, got 1"),
+    ("stage.reinforce.patience.give_up_minutes=0", "stage.reinforce.patience.give_up_minutes must be positive"),
+    ("stage.reinforce.prompts=nowhere.txt", "stage.reinforce.prompts=nowhere.txt doesn't exist"),
+    ("stage.reinforce.prompts=shards", "stage.reinforce.prompts=shards: reward.geneval can score only prompts of its"),
+    ("reward=nothing", "stage.reinforce needs a reward, and there is none of that name: reward=NAME may be endpoint,"),
+    ("reward=null", "reward is needed"),
+    ("reward.geneval.weight=0", "reward.geneval.weight must be positive, got 0"),
+    ("reward.geneval.benchmark.file=nowhere.jsonl", "nowhere.jsonl"),
+    ("reward.geneval.judge.path=nowhere.json", "nowhere.json"),
+    ("reward.geneval.judgement=3", "reward.geneval.judgement isn't an option; did you mean judge?"),
+    ("reward=endpoint", "OPENAI_BASE_URL"),
+    ("+reward.mine={weight: 1}", "reward.mine._target_ must name a class"),
+]
 OTHERS = [
     ("generate", ["checkpoint=x", "prompts=[a]", "device=gpu"], "device must be auto, cpu, cuda"),
     ("generate", ["checkpoint=x", "prompts=[a]", "device=cuda"], "device=cuda: torch finds 0 GPUs"),
@@ -194,6 +213,12 @@ OTHERS = [
 @pytest.mark.parametrize(("argument", "words"), TRAIN, ids=[argument for argument, _ in TRAIN])
 def test_training(argument: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_message(run_to_message("train", capfd, *SHAPES, argument), words)
+
+
+@pytest.mark.parametrize(("argument", "words"), REINFORCE, ids=[argument for argument, _ in REINFORCE])
+def test_reinforcement(argument: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    stage = ["stage=reinforce", "stage.previous=null"]
+    assert_one_message(run_to_message("train", capfd, *SHAPES, *stage, argument), words)
 
 
 @pytest.mark.parametrize(("command", "arguments", "words"), OTHERS, ids=[f"{c} {a[-1]}" for c, a, _ in OTHERS])

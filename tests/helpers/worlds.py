@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from data_prep.shapes.parts import make_tokenizer
 from data_prep.shapes.pretrain_autoencoder import stack_pixels
 from data_prep.shapes.pretrain_mllm import make_config
+from data_prep.shapes.rewards import write_reward_files
 from data_prep.shapes.samples import Sizes, World, write_benchmarks, write_training_sets
 from data_prep.words import samples as words
 from data_prep.words.lexicon import read_lexicon
@@ -33,14 +34,17 @@ SIZES = Sizes(
     edits=6,
     dense=2,
     pairs_per_type=1,
+    rewards=6,
 )
 
 
-WORD_SIZES = words.Sizes(prompts_per_tag=1, dense=1, edits=2, questions=2)
+WORD_SIZES = words.Sizes(prompts_per_tag=1, dense=1, edits=2, questions=2, rewards=6)
 
 
 def build_small_world(folder: Path) -> None:
-    """Build a shapes world with untrained backbones: backbones/{mllm,denoiser}, data/, benchmarks/, words/."""
+    """Build a shapes world with untrained backbones, in backbones/{mllm,denoiser}, and data/, benchmarks/, rewards/,
+    words/.
+    """
     parts = to_plain(compose_config("train", "run_dir=.").model)["architecture"]
     torch.manual_seed(1)
     mllm, denoiser = folder / "backbones" / "mllm", folder / "backbones" / "denoiser"
@@ -58,7 +62,10 @@ def build_small_world(folder: Path) -> None:
     DPMSolverMultistepScheduler(**scheduler).save_pretrained(denoiser / "scheduler")
     world = World.draw(0, SIZES)
     write_benchmarks(world, folder / "benchmarks")
-    words.write_benchmarks(words.World(WORD_SIZES, 0, read_lexicon()), folder / "words" / "benchmarks")
+    write_reward_files(world, folder / "rewards")
+    of_words = words.World(WORD_SIZES, 0, read_lexicon())
+    words.write_benchmarks(of_words, folder / "words" / "benchmarks")
+    words.write_reward_files(of_words, folder / "words" / "rewards")
     frozen = FrozenAutoencoder(autoencoder)
     write_training_sets(
         world, folder / "data", lambda images: frozen.encode(stack_pixels(images)), compute_autoencoder_digest(denoiser)

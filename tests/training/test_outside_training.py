@@ -1,4 +1,4 @@
-"""A spike rule and a callback that the package doesn't know are used by the name of their YAML alone."""
+"""A spike rule, a callback and a reward that the package doesn't know are used by the name of their YAML alone."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ MODULE = """
 import lightning as L
 
 from tbac.training.spikes import Verdict
+from tbac.types import PicturePrompt
 
 
 class EverySecond:
@@ -50,6 +51,18 @@ class Tally(L.Callback):
         self.rejected = state_dict["rejected"]
 
 
+class Darkness:
+    def __init__(self, texts):
+        self.texts = texts
+
+    def list_prompts(self):
+        return [PicturePrompt(text) for text in self.texts]
+
+    def score(self, prompts, pictures):
+        assert {prompt.text for prompt in prompts} <= set(self.texts)
+        return [-sum(picture.convert("L").tobytes()) for picture in pictures]
+
+
 class Nothing:
     pass
 """
@@ -71,6 +84,8 @@ def _outside(in_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("guard/every_second.yaml", "_target_: outside_training.EverySecond\nreason: it was its turn"),
         ("guard/nothing.yaml", "_target_: outside_training.Nothing"),
         ("callbacks/with_tally.yaml", CALLBACKS),
+        ("reward/night.yaml", "dark:\n  _target_: outside_training.Darkness\n  texts: [a red circle, three squares]"),
+        ("reward/nothing.yaml", "none:\n  _target_: outside_training.Nothing"),
         ("callbacks/nothing.yaml", "nothing:\n  _target_: outside_training.Nothing"),
     ):
         (tmp_path / "own" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +106,20 @@ def test_they_decide_count_and_go_on_as_ours_do(capfd: pytest.CaptureFixture[str
     assert Path("run/tally.txt").read_text() == "3"
 
 
+def test_a_model_learns_from_a_reward_by_its_name(capfd: pytest.CaptureFixture[str]) -> None:
+    learn = ["--config-dir=own", *FEW, "stage=reinforce", "stage.previous=null", "stage.batch_size=1", "reward=night"]
+    run_to_success("train", capfd, *learn, "stage.reinforce.drawing.group_size=2", "hydra.run.dir=dark")
+    before, after = read_checkpoint("dark")["policies"].values()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
 def test_what_is_neither_is_named_before_a_model_is_read(capfd: pytest.CaptureFixture[str]) -> None:
     text = run_to_message("train", capfd, *OWN, "guard=nothing")
     assert "guard: Nothing isn't a spike rule, it has no judge, reset, state_dict, load_state_dict" in text
+    learn = ["stage=reinforce", "stage.previous=null", "reward=nothing"]
+    assert "reward.none: Nothing isn't a reward, it has no list_prompts, score" in run_to_message(
+        "train", capfd, *OWN, *learn
+    )
     assert "callbacks: Nothing isn't a callback of Lightning" in run_to_message(
         "train", capfd, *OWN, "callbacks=nothing"
     )

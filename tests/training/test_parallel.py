@@ -3,14 +3,17 @@
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tbac.models.saved import read_checkpoint
 from tbac.training.strategies import make_strategy
 from tests.helpers.processes import make_rank_variables, start_command
+from tests.helpers.rewards import REINFORCE
 from tests.helpers.shards import write_mixed_sizes
 from tests.helpers.training import BASE, STEPS, TRAIN, assert_runs_close
 
@@ -21,14 +24,20 @@ GLOBAL_BATCH = 8
 
 
 def train(
-    world: Path, folder: Path, processes: int, *overrides: str, accumulate: int = 1, launcher: str = "outside"
+    world: Path,
+    folder: Path,
+    processes: int,
+    *overrides: str,
+    accumulate: int = 1,
+    launcher: str = "outside",
+    base: Sequence[str] = BASE,
 ) -> None:
     """Train in some processes that share the global batch.
 
     `launcher` says who starts them: "lightning", from the first one, or "outside", as torchrun and srun do.
     """
     arguments = [
-        *BASE,
+        *base,
         f"machine.devices={processes}",
         f"stage.batch_size={GLOBAL_BATCH // processes // accumulate}",
         f"stage.accumulate={accumulate}",
@@ -103,6 +112,35 @@ def test_going_on_with_another_number_of_processes(
         train(world_folder, tmp_path, processes, f"machine.strategy={strategy}", f"trainer.max_steps={steps}")
     assert keys(tmp_path) == keys(alone)
     assert_runs_close(saved(alone), saved(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accumulate"), [("ddp", 1), pytest.param("fsdp", 1, marks=SLOW), pytest.param("fsdp", 2, marks=SLOW)]
+)
+def test_two_processes_reinforce_as_one(strategy: str, accumulate: int, world_folder: Path, tmp_path: Path) -> None:
+    """Each draws and scores pictures of its own prompts; policies and pauses are the same on both."""
+    (tmp_path / "down").touch()
+    base = [
+        *(override for override in REINFORCE if "batch_size" not in override), "callbacks=audit",
+        "stage.reinforce.supervised_weight=0.1", "stage.reinforce.loss.kl_weight=0.1", "stage.lr=1e-3",
+        "stage.reinforce.rounds={steps: 2, decay: 0.5, decay_growth: 0.2}",
+    ]  # fmt: skip
+    pause = [
+        f"+reward.red.down={tmp_path / 'down'}", "+reward.red.good_for=3",
+        "stage.reinforce.patience={first_seconds: 0.2, longest_seconds: 0.2, give_up_minutes: 0.001}",
+    ]  # fmt: skip
+    train(world_folder, tmp_path / "one", 1, base=base)
+    options = [f"machine.strategy={strategy}", *pause]
+    with pytest.raises(AssertionError, match="the stage has waited for"):
+        train(world_folder, tmp_path / "two", 2, *options, accumulate=accumulate, base=base)
+    (tmp_path / "down").unlink()
+    train(world_folder, tmp_path / "two", 2, *options, accumulate=accumulate, base=base)
+    file = Path("checkpoints") / f"reinforce-step={STEPS}.ckpt"
+    one, two = read_checkpoint(tmp_path / "one" / file), read_checkpoint(tmp_path / "two" / file)
+    assert_runs_close(one, two)
+    for name, policy in one["policies"].items():
+        for part, weights in policy.items():
+            torch.testing.assert_close(two["policies"][name][part], weights, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=SLOW)])

@@ -128,6 +128,17 @@ class PictureBenchmark(ABC):
             JudgeError: when the judge gives no usable reply.
         """
 
+    def judge_sample(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """Judge one sample of a target by itself, as a reward does.
+
+        Raises:
+            JudgeError: when the judge gives no usable reply.
+            ValueError: when the benchmark judges several samples in a grid, and can't judge one alone.
+        """
+        if len(target.samples) > 1:
+            raise ValueError(f"{self.title} judges grids of {len(target.samples)} pictures, so it can't be a reward")
+        return self.judge_picture(target, picture, judge)
+
     def find_prompt(self, target: Target) -> str:
         """Find the name of the prompt that a picture belongs to; what belongs together is drawn together at random."""
         return target.item

@@ -233,21 +233,7 @@ class DPG(PictureBenchmark):
         """
         # The questions of `fixed` include those of `official`, so each is asked only once.
         questions = self.questions_by_mode["fixed"][target.item]
-        answers: list[dict[str, bool]] = []
-        failure = ""
-        replies: list[str] = []
-        for quarter in cut_quarters(picture):
-            quarter_answers: dict[str, bool] = {}
-            for question in questions:
-                asked = Asked([YES_OR_NO.format(question=question.text)], [quarter], self.tries)
-                try:
-                    quarter_answers[str(question.number)] = ask_until_usable(judge, asked, read_yes_or_no)[0]
-                except JudgeError as error:
-                    failure = f"{question.text} {error}"
-                    replies += error.replies
-            answers.append(quarter_answers)
-        if failure:
-            raise JudgeError(failure, replies)
+        answers = self._ask_about(cut_quarters(picture), questions, judge)
         # The score of a single picture is for the report; `summarize` computes the benchmark's from the answers.
         wrong = []
         for question in questions:
@@ -255,6 +241,38 @@ class DPG(PictureBenchmark):
                 wrong.append(question.text)
         share = mean(mean(quarter_answers.values()) for quarter_answers in answers)
         return PictureVerdict(float(share), f"not in all: {', '.join(wrong)}", {"answers": answers})
+
+    def judge_sample(self, target: Target, picture: Image.Image, judge: Any) -> PictureVerdict:
+        """Ask every question about one picture, and score the share of right answers by the rules of `fixed`."""
+        questions = self.questions_by_mode["fixed"][target.item]
+        answers = self._ask_about([picture], questions, judge)[0]
+        right = apply_dependencies({int(number): answer for number, answer in answers.items()}, questions)
+        return PictureVerdict(sum(right.values()) / len(right))
+
+    def _ask_about(
+        self, pictures: Sequence[Image.Image], questions: Sequence[Question], judge: Any
+    ) -> list[dict[str, bool]]:
+        """Ask every question about each picture: for each, number of a question -> whether the answer is yes.
+
+        Raises:
+            JudgeError: when a question has no usable reply, after all others were asked.
+        """
+        answers: list[dict[str, bool]] = []
+        failure = ""
+        replies: list[str] = []
+        for picture in pictures:
+            of_picture: dict[str, bool] = {}
+            for question in questions:
+                asked = Asked([YES_OR_NO.format(question=question.text)], [picture], self.tries)
+                try:
+                    of_picture[str(question.number)] = ask_until_usable(judge, asked, read_yes_or_no)[0]
+                except JudgeError as error:
+                    failure = f"{question.text} {error}"
+                    replies += error.replies
+            answers.append(of_picture)
+        if failure:
+            raise JudgeError(failure, replies)
+        return answers
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Compute the scores of both modes; `overall` is that of `benchmark.mode`."""

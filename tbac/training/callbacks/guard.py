@@ -196,6 +196,10 @@ class Guard(L.Callback):
     def _list_averages(self, trainer: L.Trainer) -> list[EMA]:
         return [c for c in trainer.callbacks if isinstance(c, EMA)]  # type: ignore[attr-defined]
 
+    def _list_others(self, trainer: L.Trainer) -> list[Any]:
+        """List other callbacks that keep what must go back with the weights."""
+        return [c for c in trainer.callbacks if hasattr(c, "copy_state")]  # type: ignore[attr-defined]
+
     def _take_snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.then != "rewind":
             return
@@ -212,24 +216,25 @@ class Guard(L.Callback):
             "schedulers": [dict(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
             "rates": [g["lr"] for g in trainer.optimizers[0].param_groups],
             "averages": [(c.updates, [_copy(a) for a in c.average]) for c in self._list_averages(trainer)],
+            "others": [callback.copy_state() for callback in self._list_others(trainer)],
             "rule": self.rule.state_dict(),
             "steps": pl_module.steps,
         }
 
     def _rewind(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
         assert self._snapshot is not None
-        snapshot, state = self._snapshot, trainer.optimizers[0].state
+        snapshot, state_of = self._snapshot, trainer.optimizers[0].state
         # Weights and moments are copied in place: the optimizer and CUDA graphs hold these very tensors.
         parameters = zip(pl_module.list_trained(), snapshot["weights"], snapshot["optimizer"], strict=True)
         for (_, parameter), weights, moments in parameters:
             get_local_part(parameter.data).copy_(weights)
             if not moments:  # at the snapshot the optimizer had taken no step yet
-                state.pop(parameter, None)
+                state_of.pop(parameter, None)
             for name, value in moments.items():
                 if isinstance(value, Tensor):
-                    get_local_part(state[parameter][name]).copy_(value)
+                    get_local_part(state_of[parameter][name]).copy_(value)
                 else:
-                    state[parameter][name] = value
+                    state_of[parameter][name] = value
         # Schedule and learning rates go back with them.
         for config, scheduler in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
             config.scheduler.load_state_dict(dict(scheduler))
@@ -240,6 +245,8 @@ class Guard(L.Callback):
             callback.updates = updates
             for average, value in zip(callback.average, values, strict=True):
                 average.copy_(value)
+        for other, state in zip(self._list_others(trainer), snapshot["others"], strict=True):
+            other.restore_state(state)
         kept = {name: part for name, part in self.rule.state_dict().items() if name == KEPT}
         self.rule.load_state_dict({**snapshot["rule"], **kept})
         pl_module.steps = snapshot["steps"]

@@ -87,14 +87,15 @@ class Preemption(callbacks.Checkpoint):
     ) -> None:
         assert isinstance(pl_module, LadderTuningModule)
         if pl_module.attempted and not validation_follows(trainer, batch_idx):
-            self._stop_if_told(trainer, pl_module)
+            self.stop_if_told(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LadderTuningModule)
         if trainer.state.fn == "fit" and pl_module.steps and not trainer.should_stop:
-            self._stop_if_told(trainer, pl_module)
+            self.stop_if_told(trainer, pl_module)
 
-    def _stop_if_told(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+    def stop_if_told(self, trainer: L.Trainer, pl_module: LadderTuningModule) -> None:
+        """If a signal has come to any process, write a checkpoint and end the run; all processes must call this."""
         received = find_max_over_ranks(INTERRUPTION.received or 0, trainer.strategy.root_device)
         if not received:
             return

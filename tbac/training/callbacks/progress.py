@@ -83,6 +83,9 @@ class ProgressLine(L.Callback):
         values = [f"lr {rate:.3g}"]
         if loss is not None:
             values.insert(0, f"loss {float(loss):.4f}")
+        reward = trainer.callback_metrics.get("reinforce/reward")
+        if reward is not None:
+            values.append(f"reward {float(reward):.3f}")
         if self._norm is not None:
             values.append(f"norm {float(self._norm):.3g}")
         return [*values, f"{self._samples * trainer.world_size / busy:.3g} samples/s"]

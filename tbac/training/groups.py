@@ -16,7 +16,7 @@ from tbac.models import UniImage
 from tbac.models.prompt import PromptInputs
 from tbac.pictures import open_picture
 from tbac.sampling.guidance import Guidance
-from tbac.sampling.latents import convert_to_pil
+from tbac.sampling.latents import convert_output
 from tbac.sampling.solver import FlowSolver, check_flow_scheduler, make_scheduler, set_timesteps
 from tbac.training.randomness import draw_noise
 from tbac.types import Batch, PicturePrompt
@@ -149,8 +149,8 @@ def draw_groups(model: UniImage, asked: Asked, options: DrawingOptions) -> Group
     latents = solver.scale_noise(noise)
     for index in range(len(solver.timesteps)):
         latents = solver.step(latents, index)
-    pixels = (model.autoencoder.decode(latents) + 1) / 2
-    return Groups(latents.float(), convert_to_pil(pixels), names)
+    pictures = convert_output(model.autoencoder, latents, "pil")
+    return Groups(latents.float(), pictures, names)
 
 
 def list_rows(groups: int, group_size: int) -> list[int]:

@@ -20,13 +20,10 @@ from tbac.evaluation.published_scripts import read_script
 from tbac.files import expand_path, reading, shorten, write_whole
 from tbac.pictures import open_picture
 
-TASKS = (
-    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
-    "subject-remove", "subject-replace", "text_change", "tone_transfer",
-)  # fmt: skip
-COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image")
+COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
 PLACE = "<instruction>"  # where the published question has the instruction
 MEASURES = ("semantics", "quality", "overall")  # called G_SC, G_PQ and G_O in papers
+FULL, INTERSECTION = "full", "intersection"  # all edits, and those that no model of the paper refused
 # Names of the published texts in their script: the frame, and then what is rated.
 FRAME = "_context_no_delimit"
 SEMANTICS = (FRAME, "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC")
@@ -40,13 +37,14 @@ Reply as JSON and nothing else: {"score": [natural, faultless], "reasoning": "a 
 
 @dataclass(frozen=True)
 class GEditItem:
-    """An edit: its kind, key, language and instruction, and the file of the picture that it changes."""
+    """An edit: its kind, key, language and instruction, the picture that it changes, and whether both sets have it."""
 
     task: str
     key: str
     language: str
     instruction: str
     image: Path
+    in_intersection: bool
 
 
 def read_tables(folder: Path) -> Iterator[tuple[str, dict]]:
@@ -86,7 +84,7 @@ def read_gedit(path: str, images: str) -> list[GEditItem]:
     folder, sources = expand_path(path, "benchmark.file"), expand_path(images, "benchmark.images")
     items: list[GEditItem] = []
     for place, row in read_tables(folder) if folder.is_dir() else ():
-        check_fields(row, {**dict.fromkeys(COLUMNS[:4], str), "input_image": dict}, place)
+        check_fields(row, {**dict.fromkeys(COLUMNS[:4], str), "input_image": dict, "Intersection_exist": bool}, place)
         for name in ("key", "task_type", "instruction_language"):
             if not FILE_NAME.fullmatch(row[name]):
                 raise BenchmarkFileError(f"{place}: {name!r} must be able to name a file, got {shorten(row[name])!r}")
@@ -98,23 +96,32 @@ def read_gedit(path: str, images: str) -> list[GEditItem]:
         if not file.exists() or file.read_bytes() != content:
             write_whole(file, content)
         locate_picture(sources, file.name, place)
-        items.append(GEditItem(row["task_type"], row["key"], row["instruction_language"], row["instruction"], file))
+        task, language = row["task_type"], row["instruction_language"]
+        items.append(GEditItem(task, row["key"], language, row["instruction"], file, row["Intersection_exist"]))
     if not items:
         raise BenchmarkFileError(f"GEdit-Bench's folder {folder} has no *.parquet or *.arrow file with rows")
     return items
 
 
 def read_scores(reply: str) -> list[float] | None:
-    """Read the ratings of a reply, JSON with a number or list `score`, or a list alone; None unless all are 0 to 10."""
-    match = re.search(r"\{.*\}", reply, re.DOTALL) or re.search(r"\[[\d\s,.]+\]", reply)
+    """Read the ratings of a reply, as the published script does; None where it finds none or the least isn't 0 to 10.
+
+    They are a number or a list, `score` of a JSON object with any text around it. Without an object two whole numbers
+    in brackets, or a whole number alone, are read.
+    """
     try:
-        value = json.loads(match[0].replace("\n", " ")) if match else None
-    except (ValueError, RecursionError):
+        if "{" in reply and "}" in reply:
+            text = reply[reply.find("{") : reply.rfind("}") + 1]
+            scores = json.loads(text.replace("\n", ""))["score"]
+        else:
+            listed = re.search(r"\[.*\]", reply, re.DOTALL)
+            is_pair = listed is not None and re.fullmatch(r"\[\d+, ?\d+\]", listed[0])
+            scores = json.loads(listed[0]) if listed is not None and is_pair else int(reply)
+    except (ValueError, KeyError, RecursionError):
         return None
-    scores = value.get("score") if isinstance(value, dict) else value
     scores = scores if isinstance(scores, list) else [scores]
-    is_right = [isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 10 for s in scores]
-    return [float(score) for score in scores] if scores and all(is_right) else None
+    are_numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
+    return scores if scores and are_numbers and 0 <= min(scores) <= 10 else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -193,26 +200,35 @@ class GEdit(PictureBenchmark):
         return PictureVerdict(values[2] / 10, first, details)
 
     def count(self, row: Row) -> list[Count]:
-        """Count the three values for language and kind; a missing picture has 0."""
+        """Count the three values for language, kind and both sets of edits; a missing picture has 0."""
         if row.state == "failed":
             return []
         item = self.edit_of[row.picture]
         values = {name: float(row.details.get(name, 0.0)) for name in MEASURES}
-        return [Count(f"{item.language}/{item.task}/{name}", value) for name, value in values.items()]
+        counts = []
+        for subset in (FULL, INTERSECTION) if item.in_intersection else (FULL,):
+            cell = f"{item.language}/{item.task}/{subset}"
+            counts += [Count(f"{cell}/{name}", value) for name, value in values.items()]
+        return counts
 
     def combine(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Average over kinds, for each language and value; then list the kinds by their overall value."""
+        """Average over kinds, for each language, set and value; then list the kinds by their overall value."""
         scores: dict[str, float] = {}
-        cells = {cell: tuple(cell.split("/")) for cell in means}  # (language, kind, value)
-        languages = sorted({language for language, _, _ in cells.values()}, reverse=True)  # en before cn
+        # (language, set, value) -> kind -> mean
+        tables: dict[tuple[str, str, str], dict[str, float]] = {}
+        for cell, value in means.items():
+            language, kind, subset, measure = cell.split("/")
+            tables.setdefault((language, subset, measure), {})[kind] = value
+        languages = sorted({language for language, _, _ in tables}, reverse=True)  # en before cn
         for language in languages:
             ending = f", {language}" if len(languages) > 1 else ""
-            for measure in ("overall", "semantics", "quality"):
-                of_measure = [means[c] for c, (part, _, name) in cells.items() if (part, name) == (language, measure)]
-                scores[f"{measure}{ending}"] = mean(of_measure)
-            for cell, (part, kind, name) in cells.items():
-                if (part, name) == (language, "overall"):
-                    scores[f"{kind}{ending}"] = means[cell]
+            for subset, more in ((FULL, ""), (INTERSECTION, f", {INTERSECTION}")):
+                for measure in ("overall", "semantics", "quality"):
+                    kinds = tables.get((language, subset, measure))
+                    if kinds:
+                        scores[f"{measure}{more}{ending}"] = mean(kinds.values())
+            for kind, value in tables[language, FULL, "overall"].items():
+                scores[f"{kind}{ending}"] = value
         return scores
 
     def describe_rules(self) -> str:

@@ -17,6 +17,7 @@ from tbac.files import expand_path, read_json, shorten
 from tbac.pictures import open_picture
 
 PLACEHOLDER = "<edit_prompt>"  # marks the place of the instruction in the judge's prompts
+BEST = 5  # the best rating
 
 
 def read_score(reply: str) -> float | None:
@@ -177,8 +178,14 @@ class ImgEdit(PictureBenchmark):
         edit = self.edits[target.item]
         text = self.judge_prompts[edit.kind].replace(PLACEHOLDER, edit.instruction)
         asked = Asked([text], [open_picture(edit.image), picture], self.tries)
-        score, reply = ask_until_usable(judge, asked, read_score)
-        return PictureVerdict(score / 5, reply, {"reply": reply})
+
+        def read(reply: str) -> float | None:
+            # A mean above the best rating can't come from ratings alone; the published script would count it.
+            score = read_score(reply)
+            return None if score is None or score > BEST else score
+
+        score, reply = ask_until_usable(judge, asked, read)
+        return PictureVerdict(score / BEST, reply, {"reply": reply})
 
     def summarize(self, rows: Sequence[Row], judge_name: str) -> Summary:
         """Compute the means over kinds, over edits and by kind; like the official scorer, none counts unrated edits."""

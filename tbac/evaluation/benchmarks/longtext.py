@@ -9,7 +9,7 @@ from PIL import Image
 from tbac.evaluation.benchmarks.base import OWN_WORDS, Needs, PictureBenchmark
 from tbac.evaluation.benchmarks.files import read_rows
 from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
-from tbac.evaluation.judges.base import Asked, Manner, ask_until_usable
+from tbac.evaluation.judges.base import Asked, EmptyReplyError, Manner, ask_until_usable
 from tbac.evaluation.picture_tree import Target
 from tbac.evaluation.published_scripts import read_script
 from tbac.evaluation.words import count_found, split_text
@@ -77,13 +77,19 @@ class LongText(PictureBenchmark):
         if hasattr(judge, "read_text_lines"):
             read = "\n".join(judge.read_text_lines(picture))
         else:
-            read = ask_until_usable(judge, Asked([self.words], [picture], self.tries), str)[0]
-            read = read.replace(NO_TEXT, "")
+            read = self.ask_for_text(judge, picture).replace(NO_TEXT, "")
         by_letter = self.mode == "zh"
         wanted = split_text(" ".join(self.row_of[target.item]["text"]), by_letter)
         found = count_found(wanted, split_text(read, by_letter))
         details = {"found": found, "wanted": len(wanted), "read": read}
         return PictureVerdict(found / len(wanted), f"read: {read}", details)
+
+    def ask_for_text(self, judge: Any, picture: Image.Image) -> str:
+        """Ask what a picture says; a judge that replies with nothing has read nothing, as in the published script."""
+        try:
+            return ask_until_usable(judge, Asked([self.words], [picture], self.tries), str)[0]
+        except EmptyReplyError:
+            return ""
 
     def count(self, row: Row) -> list[Count]:
         """Count each word alike, whichever picture it belongs to; a missing picture shows none."""

@@ -140,6 +140,14 @@ def list_tiif_targets(pairs: Sequence[Pair], model_name: str) -> list[Target]:
     return targets
 
 
+def round_share(percent: float) -> float:
+    """Round a share in percent as TIIF-Bench's summary does before it averages: to four decimals of the share.
+
+    It counts right answers. Here the share comes out of a mean, so what that adds in the last digits goes first.
+    """
+    return 100 * round(round(percent / 100, 12), 4)
+
+
 def average_tiif(by_type: Mapping[str, float]) -> dict[str, float]:
     """Compute the averages for one prompt length.
 
@@ -213,6 +221,12 @@ class TIIF(PictureBenchmark):
             self.templates = [str(published.get(name)).replace(PLACE, mark("questions")) for name in TEMPLATES]
             self.use_system(published.get_message("system"))
         self.ocr = OcrJudge() if self.read_words else None
+        for pair in self.pairs if self.read_words else ():
+            if pair.kind == "text" and not list_quoted_words(pair.prompts["short"]):
+                raise BenchmarkFileError(
+                    f"{self.file}: type 'text', row {pair.row}: benchmark.read_words needs words in double quotes in "
+                    f"'short_description', got {shorten(pair.prompts['short'])}"
+                )
 
     def list_targets(self) -> list[Target]:
         """List the targets `<type>/<model>/{short,long}_description/<row>.png`."""
@@ -249,7 +263,9 @@ class TIIF(PictureBenchmark):
         wrong = [question for question, is_right in zip(pair.questions, right, strict=True) if not is_right]
         details = {"right": sum(right), "asked": len(right), "reply": reply}
         if self.ocr is not None and pair.kind == "text":
-            details |= compare_words(list_quoted_words(target.prompt), self.ocr.read_text_lines(picture))
+            # Both pictures of a pair are held against the same words; long prompts quote them with signs and twice.
+            words = list_quoted_words(pair.prompts["short"])
+            details |= compare_words(words, self.ocr.read_text_lines(picture))
         return PictureVerdict(float(mean(right)), ", ".join(wrong), details)
 
     def count(self, row: Row) -> list[Count]:
@@ -272,6 +288,7 @@ class TIIF(PictureBenchmark):
             ending = f", {length}"
             by_type = {cell.removesuffix(ending): value for cell, value in means.items() if cell.endswith(ending)}
             words |= {f"{name}{ending}": by_type.pop(name) for name in WORD_SCORES if name in by_type}
+            by_type = {kind: round_share(value) for kind, value in by_type.items()}
             if by_type:
                 scores |= {f"{name}{ending}": value for name, value in average_tiif(by_type).items()}
         overall = [scores[f"overall, {length}"] for length in LENGTHS if f"overall, {length}" in scores]

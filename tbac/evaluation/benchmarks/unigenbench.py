@@ -1,6 +1,7 @@
 """UniGenBench: prompts with testpoints of ten dimensions, each of which a judge marks 0 or 1."""
 
 import ast
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,18 +73,22 @@ def read_unigenbench(file: str, language: str) -> list[TestedPrompt]:
 
 
 def read_marks(reply: str, count: int) -> list[Any] | None:
-    """Read the marks of a reply, as the published script does; None unless both lists have `count` entries."""
-    lists = []
+    """Read the marks of a reply, as the published script does; None where that counts none of them.
+
+    There must be as many marks as testpoints, and as many analyses, which may also be a mapping or a text. The script
+    writes both as JSON and reads them as Python, so a reply with True, False or None isn't counted either.
+    """
+    values = []
     for tag in ("analysis", "score"):
         match = re.search(rf"<{tag}>(.*?)</{tag}>", reply, re.DOTALL)
         try:
-            value = ast.literal_eval(match[1].strip()) if match else None
+            value = ast.literal_eval(match[1].strip() if match else "")
+            if len(value) != count:
+                return None
+            values.append(ast.literal_eval(json.dumps(value, ensure_ascii=False)))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return None
-        if not isinstance(value, list | tuple) or len(value) != count:
-            return None
-        lists.append(list(value))
-    return lists[1]
+    return values[1] if isinstance(values[1], list) else None
 
 
 @dataclass(kw_only=True, eq=False)

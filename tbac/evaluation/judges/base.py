@@ -29,6 +29,10 @@ class JudgeError(RuntimeError):
         self.replies = list(replies)
 
 
+class EmptyReplyError(JudgeError):
+    """A judge had nothing to say, which is an answer only to a question such as what a picture says."""
+
+
 @dataclass(frozen=True)
 class Manner:
     """How a benchmark wants a judge to be asked; None leaves it to the judge.

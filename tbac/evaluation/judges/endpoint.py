@@ -22,7 +22,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between tries; each wait is twice
 LONGEST_REQUEST = 60.0  # seconds that an endpoint may ask us to wait
 TEMPORARY = (408, 409, 429)  # statuses, besides 5xx, after which another try may succeed
 MOST_TOKENS = 20  # whose probabilities an endpoint may be asked for
-THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)  # that some models write before their reply
+# What some models write before their reply; the template may have begun it, and the length may have ended it.
+THOUGHTS = re.compile(r".*</think>\s*|<think>.*", re.DOTALL)
 
 
 class EndpointJudge:
@@ -84,7 +85,7 @@ class EndpointJudge:
 
         def read_text(answer: Any) -> str | None:
             text = answer.choices[0].message.content
-            text = THOUGHTS.sub("", text).strip() if isinstance(text, str) else ""
+            text = THOUGHTS.sub("", text, count=1).strip() if isinstance(text, str) else ""
             return text or None
 
         text: str = self._try(question, images, self.manner, read_text)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from PIL import Image
 
-from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
+from tbac.evaluation.judges.base import EmptyReplyError, JudgeFacts, Manner
 from tbac.evaluation.protocol import compute_weights_digest
 from tbac.models.answering import AnswerOptions
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs
@@ -94,12 +94,12 @@ class QwenJudge:
         """Generate a reply.
 
         Raises:
-            JudgeError: when it is empty.
+            EmptyReplyError: when it is empty.
         """
         tokens = self.model.generate(dict(self._read(question, images)), AnswerOptions(self.longest))
         reply = self.prompt.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
         if not reply:
-            raise JudgeError("the reply is empty")
+            raise EmptyReplyError("the reply is empty")
         return reply
 
     @torch.no_grad()

@@ -1,14 +1,11 @@
 """GenEval 2, UniGenBench, T2I-CoReBench, LongText-Bench, GEdit-Bench: replies, scores by hand, wrong files."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -20,7 +17,7 @@ from tbac.evaluation.benchmarks.longtext import LongText
 from tbac.evaluation.benchmarks.rows import Row
 from tbac.evaluation.benchmarks.unigenbench import UniGenBench, read_marks
 from tbac.evaluation.judges.base import JudgeError
-from tests.helpers.pictures import make_noise_image
+from tests.helpers.gedit import write_gedit
 from tests.helpers.published import locate_published
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -160,31 +157,6 @@ def test_longtext_counts_words_whoever_reads_them() -> None:
     assert judge(benchmark, Reader("never asked"))[0].details == row.details
 
 
-def write_gedit(folder: Path, suffix: str, **changes: Any) -> None:
-    """A data set as it is downloaded, of two edits in two languages."""
-    content = io.BytesIO()
-    make_noise_image(1, (12, 8)).save(content, format="PNG")
-    rows = []
-    for key, task in (("k1", "color_alter"), ("k2", "style_change")):
-        for language in ("en", "cn"):
-            rows.append(
-                {
-                    "task_type": task, "key": key, "instruction": f"{language} {key}", "instruction_language": language,
-                    "input_image": {"bytes": content.getvalue(), "path": None}, "Intersection_exist": True, **changes,
-                }
-            )  # fmt: skip
-    table = pa.Table.from_pylist(rows)
-    folder.mkdir(exist_ok=True)
-    if suffix == "parquet":
-        pq.write_table(table, folder / "train-00000-of-00001.parquet")
-        return
-    with (
-        pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file,
-        pa.ipc.new_stream(file, table.schema) as out,
-    ):
-        out.write_table(table)
-
-
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_gedit_reads_the_data_set_and_takes_the_worst_ratings(suffix: str, tmp_path: Path) -> None:
     write_gedit(tmp_path / "data", suffix)
@@ -197,7 +169,7 @@ def test_gedit_reads_the_data_set_and_takes_the_worst_ratings(suffix: str, tmp_p
     assert Image.open(root / "tbac/fullset/color_alter/cn/k1_SRCIMG.png").size == (12, 8)
     for name in names[:3]:
         PICTURE.save(root / name)
-    saying = Saying('{"score": [8, 6], "reasoning": "x"}', "[7, 9]", '{"score": [0, 9]}', "[9, 9]", "[4]", "[4]")
+    saying = Saying('{"score": [8, 6], "reasoning": "x"}', "[7, 9]", '{"score": [0, 9]}', "[9, 9]", "4", "4")
     rows = list(benchmark.judge_pictures(make_picture_finder(root), saying))
     assert [images for _, images in saying.asked] == [2, 1] * 3
     assert "en k1" in saying.asked[0][0]
@@ -210,22 +182,9 @@ def test_gedit_reads_the_data_set_and_takes_the_worst_ratings(suffix: str, tmp_p
     assert len(english.targets) == 2
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ('{"score": [8, 6], "reasoning": "x"}', [8, 6]),
-        ('Sure:\n{"score": 7,\n "reasoning": "x"}', [7]),
-        ("[10, 0]", [10, 0]),
-        ('{"score": [11]}', None),
-        ('{"score": []}', None),
-        ('{"score": "8"}', None),
-        ('{"score": [true]}', None),
-        ('{"score": [8', None),
-        ("great", None),
-    ],
-)
-def test_ratings_of_an_edit(reply: str, expected: list[float] | None) -> None:
-    assert read_scores(reply) == expected
+@pytest.mark.parametrize("score", ["[11]", "NaN", "[]", '"8"', "[true]", "[[8, 6]]", "null"])
+def test_what_is_no_rating_from_0_to_10_can_t_be_used(score: str) -> None:
+    assert read_scores(f'{{"score": {score}}}') is None
 
 
 @pytest.mark.parametrize(
@@ -234,6 +193,7 @@ def test_ratings_of_an_edit(reply: str, expected: list[float] | None) -> None:
         ({"key": "../x"}, "'key' must be able to name a file"),
         ({"instruction": None}, "needs 'instruction' as str"),
         ({"input_image": {"bytes": b"no picture", "path": None}}, "k1.png"),
+        ({"Intersection_exist": "yes"}, "needs 'Intersection_exist' as bool"),
         ({"instruction_language": "fr"}, "no instruction in the language 'en'"),
     ],
 )

@@ -167,3 +167,24 @@ def test_a_manner_is_sent_and_what_isn_t_in_it_isn_t(server: Server) -> None:
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     assert not {"temperature", "max_tokens"} & set(request)
     assert strict.identity != judge.identity
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>well, yes</think>\n\nno", "no"),
+        ("well, yes</think>\n\nno", "no"),  # a template may begin the thoughts
+        ("<think>a</think>\n<think>b</think>yes", "yes"),
+        ("<think>yes, since", None),  # the length ended them
+        ("</think>", None),
+    ],
+)
+def test_thoughts_are_no_reply(server: Server, reply: str, expected: str | None) -> None:
+    """As T2I-CoReBench reads models that think (KlingTeam/T2I-CoReBench, ebf7b7a0)."""
+    server.answers = [make_completion(reply)]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    if expected is not None:
+        assert judge.ask("a cat?", [make_noise_image(1)]) == expected
+    else:
+        with pytest.raises(JudgeError, match="holds no text"):
+            judge.ask("a cat?", [make_noise_image(1)])

@@ -75,10 +75,8 @@ def check_pictures(page: Page, link: str, folder: Path) -> None:
     picture = page.find("img[src*='get-artifact']")
     page.browser.execute_script("arguments[0].click()", picture)
     page.find(".ant-image-preview-img, [class*=image-preview-img]")
-    width = page.browser.execute_script(
-        "return Math.max(...[...document.querySelectorAll('img')].map(image => image.naturalWidth))"
-    )
-    assert width > 600
+    # The page shows a small copy until it has loaded the picture itself.
+    page.wait_until("return [...document.querySelectorAll('img')].some(image => image.naturalWidth > 600)")
     page.browser.save_screenshot(str(folder / "samples.png"))
     page.browser.set_window_size(1600, 1000)
 

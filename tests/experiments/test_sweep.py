@@ -235,4 +235,4 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
     assert all("edits: kept" in point["scores"]["suites"] for point in found)
     status, text = run_app("sweep", capfd, *arguments, "suites=[faces]")
     assert status == 1
-    assert "suites=['faces'] must be some of answers, dpg, edits" in text
+    assert "suites=['faces'] must be some of answers, corebench, dpg, edits" in text

@@ -72,5 +72,11 @@ class Page:
             lambda browser: text in browser.find_element("css selector", selector).text
         )
 
+    def wait_until(self, script: str, seconds: float = 60) -> None:
+        """Wait until a script of the page returns something true."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, seconds).until(lambda browser: browser.execute_script(script))
+
     def get_source(self, selector: str) -> str:
         return self.find(f"{selector} img").get_attribute("src")

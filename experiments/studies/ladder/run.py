@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 
 from experiments.reports import format_table
@@ -97,6 +96,8 @@ def collect_points(cfg: DictConfig) -> list[Measured]:
 
 def compute_interval(differences: Sequence[float], resamples: int) -> tuple[float, float]:
     """Compute the 95 % interval of a mean of paired differences by a percentile bootstrap over the pairs."""
+    import numpy as np  # only when the options are right
+
     generator = np.random.default_rng(0)
     drawn = generator.choice(np.asarray(differences), (resamples, len(differences)))
     low, high = np.percentile(drawn.mean(1), (2.5, 97.5))

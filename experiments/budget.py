@@ -15,7 +15,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.costs import Activations, Case, count_autoencoder_flops, count_sample_flops, measure_activations
+from experiments.costs import (
+    Activations,
+    Case,
+    count_autoencoder_flops,
+    count_forward_flops,
+    count_sample_flops,
+    measure_activations,
+)
 from experiments.kept import SPARED, plan_prompt_cache
 from tbac.app import to_plain
 from tbac.models import UniImage
@@ -42,6 +49,7 @@ class Setting:
         mixed: True for bf16 autocast, False for float32 throughout.
         cached: whether latents come from the shards, so that no encoder is needed.
         accumulating: whether gradients of several batches are added up, so that they stay from one to the next.
+        policies: copies of the trained weights that reinforcement keeps besides.
     """
 
     optimizer: str
@@ -53,6 +61,7 @@ class Setting:
     mixed: bool
     cached: bool
     accumulating: bool = False
+    policies: int = 0
 
     @property
     def label(self) -> str:
@@ -159,6 +168,8 @@ def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activat
     buckets = 4.0 * trained if ddp else 0.0
     gradients = 4.0 * trained / share
     activations = batch * kept.per_sample(setting.checkpointing, setting.checkpointing)
+    # Policies that reinforcement compares with; while one acts, every device has all of its weights.
+    policies = 4.0 * trained * (setting.policies / share + (1 - 1 / share if setting.policies else 0.0))
     # While a block runs backward, its activations have gradients as large as they are, and so have its copied weights.
     block = batch * max(kept.queries / kept.num_layers, kept.denoiser / kept.num_blocks)
     begin = {
@@ -178,6 +189,7 @@ def estimate_memory(model: UniImage, dtype: str, setting: Setting, kept: Activat
         "trained weights": 4.0 * trained / share,
         "optimizer": OPTIMIZER_BYTES[setting.optimizer] * trained / share,
         "averaged weights": 4.0 * trained / share if setting.ema else 0.0,
+        **({"policies": policies} if policies else {}),
         **max(begin, end, key=lambda moment: sum(moment.values())),
     }
 
@@ -212,13 +224,15 @@ def report_stage(cfg: DictConfig, model: UniImage) -> dict[str, Any]:
         flops[part] = 0.0
     total = sum(flops.values())
     rate = options["utilisation"] * options["peak_tflops"] * 1e12 / total
-    samples = stage["steps"] * stage["batch_size"] * setting.devices
+    samples = stage["steps"] * stage["batch_size"] * stage["accumulate"] * setting.devices
     hours = samples / (rate * setting.devices) / 3600
     # Memory must hold the longest prompts; the denoiser runs once for each noise sample of a prompt.
     longest = edit if edit_share else text
     side = stage["image_size"] // model.autoencoder.compression
     kept = measure_activations(model_config, longest, side, setting.mixed)
     noises = stage["noise_samples_per_prompt"]
+    if stage["reinforce"]:
+        noises *= stage["reinforce"]["drawing"]["group_size"]
     kept = replace(kept, denoiser=noises * kept.denoiser, block_inputs=noises * kept.block_inputs)
     memory = estimate_memory(model, dtype, setting, kept, stage["batch_size"])
     overhead = options["overhead_gib"] * GIB
@@ -260,7 +274,15 @@ def read_setting(options: dict[str, Any]) -> Setting:
         mixed=machine["precision"] == "bf16-mixed",
         cached=options["cached_latents"],
         accumulating=options["stage"]["accumulate"] > 1,
+        policies=count_policies(options["stage"]),
     )
+
+
+def count_policies(stage: dict[str, Any]) -> int:
+    """Count the policies that a stage keeps beside the one that trains: the old one, and perhaps a reference."""
+    if not stage["reinforce"]:
+        return 0
+    return 2 if stage["reinforce"]["loss"]["kl_weight"] else 1
 
 
 def list_settings(setting: Setting) -> list[Setting]:
@@ -296,13 +318,43 @@ def count_stage_flops(options: dict[str, Any], shares: dict[Case, float], compre
     for case, share in shares.items():
         if not share:
             continue
-        for part, value in count_sample_flops(model_config, case, stage["image_size"] // compression).items():
-            times = stage["noise_samples_per_prompt"] if part == "denoiser" else 1
-            flops[part] = flops.get(part, 0.0) + share * times * value
+        counted = dict(count_sample_flops(model_config, case, stage["image_size"] // compression))
+        counted["denoiser"] *= stage["noise_samples_per_prompt"]
+        if stage["reinforce"]:
+            counted = count_group_flops(options, case, counted, compression)
+        for part, value in counted.items():
+            flops[part] = flops.get(part, 0.0) + share * value
     flops["autoencoder"] = 0.0
-    if not options["cached_latents"]:
+    if not options["cached_latents"] and (not stage["reinforce"] or stage["reinforce"]["supervised_weight"]):
         flops["autoencoder"] = count_autoencoder_flops(model_config, stage["image_size"])
     return flops
+
+
+def count_group_flops(
+    options: dict[str, Any], case: Case, supervised: dict[str, float], compression: int
+) -> dict[str, float]:
+    """Count the FLOPs of a prompt with its group of pictures in a stage of reinforcement, by part.
+
+    All groups are taken to differ in their scores; others cost only what drawing them does. Rewards aren't counted.
+
+    Args:
+        options: `conf/plan.yaml` with that stage.
+        case: the prompt.
+        supervised: FLOPs of the usual step on such a prompt, by part.
+        compression: pixels of a side for one latent.
+    """
+    stage, drawing = options["stage"], options["stage"]["reinforce"]["drawing"]
+    size, policies = drawing["group_size"], count_policies(stage)
+    forward = count_forward_flops(options["model"], case, stage["image_size"] // compression)
+    # The old policy draws; it and the reference predict where the trained one does.
+    drawn = forward.prompt + forward.condition
+    drawn += size * (forward.projection + drawing["num_inference_steps"] * forward.denoiser + forward.decoder)
+    rows = size * stage["noise_samples_per_prompt"]
+    compared = policies * (forward.prompt + forward.condition + rows * (forward.projection + forward.denoiser))
+    trained = {part: value * (size if part == "denoiser" else 1) for part, value in supervised.items()}
+    if stage["reinforce"]["supervised_weight"]:
+        trained = {part: value + supervised[part] for part, value in trained.items()}
+    return {**trained, "pictures drawn": drawn, "other policies": compared}
 
 
 def read_optimizer_name(options: dict[str, Any]) -> str:

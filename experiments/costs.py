@@ -10,14 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 from hydra.utils import instantiate
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from tbac.flow import compute_velocity_loss, interpolate
 from tbac.models import UniImage
+from tbac.models.config import LoraOptions
+from tbac.models.lora import list_matrices
 from tbac.models.prompt import PromptInputs
+from tbac.models.qwen import DTYPES
 from tbac.types import Condition
 
 Result = TypeVar("Result")
@@ -150,6 +153,61 @@ def count_sample_flops(model_config: dict[str, Any], case: Case, latent_side: in
     return counted
 
 
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of passes without gradient, of one sample.
+
+    Attributes:
+        prompt: of vision tower and prompt.
+        condition: of queries and ladder.
+        projection: of what the denoiser computes once of its contexts: keys and values of all blocks.
+        denoiser: of the rest of the denoiser.
+        decoder: of the autoencoder's decoder.
+    """
+
+    prompt: float
+    condition: float
+    projection: float
+    denoiser: float
+    decoder: float
+
+
+@once_per_config
+def count_forward_flops(model_config: dict[str, Any], case: Case, latent_side: int) -> ForwardFlops:
+    """Count the FLOPs of passes without gradient, as drawing pictures needs them.
+
+    Args:
+        model_config: one of `conf/model/*.yaml`, resolved.
+        case: the prompt; its batch size is ignored.
+        latent_side: side of the latents.
+    """
+    with torch.device("meta"):
+        model = UniImage.from_config(instantiate(model_config, random_init=True, dtype="float32")).requires_grad_(False)
+    inputs = make_inputs(model, replace(case, batch=1), 0)
+    latents = torch.randn(1, model.latent_channels, latent_side, latent_side, device="meta")
+    plan = model.ladder.plan
+    found = []
+    with torch.no_grad():
+        with _make_flop_counter() as counter:
+            prefix = model.mllm.read_prefix(inputs, plan.deepest, model.ladder.prompt_layers)
+        found.append(counter.get_total_flops())
+        with _make_flop_counter() as counter:
+            taps = model.mllm.read_queries(model.ladder.queries, prefix, plan.layers)
+            both = taps if prefix.states is None else torch.cat([taps, prefix.states], dim=2)
+            condition = Condition(model.ladder(both), None, latents if model.denoiser.reference_embed else None)
+        found.append(counter.get_total_flops())
+        with _make_flop_counter() as counter:
+            projected = model.denoiser.project(condition)
+        found.append(counter.get_total_flops())
+        with _make_flop_counter() as counter:
+            model.predict_velocity(latents, torch.rand(1, device="meta"), projected)
+        found.append(counter.get_total_flops())
+        with _make_flop_counter() as counter:
+            model.autoencoder.model.decoder(latents)
+        found.append(counter.get_total_flops())
+    return ForwardFlops(*map(float, found))
+
+
 @once_per_config
 def count_autoencoder_flops(model_config: dict[str, Any], image_size: int) -> float:
     """Count the FLOPs of encoding one target image of `image_size` pixels a side."""
@@ -219,6 +277,47 @@ class Activations:
         return queries + denoiser
 
 
+class AdaptedLinear(nn.Module):
+    """A frozen matrix with an adapter beside it, which keeps the activations that peft's keeps.
+
+    Args:
+        base: the matrix.
+        rank: of the adapter.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Apply both."""
+        result: Tensor = self.base_layer(states)
+        return result + self.up(self.down(states.to(self.down.weight.dtype)))
+
+
+def adapt_denoiser(transformer: nn.Module, options: LoraOptions, dtype: torch.dtype) -> None:
+    """Freeze a transformer, and give the matrices that the options name adapters.
+
+    Args:
+        transformer: on fake tensors.
+        options: with a rank.
+        dtype: of the frozen weights.
+    """
+    assert options.rank is not None
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    transformer.requires_grad_(False)
+    endings = tuple(f".{target}" for target in options.targets)
+    for name, matrix in list_matrices(transformer).items():
+        if name.endswith(endings):
+            transformer.set_submodule(name, AdaptedLinear(matrix, options.rank))
+
+
 @once_per_config
 def measure_activations(model_config: dict[str, Any], case: Case, latent_side: int, mixed: bool) -> Activations:
     """Measure the bytes that are kept for the backward pass, on torch's fake tensors.
@@ -232,9 +331,14 @@ def measure_activations(model_config: dict[str, Any], case: Case, latent_side: i
     # Two batch sizes: the difference is what one sample keeps, the rest is kept at any batch size.
     dtype = "bfloat16" if mixed else "float32"
     saved = {}
+    # peft can't put adapters into a model on fake tensors, so they are put in here.
+    lora = LoraOptions.from_dict(model_config["lora"])
+    plain = {**model_config, "lora": LoraOptions().to_dict()}
     for batch in (2, 3):
         with FakeTensorMode():
-            model = UniImage.from_config(instantiate(model_config, random_init=True, dtype=dtype, compile=False))
+            model = UniImage.from_config(instantiate(plain, random_init=True, dtype=dtype, compile=False))
+            if lora.rank is not None:
+                adapt_denoiser(model.denoiser.transformer, lora, DTYPES[dtype])
             model.set_checkpointing(denoiser=False, queries=False)  # that is left to `Activations.per_sample`
             saved[batch] = _measure_saved_bytes(model, replace(case, batch=batch), latent_side, mixed)
     two, three = saved[2], saved[3]

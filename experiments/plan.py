@@ -37,7 +37,7 @@ def format_report(report: dict[str, Any]) -> str:
         return [f"{stage['flops_per_sample'].get(part, 0.0) / 1e12:.2f}" for stage in stages]
 
     def list_gib(kind: str) -> list[str]:
-        return [f"{stage['memory_gib'][kind]:.2f}" for stage in stages]
+        return [f"{stage['memory_gib'].get(kind, 0.0):.2f}" for stage in stages]
 
     # A stage without input images has no FLOPs for them, so the parts of all stages are listed.
     parts = dict.fromkeys(part for s in stages for part in s["flops_per_sample"])
@@ -46,7 +46,8 @@ def format_report(report: dict[str, Any]) -> str:
     text.append(format_stages("TFLOP per sample", flops))
     # Memory is that of the batch which the stage sets.
     memory: list[tuple[str, list[Any]]] = [("batch per GPU", [s["setting"]["batch"] for s in stages])]
-    memory += [(kind, list_gib(kind)) for kind in stages[0]["memory_gib"]]
+    kinds = dict.fromkeys(kind for s in stages for kind in s["memory_gib"])
+    memory += [(kind, list_gib(kind)) for kind in kinds]
     memory.append(("in all", [f"{s['memory_total_gib']:.2f}" for s in stages]))
     text.append(format_stages("GiB per GPU", memory))
     text.append(

@@ -3,15 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from experiments.budget import (
     Setting,
     build_on_meta,
     count_in_use,
+    count_stage_flops,
     count_trained,
     estimate_memory,
     find_largest_batch,
@@ -19,16 +22,30 @@ from experiments.budget import (
 from experiments.costs import (
     Case,
     _count_convolution_backward,
+    _measure_saved_bytes,
+    adapt_denoiser,
     count_autoencoder_flops,
     count_sample_flops,
+    make_inputs,
     measure_activations,
 )
 from experiments.speed.measure import MIB, in_child
 from experiments.speed.training import OURS, one_side
 from tbac.app import to_plain
+from tbac.models.config import LoraOptions
+from tbac.reinforcement import NFTOptions
+from tbac.training.callbacks.reinforce import Reinforce
+from tbac.training.groups import DrawingOptions
+from tbac.training.reinforce_options import ReinforceOptions
+from tbac.training.rewarding import WeightedReward
+from tbac.training.stages import FlowOptions
+from tbac.types import Batch
 from tests.helpers.commands import run_to_message, run_to_success
 from tests.helpers.configs import compose_config
+from tests.helpers.rewards import Redness
 from tests.helpers.small_bench import SMALL
+from tests.helpers.training import make_module, make_trainer
+from tests.helpers.worlds import load_small_model
 
 REAL = "world=real"
 
@@ -239,3 +256,79 @@ def test_of_a_denoiser_with_adapters_these_alone_train(config: dict) -> None:
     own = count_trained(plain)["denoiser"]
     assert after["other"] - before["other"] == own
     assert before["trained"] - after["trained"] == own - adapters
+
+
+class CountFlops(TorchDispatchMode):
+    """Counts FLOPs by torch's own formulas; its `FlopCounterMode` can't see passes without gradient within others."""
+
+    flops = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        formulas = {**flop_registry, torch.ops.aten.convolution_backward: None}
+        if function.overloadpacket is torch.ops.aten.convolution_backward:
+            shapes = [tensor.shape for tensor in arguments[:3]]
+            self.flops += _count_convolution_backward(*shapes, *arguments[3:])
+        elif function.overloadpacket in formulas:
+            self.flops += formulas[function.overloadpacket](*arguments, **(options or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.lora.rank=2"], ["stage.reinforce.loss.kl_weight=0"]])
+def test_a_step_of_reinforcement_is_counted_as_it_is(in_world: Path, overrides: list[str]) -> None:
+    options = [
+        "stage=reinforce",
+        "stage.reinforce.drawing.group_size=3",
+        "stage.noise_samples_per_prompt=2",
+        *overrides,
+    ]
+    plan = to_plain(compose_config("plan", "world=shapes", "machine=local", "text_tokens=30", *options, *overrides))
+    planned = count_stage_flops(plan, {Case("text", 30, 1): 1.0}, 4)
+    # The same step, counted while it runs; a prompt of 30 tokens has none in common with another one.
+    model = load_small_model(in_world, *(override for override in overrides if override.startswith("model.")))
+    prompt = make_inputs(model, Case("text", 30, 1), 0)
+    drawing = DrawingOptions(3, plan["stage"]["reinforce"]["drawing"]["num_inference_steps"])
+    loss = NFTOptions(kl_weight=plan["stage"]["reinforce"]["loss"]["kl_weight"])
+    callback = Reinforce([WeightedReward("red", Redness(None))], ReinforceOptions("shards", drawing=drawing, loss=loss))
+    module = make_module(model, flow=FlowOptions(noise_samples_per_prompt=2))
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer = make_trainer(1, callbacks=[])
+    trainer.datamodule = type("Data", (), {"state_dict": lambda self: {}})()
+    callback.on_train_start(trainer, module)
+    batch = Batch(prompt, ["k"], latents=torch.randn(1, model.latent_channels, 6, 6), texts=["x"], positions=[0])
+    with CountFlops() as counter:
+        module.objective(batch).backward()  # type: ignore[misc]
+    assert sum(planned.values()) == pytest.approx(counter.flops, rel=0.1)
+
+
+def test_policies_are_counted(in_world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stages = {}
+    for name, overrides in {
+        "full": [],
+        "lora": ["model.lora.rank=2"],
+        "free": ["stage.reinforce.loss.kl_weight=0"],
+    }.items():
+        options = ["world=shapes", "machine=local", "stage=reinforce", "stages=[reinforce]", *overrides]
+        text = run_to_success("plan", capfd, *options, f"hydra.run.dir={name}")
+        assert "| policies |" in " ".join(text.split())
+        stages[name] = json.loads(Path(f"{name}/report.json").read_text())
+    full, lora, free = (stages[name]["stages"][0] for name in ("full", "lora", "free"))
+    for name, copies in (("full", 2), ("lora", 2), ("free", 1)):
+        expected = copies * 4 * stages[name]["trained"] / 2**30
+        assert stages[name]["stages"][0]["memory_gib"]["policies"] == pytest.approx(expected, abs=1e-3)
+    assert lora["memory_gib"]["policies"] < full["memory_gib"]["policies"]
+    assert free["flops"] < full["flops"]
+    assert full["flops_per_sample"]["pictures drawn"] > full["flops_per_sample"]["other policies"]
+
+
+def test_adapters_keep_the_activations_that_peft_s_keep(in_world: Path) -> None:
+    """The planner's stand-in, on real tensors: the same bytes are saved for the backward pass."""
+    saved = []
+    for adapted in (True, False):
+        model = load_small_model(in_world, *(["model.lora.rank=2"] if adapted else []))
+        if not adapted:
+            adapt_denoiser(model.denoiser.transformer, LoraOptions(2), torch.float32)
+        saved.append(_measure_saved_bytes(model, Case("text", 30, 2), 6, mixed=False))
+    assert saved[0] == saved[1]
+    full = _measure_saved_bytes(load_small_model(in_world), Case("text", 30, 2), 6, mixed=False)
+    assert saved[0]["denoiser"] < full["denoiser"]

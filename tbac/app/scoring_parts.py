@@ -24,6 +24,7 @@ BENCHMARK = Part(
     {
         f"{BENCHMARKS}.answers.Answers": {"name": name(), "file": path(), "batch_size": whole()},
         f"{BENCHMARKS}.geneval.GenEval": {**DRAWING, "file": path(), "samples": whole()},
+        f"{BENCHMARKS}.variety.Variety": {**DRAWING, "file": path(), "samples": whole(2)},
         f"{BENCHMARKS}.edits.Edits": {**DRAWING, "file": path()},
         f"{BENCHMARKS}.folder.Folder": {**DRAWING, "file": path(), "samples": whole()},
         f"{BENCHMARKS}.dpg.DPG": {

@@ -77,7 +77,7 @@ class CoReBench(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "questions"
-    published_manner: ClassVar[Manner | None] = Manner(temperature=0)
+    published_manner: ClassVar[Manner | None] = Manner(temperature=0, pictures_first=True)
 
     file: str
     script: str | None = None

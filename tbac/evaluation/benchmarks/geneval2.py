@@ -59,7 +59,7 @@ class GenEval2(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "probabilities"
-    published_manner: ClassVar[Manner | None] = Manner(temperature=0, max_tokens=1)
+    published_manner: ClassVar[Manner | None] = Manner(temperature=0, max_tokens=1, pictures_first=True)
 
     file: str
     title: str = "GenEval 2"

@@ -42,12 +42,14 @@ class Manner:
         temperature: of sampling; 0 takes the most likely token.
         max_tokens: length of the longest reply.
         extra: further fields of a request to an endpoint.
+        pictures_first: whether an endpoint gets the pictures before the question; a model on this machine always does.
     """
 
     system: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    pictures_first: bool = False
 
     def describe(self) -> str:
         """Describe the settings in one line, as a protocol states them."""

@@ -64,6 +64,8 @@ class EndpointJudge:
         settings = f"temperature {manner.temperature}, max_tokens {manner.max_tokens}"
         if manner.system or manner.extra:
             settings = manner.describe()
+        if manner.pictures_first:
+            settings += ", pictures first"
         self.identity = f"{self.model} at {address} ({settings})"
 
     def in_manner(self, manner: Manner) -> "EndpointJudge":
@@ -131,10 +133,11 @@ class EndpointJudge:
         """
         from openai import OpenAIError
 
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        content: list[dict[str, Any]] = []
         for image in images:
             url = f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
             content.append({"type": "image_url", "image_url": {"url": url}})
+        content.insert(len(content) if manner.pictures_first else 0, {"type": "text", "text": question})
         problem, wait = "", 0.0
         for number in range(self.max_retries + 1):
             time.sleep(wait)

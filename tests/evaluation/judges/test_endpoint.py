@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from tbac.evaluation.judges.base import JudgeError, Manner
+from tbac.evaluation.benchmarks.base import PictureBenchmark
+from tbac.evaluation.benchmarks.corebench import CoReBench
+from tbac.evaluation.benchmarks.gedit import GEdit
+from tbac.evaluation.benchmarks.geneval2 import GenEval2
+from tbac.evaluation.benchmarks.imgedit import ImgEdit
+from tbac.evaluation.benchmarks.longtext import LongText
+from tbac.evaluation.benchmarks.tiif import TIIF
+from tbac.evaluation.benchmarks.unigenbench import UniGenBench
+from tbac.evaluation.benchmarks.wise import WISE
+from tbac.evaluation.judges.base import JudgeError, Manner, use_manner
 from tbac.evaluation.judges.endpoint import EndpointJudge
 from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.pictures import make_noise_image
@@ -167,6 +176,19 @@ def test_a_manner_is_sent_and_what_isn_t_in_it_isn_t(server: Server) -> None:
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     assert not {"temperature", "max_tokens"} & set(request)
     assert strict.identity != judge.identity
+
+
+@pytest.mark.parametrize("benchmark", [GenEval2, CoReBench, LongText, UniGenBench, GEdit, ImgEdit, TIIF, WISE])
+def test_pictures_stand_where_the_published_script_has_them(server: Server, benchmark: type[PictureBenchmark]) -> None:
+    """In the scripts of GenEval 2, T2I-CoReBench and LongText-Bench before the question, in the others after it."""
+    server.answers = [make_completion("yes", {"yes": -0.1})]
+    judge = use_manner(EndpointJudge("m", max_retries=0, timeout=2), benchmark.published_manner)
+    for ask in (judge.ask, lambda *asked: judge.compute_probability(*asked, ["yes"])):
+        ask("a cat?", [make_noise_image(1), make_noise_image(2)])
+        parts = [part["type"] for part in server.requests[-1]["messages"][-1]["content"]]
+        is_first = benchmark in (GenEval2, CoReBench, LongText)
+        assert parts == (["image_url", "image_url", "text"] if is_first else ["text", "image_url", "image_url"])
+    assert judge.identity.endswith("pictures first)") == is_first  # replies that were kept aren't mixed up
 
 
 @pytest.mark.parametrize(

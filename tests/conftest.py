@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers.composition import compose_choices_once
 from tests.helpers.shared import build_once
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def _away_from_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _parse_yaml_once() -> Iterator[None]:
-    """Every composition reads some forty files of conf/ again; within a session each text is parsed once."""
+def _compose_once() -> Iterator[None]:
+    """Every command reads some eighty files of conf/; within a session each text, and each choice, is read once."""
     parsed: dict[str, bytes] = {}
     parse = OmegaConf.load
 
@@ -52,6 +53,7 @@ def _parse_yaml_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", load)
+        compose_choices_once(patch)
         yield
 
 

@@ -73,8 +73,17 @@ def world_folder(session_folder: Path) -> Path:
 
 
 @pytest.fixture
-def in_world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Configs of the shapes world find that world, and those of the world of words its suites."""
+def in_world(world_folder: Path, session_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Configs of the shapes world find that world, those of the world of words its suites, and MLflow a ready store."""
+    from tbac.training.tracking import store
+
+    make_tables = store.make_tables
+
+    def copy_tables(file: Path) -> None:
+        ready = build_once(session_folder / "mlflow_store", lambda folder: make_tables(folder / "store.db"))
+        shutil.copyfile(ready / "store.db", file)
+
+    monkeypatch.setattr(store, "make_tables", copy_tables)
     monkeypatch.setenv("TBAC_SHAPES", str(world_folder))
     monkeypatch.setenv("TBAC_WORDS", str(world_folder / "words"))
     # MLflow keeps the connection to an address: a relative one would lead to the store of the test before.

@@ -24,11 +24,11 @@ from data_prep.shards.conversion import NAME, ConversionOptions, Dataset, clean_
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
-from tbac.models import UniImage
 from tbac.types import Sample
 from tests.helpers.commands import run_app, run_to_success
 from tests.helpers.configs import ROOT, compose_config
 from tests.helpers.pictures import make_noise_image
+from tests.helpers.worlds import load_small_model
 
 FEW = ConversionOptions(samples_per_shard=3, val_samples=2, val_share=0.5)
 
@@ -207,11 +207,10 @@ def test_every_layout_converts_and_trains(layout: str, tmp_path: Path, in_world:
     data = instantiate(
         compose_config(
             "train", "run_dir=.", f"stage.sources=[{{path: {tmp_path}/out, split: train}}]",
-            f"stage.val_sources=[{{path: {tmp_path}/out, split: val}}]", "stage.batch_size=2",
+            f"stage.val_sources=[{{path: {tmp_path}/out, split: val}}]", "stage.batch_size=2", "data.num_workers=0",
         ).data
     )  # fmt: skip
-    model = UniImage.from_config(instantiate(compose_config("train", "run_dir=.").model))
-    data.bind(model.prompt)
+    data.bind(load_small_model(in_world).prompt)
     assert len(next(iter(data.train_dataloader()))) == 2
 
 

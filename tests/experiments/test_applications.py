@@ -152,7 +152,7 @@ def test_a_run_folder_is_scored(benchmark: str, fields: set[str], capfd: pytest.
     assert all(0 <= report[name] <= 1 for name in fields)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantised_mllm_and_an_8_bit_optimizer_train_and_resume(
     capfd: pytest.CaptureFixture[str], quantization: str
 ) -> None:

@@ -1,6 +1,5 @@
 """Bad input ends in one clear message, a non-zero exit and no traceback, before anything heavy is loaded."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -122,19 +121,11 @@ def test_a_checkpoint_of_something_else_is_refused(
         assert name in run_to_message("train", capfd, *SHAPES, f"init={tmp_path / name}")
 
 
-@pytest.mark.parametrize("name", ["train", "plan"])
-def test_real_models_without_weights_say_what_is_missing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["world=real"]
-    if name == "train":
-        arguments += ["stage=t2i_pretrain"]  # its data aren't there either
-        text = run_to_message(name, capfd, *arguments)
-        assert "model.mllm=Qwen/Qwen2.5-VL-3B-Instruct" in text
-        assert "model.denoiser=Efficient-Large-Model/Sana_1600M_512px_diffusers" in text
-        assert "model.mllm=/path/to/folder" in text
-    else:
-        status, text = run_app(name, capfd, *arguments, "model.random_init=true")
-        assert status == 0
-        assert "2774." in text.replace(",", "")
+def test_real_models_without_weights_say_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    text = run_to_message("train", capfd, "world=real", "stage=t2i_pretrain")  # its data aren't there either
+    assert "model.mllm=Qwen/Qwen2.5-VL-3B-Instruct" in text
+    assert "model.denoiser=Efficient-Large-Model/Sana_1600M_512px_diffusers" in text
+    assert "model.mllm=/path/to/folder" in text
 
 
 @pytest.mark.parametrize(
@@ -188,22 +179,3 @@ def test_a_missing_value_is_named_by_a_real_command(tmp_path: Path) -> None:
     assert run.returncode != 0
     assert "checkpoint" in run.stderr
     assert "Traceback" not in run.stderr
-
-
-@pytest.mark.slow
-def test_the_plan_counts_the_released_model(capfd: pytest.CaptureFixture[str]) -> None:
-    status, _ = run_app("plan", capfd, "world=real", "model.random_init=true")
-    assert status == 0
-    (report,) = Path("outputs/plan").glob("*/report.json")
-    found = json.loads(report.read_text())
-    millions = {name: round(value / 1e6, 1) for name, value in found["parameters"].items()}
-    assert millions == {
-        "mllm_layers": 2774.8,
-        "mllm_embeddings": 311.2,
-        "mllm_vision": 668.7,
-        "queries": 0.1,
-        "connector": 10.0,
-        "denoiser": 1604.5,
-        "autoencoder": 312.3,
-    }
-    assert found["taps"] == list(range(16, 36))

@@ -153,7 +153,7 @@ def test_what_a_run_folder_says_of_its_overrides_is_read_as_text(
 def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    overrides = [*FEW, "taps=last_n,learned_mix", "seed=0,1", "callbacks.guard.log_every=1"]
+    overrides = [*FEW, "taps=last_n,learned_mix", "seed=1", "callbacks.guard.log_every=1"]
     arguments = [
         "name=layer_selection_mini",
         f"out={tmp_path}/sweep",
@@ -165,21 +165,20 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     assert status == 0, text
     out = tmp_path / "sweep"
     report = (out / "report.md").read_text()
-    assert "4 of 12 points are finished, 2 steps of t2i_pretrain each" in report
+    assert "2 of 12 points are finished, 2 steps of t2i_pretrain each" in report
     for name in ("scores", "tags", "loss", "mix", "tap_norms", "ablation", "grid"):
         assert Image.open(out / f"{name}.png").width > 100
         assert f"({name}.png)" in report
     found = json.loads((out / "report.json").read_text())
-    assert {(p["choices"]["taps"], p["choices"]["seed"]) for p in found} == {
-        (taps, seed) for taps in ("last_n", "learned_mix") for seed in ("0", "1")
-    }
+    choices = {(p["choices"]["taps"], p["choices"]["seed"]) for p in found}
+    assert choices == {("last_n", "1"), ("learned_mix", "1")}
     assert all(p["scores"]["without"] for p in found)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tbac"]
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if r.info.run_name == "layer_selection_mini"]
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == 4
+    assert len(children) == 2
 
     checkpoints = {f: f.stat().st_mtime_ns for f in out.glob("*/checkpoints/*.ckpt") if not f.is_symlink()}
     lost = next(out.glob("*taps=last_n*"))
@@ -188,7 +187,7 @@ def test_a_sweep_trains_scores_and_reports_itself_and_goes_on(
     assert status == 0, text
     assert {f: f.stat().st_mtime_ns for f in checkpoints} == checkpoints
     assert (lost / "report.json").is_file()
-    assert len(client.search_runs([experiment.experiment_id])) == 5
+    assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
 def test_a_sweep_on_a_fresh_clone_begins_with_the_world(

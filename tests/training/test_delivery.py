@@ -18,6 +18,7 @@ import pytest
 from tbac.training import delivery
 from tbac.training.run_logger import RunLogger
 from tbac.training.tracking import UNSENT, RunDescription, log_run, make_mlflow_logger
+from tbac.training.tracking.store import make_tables
 from tests.helpers.shared import build_once
 
 LOGGED = 12  # steps that are logged, half of them after the fault
@@ -36,14 +37,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def store(session_folder: Path, tmp_path: Path) -> str:
     """A store with its tables, which take seconds to make."""
-
-    def make(folder: Path) -> None:
-        from tbac.training.tracking import open_store
-
-        open_store(f"sqlite:///{folder}/x.db")
-
-    shared = build_once(session_folder / "mlflow_store", make)
-    shutil.copy(shared / "x.db", tmp_path / "x.db")
+    ready = build_once(session_folder / "mlflow_store", lambda folder: make_tables(folder / "store.db"))
+    shutil.copy(ready / "store.db", tmp_path / "x.db")
     return f"sqlite:///{tmp_path}/x.db"
 
 

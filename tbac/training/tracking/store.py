@@ -54,9 +54,16 @@ def open_store(tracking_uri: str) -> Any:
         for remains in file.parent.glob(f"{file.name}.*{UNFINISHED}"):
             remains.unlink()
         unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
-        MlflowClient(f"sqlite:///{unfinished.absolute()}").search_experiments(max_results=1)  # makes the tables
+        make_tables(unfinished)
         os.replace(unfinished, file)
     return MlflowClient(name_anew(tracking_uri))
+
+
+def make_tables(file: Path) -> None:
+    """Make a sqlite file with MLflow's tables, which takes seconds."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{file.absolute()}").search_experiments(max_results=1)
 
 
 def has_tables(file: Path) -> bool:

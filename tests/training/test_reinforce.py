@@ -132,6 +132,23 @@ def test_policies_are_adapters_where_these_train(in_world: Path, capfd: pytest.C
     assert all(map(is_adapter, names))
 
 
+@pytest.mark.slow
+def test_after_other_stages_in_one_process_it_is_as_a_job_of_its_own(
+    in_world: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = ["world=shapes", "debug=few_steps", "callbacks.sample_grid.prompts=[]", "stage.batch_size=2", "stage.steps=3"]
+    drawing = "stage.reinforce.drawing={group_size: 3, num_inference_steps: 2, scheduler: null}"
+    own = ["~reward", "+reward={red: {_target_: tests.helpers.rewards.Redness}}", drawing]
+    both = ["stages=[t2i_pretrain,reinforce]", f"+stage_overrides.reinforce={own}"]
+    run_to_success("train", capfd, *few, *both, "hydra.run.dir=one")
+    run_to_success("train", capfd, *few, "stage=t2i_pretrain", "hydra.run.dir=first")
+    run_to_success("train", capfd, *few, "stage=reinforce", *own, "init=first", "hydra.run.dir=second")
+    one, second = read_checkpoint("one"), read_checkpoint("second")
+    assert one["tbac"]["stage"] == "reinforce"
+    for part in ("state_dict", "policies", "optimizer_states"):
+        assert are_identical(one[part], second[part]), part
+
+
 def test_the_old_policy_follows_after_each_round(model: UniImage) -> None:
     callback = make_reinforce(rounds=Rounds(steps=2, decay=0.3, decay_growth=0.2))
     follow = Follow(callback)

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, open_dict, read_write
 from experiments.copied_code import FOLDER, ROOT, copy_code, export_path
 from experiments.stage_configs import compose_stages
 from tbac.app import check, quote
-from tbac.app.folders import make_new_folder
 from tbac.app.multirun import PointsCallback
 
 
@@ -31,8 +30,7 @@ class ClusterMultirun(PointsCallback):
             with read_write(config), open_dict(config):
                 config.hydra.launcher.setup = [*(config.hydra.launcher.setup or []), export_path(ROOT)]
             return
-        # Jobs of an earlier start of the multirun may still wait, so a copy is never written over.
-        code = copy_code(Path(make_new_folder(str(sweep / FOLDER))))
+        code = copy_code(sweep)
         script = code / "experiments" / Path(sys.argv[0]).name
         before = os.environ.get("PYTHONPATH")
         path = os.pathsep.join(filter(None, (str(code), before)))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from tbac.app.folders import make_new_folder
 from tbac.files import write_whole
 from tbac.training.run_facts import REVISION, read_git_revision
 
@@ -15,10 +16,15 @@ CODE = ("tbac", "experiments", "data_prep", "conf")  # what a job runs
 FOLDER = ".code"  # of copies, in the folder of a run or of a multirun
 
 
-def copy_code(place: Path) -> Path:
-    """Copy this code and its configs for a job, with a note of its revision; returns the copy's folder."""
-    if place.exists():  # of an earlier submission in this run folder
-        shutil.rmtree(place)
+def copy_code(folder: Path) -> Path:
+    """Copy this code and its configs for a job, with a note of its revision; returns the copy's folder.
+
+    A copy is never written over: jobs of an earlier submission in the same folder may still wait.
+
+    Args:
+        folder: of the run, or multirun.
+    """
+    place = Path(make_new_folder(str(folder / FOLDER)))
     for name in CODE:
         left_out = shutil.ignore_patterns("__pycache__", "*.png", "*.md")
         shutil.copytree(ROOT / name, place / name, ignore=left_out, symlinks=True)

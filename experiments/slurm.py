@@ -6,6 +6,7 @@ back into its queue goes on in the same folder, and in the same MLflow run.
 """
 
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 
 import submitit
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from experiments.copied_code import export_path
 from tbac.app import quote
@@ -99,6 +100,11 @@ def submit(job: Job, code: Path | None = None, after: str | None = None) -> str:
         return executor.submit(train_in_job, job.words).job_id
     except FailedJobError as error:
         raise ValueError(f"sbatch refused the job that is written in {job_folder}: {error}") from error
+    except FailedSubmissionError as error:
+        raise ValueError(
+            f"sbatch took the job that is written in {job_folder}, and what it printed has no number ({error}); "
+            "squeue --me says whether it waits"
+        ) from error
 
 
 def show_script(job: Job) -> str:
@@ -118,7 +124,12 @@ def show_script(job: Job) -> str:
         finally:
             os.environ["PATH"] = before
         script = (Path(place) / ".submitit" / "0_submission.sh").read_text()
-    shown = script.replace(place, str(job.folder))
+
+    # The folder of the run stands where the temporary one was, in quotes where a shell needs them.
+    def name_path(found: re.Match[str]) -> str:
+        return shlex.quote(found[0].replace(place, str(job.folder)))
+
+    shown = re.sub(rf"{re.escape(place)}[^\s'\"]*", name_path, script)
     command = shlex.join(["python", "experiments/train.py", *job.words])
     return f"{shown.rstrip()}\n# each process runs: {command}"
 

@@ -1,6 +1,7 @@
 """Submits a run to SLURM: what can be checked is checked first, and stages may be jobs that follow each other."""
 
 import logging
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.budget import build_on_meta, plan_run
-from experiments.copied_code import FOLDER, copy_code
+from experiments.copied_code import copy_code
 from experiments.slurm import Job, show_script, submit
 from experiments.stage_configs import OF_THE_RELEASE
 from experiments.starting import find_init
@@ -38,6 +39,14 @@ def submit_run(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequen
     folder = get_run_folder().absolute()
     # What is wrong is said here, and not by a job that has waited for hours.
     check_before_submission(configs, overrides)
+    if "%" in str(folder):
+        raise ValueError(f"the run folder {folder} has a % in its name, which SLURM replaces in the names of logs")
+    chained = cfg.stages is not None and cfg.machine.slurm.chain and len(configs) > 1
+    if chained and cfg.resume not in (None, "auto"):
+        raise ValueError(
+            f"resume={cfg.resume} is of one stage, and each of stages=[{', '.join(cfg.stages)}] is a job of its own; "
+            "submit the stage that goes on by itself, or give machine.slurm.chain=false"
+        )
     # The checkpoint to start from is chosen now, so that all processes of the job take the same.
     init = find_init(configs[0])
     if init and not Path(init).expanduser().exists():
@@ -46,7 +55,7 @@ def submit_run(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequen
         read_checkpoint(init)
     start = [f"init={quote(str(Path(init).absolute()))}"] if init else []
     common = [o for o in overrides if o.lstrip("+").split("=")[0] not in OF_STAGES]
-    if cfg.stages is not None and cfg.machine.slurm.chain and len(configs) > 1:
+    if chained:
         jobs = list_chained_jobs(cfg, configs, folder, common, start)
     else:
         stages = [o for o in overrides if o.lstrip("+").split("=")[0] in ("stage", "stages")]
@@ -56,7 +65,7 @@ def submit_run(cfg: DictConfig, configs: Sequence[DictConfig], overrides: Sequen
             print(show_script(job), end="\n\n")
         return
     record_config(cfg)
-    code = copy_code(folder / FOLDER) if cfg.machine.slurm.copy_code else None
+    code = copy_code(folder) if cfg.machine.slurm.copy_code else None
     numbers: list[str] = []
     for job in jobs:
         numbers.append(submit(job, code, after=numbers[-1] if numbers else None))
@@ -74,8 +83,33 @@ def check_before_submission(configs: Sequence[DictConfig], overrides: Sequence[s
     Raises:
         ValueError: for whatever would end the job.
     """
+    check_cluster(configs[0])
     check_shapes(configs[0], check_without_model(configs))
     check_memory(configs, overrides)
+
+
+def check_cluster(cfg: DictConfig) -> None:
+    """Check that what a job asks the cluster for fits together.
+
+    Raises:
+        ValueError: for options with which it would end, or be put back for ever.
+    """
+    machine, slurm = cfg.machine, cfg.machine.slurm
+    if not isinstance(machine.devices, int) or machine.devices < 1:
+        raise ValueError(
+            f"machine.devices={machine.devices} must be a whole number of at least 1 on a cluster: GPUs of each node, "
+            "each of which gets a task"
+        )
+    if slurm.signal_seconds >= 60 * slurm.minutes:
+        raise ValueError(
+            f"machine.slurm.signal_seconds={slurm.signal_seconds} must be less than the job's time, machine.slurm."
+            f"minutes={slurm.minutes}: a job that is told to end as it begins goes back into its queue for ever"
+        )
+    asked = re.fullmatch(r"gpu(?::[A-Za-z][\w.-]*)?:(\d+)", slurm.gres or "")
+    if asked and int(asked[1]) < machine.devices:
+        raise ValueError(
+            f"machine.slurm.gres={slurm.gres} gives a node fewer GPUs than machine.devices={machine.devices} use"
+        )
 
 
 def make_job(stage: str, folder: Path, arguments: Sequence[str]) -> Job:

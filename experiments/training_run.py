@@ -32,7 +32,7 @@ from tbac.training.randomness import seed_everything
 from tbac.training.rewarding import FROM_SHARDS, WeightedReward
 from tbac.training.run_facts import collect_run_facts
 from tbac.training.run_logger import RunLogger, log_nowhere
-from tbac.training.run_summary import name_run, summarize
+from tbac.training.run_summary import add_varied, name_run, summarize
 from tbac.training.stages import Stage
 from tbac.training.strategies import read_process_rank
 from tbac.training.tracking import MlflowLogger, RunDescription, describe_end, log_run
@@ -144,8 +144,10 @@ def run_stages(
     logger = RunLogger(make_part(cfg.logger, "logger")) if cfg.logger and not read_process_rank() else None
     if logger:
         digests = {f"data/{k}": v for source in data.stages for k, v in source.compute_manifest_digests().items()}
+        varied = read_varied_overrides()
         summary = summarize([stage.config for stage in stages], model.ladder.plan)
-        name = name_run(summary, read_varied_overrides())
+        name = name_run(summary, varied)
+        summary = add_varied(summary, varied, stages[0].config)
         facts = collect_run_facts() | digests
         log_run(logger, RunDescription(name, collect_config(stages), summary, facts, data.list_inputs()))
 

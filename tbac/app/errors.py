@@ -23,7 +23,7 @@ MADE = (
     ("", "outputs/demo", "make it with: make demo"),
 )
 # By name, since their packages take seconds to import: what Lightning says of its options, and a cluster of a job.
-OF_PACKAGES = ("MisconfigurationException", "FailedJobError")
+OF_PACKAGES = ("MisconfigurationException", "FailedJobError", "FailedSubmissionError")
 
 
 def find_cause(error: BaseException) -> BaseException:

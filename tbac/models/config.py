@@ -48,6 +48,9 @@ def name_connector(connector: str | Connector) -> str:
     return f"{made_by.__module__}.{made_by.__qualname__}"
 
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
 @dataclass(frozen=True)
 class LadderConfig:
     """Options of the ladder, apart from those that follow from the model's sizes.
@@ -161,7 +164,7 @@ class LoraOptions:
 
     rank: int | None = None
     alpha: float | None = None
-    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: Sequence[str] = LORA_TARGETS
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -172,6 +175,9 @@ class LoraOptions:
         if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) and t for t in targets):
             raise ValueError(f"model.lora.targets must be a list of names, got {self.targets!r}")
         object.__setattr__(self, "targets", tuple(targets))
+        if self.rank is None and (self.alpha is not None or self.targets != LORA_TARGETS):
+            name = "targets" if self.alpha is None else "alpha"
+            raise ValueError(f"model.lora.{name} is of adapters, and model.lora.rank=null makes none; give a rank")
 
     @property
     def scale(self) -> float:

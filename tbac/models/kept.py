@@ -5,6 +5,7 @@ isn't there, names its key, and holds a digest of its tensors. What is torn, dam
 else is named and counts as missing: whoever asked computes the entry again, and writes the file anew.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -97,8 +98,12 @@ class FileStore:
 
     def __init__(self, folder: Path, max_bytes: float) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        sizes = [file.stat().st_size for file in folder.glob("??/*.safetensors")]
-        self.count, self.bytes = len(sizes), sum(sizes)
+        self.count = self.bytes = 0
+        for file in folder.glob("??/*.safetensors"):
+            # One that another process has removed meanwhile, or a link that leads nowhere, holds nothing.
+            with contextlib.suppress(OSError):
+                self.bytes += file.stat().st_size
+                self.count += 1
         self._full = False
         self._retry_at = 0.0
 

@@ -296,6 +296,8 @@ class FrozenMLLM(nn.Module):
         """
         batch, count = prefix.mask.shape[0], queries.shape[0]
         language_model = self.body.language_model
+        if not max(layers):  # nothing but the queries themselves
+            return queries.to(language_model.embed_tokens.weight.dtype).expand(len(layers), batch, -1, -1)
         # Each query sees the real tokens of its prompt, and the queries up to itself.
         steps = torch.arange(count, device=queries.device)
         positions = (prefix.next_position[:, None] + steps).expand(3, -1, -1)

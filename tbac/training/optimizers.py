@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tbac.distributed import shard_like
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of AdamW, and of its 8-bit form: as large as the parameter
+
 
 def make_parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
     """Make two groups for each module: matrices with weight decay; norms, biases, queries and other tables without.
@@ -52,7 +54,20 @@ def collect_named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> 
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, dict[str, Any]]) -> None:
-    """Give a new optimizer the state of an earlier one, for the parameters that both update; its options stay."""
+    """Give a new optimizer the state of an earlier one, for the parameters that both update; its options stay.
+
+    Raises:
+        ValueError: for state of a parameter that has another shape here, such as an adapter of another rank.
+    """
+    for name, parameter in module.named_parameters():
+        for moment in MOMENTS:
+            kept = state.get(name, {}).get(moment)
+            if kept is not None and kept.shape != parameter.shape:
+                shapes = f"{tuple(parameter.shape)} here, and {tuple(kept.shape)} in the stage before"
+                raise ValueError(
+                    f"stage.keep_optimizer=true: {name} has shape {shapes}; keep the model as it was "
+                    "(model.lora.rank), or give stage.keep_optimizer=false"
+                )
     inherited = {i: state[name] for i, name in enumerate(list_optimized_names(optimizer, module)) if name in state}
     load_state(optimizer, {"state": inherited, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -1,6 +1,7 @@
 """What MLflow shows of a run: the few parameters that an experiment turns, and a name that tells runs apart."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tbac.models.taps import TapPlan
@@ -37,6 +38,14 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
         "precision": (first.get("machine") or {}).get("precision"),
         "devices": _count_devices(first.get("machine") or {}),
     }
+    # Of a tap rule, what its layers don't say; of adapters, nothing where there are none.
+    taps, lora = model.get("taps") or {}, model.get("lora") or {}
+    found |= {name: taps[name] for name in taps if not name.startswith(("_", "layer", "blocks"))}
+    if lora.get("rank") is not None:
+        found |= {f"lora_{name}": value for name, value in lora.items()}
+    found |= {name: Path(str(model[name])).name for name in ("mllm", "denoiser") if model.get(name)}
+    found |= {name: model.get(name) for name in ("dtype", "image_pixels", "max_text_tokens")}
+    found["prompt_cache"] = (first.get("prompt_cache") or {}).get("keep")
     ladder = model.get("ladder") or {}
     found |= {
         name: value for name, value in ladder.items() if not name.startswith("_") and not isinstance(value, Mapping)
@@ -44,6 +53,24 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
     for name in OF_A_STAGE:
         found[name] = _join([config["stage"].get(name) for config in configs])
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def add_varied(summary: Mapping[str, str], varied: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Add what a multirun varies and the summary doesn't tell, so that a comparison of its runs shows all of it.
+
+    Args:
+        summary: what `summarize` returned.
+        varied: key -> value, as given.
+        config: of the run; a key that names a group of options adds nothing.
+    """
+    added = dict(summary)
+    for key, value in varied.items():
+        place: Any = config
+        for part in key.split("."):
+            place = place.get(part) if isinstance(place, Mapping) else None
+        if place is not None and not isinstance(place, Mapping) and key.split(".")[-1] not in summary:
+            added[key] = value
+    return added
 
 
 def name_run(summary: Mapping[str, str], varied: Mapping[str, str]) -> str:

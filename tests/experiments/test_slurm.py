@@ -47,7 +47,8 @@ def test_a_job_asks_for_what_the_machine_says(
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == expected
     (command,) = (line for line in lines if line.startswith("srun "))
     (path,) = (line for line in lines if "export PYTHONPATH=" in line)
-    assert path == export_path(run / ".code")
+    (code,) = (run / ".code").iterdir()
+    assert path == export_path(code)
     assert lines.index("module load cuda") < lines.index(path) < lines.index(command)
     for words in ("squeue --jobs=7", f"tail -F {run}/slurm-7.log", "scancel 7"):
         assert words in text
@@ -84,6 +85,11 @@ WRONG = {
     "stage.min_lr=1": "min_lr",
     "init=absent": "absent",
     "machine.slurm.gpu_memory_gb=0.01": "GB on each GPU, and machine.slurm.gpu_memory_gb is 0.01",
+    "machine.devices=auto": "machine.devices=auto must be a whole number of at least 1 on a cluster",
+    "machine.devices=-1": "machine.devices=-1 must be a whole number of at least 1 on a cluster",
+    "machine.slurm.minutes=3": "signal_seconds=180 must be less than the job's time, machine.slurm.minutes=3",
+    "machine.slurm.gres=gpu:h100:4": "machine.slurm.gres=gpu:h100:4 gives a node fewer GPUs than machine.devices=8 use",
+    "hydra.run.dir=50%j": "50%j has a % in its name, which SLURM replaces in the names of logs",
     "stage=ti2i_pretrain": "starts from a checkpoint of t2i_pretrain, and there is none",
 }
 
@@ -128,11 +134,39 @@ def test_stages_are_jobs_that_follow_each_other_or_one(
     assert [file.name for file in Path("one/.submitit").glob("*_submission.sh")] == ["3_submission.sh"]
 
 
+def test_a_stage_that_goes_on_is_no_chain_of_jobs(
+    trained_run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_on_path(monkeypatch, tmp_path / "bin", srun="", sbatch=f"touch {tmp_path}/reached; echo Submitted batch job 7")
+    stages = ["stages=[t2i_pretrain,ti2i_pretrain]", f"resume={trained_run}"]
+    text = run_to_message("train", capfd, "world=shapes", "machine=slurm_2x8", *stages)
+    assert "is of one stage, and each of stages=[t2i_pretrain, ti2i_pretrain] is a job of its own" in text
+    assert not (tmp_path / "reached").exists()
+
+
+def test_a_printed_script_reads_a_folder_with_spaces_as_one(capfd: pytest.CaptureFixture[str]) -> None:
+    text = run_to_success("train", capfd, "world=shapes", "machine=slurm_2x8", "submit=false", "hydra.run.dir='a b'")
+    (output,) = (line for line in text.splitlines() if line.startswith("#SBATCH --output="))
+    assert shlex.split(output, comments=False)[1] == f"--output={Path.cwd()}/a b/slurm-%j.log"
+    (srun,) = (line for line in text.splitlines() if line.startswith("srun "))
+    assert f"{Path.cwd()}/a b/slurm-%j.log" in shlex.split(srun)
+
+
+@pytest.mark.parametrize("printed", ["77", ""])
+def test_what_sbatch_prints_without_a_number_is_said(
+    printed: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_on_path(monkeypatch, tmp_path / "bin", srun="", sbatch=f"echo '{printed}'")
+    text = run_to_message("train", capfd, "world=shapes", "machine=slurm_2x8")
+    assert "squeue --me says whether it waits" in text
+
+
 def test_a_job_s_code_is_a_copy_that_says_which_it_is(tmp_path: Path) -> None:
     from tbac.training.run_facts import REVISION, read_git_revision
 
-    copy_code(tmp_path / "code")
-    copy = copy_code(tmp_path / "code")  # again, over the one of before
+    first, copy = copy_code(tmp_path), copy_code(tmp_path)
+    assert first != copy  # jobs of an earlier submission may still wait for theirs
+    assert (first / REVISION).is_file()
     assert (copy / REVISION).read_text().strip() == read_git_revision()
     assert {entry.name for entry in copy.iterdir()} == {*CODE, REVISION}
     run = "import tbac.app, tbac.training.run_facts as f; print(tbac.app.CONF); print(f.read_git_revision())"

@@ -159,6 +159,14 @@ def test_options_that_can_t_be_are_named(options: dict, words: str) -> None:
         LoraOptions(**options)
 
 
+@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"targets": ["to_q"]}])
+def test_options_of_adapters_without_a_rank_are_named(options: dict) -> None:
+    with pytest.raises(
+        ValueError, match=rf"model\.lora\.{next(iter(options))} is of adapters, and model\.lora\.rank=null"
+    ):
+        LoraOptions(**options)
+
+
 def test_a_target_that_no_matrix_has_is_named_with_those_that_there_are(in_world: Path) -> None:
     with pytest.raises(ValueError, match=r"no matrix .* is called 'attn3'; there are attn1.to_q, .*attn2.to_k"):
         load_small_model(in_world, "model.lora.rank=2", "model.lora.targets=[attn3]")

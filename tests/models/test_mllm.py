@@ -217,6 +217,12 @@ def test_queries_are_a_parameter_of_their_own(model: UniImage) -> None:
     assert vocabulary == len(model.prompt.tokenizer)
 
 
+def test_tap_0_is_the_queries_themselves(model: UniImage) -> None:
+    prefix = model.mllm.read_prefix(model.prompt(["a red circle", "two squares"]), 0)
+    (states,) = model.mllm.read_queries(model.ladder.queries, prefix, (0,))
+    assert torch.equal(states, model.ladder.queries.expand(2, -1, -1))
+
+
 def test_a_prefix_can_be_read_twice(model: UniImage) -> None:
     prefix = model.mllm.read_prefix(model.prompt(["a red circle"]), model.ladder.plan.deepest)
     first, second = (model.mllm.read_queries(model.ladder.queries, prefix, (2, 5)) for _ in range(2))

@@ -232,6 +232,14 @@ def test_processes_fill_a_folder_side_by_side() -> None:
     assert len(list(Path("kept").rglob("*.*"))) == 60  # no temporary file is left
 
 
+def test_entries_that_are_gone_are_no_entries() -> None:
+    _fill(Path("kept"), [f"{number:064x}" for number in range(2)])
+    (Path("kept/00") / "gone.safetensors").symlink_to("nowhere")
+    store = FileStore(Path("kept"), GIB)
+    assert len(store) == 2
+    assert store.bytes == sum(file.stat().st_size for file in Path("kept").rglob(f"{0:02x}*.safetensors"))
+
+
 def test_memory_is_counted_and_nothing_of_a_batch_is_held() -> None:
     store, whole = MemoryStore(1000), torch.zeros(100, 100)
     for _ in range(3):

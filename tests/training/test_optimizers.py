@@ -8,7 +8,14 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from tbac.models import UniImage
-from tbac.training.optimizers import adamw, adamw8bit, make_parameter_groups, warmup_cosine
+from tbac.training.optimizers import (
+    adamw,
+    adamw8bit,
+    collect_named_state,
+    load_named_state,
+    make_parameter_groups,
+    warmup_cosine,
+)
 
 
 def test_norms_biases_and_queries_don_t_decay(model: UniImage) -> None:
@@ -54,6 +61,24 @@ def test_fused_adamw_equals_the_plain_one() -> None:
             optimizer.step()
         results.append(layer.weight.detach())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_state_of_another_shape_is_named_and_not_loaded(rows: int) -> None:
+    def make(count: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        module = torch.nn.Linear(2, count, bias=False)
+        return module, adamw(make_parameter_groups([module], 0.0), 1e-3)
+
+    module, optimizer = make(4)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = collect_named_state(optimizer, module)
+    other, fresh = make(rows)
+    with pytest.raises(ValueError, match=rf"weight has shape \({rows}, 2\) here, and \(4, 2\) in the stage before"):
+        load_named_state(fresh, other, state)
+    same, fresh = make(4)
+    load_named_state(fresh, same, state)
+    assert torch.equal(fresh.state[same.weight]["exp_avg"], optimizer.state[module.weight]["exp_avg"])
 
 
 def test_adamw8bit_trains() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tbac.app import to_plain
 from tbac.models.taps import TapPlan
-from tbac.training.run_summary import name_run, summarize
+from tbac.training.run_summary import add_varied, name_run, summarize
 from tests.helpers.configs import compose_config
 
 PLAN = TapPlan(layers=(1, 2, 3, 4), assignment=(0, 1, 2, 3), mixed=False, num_blocks=4)
@@ -32,12 +32,33 @@ def compose(*overrides: str) -> dict[str, Any]:
         ("model.reference_latents=true", "reference_latents", "True"),
         ("optim=adamw8bit", "optimizer", "adamw8bit"),
         ("machine.precision=bf16-mixed", "precision", "bf16-mixed"),
+        ("model.lora.rank=4", "lora_rank", "4"),
+        ("model.dtype=bfloat16", "dtype", "bfloat16"),
+        ("model.image_pixels=784", "image_pixels", "784"),
+        ("model.mllm=Qwen/Qwen2.5-VL-7B-Instruct", "mllm", "Qwen2.5-VL-7B-Instruct"),
+        ("prompt_cache.keep=prompts", "prompt_cache", "prompts"),
     ],
 )
 def test_what_an_experiment_turns_is_a_parameter(override: str, name: str, value: str) -> None:
     turned, before = (summarize([compose(*options)], PLAN) for options in ([override], []))
     assert turned[name] == value
     assert turned[name] != before.get(name)
+
+
+def test_the_kind_of_a_mix_is_a_parameter() -> None:
+    for value in ("False", "True"):
+        assert summarize([compose("taps=learned_mix", f"taps.shared={value}")], PLAN)["shared"] == value
+
+
+@pytest.mark.parametrize("key", ["stage.dropout.caption_drop_prob", "callbacks.guard.patience", "machine.num_workers"])
+def test_whatever_a_multirun_varies_is_a_parameter(key: str) -> None:
+    runs = []
+    for value in ("0", "1"):
+        config = compose(f"{key}={value}")
+        runs.append(add_varied(summarize([config], PLAN), {key: value, "taps": "final", "stage.lr": "1"}, config))
+    assert [run[key] for run in runs] == ["0", "1"]
+    assert {"taps", "lr"} < set(runs[0])
+    assert "stage.lr" not in runs[0]  # it is there as `lr`
 
 
 def test_resolved_layers_follow_the_blocks() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from tbac.training.run_logger import RunLogger
 from tbac.training.system_metrics import SystemMetrics
 from tbac.training.tracking import (
     RUN_ID,
+    ParentRun,
     add_to_run,
     describe_end,
     find_run_id,
+    list_links,
     make_mlflow_logger,
     make_tag_name,
     open_parent_run,
@@ -71,6 +74,40 @@ def test_a_parent_run_ends_as_its_block_does(fails: bool, tmp_path: Path) -> Non
 )
 def test_an_interrupted_run_was_killed_and_others_failed(end: BaseException, word: str) -> None:
     assert describe_end(end) == word
+
+
+def log_sweep(store: str, name: str) -> ParentRun:
+    """Log a run that has a child."""
+    parent = ParentRun(store, "tbac", name)
+    child = make_mlflow_logger(store, parent_run_id=parent.run_id)
+    child.log_metrics({"val/loss": 0.5}, 0)
+    child.finalize("success")
+    parent.finish()
+    return parent
+
+
+@pytest.mark.parametrize("damage", ["experiment", "parent", "file"])
+def test_pages_are_listed_as_far_as_they_can_be(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, address = f"sqlite:///{tmp_path}/{damage}.db", "http://127.0.0.1:5000"
+    parent = log_sweep(store, "sweep")
+    assert "runs of sweep" in list_links(store, address)
+    client = mlflow.MlflowClient(store)
+    if damage == "experiment":
+        client.delete_experiment(client.get_experiment_by_name("tbac").experiment_id)
+    elif damage == "parent":  # removed for good, as `mlflow gc` does
+        client.delete_run(parent.run_id)
+        with contextlib.closing(sqlite3.connect(tmp_path / f"{damage}.db")) as database:
+            for table in ("tags", "params", "metrics", "latest_metrics", "runs"):
+                database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (parent.run_id,))
+            database.commit()
+    else:
+        (tmp_path / f"{damage}.db").write_text("no database")
+    links = list_links(store, address)
+    assert links["the first page"] == address
+    assert not [name for name in links if name.startswith("runs of")]
+    if damage == "experiment":  # what is logged now is listed again
+        log_sweep(store, "again")
+        assert "runs of again" in list_links(store, address)
 
 
 def test_a_moved_folder_keeps_its_artifacts_and_later_scores_leave_the_run_ended(

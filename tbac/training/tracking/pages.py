@@ -5,7 +5,7 @@ import logging
 from urllib.parse import quote
 
 from tbac.training.delivery import describe_safely
-from tbac.training.tracking.store import open_store
+from tbac.training.tracking.store import look_up_experiment, open_store
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def get_runs_link(
         score: metric by which the highest is the best; None for the lowest validation loss.
     """
     client = open_store(tracking_uri)
-    experiment = client.get_experiment_by_name(experiment_name)
+    experiment = look_up_experiment(client, experiment_name)
     place = f"{get_address(tracking_uri) if address is None else address}/#/experiments"
     if experiment is None:
         return place
@@ -80,18 +80,24 @@ def get_comparison_link(tracking_uri: str, parent_run_id: str, address: str | No
 
 
 def list_links(tracking_uri: str, address: str) -> dict[str, str]:
-    """List pages of the UI: all runs; those of the newest run that has children, in a list and beside each other."""
-    links = {"all runs": get_runs_link(tracking_uri, address)}
-    client = open_store(tracking_uri)
-    experiment = client.get_experiment_by_name("tbac")
-    if experiment is None:
-        return links
-    place = [experiment.experiment_id]
-    children = client.search_runs(place, "tags.mlflow.parentRunId != ''", max_results=1)
-    if children:
-        parent = client.get_run(children[0].data.tags["mlflow.parentRunId"]).info
-        score = SCORE if SCORE in children[0].data.metrics else None
-        view = get_runs_link(tracking_uri, address, parent_run_id=parent.run_id, score=score)
-        links[f"runs of {parent.run_name}"] = view
-        links["beside each other"] = get_comparison_link(tracking_uri, parent.run_id, address)
+    """List pages of the UI: all runs; those of the newest run that has children, in a list and beside each other.
+
+    What can't be found is left out, with a warning: the pages are served all the same.
+    """
+    links = {"the first page": address}
+    try:
+        links["all runs"] = get_runs_link(tracking_uri, address)
+        client = open_store(tracking_uri)
+        experiment = look_up_experiment(client, "tbac")
+        if experiment is None:
+            return links
+        children = client.search_runs([experiment.experiment_id], "tags.mlflow.parentRunId != ''", max_results=1)
+        if children:
+            parent = client.get_run(children[0].data.tags["mlflow.parentRunId"]).info
+            score = SCORE if SCORE in children[0].data.metrics else None
+            view = get_runs_link(tracking_uri, address, parent_run_id=parent.run_id, score=score)
+            links[f"runs of {parent.run_name}"] = view
+            links["beside each other"] = get_comparison_link(tracking_uri, parent.run_id, address)
+    except Exception as error:  # noqa: BLE001  of MLflow, or of what is below it
+        log.warning("the pages of runs can't be listed (%s)", describe_safely(error))
     return links

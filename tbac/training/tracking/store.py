@@ -45,7 +45,9 @@ def open_store(tracking_uri: str) -> Any:
 
     if not tracking_uri.startswith("sqlite:///"):
         return MlflowClient(tracking_uri)
-    file = Path(tracking_uri.removeprefix("sqlite:///")).expanduser()
+    if tracking_uri.startswith("sqlite:///~"):
+        tracking_uri = f"sqlite:///{Path(tracking_uri.removeprefix('sqlite:///')).expanduser()}"
+    file = Path(tracking_uri.removeprefix("sqlite:///"))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f"{file.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,23 +119,34 @@ def find_experiment(client: Any, name: str, tracking_uri: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    number, candidate = 1, name
     while True:
-        experiment = client.get_experiment_by_name(candidate)
-        if experiment is None:
-            try:
-                created: str = client.create_experiment(candidate)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                continue  # another process was faster
-            place_artifacts(tracking_uri, created)
-            return created
-        if experiment.lifecycle_stage != "deleted":
+        experiment = look_up_experiment(client, name)
+        if experiment is not None:
             found: str = experiment.experiment_id
             return found
-        number += 1
-        candidate = f"{name}-{number}"
+        try:
+            created: str = client.create_experiment(list_names(client, name)[-1])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            continue  # another process was faster
+        place_artifacts(tracking_uri, created)
+        return created
+
+
+def look_up_experiment(client: Any, name: str) -> Any:
+    """Look an experiment up by its name, or, where it was deleted, by that name with a number; None without any."""
+    return client.get_experiment_by_name(list_names(client, name)[-1])
+
+
+def list_names(client: Any, name: str) -> list[str]:
+    """List the names that an experiment had, each but the last of a deleted one: `tbac`, `tbac-2`, and so on."""
+    names = [name]
+    while True:
+        experiment = client.get_experiment_by_name(names[-1])
+        if experiment is None or experiment.lifecycle_stage != "deleted":
+            return names
+        names.append(f"{name}-{len(names) + 1}")
 
 
 def create_run(client: Any, experiment_id: str, run_name: str | None, parent_run_id: str | None) -> str:

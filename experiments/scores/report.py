@@ -35,6 +35,7 @@ class Evaluation:
         summary: the scores and how they were computed.
         protocol: how they were reached.
         root: the tree of pictures.
+        is_known: whether it is known that this checkpoint drew them.
     """
 
     checkpoint: str
@@ -42,6 +43,7 @@ class Evaluation:
     summary: Summary
     protocol: Protocol
     root: Path
+    is_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -192,14 +194,9 @@ def describe_models(report: Report) -> str:
 
 def list_notes(report: Report) -> list[str]:
     """List what a reader must know besides the scores: intervals, notes of the benchmark, what is missing."""
-    rows = report.main.rows
-    notes = [*report.main.summary.notes]
-    missing = [row.picture for row in rows if row.state == "missing"]
-    failed = [row.picture for row in rows if row.state == "failed"]
-    if missing:
-        notes.append(f"{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
-    if failed:
-        notes.append(f"{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}")
+    notes = [*report.main.summary.notes, *list_gaps(report.main, "")]
+    if report.other is not None:
+        notes += list_gaps(report.other, f"Of {report.other.checkpoint} (against), ")
     names = PUBLISHED.get(report.benchmark.name, {})
     if report.is_comparable and any(REWRITTEN in name for name in names):
         notes.append(f"{REWRITTEN} The prompts were rewritten by a language model before this model drew them.")
@@ -207,8 +204,42 @@ def list_notes(report: Report) -> list[str]:
         given = ", ".join(name.replace("_", " ") for name in report.benchmark.published_protocol)
         notes.append(f"How published scores were reached was given by benchmark.published_protocol for: {given}.")
     if report.other is not None:
-        notes.append("Both models drew from the same noise; the interval of the difference pairs their prompts.")
+        notes.append(describe_noise(report.main.protocol.sampling, report.other.protocol.sampling))
     return notes
+
+
+def list_gaps(evaluation: Evaluation, of_whom: str) -> list[str]:
+    """List what lacks in an evaluation: who drew the pictures, pictures, usable replies.
+
+    Args:
+        evaluation: of one model.
+        of_whom: what each sentence begins with.
+    """
+    rows, notes = evaluation.rows, []
+    missing = [row.picture for row in rows if row.state == "missing"]
+    failed = [row.picture for row in rows if row.state == "failed"]
+    if not evaluation.is_known:
+        notes.append(f"It isn't known which model drew the pictures of {evaluation.checkpoint}.")
+    if missing:
+        notes.append(f"{of_whom}{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
+    if failed:
+        notes.append(
+            f"{of_whom}{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}"
+        )
+    return notes
+
+
+def describe_noise(ours: Any, theirs: Any) -> str:
+    """Say whether two models drew from the same noise, and in the same way."""
+    paired = "the interval of the difference pairs their prompts."
+    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+        return f"It isn't known whether both models drew from the same noise; {paired}"
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    changes = ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in names)
+    if "seed" in names:
+        return f"The models drew from different noise ({changes}); {paired}"
+    otherwise = f", otherwise in different ways ({changes})" if changes else ""
+    return f"Both models drew from the same noise{otherwise}; {paired}"
 
 
 def draw_sheet(prompts: Sequence[Prompt], root: Path, file: Path) -> None:
@@ -292,8 +323,7 @@ def build_values(report: Report, intervals: Mapping, differences: Mapping) -> di
         **main.summary.scores,
         "intervals": dict(intervals),
         "pictures": len(main.rows),
-        "missing": [row.picture for row in main.rows if row.state == "missing"],
-        "failed": {row.picture: row.reason for row in main.rows if row.state == "failed"},
+        **build_gaps(main),
         "protocol": f"{main.summary.protocol}; judge {report.judge}",
         "protocol_fields": main.protocol.to_dict(),
         "published_protocol": None if report.published is None else report.published.to_dict(),
@@ -304,9 +334,20 @@ def build_values(report: Report, intervals: Mapping, differences: Mapping) -> di
         values["against"] = {
             "checkpoint": report.other.checkpoint,
             "scores": dict(report.other.summary.scores),
+            **build_gaps(report.other),
+            "sampling": report.other.protocol.sampling,
             "intervals_of_difference": dict(differences),
         }
     return values
+
+
+def build_gaps(evaluation: Evaluation) -> dict[str, Any]:
+    """Build what `report.json` says of pictures without a score, and of who drew them."""
+    return {
+        "missing": [row.picture for row in evaluation.rows if row.state == "missing"],
+        "failed": {row.picture: row.reason for row in evaluation.rows if row.state == "failed"},
+        "drawn_by_checkpoint": evaluation.is_known,
+    }
 
 
 def build_cards(report: Report, prompts: Sequence[Prompt], out: Path) -> list[Card]:

@@ -4,9 +4,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,16 +15,34 @@ from tqdm import tqdm
 
 from experiments.scores.benchmarks import make_benchmark
 from experiments.scores.report import Evaluation, Report, write_report
+from experiments.scores.results import (
+    Results,
+    check_asked,
+    check_pictures,
+    compute_picture_digest,
+    describe_asked,
+    read_drawn,
+    read_results,
+    write_results,
+)
 from tbac.app import check_members, compose_checked, make_part, open_model, read_opening_options, to_plain
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.base import PictureBenchmark, make_picture_finder
-from tbac.evaluation.benchmarks.rows import STATES, Drawn, Row, check_score
+from tbac.evaluation.benchmarks.rows import Drawn
 from tbac.evaluation.judges.base import JudgeFacts, read_facts
 from tbac.evaluation.judges.cache import Cache, CachedDetector, keep_replies
 from tbac.evaluation.judges.detector import answer_by_detection
-from tbac.evaluation.picture_tree import Tree, generate, list_pending
+from tbac.evaluation.picture_tree import (
+    Tree,
+    TreeError,
+    describe_changes,
+    generate,
+    list_pending,
+    read_settings,
+)
 from tbac.evaluation.protocol import UNKNOWN
-from tbac.files import ForeignFileError, parse_json, read_json, read_text, reading, shorten, write_whole
+from tbac.files import ForeignFileError, read_json, reading, write_whole
+from tbac.models.trained_digest import compute_trained_digest
 from tbac.models.weights import compute_digest
 from tbac.pictures import open_picture
 from tbac.redaction import hide_secrets
@@ -77,9 +95,10 @@ def score_answers(cfg: DictConfig, benchmark: Answers, out: Path) -> Mapping[str
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that is evaluated: its checkpoint, and where its pictures and their scores lie."""
+    """A model that is evaluated: its checkpoint with its digest, and where its pictures and their scores lie."""
 
     checkpoint: str
+    digest: str
     root: Path
     results: Path
     drawn: Path
@@ -87,13 +106,25 @@ class Contender:
 
 def list_contenders(cfg: DictConfig, name: str, out: Path) -> list[Contender]:
     """List the model, and the one that it is held against."""
-    folders = [(cfg.checkpoint, out)]
+    folders = [(str(cfg.checkpoint), digest_checkpoint("checkpoint", cfg.checkpoint), out)]
     if cfg.get("against") is not None:
-        folders.append((cfg.against, out / "against"))
+        folders.append((str(cfg.against), digest_checkpoint("against", cfg.against), out / "against"))
     return [
-        Contender(str(checkpoint), folder / name, folder / f"{name}.results.jsonl", folder / f"{name}.drawn.json")
-        for checkpoint, folder in folders
+        Contender(checkpoint, digest, folder / name, folder / f"{name}.results.jsonl", folder / f"{name}.drawn.json")
+        for checkpoint, digest, folder in folders
     ]
+
+
+def digest_checkpoint(option: str, path: str) -> str:
+    """Compute the digest of a checkpoint that an option names.
+
+    Raises:
+        ValueError: naming the option, when there is no checkpoint or it can't be read.
+    """
+    try:
+        return compute_trained_digest(path)
+    except ValueError as error:
+        raise ValueError(f"{option}={path}: {error}") from None
 
 
 def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mapping[str, float]:
@@ -114,13 +145,16 @@ def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mappin
 
 def score_tree(cfg: DictConfig, benchmark: PictureBenchmark, contender: Contender, judge: Any) -> None:
     """Judge the pictures of a tree, and write a line for each, below one that says who judged."""
+    # What the pictures are is known before they are judged, which may take hours.
+    drawn = read_tree_facts(contender, benchmark)
+    pictures = {target.path: compute_picture_digest(contender.root / target.path) for target in benchmark.targets}
     judged = benchmark.judge_pictures(make_picture_finder(contender.root), judge)
     rows = list(tqdm(judged, total=len(benchmark.targets), unit="picture", desc="judging"))
+    # An endpoint has said by now which model it is.
     name = name_judge(cfg, judge)
     facts = read_facts(judge) if judge is not None else JudgeFacts(name)
     facts = replace(facts, name=name) if facts.name == UNKNOWN and not hasattr(judge, "describe_facts") else facts
-    lines = [json.dumps({"judge": name, "facts": asdict(facts)}), *(json.dumps(asdict(row)) for row in rows)]
-    write_whole(contender.results, ("\n".join(lines) + "\n").encode())
+    write_results(contender.results, Results(name, rows, facts, describe_asked(benchmark), drawn, pictures))
 
 
 def make_judge(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Any:
@@ -151,9 +185,14 @@ def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, contender: Contender
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
     work = list_pending(tree, benchmark.targets, cfg.rank, cfg.world_size)
     benchmark.write_other_files(root)
-    drawn = {"cut": count_cut_prompts(benchmark, pipeline.model), "sampling": {**options, "seed": benchmark.seed}}
+    drawn = Drawn(
+        count_cut_prompts(benchmark, pipeline.model),
+        {**options, "seed": benchmark.seed},
+        contender.digest,
+        tree.settings,
+    )
     contender.drawn.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(contender.drawn, (json.dumps(drawn, indent=1) + "\n").encode())
+    write_whole(contender.drawn, (json.dumps(asdict(drawn), indent=1) + "\n").encode())
 
     def draw(prompt: str, images: Sequence[Path], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline(
@@ -181,15 +220,42 @@ def count_cut_prompts(benchmark: PictureBenchmark, model: Any) -> int:
     return sum(length > longest for length in lengths)
 
 
-def read_drawn(file: Path) -> Drawn:
-    """Read how a tree was drawn; what isn't there is unknown, as of pictures from elsewhere."""
+def read_tree_facts(contender: Contender, benchmark: PictureBenchmark) -> Drawn:
+    """Read how a contender's pictures were drawn; what isn't there is unknown, as of pictures from elsewhere.
+
+    Raises:
+        ValueError: when there is no picture, when another checkpoint drew them, or when they don't belong together.
+    """
+    if not any((contender.root / target.path).is_file() for target in benchmark.targets):
+        raise ValueError(
+            f"{contender.root} holds no picture of {benchmark.title}; is out={contender.root.parent} the right folder? "
+            "steps=[generate] draws them"
+        )
+    drawn = Drawn()
     try:
-        values = read_json(file, kind=dict) if file.is_file() else {}
+        if contender.drawn.is_file():
+            drawn = read_drawn(read_json(contender.drawn, kind=dict))
     except ForeignFileError as error:
         log.warning("%s; how the pictures were drawn isn't known", error)
-        values = {}
-    cut, sampling = values.get("cut"), values.get("sampling")
-    return Drawn(cut if type(cut) is int else UNKNOWN, sampling if isinstance(sampling, dict) else UNKNOWN)
+    check_drawn_by(contender, drawn)
+    # What was written last of how they are drawn may have been another process's, or of a drawing that was broken off.
+    settings = read_settings(contender.root, benchmark.targets)
+    if settings is not None and drawn.settings not in (UNKNOWN, settings):
+        changes = describe_changes(settings, drawn.settings)
+        raise TreeError(
+            f"the pictures in {contender.root} were made otherwise than {contender.drawn} says ({changes}); "
+            "steps=[generate] draws them anew with overwrite=true"
+        )
+    return drawn if settings is not None else replace(drawn, checkpoint=UNKNOWN)
+
+
+def check_drawn_by(contender: Contender, drawn: Drawn) -> None:
+    """Raise ValueError when pictures are known to be another checkpoint's."""
+    if drawn.checkpoint not in (UNKNOWN, contender.digest):
+        raise ValueError(
+            f"the pictures in {contender.root} were drawn by another checkpoint (digest {drawn.checkpoint[:12]}…) than "
+            f"{contender.checkpoint} ({contender.digest[:12]}…); name that one, or another folder by out="
+        )
 
 
 def describe_pictures(cfg: DictConfig, benchmark: PictureBenchmark, model: Any) -> dict[str, Any]:
@@ -220,16 +286,31 @@ def report_scores(
     evaluations, judges = [], []
     for contender in contenders:
         results = read_results(contender.results, benchmark)
+        # Scores are reported of those alone whose pictures were judged, and as they were judged.
+        check_drawn_by(contender, results.drawn)
+        check_asked(results, benchmark, contender.results)
+        check_pictures(results, contender.root, contender.results)
+        if all(row.state == "missing" for row in results.rows):
+            raise ValueError(f"{contender.results} is of no picture at all; steps=[generate,score,report] draws them")
         # What a benchmark finds in the details of a row is its own affair, so anything may be wrong with a damaged one.
         with reading(f"{contender.results}, which steps=[score] writes anew,"):
             summary = benchmark.summarize(results.rows, results.judge)
-            protocol = benchmark.describe_protocol(results.rows, results.facts, read_drawn(contender.drawn))
-        evaluations.append(Evaluation(contender.checkpoint, results.rows, summary, protocol, contender.root))
-        judges.append(results.judge)
-    report = write_report(Report(benchmark, judges[0], *evaluations), out)
+            protocol = benchmark.describe_protocol(results.rows, results.facts, results.drawn)
+        protocol = replace(protocol, **results.asked)
+        is_known = results.drawn.checkpoint == contender.digest
+        evaluations.append(Evaluation(contender.checkpoint, results.rows, summary, protocol, contender.root, is_known))
+        judges.append((results.judge, results.facts))
+    if judges[0] != judges[-1]:
+        raise ValueError(
+            f"{contenders[0].checkpoint} was judged by {describe_judge(*judges[0])}, and {contenders[1].checkpoint} by "
+            f"{describe_judge(*judges[1])}; steps=[score,report] judges both by one"
+        )
+    report = write_report(Report(benchmark, judges[0][0], *evaluations), out)
     files = [out / f"report.{kind}" for kind in ("json", "md", "html")]
     for evaluation in evaluations:
-        log_scores(cfg, evaluation.checkpoint, evaluation.summary.scores, files)
+        # Pictures that anyone may have drawn say nothing about the run that made the checkpoint.
+        drawn_by = evaluation.checkpoint if evaluation.is_known else None
+        log_scores(cfg, drawn_by, evaluation.summary.scores, files)
     scores = evaluations[0].summary.scores
     log.info(
         "%s: %s %.3f; %d missing, %d failed; see %s",
@@ -242,79 +323,15 @@ def report_scores(
     return scores
 
 
-class Results(NamedTuple):
-    """What `steps=[score]` has found: the judge's name, a row for each picture, and who the judge was."""
-
-    judge: str
-    rows: list[Row]
-    facts: JudgeFacts
+def describe_judge(name: str, facts: JudgeFacts) -> str:
+    """Describe a judge so far that two can be told apart."""
+    return f"{name} ({', '.join(asdict(facts).values())})"
 
 
-def read_results(file: Path, benchmark: PictureBenchmark) -> Results:
-    """Read what `steps=[score]` has written.
-
-    Raises:
-        ValueError: when there is no such file, or it isn't of this benchmark, or is damaged.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} doesn't exist; steps=[score] writes it")
-    first, *lines = [line for line in read_text(file).split("\n") if line] or [""]
-    named = parse_json(first, f"{file}:1", dict)
-    if not isinstance(named.get("judge"), str):
-        raise ValueError(f"{file}:1 must name the judge, got {shorten(named)}; steps=[score] writes it anew")
-    # Results that an earlier version has written don't say who judged.
-    facts = named.get("facts")
-    is_whole = isinstance(facts, dict) and all(isinstance(facts.get(part.name), str) for part in fields(JudgeFacts))
-    known = JudgeFacts(**{part.name: facts[part.name] for part in fields(JudgeFacts)}) if is_whole else JudgeFacts()
-    targets = {target.path: target for target in benchmark.targets}
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        row = read_row(parse_json(line, f"{file}:{number}", dict), f"{file}:{number}")
-        target = targets.pop(row.picture, None)
-        if target is None or row.prompt != target.prompt:
-            raise ValueError(
-                f"{file}:{number}: {shorten(row.picture)!r} isn't a picture of this benchmark, or stands there twice; "
-                "steps=[score] writes the file anew"
-            )
-        rows.append(row)
-    if targets:
-        some = next(iter(targets))
-        raise ValueError(f"{file} has no row for {len(targets)} pictures, such as {some}; steps=[score] writes it anew")
-    return Results(named["judge"], rows, known)
-
-
-def read_row(values: Mapping[str, Any], place: str) -> Row:
-    """Read the row of one picture.
-
-    Args:
-        values: what stands in the file.
-        place: file and line, for messages.
-
-    Raises:
-        ValueError: for other fields, other types, an unknown state, or a score that isn't in [0, 1].
-    """
-    texts = ("picture", "group", "prompt", "state", "reason")
-    if set(values) != {*texts, "score", "details"}:
-        raise ValueError(f"{place} must have the fields of a scored picture, got {shorten(sorted(values))}")
-    for name in texts:
-        if not isinstance(values[name], str):
-            raise ValueError(f"{place} needs {name!r} as str, got {shorten(values[name])}")
-    if values["state"] not in STATES:
-        raise ValueError(f"{place}: state must be one of {', '.join(STATES)}, got {shorten(values['state'])!r}")
-    if not isinstance(values["details"], dict):
-        raise ValueError(f"{place} needs 'details' as dict, got {shorten(values['details'])}")
-    try:
-        check_score(values["score"])
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    if values["score"] is not None and values["state"] != "scored":
-        raise ValueError(f"{place}: a picture whose state is {values['state']!r} has no score, got {values['score']}")
-    return Row(**values)
-
-
-def log_scores(cfg: DictConfig, checkpoint: str, scores: Mapping[str, float], files: Sequence[Path]) -> None:
+def log_scores(cfg: DictConfig, checkpoint: str | None, scores: Mapping[str, float], files: Sequence[Path]) -> None:
     """Log the scores and the report to the MLflow run that made the checkpoint, or to a new run if there is none."""
-    name, run_id = cfg.benchmark.name, find_run_id(Path(checkpoint))
+    name = cfg.benchmark.name
+    run_id = find_run_id(Path(checkpoint)) if checkpoint is not None else None
     metrics = {f"{name}/{make_tag_name(key.replace(', ', '_'))}": value for key, value in scores.items()}
     if run_id is not None and add_to_run(cfg.tracking_uri, run_id, metrics, files=files):
         return

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -95,6 +96,55 @@ def name_records_folder(root: Path) -> Path:
     return root.with_name(f"{root.name}.records")
 
 
+def describe_wish(target: Target) -> dict[str, Any]:
+    """Describe what a benchmark wants of a picture, as its record keeps it."""
+    sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
+    return {"prompt": target.prompt, "samples": list(target.samples), "images": sources}
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Describe in what settings differ: the name of each, the value of before and the one of now."""
+    names = [name for name in now if before.get(name) != now[name]] + [name for name in before if name not in now]
+    return ", ".join(f"{name} {shorten(before.get(name))} -> {shorten(now.get(name))}" for name in names)
+
+
+def read_settings(root: Path, targets: Sequence[Target]) -> dict[str, Any] | None:
+    """Read the settings that all pictures of a tree were made with, from their records.
+
+    Returns:
+        The settings; None for pictures from elsewhere, of which none has a record.
+
+    Raises:
+        TreeError: when two pictures were made with different settings, one was made for another prompt, or one has no
+            record, or a torn one, where others have theirs.
+    """
+    advice = "steps=[generate] says in what, and draws it anew with overwrite=true"
+    records = name_records_folder(root)
+    settings: dict[str, Any] | None = None
+    of: Path | None = None  # the picture that has these settings
+    strangers = []
+    for target in targets:
+        path, record = root / target.path, records / f"{target.path}.json"
+        if not path.is_file():
+            continue
+        if not record.is_file():
+            strangers.append(path)
+            continue
+        recorded = read_json(record, kind=dict)
+        # It shows what the benchmark wants there, and was made as the others were.
+        wish = describe_wish(target)
+        wanted = {name: recorded.pop(name, None) for name in wish}
+        if wanted != wish:
+            raise TreeError(f"{path} was made for something else ({describe_changes(wanted, wish)}); {advice}")
+        if settings is not None and recorded != settings:
+            changes = describe_changes(settings, recorded)
+            raise TreeError(f"{path} was made otherwise than {of} ({changes}); {advice}")
+        settings, of = recorded, path
+    if settings is not None and strangers:
+        raise TreeError(f"{strangers[0]} has no record of how it was made, as {of} has; {advice}")
+    return settings
+
+
 class Tree:
     """A folder of pictures that are made now, or were made before with the same settings.
 
@@ -119,8 +169,7 @@ class Tree:
 
     def _describe_target(self, target: Target) -> dict:
         """Collect everything that the picture of a target depends on, as its record keeps it."""
-        sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in target.images]
-        return {"prompt": target.prompt, "samples": list(target.samples), "images": sources, **self.settings}
+        return {**describe_wish(target), **self.settings}
 
     def is_made(self, target: Target) -> bool:
         """Whether the picture of a target is there, made with these settings.
@@ -146,10 +195,8 @@ class Tree:
             return False
         if recorded is None:
             raise TreeError(f"{path} wasn't made here; give another folder, or overwrite=true")
-        changed = [
-            f"{k} {shorten(recorded.get(k))} -> {shorten(v)}" for k, v in expected.items() if recorded.get(k) != v
-        ]
-        raise TreeError(f"{path} was made otherwise ({', '.join(changed)}); give another folder, or overwrite=true")
+        changed = describe_changes(recorded, expected)
+        raise TreeError(f"{path} was made otherwise ({changed}); give another folder, or overwrite=true")
 
     def write(self, target: Target, pictures: Sequence[Image.Image]) -> None:
         """Write a target's samples as one picture, and then its record."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from experiments.scores.steps import read_results
+from experiments.scores.results import read_results
 from tbac.evaluation.benchmarks.answers import Answers
 from tbac.evaluation.benchmarks.corebench import CoReBench
 from tbac.evaluation.benchmarks.dpg import DPG
@@ -284,7 +284,7 @@ def test_results_that_were_damaged_are_refused(name: str, value: Any, folder: Pa
 @pytest.mark.parametrize("content", ["", "\n", "{}", '{"judge": 1}', "[]", "null", "x", DEEP, '{"judge": "j"}', "\0"])
 def test_a_torn_file_of_results_says_how_to_make_it_anew(content: str, folder: Path) -> None:
     file, benchmark = write_results(folder)
-    assert len(read_results(file, benchmark)[1]) == 3
+    assert len(read_results(file, benchmark).rows) == 3
     file.write_text(content)
     with pytest.raises(ValueError, match=r"results\.jsonl"):
         read_results(file, benchmark)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,9 +84,87 @@ def test_pictures_of_another_checkpoint_are_refused(capfd: pytest.CaptureFixture
     text = run_to_message("evaluate", capfd, *COMMON, "checkpoint=other", "out=one")
     assert "was made otherwise (trained " in text
     assert tree("one") == before
-    run_to_success("evaluate", capfd, *COMMON, "checkpoint=other", "out=one", "overwrite=true", "steps=[generate]")
+    # Its scores aren't another's either, whichever step is asked for.
+    other = [*COMMON, "checkpoint=other", "out=one"]
+    assert "were drawn by another checkpoint" in run_to_message("evaluate", capfd, *other, "steps=[score,report]")
+    run_to_success("evaluate", capfd, *COMMON, "out=one", "steps=[score,report]")
+    assert result("one")["drawn_by_checkpoint"]
+    assert "were drawn by another checkpoint" in run_to_message("evaluate", capfd, *other, "steps=[report]")
+    text = run_to_message("evaluate", capfd, *COMMON, "checkpoint=absent", "out=one", "steps=[report]")
+    assert "checkpoint=absent" in text
+    # Old scores don't stand under new pictures.
+    run_to_success("evaluate", capfd, *other, "overwrite=true", "steps=[generate]")
     assert tree("one").keys() == before.keys()
     assert tree("one") != before
+    assert "drawn by another checkpoint" in run_to_message("evaluate", capfd, *other, "steps=[report]")
+    run_to_success("evaluate", capfd, *other, "steps=[score,report]")
+    again = [*other, "overwrite=true", "benchmark.guidance_scale=9"]
+    run_to_success("evaluate", capfd, *again, "steps=[generate]")
+    text = run_to_message("evaluate", capfd, *again, "steps=[report]")
+    assert "is of other pictures than lie in " in text
+    assert "(00000/samples/00000.png and 23 more)" in text
+
+
+def test_processes_that_drew_otherwise_fill_no_tree(capfd: pytest.CaptureFixture[str]) -> None:
+    common = [*COMMON, "out=one"]
+    for rank, scale in ((0, 3.0), (1, 9.0)):
+        drawing = ["steps=[generate]", "world_size=2", f"rank={rank}", f"benchmark.guidance_scale={scale}"]
+        run_to_success("evaluate", capfd, *common, *drawing)
+    text = run_to_message("evaluate", capfd, *common, "steps=[score,report]")
+    assert "guidance_scale 3.0 -> 9.0" in text
+
+
+def test_a_folder_without_a_picture_gets_no_score(capfd: pytest.CaptureFixture[str]) -> None:
+    text = run_to_message("evaluate", capfd, *COMMON, "out=one", "steps=[score,report]")
+    assert "one/geneval holds no picture of GenEval" in text
+    run_to_success("evaluate", capfd, *COMMON, "out=one", "steps=[generate]", "benchmark.limit=1")
+    text = run_to_message("evaluate", capfd, *COMMON, "against=run", "out=one", "steps=[score,report]")
+    assert "one/against/geneval holds no picture of GenEval" in text
+
+
+def test_a_second_checkpoint_that_is_absent_is_named_before_anything_is_drawn(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = run_to_message("evaluate", capfd, *COMMON, "against=absent", "out=one")
+    assert "against=absent: " in text
+    assert not list(Path("one").rglob("*.png"))
+
+
+def test_a_model_is_held_against_another_only_as_both_were_drawn_and_judged(
+    endpoint: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "judge.max_retries=0"]
+    write_wise(Path("wise.json"))
+    endpoint.answers = [make_completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]
+    run_to_success("evaluate", capfd, *options, "out=one", "steps=[generate]")
+    run_to_success("evaluate", capfd, *options, "out=one/against", "benchmark.seed=7", "steps=[generate]")
+    both = [*options, "against=run", "out=one"]
+    Path("one/against/wise/401.png").unlink()
+    run_to_success("evaluate", capfd, *both, "steps=[score,report]")
+    text = Path("one/report.md").read_text()
+    assert "The models drew from different noise (seed 42 and 7)" in text
+    assert "Of run (against), 1 of 6 pictures are missing: 401.png" in text
+    assert result("one")["against"]["missing"] == ["401.png"]
+    # The first is judged anew by another judge.
+    endpoint.answers = [make_completion("Consistency: 0\nRealism: 0\nAesthetic Quality: 0", model="other")]
+    run_to_success("evaluate", capfd, *options, "out=one", "judge.model=other", "steps=[score]")
+    text = run_to_message("evaluate", capfd, *both, "judge.model=other", "steps=[report]")
+    assert "steps=[score,report] judges both by one" in text
+
+
+def test_scores_stay_those_of_the_questions_that_were_asked(
+    in_world: Path, endpoint: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*COMMON, *write_imgedit(in_world), "out=one"]
+    endpoint.answers = [make_completion("a: 5\nb: 5\nc: 5")]
+    easy = {kind: "say 5 <edit_prompt>" for kind in ("adjust", "style")}
+    Path("easy.json").write_text(json.dumps(easy))
+    run_to_success("evaluate", capfd, *options, "benchmark.questions=easy.json")
+    asked = result("one")["protocol_fields"]["questions"]
+    run_to_success("evaluate", capfd, *options, "benchmark.questions=easy.json", "steps=[report]")
+    assert result("one")["protocol_fields"]["questions"] == asked
+    text = run_to_message("evaluate", capfd, *options, "steps=[report]")
+    assert f"one/imgedit.results.jsonl was judged with other questions ({asked})" in text
 
 
 def test_a_second_checkpoint_is_drawn_from_the_same_noise_and_compared(capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +274,7 @@ def test_edits_are_rated_and_what_the_judge_fails_at_is_counted_and_asked_again(
     assert not result("one")["failed"]
 
 
-def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
+def write_wise(file: Path) -> None:
     rows = [
         {"prompt_id": i, "Prompt": f"p{i}", "Explanation": "e", "Category": category}
         for i, category in {
@@ -207,7 +286,11 @@ def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str])
             901: "Chemistry",
         }.items()
     ]
-    Path("wise.json").write_text(json.dumps(rows))
+    file.write_text(json.dumps(rows))
+
+
+def test_knowledge_is_rated(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    write_wise(Path("wise.json"))
     endpoint.answers = [make_completion("Consistency: 2\nRealism: 1\nAesthetic Quality: 0")]
     run_to_success(
         "evaluate", capfd, *COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "out=one"
@@ -314,6 +397,12 @@ def test_the_scores_are_logged_to_the_run_that_made_the_checkpoint(capfd: pytest
     metrics = client.get_run(run_id).data.metrics
     assert metrics["geneval/overall"] == result("one")["overall"]
     assert {"report.json", "report.md", "report.html"} <= {f.path for f in client.list_artifacts(run_id)}
+    # Pictures that nobody knows the model of are scored, but not in the run that made this one.
+    shutil.copytree("one/geneval", "two/geneval")
+    shutil.rmtree("two/geneval/00000")
+    run_to_success("evaluate", capfd, *COMMON, "checkpoint=logged", "out=two", "steps=[score,report]")
+    assert "It isn't known which model drew the pictures of logged." in Path("two/report.md").read_text()
+    assert client.get_run(run_id).data.metrics == metrics
 
 
 @pytest.mark.parametrize(

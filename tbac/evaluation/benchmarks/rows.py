@@ -102,10 +102,14 @@ class Drawn:
     Attributes:
         cut: number of prompts that were longer than the model reads.
         sampling: steps, guidance and so on.
+        checkpoint: digest of what training had made of the model.
+        settings: all that the pictures depend on besides their prompts, as their records hold it.
     """
 
     cut: Any = UNKNOWN
     sampling: Any = UNKNOWN
+    checkpoint: Any = UNKNOWN
+    settings: Any = UNKNOWN
 
 
 def compute_means(counts: Iterable[Count]) -> dict[str, float]:

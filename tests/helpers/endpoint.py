@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 
-def make_completion(content: Any, probabilities: Any = None, model: str = "m") -> dict:
+def make_completion(content: Any, probabilities: Any = None, model: str = "m", finish: str = "stop") -> dict:
     """Make the reply of an endpoint; `probabilities` maps tokens to their natural logarithms, or is anything else."""
     message = {"role": "assistant", "content": content}
     logprobs = probabilities
@@ -19,7 +19,7 @@ def make_completion(content: Any, probabilities: Any = None, model: str = "m") -
         logprobs = {"content": [{**listed[0], "top_logprobs": listed}]}
     return {
         "id": "1", "object": "chat.completion", "created": 0, "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": logprobs}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": logprobs}],
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serve_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Run a server, point the environment's variables to it, and let clients try again almost at once."""
     server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setattr("tbac.evaluation.judges.endpoint.FIRST_WAIT", 0.01)

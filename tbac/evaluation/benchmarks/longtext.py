@@ -43,7 +43,7 @@ class LongText(PictureBenchmark):
     """
 
     needs: ClassVar[Needs] = "text"
-    published_manner: ClassVar[Manner | None] = Manner(temperature=0, max_tokens=1024, pictures_first=True)
+    published_manner: ClassVar[Manner | None] = Manner(temperature=0, max_tokens=1024, pictures_first=True, whole=False)
 
     file: str
     mode: Literal["en", "zh"] = "en"

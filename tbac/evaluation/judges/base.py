@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
+from tbac.evaluation.judges.thoughts import remove_thoughts
 from tbac.evaluation.protocol import UNKNOWN
 
 Value = TypeVar("Value")
@@ -43,6 +44,7 @@ class Manner:
         max_tokens: length of the longest reply.
         extra: further fields of a request to an endpoint.
         pictures_first: whether an endpoint gets the pictures before the question; a model on this machine always does.
+        whole: whether a reply must have come to its end; False where its beginning says enough.
     """
 
     system: str | None = None
@@ -50,6 +52,7 @@ class Manner:
     max_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     pictures_first: bool = False
+    whole: bool = True
 
     def describe(self) -> str:
         """Describe the settings in one line, as a protocol states them."""
@@ -131,13 +134,13 @@ class Asked:
 
 
 def ask_until_usable(judge: Any, asked: Asked, read: Callable[[str], Value | None]) -> tuple[Value, str]:
-    """Ask until `read` makes something of a reply.
+    """Ask until `read` makes something of a reply, whose thoughts it doesn't see.
 
     A usable reply that was kept is used. Otherwise the question is asked, up to so many times, also where an unusable
     reply was kept. A judge that always says the same is asked once in each wording.
 
     Returns:
-        What was read, and the reply.
+        What was read, and the reply without thoughts.
 
     Raises:
         JudgeError: when no reply was usable, with all of them.
@@ -145,19 +148,21 @@ def ask_until_usable(judge: Any, asked: Asked, read: Callable[[str], Value | Non
     wordings = list(dict.fromkeys(asked.wordings))
     for wording in wordings if hasattr(judge, "recall") else ():
         kept = judge.recall(wording, asked.images)
-        value = None if kept is None else read(kept)
-        if value is not None:
-            return value, kept
+        reply = None if kept is None else remove_thoughts(kept)
+        value = None if reply is None else read(reply)
+        if reply is not None and value is not None:
+            return value, reply
     # Tries share their number with the ways to put the question, so that each gets its turn.
     tries = min(asked.tries, len(wordings)) if getattr(judge, "steady", False) else asked.tries
     ask = getattr(judge, "ask_anew", judge.ask)
     replies: list[str] = []
     for number in range(tries):
-        reply = ask(asked.wordings[number % len(asked.wordings)], asked.images)
-        value = read(reply)
-        if value is not None:
+        said = ask(asked.wordings[number % len(asked.wordings)], asked.images)
+        reply = remove_thoughts(said)
+        value = None if reply is None else read(reply)
+        if reply is not None and value is not None:
             return value, reply
-        replies.append(reply)
+        replies.append(said)
     raise JudgeError(f"no usable reply in {tries} tries, the last one: {replies[-1]}", replies)
 
 

@@ -3,9 +3,7 @@
 import base64
 import copy
 import io
-import math
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +12,8 @@ from typing import Any
 from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
+from tbac.evaluation.judges.first_tokens import compute_answer_probability, read_listed
+from tbac.evaluation.judges.thoughts import remove_thoughts
 from tbac.evaluation.protocol import OF_SERVICE, UNKNOWN
 from tbac.pictures import to_upright_rgb
 from tbac.redaction import HIDDEN, hide_in_text
@@ -22,8 +22,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between tries; each wait is twice
 LONGEST_REQUEST = 60.0  # seconds that an endpoint may ask us to wait
 TEMPORARY = (408, 409, 429)  # statuses, besides 5xx, after which another try may succeed
 MOST_TOKENS = 20  # whose probabilities an endpoint may be asked for
-# What some models write before their reply; the template may have begun it, and the length may have ended it.
-THOUGHTS = re.compile(r".*</think>\s*|<think>.*", re.DOTALL)
+
+
+class CutReplyError(JudgeError):
+    """The longest length ended a reply before it said what was asked."""
 
 
 class EndpointJudge:
@@ -56,7 +58,7 @@ class EndpointJudge:
             raise ValueError(f"judge=endpoint needs {' and '.join(missing)} in the environment")
         self._client = OpenAI(max_retries=0, timeout=timeout)
         self.model, self.max_retries, self.reported = model, max_retries, UNKNOWN
-        self._set_manner(Manner(temperature=0, max_tokens=max_tokens))
+        self._set_manner(Manner(temperature=0, max_tokens=max_tokens, whole=False))
 
     def _set_manner(self, manner: Manner) -> None:
         self.manner = manner
@@ -85,10 +87,8 @@ class EndpointJudge:
             JudgeError: when no try brought a text.
         """
 
-        def read_text(answer: Any) -> str | None:
-            text = answer.choices[0].message.content
-            text = THOUGHTS.sub("", text, count=1).strip() if isinstance(text, str) else ""
-            return text or None
+        def read_text(answer: Any) -> str:
+            return read_reply(answer.choices[0], self.manner)
 
         text: str = self._try(question, images, self.manner, read_text)
         return text
@@ -96,27 +96,21 @@ class EndpointJudge:
     def compute_probability(self, question: str, images: Sequence[Image.Image], answers: Sequence[str]) -> float:
         """Compute how likely the reply is to begin with one of several answers, from the tokens that are listed.
 
-        A token counts that is one of the answers, with or without the space before it, or the beginning of one, of two
-        letters or more, as tokenizers cut words.
-
         Raises:
-            JudgeError: when the endpoint lists no probabilities.
+            JudgeError: when the endpoint lists no probabilities, or none of the tokens begins an answer.
         """
 
-        def read_logprobs(answer: Any) -> float | None:
+        def read_logprobs(answer: Any) -> dict[str, float]:
             choice = answer.choices[0]
-            listed = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else None
-            if not listed:
-                return None
-            return sum(math.exp(min(item.logprob, 0.0)) for item in listed if begins_answer(item.token, answers))
+            top = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else None
+            if not top:
+                raise JudgeError("the reply holds no probabilities")
+            return read_listed(top)
 
         manner = replace(
             self.manner, max_tokens=1, extra={**self.manner.extra, "logprobs": True, "top_logprobs": MOST_TOKENS}
         )
-        probability: float = self._try(question, images, manner, read_logprobs, "the reply holds no probabilities")
-        if not 0 <= probability < 1.01:
-            raise JudgeError(f"the probabilities of the reply add up to {probability}")
-        return min(probability, 1.0)
+        return compute_answer_probability(self._try(question, images, manner, read_logprobs), answers)
 
     def _try(
         self,
@@ -124,9 +118,8 @@ class EndpointJudge:
         images: Sequence[Image.Image],
         manner: Manner,
         read: Callable[[Any], Any],
-        lacking: str = "the reply holds no text",
     ) -> Any:
-        """Ask until `read` finds something in an answer; the last problem is what the error tells.
+        """Ask until `read` finds something in an answer, for which it raises JudgeError; the last problem is told.
 
         Raises:
             JudgeError: when it never does.
@@ -139,16 +132,20 @@ class EndpointJudge:
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.insert(len(content) if manner.pictures_first else 0, {"type": "text", "text": question})
         problem, wait = "", 0.0
+        replies: Sequence[str] = ()
         for number in range(self.max_retries + 1):
             time.sleep(wait)
             wait = min(FIRST_WAIT * 2**number, LONGEST_WAIT)
             try:
                 answer = self._complete(content, manner)
                 found = read(answer)
-                if found is not None:
-                    self.reported = answer.model if isinstance(answer.model, str) and answer.model else UNKNOWN
-                    return found
-                problem = lacking
+                self.reported = answer.model if isinstance(answer.model, str) and answer.model else UNKNOWN
+                return found
+            except JudgeError as error:
+                problem, replies = str(error), error.replies
+                # At temperature 0 the next reply would be as long.
+                if isinstance(error, CutReplyError) and manner.temperature == 0:
+                    break
             except OpenAIError as error:
                 problem = f"{type(error).__name__}: {error}"
                 # A wrong key or a bad request fails the next time too.
@@ -158,7 +155,10 @@ class EndpointJudge:
             except (AttributeError, IndexError, TypeError, ValueError) as error:
                 problem = f"the reply isn't a chat completion ({type(error).__name__}: {error})"
         # A server may repeat the key that it was given.
-        raise JudgeError(hide_in_text(problem.replace(self._client.api_key, HIDDEN)))
+        raise JudgeError(
+            hide_in_text(problem.replace(self._client.api_key, HIDDEN)),
+            [reply.replace(self._client.api_key, HIDDEN) for reply in replies],
+        )
 
     def _complete(self, content: list[dict[str, Any]], manner: Manner) -> Any:
         """Ask once; returns a chat completion if the endpoint keeps to the protocol."""
@@ -174,11 +174,26 @@ class EndpointJudge:
         )
 
 
-def begins_answer(token: str, answers: Sequence[str]) -> bool:
-    """Whether a token is one of the answers or begins one, without regard to the space before it."""
-    word = token.strip()
-    exact = {answer.strip() for answer in answers}
-    return word in exact or (len(word) > 1 and any(answer.startswith(word) for answer in exact))
+def read_reply(choice: Any, manner: Manner) -> str:
+    """Read the reply of a completion, without the thoughts before it.
+
+    Raises:
+        CutReplyError: when the longest length ended it in its thoughts, or at all where the manner wants it whole.
+        JudgeError: when it holds no text.
+    """
+    text = choice.message.content
+    text = text if isinstance(text, str) else ""
+    reply = remove_thoughts(text)
+    is_cut = getattr(choice, "finish_reason", None) == "length"
+    if reply is None:
+        raise CutReplyError("the reply ends within its thoughts", [text])
+    # Thoughts that the template began, and whose end is missing, look like any other text that was cut.
+    if is_cut and (manner.whole or not reply):
+        raise CutReplyError("the reply was cut at the longest length, before its end", [text] if text else [])
+    if not reply:
+        reason = getattr(choice, "finish_reason", None)
+        raise JudgeError("the reply holds no text" + (f" ({reason})" if reason not in (None, "stop") else ""))
+    return reply
 
 
 def is_temporary(error: Exception) -> bool:

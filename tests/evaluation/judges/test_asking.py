@@ -83,3 +83,14 @@ def test_the_next_run_asks_again_and_raw_replies_are_kept(tmp_path: Path) -> Non
 )
 def test_lines_are_read_as_tiif_bench_reads_them(reply: str, count: int, expected: list[bool] | None) -> None:
     assert read_yes_or_no_lines(reply, count) == expected
+
+
+def test_thoughts_of_any_judge_are_no_reply(tmp_path: Path) -> None:
+    """A model on this machine may think too, and replies may have been kept as they came."""
+    assert ask(Scripted("<think>yes?</think> no")) == (False, "no")
+    with pytest.raises(JudgeError) as error:
+        ask_until_usable(Scripted("<think>yes", steady=True), Asked(["a?"], [], 1), lambda reply: "yes" in reply)
+    assert error.value.replies == ["<think>yes"]
+    cache = Cache(tmp_path / "judged.jsonl")
+    CachedJudge(Scripted("Yes? There is no cat.</think>\nno"), cache).ask("a?", [make_noise_image(0)])
+    assert ask(CachedJudge(Scripted(), cache)) == (False, "no")

@@ -196,8 +196,15 @@ def test_pictures_stand_where_the_published_script_has_them(server: Server, benc
     [
         ("<think>well, yes</think>\n\nno", "no"),
         ("well, yes</think>\n\nno", "no"),  # a template may begin the thoughts
+        ("The answer is yes only if there is a cat.\n</think>\n\nno", "no"),
         ("<think>a</think>\n<think>b</think>yes", "yes"),
+        ("<think>a</think>\n<think>yes, since", None),
         ("<think>yes, since", None),  # the length ended them
+        ("<thinking>yes?</thinking>no", "no"),
+        ("<THINK>yes?</THINK>no", "no"),
+        ("[THINK]yes?[/THINK]no", "no"),
+        ("◁think▷yes?◁/think▷no", "no"),
+        ("<thinking>yes", None),
         ("</think>", None),
     ],
 )
@@ -208,5 +215,79 @@ def test_thoughts_are_no_reply(server: Server, reply: str, expected: str | None)
     if expected is not None:
         assert judge.ask("a cat?", [make_noise_image(1)]) == expected
     else:
-        with pytest.raises(JudgeError, match="holds no text"):
+        with pytest.raises(JudgeError, match=r"holds no text|within its thoughts"):
             judge.ask("a cat?", [make_noise_image(1)])
+
+
+@pytest.mark.parametrize("benchmark", [CoReBench, WISE, UniGenBench, GEdit, ImgEdit])
+def test_a_cut_reply_is_no_verdict_where_it_may_stand_anywhere(
+    server: Server, benchmark: type[PictureBenchmark]
+) -> None:
+    """Thoughts whose beginning was in the template, and whose end was cut off, look like a reply."""
+    server.answers = [make_completion("The answer is yes only if", finish="length")]
+    judge = use_manner(EndpointJudge("m", max_retries=1, timeout=2), benchmark.published_manner)
+    with pytest.raises(JudgeError, match="cut at the longest length") as error:
+        judge.ask("a cat?", [make_noise_image(1)])
+    assert error.value.replies == ["The answer is yes only if"]
+    # At temperature 0 it would be cut again.
+    manner = benchmark.published_manner
+    assert len(server.requests) == (1 if manner and manner.temperature == 0 else 2)
+    server.answers = [make_completion("yes")]
+    assert judge.ask("a cat?", [make_noise_image(1)]) == "yes"
+
+
+def test_a_cut_reply_counts_where_its_beginning_says_enough(server: Server) -> None:
+    """Yes or no, which DPG-Bench's questions ask for, and text that is read, as LongText-Bench's script takes it."""
+    server.answers = [make_completion("Yes, the", finish="length")]
+    judge = EndpointJudge("m", max_retries=0, timeout=2, max_tokens=3)
+    assert judge.ask("a cat?", [make_noise_image(1)]) == "Yes, the"
+    assert use_manner(judge, LongText.published_manner).ask("what?", [make_noise_image(1)]) == "Yes, the"
+    server.answers = [make_completion("", finish="length")]  # as a server sends it that keeps thoughts to itself
+    with pytest.raises(JudgeError, match="cut at the longest length"):
+        judge.ask("a cat?", [make_noise_image(1)])
+    server.answers = [make_completion(None, finish="content_filter")]
+    with pytest.raises(JudgeError, match=r"holds no text \(content_filter\)"):
+        judge.ask("a cat?", [make_noise_image(1)])
+
+
+YES, ONE, TEN = ["Yes", "yes", " yes", " Yes"], ["one", "One", " one", "1", " 1"], ["ten", "Ten", "10", " 10"]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "answers", "expected"),
+    [
+        ({"▁Yes": 0.6, "Ġyes": 0.2, "Yes": 0.1, "No": 0.1}, YES, 0.9),  # spaces as tokenizers write them
+        ({"Y": 0.9, "N": 0.1}, YES, 0.9),
+        ({"YES": 0.7, "NO": 0.3}, YES, 0.7),
+        ({"No": 1.0}, YES, 0.0),
+        ({"The": 0.97, "Yes": 0.03}, YES, 0.03),
+        ({"One": 0.5, "On": 0.4, "2": 0.1}, ONE, 0.5),  # "On the table"
+        ({"Seven": 0.9, "1": 0.1}, ONE, 0.1),
+        ({"1": 0.9, "10": 0.1}, TEN, 0.1),  # a one may be the whole number
+    ],
+)
+def test_first_tokens_are_read_as_answers(server: Server, probabilities: dict, answers: list, expected: float) -> None:
+    logs = {token: math.log(value) for token, value in probabilities.items()}
+    server.answers = [make_completion("x", logs)]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    assert judge.compute_probability("?", [make_noise_image(1)], answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "answers", "said"),
+    [
+        ({"<think>": 1.0, "Yes": 1e-9}, YES, "begins with thoughts, '<think>'"),
+        ({"token_id:9454": 0.9, "token_id:2753": 0.1}, YES, "its likeliest first tokens are 'token_id:9454', "),
+        ({"The": 0.999, "Yes": 0.001}, YES, "doesn't begin with an answer"),
+        ({"On": 0.8, "There": 0.2}, ONE, "doesn't begin with an answer"),
+    ],
+)
+def test_a_reply_that_doesnt_begin_with_an_answer_is_told(
+    server: Server, probabilities: dict, answers: list, said: str
+) -> None:
+    """A probability of 0 would say that the picture is wrong."""
+    logs = {token: math.log(value) for token, value in probabilities.items()}
+    server.answers = [make_completion("x", logs)]
+    with pytest.raises(JudgeError, match=said):
+        EndpointJudge("m", max_retries=3, timeout=2).compute_probability("?", [make_noise_image(1)], answers)
+    assert len(server.requests) == 1

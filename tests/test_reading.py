@@ -22,6 +22,7 @@ PARTS = {
     "taps",
     "ladder",
     "connector",
+    "lora",
     "architecture",
     *(f.name for f in fields(ArchitectureConfig)),
 }

@@ -225,8 +225,9 @@ def build_reinforcement(cfg: DictConfig) -> list[Reinforce]:
         )
     rewards = []
     for name, part in cfg.reward.items():
-        own = OmegaConf.masked_copy(part, [key for key in part if key != "weight"])
-        rewards.append(WeightedReward(str(name), make_part(own, f"reward.{name}"), part.get("weight", 1.0)))
+        own = to_plain(part)  # what it takes from elsewhere in the config is found now
+        weight = own.pop("weight", 1.0)
+        rewards.append(WeightedReward(str(name), make_part(OmegaConf.create(own), f"reward.{name}"), weight))
     return [Reinforce(rewards, options, cfg.seed)]
 
 

@@ -172,6 +172,17 @@ def test_what_can_t_be_a_reward_is_named(make: Any, words: str) -> None:
         make()
 
 
+@pytest.mark.usefixtures("in_world")
+def test_the_control_by_chance_has_the_prompts_of_the_reward_that_it_controls_and_its_run_s_seed() -> None:
+    overrides = ("run_dir=.", "stage=reinforce", "seed=7")
+    (rule,), (chance,) = (
+        build_reinforcement(compose_config("train", *overrides, f"reward={name}"))[0].rewards
+        for name in ("shapes_reinforce", "shapes_random")
+    )
+    assert chance.reward.list_prompts() == rule.reward.list_prompts()
+    assert (chance.reward.seed, chance.reward.levels) == (7, 2)  # type: ignore[attr-defined]
+
+
 CLOSED = ("shapes_reinforce", "shapes_dense", "shapes_words", "shapes_edits", "words_reinforce")
 
 

@@ -24,6 +24,7 @@ class Redness:
         texts: the prompts; None for any.
         down: while this file is there, it fails, as an endpoint that doesn't answer.
         good_for: how often it answers before it looks at that file.
+        failures: how often it fails then, whether or not there is a file.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Redness:
         texts: Sequence[str] | None = ("a red circle", "three squares", "a letter L", "a circle and a square"),
         down: str = "",
         good_for: int = 0,
+        failures: int = 0,
     ) -> None:
-        self.texts, self.down, self.good_for = texts, down, good_for
+        self.texts, self.down, self.good_for, self.failures = texts, down, good_for, failures
         self.asked = 0
 
     def list_prompts(self) -> list[PicturePrompt] | None:
@@ -40,6 +42,7 @@ class Redness:
 
     def score(self, prompts: Sequence[PicturePrompt], pictures: Sequence[Image.Image]) -> list[float]:
         self.asked += 1
-        if self.down and self.asked > self.good_for and Path(self.down).exists():
+        failing = self.good_for < self.asked <= self.good_for + self.failures
+        if failing or (self.down and self.asked > self.good_for and Path(self.down).exists()):
             raise RewardError("nobody is there")
         return [float(np.asarray(picture, np.float64)[..., 0].mean()) for picture in pictures]

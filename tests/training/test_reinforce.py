@@ -1,6 +1,5 @@
 """The stage of reinforcement: what it repeats exactly, what it never touches, what it learns, and how it waits."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -286,11 +285,8 @@ def down(path: str, good_for: int = 0) -> list[str]:
 
 
 def test_a_pause_changes_nothing(whole_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    Path("down").touch()
-    timer = threading.Timer(8.0, lambda: Path("down").unlink())
-    timer.start()
-    longer = "stage.reinforce.patience.give_up_minutes=5"
-    text = run_to_success("train", capfd, *REINFORCE, *ROUND, *down("down", 3), longer, "hydra.run.dir=paused")
+    failing = [*down("nowhere", 3), "+reward.red.failures=2", "stage.reinforce.patience.give_up_minutes=5"]
+    text = run_to_success("train", capfd, *REINFORCE, *ROUND, *failing, "hydra.run.dir=paused")
     assert "training pauses for 0.1 s: reward.red fails (nobody is there)" in text
     assert "training pauses for 0.2 s" in text
     assert_runs_equal(whole_run, Path("paused"))

@@ -35,7 +35,6 @@ class ClusterMultirun(PointsCallback):
         before = os.environ.get("PYTHONPATH")
         path = os.pathsep.join(filter(None, (str(code), before)))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        environment.pop("HYDRA_FULL_ERROR", None)  # of this process alone, set by `start_hydra`
         # The folder is given too: a time-stamped one would be another the next second.
         command = [sys.executable, str(script), *sys.argv[1:], f"hydra.sweep.dir={quote(str(sweep))}"]
         sys.stdout.flush()

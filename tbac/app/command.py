@@ -29,6 +29,7 @@ from tbac.redaction import hide_in_text, hide_secrets_in_logs
 
 log = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns that an optional package is missing
+OURS = "TBAC_ASKED_FOR_FULL_ERRORS"  # in the environment: HYDRA_FULL_ERROR was set by a command, not by its user
 CONF = str(Path(__file__).resolve().parents[2] / "conf")  # absolute: commands run as files and as modules
 
 
@@ -69,9 +70,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 def start_hydra(main: Callable[[], Any], config_name: str) -> None:
     """Let Hydra compose the config and call `main`; what it finds wrong is told as our own errors are."""
     Plugins.instance().register(PointSweeper)
-    given, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # A command that another one has started inherits what that one has set for itself.
+    given = sys.argv
+    before = None if OURS in os.environ else os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [given[0], *prepare_arguments(given[1:], config_name)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors instead of printing them
+    os.environ |= {"HYDRA_FULL_ERROR": "1", OURS: "1"}  # Hydra raises its errors instead of printing them
     try:
         main()
     except Exception as error:
@@ -81,6 +84,7 @@ def start_hydra(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(1)
     finally:
         sys.argv = given
+        os.environ.pop(OURS, None)
         if before is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 

@@ -22,6 +22,7 @@ __all__ = [
     "learned_mix", "middle", "resolve_taps", "single", "uniform",
 ]  # fmt: skip
 EVERY_LAYER = "all"  # candidates of a mix: all layers and the final state
+LISTS = ("layers", "assignment", "blocks")  # options of rules that are lists
 TapRule = Callable[[int, int], TapPlan]  # (num_layers, num_blocks)
 
 
@@ -49,6 +50,10 @@ def _apply_rule(rule: TapRule, num_layers: int, num_blocks: int) -> TapPlan:
     Raises:
         ValueError: for options that the rule doesn't have, blocks that don't exist, and a rule that fails.
     """
+    # One number where a list belongs is a list of one.
+    if isinstance(rule, partial):
+        single = {name: [value] for name, value in rule.keywords.items() if name in LISTS and is_index(value)}
+        rule = partial(rule, **single)
     # `blocks` is taken from the rule's options, unless the rule has an option of its own with this name.
     blocks = None
     if (
@@ -67,7 +72,7 @@ def _apply_rule(rule: TapRule, num_layers: int, num_blocks: int) -> TapPlan:
         plan = rule(num_layers, count)
     except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"the tap rule {rule!r} failed for {num_layers} layers and {count} blocks with "
+            f"the tap rule {name_rule(rule)} failed for {num_layers} layers and {count} blocks with "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(plan, TapPlan):
@@ -106,6 +111,14 @@ def check_call(what: str, made_of: Callable[..., Any], *arguments: Any, **option
     except TypeError as error:
         name = getattr(function, "__name__", repr(function))
         raise ValueError(f"{what} {name} can't be called with what it is given: {error}") from None
+
+
+def name_rule(rule: TapRule) -> str:
+    """Name a rule by its function and options, without addresses in memory."""
+    if not isinstance(rule, partial):
+        return getattr(rule, "__qualname__", type(rule).__name__)
+    options = ", ".join(f"{name}={value!r}" for name, value in rule.keywords.items())
+    return f"{name_rule(rule.func)}({options})"
 
 
 def count_inner_states(rule: str, num_layers: int, num_blocks: int) -> int:

@@ -235,3 +235,12 @@ def test_options_of_the_model_are_swept_over_two_stages_with_further_suites(
     status, text = run_app("sweep", capfd, *arguments, "suites=[faces]")
     assert status == 1
     assert "suites=['faces'] must be some of answers, corebench, dpg, edits" in text
+
+
+@pytest.mark.usefixtures("in_world")
+def test_an_option_that_no_point_has_is_one_message(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = f"tracking_uri='sqlite:///{tmp_path}/mlflow.db'"
+    status, text = run_app("sweep", capfd, "name=taps_x_lr", "overrides=[foo=1]", f"out={tmp_path}/sweep", store)
+    assert status == 1
+    assert "foo isn't an option of this command" in text
+    assert "Traceback" not in text

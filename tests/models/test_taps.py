@@ -181,3 +181,17 @@ def test_a_plan_for_another_model_is_refused() -> None:
         resolve_taps(last_n(6, 4), 6, 5)
     with pytest.raises(ValueError, match="tap index 5 is out of range: the MLLM has 4 layers"):
         resolve_taps(last_n(6, 4), 4, 4)
+
+
+def test_one_number_is_a_list_of_one() -> None:
+    assert resolve_taps(partial(explicit, layers=3), 6, 1) == resolve_taps(partial(explicit, layers=[3]), 6, 1)
+    rule = partial(explicit, layers=3, assignment=[0, 0])
+    assert resolve_taps(rule, 6, 2).list_block_layers() == [3, 3]
+
+
+def test_a_rule_that_fails_is_named_without_an_address() -> None:
+    def broken(num_layers: int, num_blocks: int, depth: int) -> TapPlan:
+        raise TypeError("no depth")
+
+    with pytest.raises(ValueError, match=r"the tap rule \S*broken\(depth=2\) failed for 6 layers and 4 blocks"):
+        resolve_taps(partial(broken, depth=2), 6, 4)

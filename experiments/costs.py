@@ -333,10 +333,10 @@ def measure_activations(model_config: dict[str, Any], case: Case, latent_side: i
     saved = {}
     # peft can't put adapters into a model on fake tensors, so they are put in here.
     lora = LoraOptions.from_dict(model_config["lora"])
-    plain = {**model_config, "lora": LoraOptions().to_dict()}
+    options = {**model_config, "lora": LoraOptions().to_dict()}
     for batch in (2, 3):
         with FakeTensorMode():
-            model = UniImage.from_config(instantiate(plain, random_init=True, dtype=dtype, compile=False))
+            model = UniImage.from_config(instantiate(options, random_init=True, dtype=dtype, compile=False))
             if lora.rank is not None:
                 adapt_denoiser(model.denoiser.transformer, lora, DTYPES[dtype])
             model.set_checkpointing(denoiser=False, queries=False)  # that is left to `Activations.per_sample`

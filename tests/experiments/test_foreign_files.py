@@ -16,6 +16,7 @@ from tbac.models import UniImage
 from tbac.models.export import read_export
 from tbac.models.saved import read_checkpoint, read_saved_model
 from tests.helpers.commands import FEW, run_to_message
+from tests.helpers.families import sample_family
 from tests.helpers.source import CODE, list_files, parse
 from tests.helpers.worlds import load_small_model
 
@@ -178,7 +179,7 @@ COMMANDS = {
 
 @pytest.mark.usefixtures("trained_run")
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("number", range(TRIED))
+@pytest.mark.parametrize("number", sample_family(range(TRIED), 2))
 def test_every_command_refuses_such_a_checkpoint(command: str, number: int, capfd: pytest.CaptureFixture[str]) -> None:
     kind, place = choose(command, number)
     file = write_checkpoint(Path("run"), place, kind)
@@ -191,7 +192,7 @@ def test_every_command_refuses_such_a_checkpoint(command: str, number: int, capf
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train resume"])
-@pytest.mark.parametrize("number", range(TRIED))
+@pytest.mark.parametrize("number", sample_family(range(TRIED), 2, seed=1))
 def test_every_command_refuses_such_an_export(
     exported: Path, command: str, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:

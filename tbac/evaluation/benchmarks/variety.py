@@ -1,6 +1,6 @@
 """How different the right pictures of one prompt are, in what the prompt leaves open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean
@@ -23,7 +23,8 @@ ASPECTS = ("places", "colors", "backgrounds")
 class Variety(PictureBenchmark):
     """The probability that two right pictures of a prompt differ, for prompts in GenEval's format.
 
-    They may differ in the thirds of the picture where objects stand, in the objects' colours, and in the background.
+    They may differ in the thirds of the picture where the objects that are asked for stand, in the colours of these,
+    and in the background.
     Only pictures that are right by GenEval's rules count, since wrong ones differ for another reason. The probability
     is 1 minus the sum of squared shares, the quadratic entropy, estimated from all pairs, so that its mean doesn't
     depend on how many pictures of a prompt are right; a prompt with fewer than two is left out.
@@ -71,7 +72,7 @@ class Variety(PictureBenchmark):
         if len(right) < 2:
             return PictureVerdict(None, "fewer than two pictures are right", details)
         size = cells[0].size
-        views = [describe_scan(scan, size) for scan in right]
+        views = [describe_scan(scan, names, size) for scan in right]
         details |= {aspect: compute_difference([view[aspect] for view in views]) for aspect in ASPECTS}
         return PictureVerdict(mean(details[aspect] for aspect in ASPECTS), details=details)
 
@@ -90,11 +91,12 @@ class Variety(PictureBenchmark):
         return "the share of pairs of right pictures that differ"
 
 
-def describe_scan(scan: Scan, size: tuple[int, int]) -> dict[str, Any]:
-    """Describe what prompts may leave open in a picture of `size` (width, height)."""
+def describe_scan(scan: Scan, names: Collection[str], size: tuple[int, int]) -> dict[str, Any]:
+    """Describe what a prompt may leave open in a picture of `size` (width, height), of the objects that it asks for."""
+    asked = [detection for detection in scan.detections if detection.name in names]
     return {
-        "places": sorted((detection.name, *find_third(detection, size)) for detection in scan.detections),
-        "colors": sorted((detection.name, detection.color) for detection in scan.detections),
+        "places": sorted((detection.name, *find_third(detection, size)) for detection in asked),
+        "colors": sorted((detection.name, detection.color) for detection in asked),
         "backgrounds": scan.background,
     }
 

@@ -39,6 +39,11 @@ def test_pairs_of_right_pictures_are_compared() -> None:
     assert scores["overall"] == pytest.approx(0.5)
 
 
+def test_what_nobody_asked_for_is_no_variety() -> None:
+    more = [Scene("black", (*CIRCLE.items, Item("square", "blue", 2, column))) for column in (0, 1, 2)]
+    assert judge(more)["overall"] == 0
+
+
 def test_wrong_pictures_don_t_count() -> None:
     assert judge([CIRCLE, SQUARE, CIRCLE, SQUARE]) == {
         "overall": 0, "places": 0, "colors": 0, "backgrounds": 0, "right": 0.5,

@@ -77,18 +77,43 @@ def draw_resamples(benchmark: PictureBenchmark, seed: int = 0) -> np.ndarray:
     return times
 
 
+def find_unsure(benchmark: PictureBenchmark, tally: Tally) -> set[str]:
+    """Find the scores that a mean without an interval goes into: one that a single prompt, or a group of one, decides.
+
+    However often a single prompt is drawn, the mean stays the same; that says nothing about how sure it is.
+    """
+    counts = tally.weights > 0
+    groups = np.array(list(list_prompts(benchmark).values()), dtype=object)
+    alone = np.array([(groups == group).sum() < 2 for group in groups])
+    is_thin = (counts.sum(0) < 2) | counts[alone].any(0)
+    # A score depends on a mean if it changes with it.
+    (means,) = tally.resample(np.ones((1, len(groups))))
+    if not means:
+        return set()
+    scores, unsure = benchmark.combine(means), set()
+    for cell in (cell for cell, thin in zip(tally.cells, is_thin, strict=True) if thin and cell in means):
+        changed = benchmark.combine({**means, cell: means[cell] + 0.5})
+        unsure |= {name for name in scores if changed.get(name) != scores[name]}
+    return unsure
+
+
 def list_cells(benchmark: PictureBenchmark, rows: Sequence[Row]) -> list[str]:
     """List the names of all means that rows count for, in the order in which they come."""
     return list(dict.fromkeys(count.cell for row in rows for count in benchmark.count(row)))
 
 
 def compute_intervals(benchmark: PictureBenchmark, rows: Sequence[Row]) -> dict[str, Interval]:
-    """Compute the 95 % interval of each score; there is none for a benchmark without means."""
+    """Compute the 95 % interval of each score that at least two prompts of each of its groups decide.
+
+    There is none for a benchmark without means.
+    """
     cells = list_cells(benchmark, rows)
     if not cells:
         return {}
-    means = build_tally(benchmark, rows, cells).resample(draw_resamples(benchmark))
-    return take_percentiles([benchmark.combine(resampled) for resampled in means if resampled])
+    tally = build_tally(benchmark, rows, cells)
+    means = tally.resample(draw_resamples(benchmark))
+    intervals = take_percentiles([benchmark.combine(resampled) for resampled in means if resampled])
+    return leave_out(intervals, find_unsure(benchmark, tally))
 
 
 def compute_differences(
@@ -99,17 +124,19 @@ def compute_differences(
     if not cells:
         return {}
     times = draw_resamples(benchmark)
-    pairs = zip(
-        build_tally(benchmark, rows, cells).resample(times),
-        build_tally(benchmark, other_rows, cells).resample(times),
-        strict=True,
-    )
+    first, second = (build_tally(benchmark, of_model, cells) for of_model in (rows, other_rows))
+    pairs = zip(first.resample(times), second.resample(times), strict=True)
     differences = []
     for ours, theirs in pairs:
         if ours and theirs:
-            first, second = benchmark.combine(ours), benchmark.combine(theirs)
-            differences.append({name: first[name] - second[name] for name in first if name in second})
-    return take_percentiles(differences)
+            scores, others = benchmark.combine(ours), benchmark.combine(theirs)
+            differences.append({name: scores[name] - others[name] for name in scores if name in others})
+    return leave_out(take_percentiles(differences), find_unsure(benchmark, first) | find_unsure(benchmark, second))
+
+
+def leave_out(intervals: dict[str, Interval], names: set[str]) -> dict[str, Interval]:
+    """Leave out the intervals of some scores."""
+    return {name: interval for name, interval in intervals.items() if name not in names}
 
 
 def take_percentiles(resampled: Sequence[dict[str, float]]) -> dict[str, Interval]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tbac.evaluation.benchmarks.dpg import DPG
 from tbac.evaluation.benchmarks.geneval import GenEval
 from tbac.evaluation.benchmarks.rows import Row
 from tbac.evaluation.intervals import (
@@ -17,6 +18,9 @@ from tbac.evaluation.intervals import (
     list_prompts,
 )
 
+DPG_HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
+)
 INCLUDE = [{"class": "dog", "count": 1}]
 
 
@@ -68,3 +72,35 @@ def test_a_difference_pairs_the_prompts(benchmark: GenEval) -> None:
     low, high = compute_intervals(benchmark, rows)["overall"]
     assert high - low > 0.1
     assert compute_differences(benchmark, rows, rows)["overall"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tags", "sure"),
+    [
+        ("ab", set()),
+        ("aab", {"a"}),  # the overall score goes with b, of which there is one prompt
+        ("aabb", {"a", "b", "overall"}),
+        ("a", set()),
+    ],
+)
+def test_one_prompt_of_a_group_gives_no_interval(tags: str, sure: set[str], tmp_path: Path) -> None:
+    rows = [{"tag": tag, "prompt": f"{i}", "include": INCLUDE} for i, tag in enumerate(tags)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    benchmark = GenEval(name="geneval", file=str(tmp_path / "x.jsonl"), samples=2)
+    judged = make_rows(benchmark, np.arange(len(tags)) % 2)
+    assert set(compute_intervals(benchmark, judged)) == sure
+    assert set(compute_differences(benchmark, judged, judged)) == sure
+
+
+def test_a_mean_that_only_one_prompt_counts_for_has_no_interval(tmp_path: Path) -> None:
+    lines = ["a,x,,1,0,,,entity (cat),q?", "b,x,,1,0,,,entity (cat),q?", "b,x,,2,0,,,colour (cat),q?"]
+    (tmp_path / "q.csv").write_text("\n".join([DPG_HEADER, *lines]))
+    (tmp_path / "p").mkdir()
+    for name in "ab":
+        (tmp_path / "p" / f"{name}.txt").write_text("a cat")
+    benchmark = DPG(name="dpg", file=str(tmp_path / "p"), questions=str(tmp_path / "q.csv"))
+    answers = {"a.png": {"1": True}, "b.png": {"1": False, "2": False}}
+    rows = [Row(name, "", "a cat", score=0.5, details={"answers": [given] * 4}) for name, given in answers.items()]
+    intervals = compute_intervals(benchmark, rows)
+    assert "colour" not in intervals
+    assert intervals["overall"] == (0, 100)

@@ -5,6 +5,7 @@ when it is built, so that a wrong file is reported before a model is loaded. To 
 `PictureBenchmark`, and write a YAML that names it by `_target_`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,10 +82,17 @@ class PictureBenchmark(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for option in ("num_inference_steps", "batch_size", "limit", "tries"):
-            value = getattr(self, option)
+        for option in ("num_inference_steps", "batch_size", "limit", "tries", "samples"):
+            value = getattr(self, option, 1)  # not every benchmark has samples
             if (type(value) is not int or value < 1) and not (option == "limit" and value is None):
                 raise ValueError(f"benchmark.{option} must be a whole number of at least 1, got {value!r}")
+        for option in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, option)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not is_number and not (option == "image_guidance_scale" and value is None):
+                raise ValueError(f"benchmark.{option} must be a number of at least 0, got {value!r}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"benchmark.seed must be a whole number of at least 0, got {self.seed!r}")
         if not isinstance(self.name, str) or not FILE_NAME.fullmatch(self.name):
             raise ValueError(f"benchmark.name must be letters, digits, '_', '-' and '.', got {shorten(self.name)!r}")
         unknown = sorted(set(self.published_protocol or ()) - {part.name for part in fields(Protocol)})

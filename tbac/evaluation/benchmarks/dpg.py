@@ -74,6 +74,23 @@ def read_dpg_questions(path: str | Path, mode: Mode = "fixed") -> dict[str, list
     return dict(questions)
 
 
+def check_questions(questions: Sequence[Question], place: str) -> None:
+    """Raise BenchmarkFileError for questions of a prompt that can't be told apart, or whose dependencies lead nowhere.
+
+    Args:
+        questions: of one prompt.
+        place: file and prompt, for messages.
+    """
+    numbers = [question.number for question in questions]
+    if len(set(numbers)) < len(numbers):
+        twice = max(numbers, key=numbers.count)
+        raise BenchmarkFileError(f"{place} has several questions with the proposition_id {twice}")
+    try:
+        apply_dependencies(dict.fromkeys(numbers, True), questions)
+    except ValueError as error:
+        raise BenchmarkFileError(f"{place}: {error}; mode=official leaves out what such questions spoil") from None
+
+
 def apply_dependencies(
     right: Mapping[int, bool], questions: Sequence[Question], mode: Mode = "fixed"
 ) -> dict[int, bool]:
@@ -220,6 +237,10 @@ class DPG(PictureBenchmark):
             raise BenchmarkFileError(
                 f"{self.questions} has no question about {len(absent)} prompts, such as {absent[0]}"
             )
+        # The official rules drop prompts with such questions; the fixed ones could give no score, after all judging.
+        if self.mode == "fixed":
+            for item in self.prompts:
+                check_questions(self.questions_by_mode["fixed"][item], f"{self.questions}: prompt {shorten(item)!r}")
 
     def list_targets(self) -> list[Target]:
         """List the targets `<stem>.png`."""

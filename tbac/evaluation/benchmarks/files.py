@@ -58,7 +58,12 @@ def check_fields(row: Any, required: Mapping[str, type], place: str) -> None:
     for name, kind in required.items():
         value = row.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # in Python True is an int
-            raise BenchmarkFileError(f"{place} needs {name!r} as {kind.__name__}, got {shorten(value)}")
+            raise BenchmarkFileError(f"{place} needs {name!r} as {kind.__name__}, got {quote(value)}")
+
+
+def quote(value: Any) -> str:
+    """Show a value for a message so that the text '1' and the number 1 can be told apart."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 
 def locate_picture(folder: Path, name: str, place: str) -> Path:

@@ -1,5 +1,6 @@
 """GEdit-Bench: edits that people asked for, in English and Chinese, rated by a judge from 0 to 10 in two respects."""
 
+import hashlib
 import json
 import math
 import re
@@ -82,7 +83,8 @@ def read_gedit(path: str, images: str) -> list[GEditItem]:
         BenchmarkFileError: when a file has the wrong form; the message names file, row and field.
     """
     folder, sources = expand_path(path, "benchmark.file"), expand_path(images, "benchmark.images")
-    items: list[GEditItem] = []
+    items: dict[tuple[str, str, str], GEditItem] = {}
+    pictures: dict[str, bytes] = {}  # key -> digest of its source
     for place, row in read_tables(folder) if folder.is_dir() else ():
         check_fields(row, {**dict.fromkeys(COLUMNS[:4], str), "input_image": dict, "Intersection_exist": bool}, place)
         for name in ("key", "task_type", "instruction_language"):
@@ -91,16 +93,22 @@ def read_gedit(path: str, images: str) -> list[GEditItem]:
         content = row["input_image"].get("bytes")
         if not isinstance(content, bytes):
             raise BenchmarkFileError(f"{place} needs the bytes of a picture as 'input_image'")
+        digest = hashlib.sha256(content).digest()
+        if pictures.setdefault(row["key"], digest) != digest:
+            raise BenchmarkFileError(f"{place}: the key {row['key']!r} has two source pictures")
         # The same picture serves both languages; what lies there already isn't written again.
         file = sources / f"{row['key']}.png"
         if not file.exists() or file.read_bytes() != content:
             write_whole(file, content)
         locate_picture(sources, file.name, place)
         task, language = row["task_type"], row["instruction_language"]
-        items.append(GEditItem(task, row["key"], language, row["instruction"], file, row["Intersection_exist"]))
+        item = GEditItem(task, row["key"], language, row["instruction"], file, row["Intersection_exist"])
+        # A data set may lie there both as Parquet and as Arrow.
+        if items.setdefault((task, language, item.key), item) != item:
+            raise BenchmarkFileError(f"{place}: the key {item.key!r} of {task}, {language} has two different rows")
     if not items:
         raise BenchmarkFileError(f"GEdit-Bench's folder {folder} has no *.parquet or *.arrow file with rows")
-    return items
+    return list(items.values())
 
 
 def read_scores(reply: str) -> list[float] | None:

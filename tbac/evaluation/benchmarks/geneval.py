@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from tbac.evaluation.benchmarks.base import Needs, PictureBenchmark
-from tbac.evaluation.benchmarks.files import read_rows
+from tbac.evaluation.benchmarks.files import quote, read_rows
 from tbac.evaluation.benchmarks.rows import Count, PictureVerdict, Row
 from tbac.evaluation.detectors.base import check_names
 from tbac.evaluation.picture_tree import Target, name_records_folder
@@ -94,7 +94,7 @@ def describe_problem_of_entry(entry: Any, index: int) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
         return f" needs a 'class', got {shorten(entry)}"
     if not is_whole(entry.get("count")) or entry["count"] < 1:
-        return f" needs a positive whole 'count', got {shorten(entry.get('count'))}"
+        return f" needs a positive whole 'count', got {quote(entry.get('count'))}"
     if not isinstance(entry.get("color", ""), str):
         return f".color must be a text, got {shorten(entry['color'])}"
     if "position" not in entry:

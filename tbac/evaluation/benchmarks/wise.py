@@ -4,6 +4,7 @@ The editions differ in prompts, ids of the categories, judge, question, ratings 
 own, and refuses the other's files.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Edition:
 
     def compute_score(self, ratings: Mapping[str, int]) -> float:
         """Compute the score of one picture, in [0, 1]."""
-        return sum(weight * ratings[name] for name, weight in self.ratings.items()) / self.best
+        # The exact sum: the best ratings give 1, and not a little less.
+        return math.fsum(weight * ratings[name] for name, weight in self.ratings.items()) / self.best
 
 
 LEGACY = Edition(
@@ -103,8 +105,8 @@ Say in one line "Score: 1" if it clearly shows that and can be judged, or "Score
 )
 # Words of a row's category that say which one it is; the ids decide, and a row that contradicts is refused.
 CATEGORY_WORDS = {
-    "culture": "cultur", "time": "time", "space": "space", "biology": "biolog", "physics": "physic",
-    "chemistry": "chemi",
+    "culture": ("cultur",), "time": ("time",), "space": ("space",), "biology": ("biolog", "ecolog"),
+    "physics": ("physic",), "chemistry": ("chemi",),
 }  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def list_files(path: Path, edition: Edition) -> list[Path]:
     """List the files of an edition in a folder, or the one file that was named.
 
     Beside them lie the same prompts again, rewritten, and in the verified edition as one file; these are passed over
-    unless one of them is named.
+    unless one of them is named, or the folder holds rewritten ones alone.
 
     Raises:
         BenchmarkFileError: when there is none.
@@ -142,8 +144,10 @@ def list_files(path: Path, edition: Edition) -> list[Path]:
                 "the first edition, benchmark=wise_verified the verified one"
             )
     else:
-        files = [file for file in sorted(path.glob(f"*{edition.files}")) if not file.stem.endswith(OTHER_FILES)]
-        files = [file for file in files if file.name != WHOLE] or [path / WHOLE]
+        found = sorted(path.glob(f"*{edition.files}"))
+        plain = [file for file in found if not file.stem.endswith(OTHER_FILES) and file.name != WHOLE]
+        rewritten = [file for file in found if file.stem.endswith(OTHER_FILES)]
+        files = plain or rewritten or [path / WHOLE]
     if not files or not files[0].is_file():
         raise BenchmarkFileError(
             f"WISE's prompts {path} don't exist; give the folder of its three files *{edition.files}, or one such file"
@@ -182,7 +186,7 @@ def read_prompt(row: Any, origin: str, edition: Edition) -> WisePrompt:
         last = max(edition.last_ids.values())
         raise BenchmarkFileError(f"{origin} needs a 'prompt_id' from 1 to {last}, got {shorten(row['prompt_id'])}")
     # Ids are counted anew in each edition, so a row whose category isn't that of its id is from the other one.
-    if CATEGORY_WORDS[category] not in row["Category"].lower():
+    if not any(word in row["Category"].lower() for word in CATEGORY_WORDS[category]):
         raise BenchmarkFileError(
             f"{origin} has the category {shorten(row['Category'])!r}, where {edition.name} has {category} "
             f"(prompt_id {row['prompt_id']}); benchmark=wise reads the first edition, benchmark=wise_verified the "
@@ -239,7 +243,7 @@ class WISE(PictureBenchmark):
         ordered = {name: means[name] for name in self.edition.shares if name in means}
         if len(ordered) < len(self.edition.shares):
             return ordered
-        return {"overall": sum(self.edition.shares[name] * value for name, value in ordered.items())} | ordered
+        return {"overall": math.fsum(self.edition.shares[name] * value for name, value in ordered.items())} | ordered
 
     def describe_rules(self) -> str:
         """Name the edition, whose ratings and weights are used."""

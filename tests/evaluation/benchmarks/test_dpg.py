@@ -152,3 +152,23 @@ def test_the_means_that_intervals_come_from_are_the_scores(tmp_path: Path, mode:
     scores = benchmark.summarize(rows, "j").scores
     means = compute_means([count for row in rows for count in benchmark.count(row)])
     assert benchmark.combine(means) == pytest.approx(dict(scores))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["a,x,,1,0,,,t,q?", "a,x,,2,3,,,t,q?"], "prompt 'a': question 2 depends on question 3, which isn't there"),
+        (["a,x,,1,2,,,t,q?", "a,x,,2,1,,,t,q?"], "prompt 'a': questions 1, 2, 1 depend on each other in a circle"),
+        (["a,x,,1,0,,,t,q?", "a,x,,1,0,,,t,r?"], "prompt 'a' has several questions with the proposition_id 1"),
+    ],
+)
+def test_questions_that_no_score_could_come_from_are_named_before_anything_is_drawn(
+    rows: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.txt").write_text("a dog")
+    (tmp_path / "q.csv").write_text("\n".join([HEADER, '"b",x,,1,7,,,t,of no prompt', *rows]))
+    file, questions = str(tmp_path / "p"), str(tmp_path / "q.csv")
+    with pytest.raises(ValueError, match=words):
+        DPG(name="dpg", file=file, questions=questions)
+    assert DPG(name="dpg", file=file, questions=questions, mode="official").targets

@@ -83,6 +83,8 @@ GOOD = {"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", 
         ("a photo of a dog\n", ":1 isn't JSON"),
         ("[1]\n", ":1 must hold a mapping"),
         (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "prompt": 3}), ":2 needs 'prompt' as str, got 3"),
+        (json.dumps({**GOOD, "include": "3"}), ":1 needs 'include' as list, got '3'"),
+        (json.dumps({**GOOD, "include": [{"class": "dog", "count": "1"}]}), "needs a positive whole 'count', got '1'"),
         (json.dumps({**GOOD, "include": []}), "'include' must hold at least one object"),
         (json.dumps({**GOOD, "include": ["dog"]}), r"include\[0\] needs a 'class'"),
         (json.dumps({**GOOD, "include": [{"class": "dog", "count": 0}]}), r"positive whole 'count', got 0"),
@@ -175,3 +177,21 @@ def test_overall_is_the_mean_of_tags_and_gives_the_published_number() -> None:
     assert scores == {"overall": pytest.approx(0.8667, abs=1e-4), **{tag: right / 100 for tag, right in tags.items()}}
     with pytest.raises(ValueError, match="no picture"):
         benchmark.summarize([], "j")
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "accepted"),
+    [
+        ("samples", (1.5, "4", None, 0, True), "a whole number of at least 1"),
+        ("guidance_scale", ("abc", float("nan"), float("inf"), -1, None, True), "a number of at least 0"),
+        ("image_guidance_scale", ("abc", float("nan"), -1), "a number of at least 0"),
+        ("seed", ("x", 1.5, None, -1), "a whole number of at least 0"),
+    ],
+)
+def test_options_are_checked_as_on_the_command_line(
+    option: str, values: Sequence, accepted: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD))
+    for value in values:
+        with pytest.raises(ValueError, match=f"benchmark.{option} must be {accepted}, got {value!r}"):
+            GenEval(name="geneval", file=str(tmp_path / "x.jsonl"), **{option: value})

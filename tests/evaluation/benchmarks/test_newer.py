@@ -1,5 +1,6 @@
 """GenEval 2, UniGenBench, T2I-CoReBench, LongText-Bench, GEdit-Bench: replies, scores by hand, wrong files."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -194,7 +195,7 @@ def test_what_is_no_rating_from_0_to_10_can_t_be_used(score: str) -> None:
         ({"instruction": None}, "needs 'instruction' as str"),
         ({"input_image": {"bytes": b"no picture", "path": None}}, "k1.png"),
         ({"Intersection_exist": "yes"}, "needs 'Intersection_exist' as bool"),
-        ({"instruction_language": "fr"}, "no instruction in the language 'en'"),
+        ({"languages": ["fr"]}, "no instruction in the language 'en'"),
     ],
 )
 def test_a_data_set_of_the_wrong_form_is_named(changes: dict, words: str, tmp_path: Path) -> None:
@@ -239,3 +240,22 @@ def test_a_judge_without_probabilities_fails_its_pictures() -> None:
 
     (row,) = judge(benchmark, Silent())
     assert (row.state, row.reason) == ("failed", "the reply holds no probabilities")
+
+
+def test_a_key_of_gedit_has_one_instruction_and_one_picture(tmp_path: Path) -> None:
+    folder, sources = tmp_path / "data", tmp_path / "sources"
+    options = {"name": "gedit", "file": str(folder), "images": str(sources)}
+    edit = {"key": "k1", "task_type": "style_change"}
+    # The same rows as Parquet and as Arrow are one data set.
+    for suffix in ("parquet", "arrow"):
+        write_gedit(folder, suffix, [edit])
+    assert len(GEdit(**options).targets) == 1
+    write_gedit(folder, "arrow", [{**edit, "instruction": "another"}])
+    with pytest.raises(ValueError, match="the key 'k1' of style_change, en has two different rows"):
+        GEdit(**options)
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, format="PNG")
+    picture = {"bytes": content.getvalue(), "path": None}
+    write_gedit(folder, "arrow", [{"key": "k1", "task_type": "ps_human", "input_image": picture}])
+    with pytest.raises(ValueError, match="the key 'k1' has two source pictures"):
+        GEdit(**options)

@@ -93,7 +93,7 @@ def test_one_rating(reply: str, expected: int | None) -> None:
 
 
 def test_scores_and_their_weights() -> None:
-    assert LEGACY.compute_score({"consistency": 2, "realism": 2, "aesthetic quality": 2}) == pytest.approx(1)
+    assert LEGACY.compute_score({"consistency": 2, "realism": 2, "aesthetic quality": 2}) == 1  # and not a little less
     assert LEGACY.compute_score({"consistency": 1, "realism": 0, "aesthetic quality": 2}) == pytest.approx(0.45)
     assert VERIFIED.compute_score({"score": 1}) == 1
     names = tuple(LEGACY.shares)
@@ -129,3 +129,14 @@ def test_bad_files_are_named(tmp_path: Path, content: str, words: str) -> None:
         read_wise(tmp_path)
     with pytest.raises(ValueError, match="don't exist"):
         read_wise(tmp_path / "absent")
+
+
+def test_rewritten_prompts_are_read_where_they_are_named_or_lie_alone(tmp_path: Path) -> None:
+    folder = locate_published("wise/legacy")
+    for file in folder.glob("*_rewrite.json"):
+        (tmp_path / file.name).symlink_to(file)
+    rewritten, plain = read_wise(tmp_path), read_wise(folder)
+    assert [p.number for p in rewritten] == [p.number for p in plain] == list(range(1, 1001))
+    assert [p.category for p in rewritten] == [p.category for p in plain]
+    assert sum(a.prompt != b.prompt for a, b in zip(rewritten, plain, strict=True)) > 900
+    assert len(read_wise(folder / "natural_science_rewrite.json")) == 300

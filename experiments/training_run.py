@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.going_on import compare_with_checkpoint, warn_of_replaced_data
 from experiments.stage_configs import PER_STAGE
@@ -224,10 +224,11 @@ def build_reinforcement(cfg: DictConfig) -> list[Reinforce]:
             "with stage.reinforce.prompts=shards it must be 0"
         )
     rewards = []
-    for name, part in cfg.reward.items():
-        own = to_plain(part)  # what it takes from elsewhere in the config is found now
-        weight = own.pop("weight", 1.0)
-        rewards.append(WeightedReward(str(name), make_part(OmegaConf.create(own), f"reward.{name}"), weight))
+    for name, given in cfg.reward.items():
+        values = to_plain(given)  # what it takes from elsewhere in the config is found now
+        weight = values.pop("weight", 1.0)
+        part = DictConfig(values)
+        rewards.append(WeightedReward(str(name), make_part(part, f"reward.{name}"), weight))
     return [Reinforce(rewards, options, cfg.seed)]
 
 

@@ -136,7 +136,8 @@ def test_no_yaml_is_left_out() -> None:
     folders = {f.parent.relative_to(CONF).as_posix() for f in CONF.rglob("*.yaml")} - {"local"}
     by_world = {f"world/{name}" for name in WORLDS}
     inherited = {"benchmark/base", "model/base", "ladder/base", "taps/base", "sweep/base", "experiment/ladder"}
-    assert folders == {".", *dict(OPTIONS), *BY_THEMSELVES, *inherited, "optim/schedule", "hydra/launcher", *by_world}
+    of_hydra = {"hydra/launcher", "hydra/callbacks"}
+    assert folders == {".", *dict(OPTIONS), *BY_THEMSELVES, *inherited, "optim/schedule", *of_hydra, *by_world}
     for folder in by_world:
         assert sorted(f.stem for f in (CONF / folder).glob("*.yaml")) == STAGES
 

@@ -292,6 +292,9 @@ def report_scores(
         check_pictures(results, contender.root, contender.results)
         if all(row.state == "missing" for row in results.rows):
             raise ValueError(f"{contender.results} is of no picture at all; steps=[generate,score,report] draws them")
+        failed = next((row for row in results.rows if row.state == "failed"), None)
+        if failed is not None and all(row.state != "scored" for row in results.rows):
+            raise ValueError(f"the judge judged no picture; the first failure, {failed.picture}: {failed.reason}")
         # What a benchmark finds in the details of a row is its own affair, so anything may be wrong with a damaged one.
         with reading(f"{contender.results}, which steps=[score] writes anew,"):
             summary = benchmark.summarize(results.rows, results.judge)

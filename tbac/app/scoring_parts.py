@@ -60,14 +60,16 @@ DETECTORS = "tbac.evaluation.detectors"
 JUDGE = Part(
     {
         f"{JUDGES}.endpoint.EndpointJudge": {
-            "model": text(), "max_retries": whole(0), "timeout": number(above=0), "max_tokens": whole(),
+            "model": text(), "max_retries": whole(0), "timeout": number(above=0), "max_tokens": optional(whole()),
+            "temperature": optional(number(least=0)),
         },
         f"{JUDGES}.qwen.QwenJudge": {
             "mllm": path(),
             "device": DEVICE,
             "dtype": choice(*DTYPE_NAMES),
             "quantization": optional(choice(*QUANTIZATIONS)),
-            **counts("image_pixels", "max_text_tokens", "max_new_tokens"),
+            **counts("image_pixels", "max_text_tokens"),
+            "max_new_tokens": optional(whole()),
         },
         f"{JUDGES}.ocr.OcrJudge": {"min_score": PROBABILITY, "least_side": whole()},
         f"{DETECTORS}.mask2former.Mask2FormerDetector": {"segmenter": path(), "clip": path(), "device": DEVICE},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.rows import ScoreError
-from tbac.evaluation.judges.base import Asked, JudgeError, ask_until_usable, read_yes_or_no
+from tbac.evaluation.judges.base import Asked, JudgeError, JudgeRefusedError, ask_until_usable, read_yes_or_no
 from tbac.evaluation.judges.detector import answer_by_detection
 from tbac.evaluation.picture_tree import Target
 from tbac.types import PicturePrompt, RewardError
@@ -73,6 +73,8 @@ class JudgedReward:
         """Find the score of a picture and note it; returns what went wrong, or nothing."""
         try:
             self._known[key] = self.judge_one(key[0], picture)
+        except JudgeRefusedError as error:
+            return str(error)
         except JudgeError as error:
             if not error.replies:
                 return str(error)

@@ -152,6 +152,30 @@ def test_a_model_is_held_against_another_only_as_both_were_drawn_and_judged(
     assert "steps=[score,report] judges both by one" in text
 
 
+def test_a_judge_that_refuses_is_named_with_its_reason(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    options = [
+        *COMMON,
+        "benchmark=wise",
+        "benchmark.file=wise.json",
+        "judge=endpoint",
+        "judge.max_retries=0",
+        "out=one",
+    ]
+    write_wise(Path("wise.json"))
+    run_to_success("evaluate", capfd, *options, "steps=[generate]")
+    # A wrong key is tried once, not for every picture.
+    endpoint.answers = [(401, {"error": {"message": "who are you"}})]
+    text = run_to_message("evaluate", capfd, *options, "steps=[score,report]")
+    assert "check OPENAI_API_KEY" in text
+    assert "who are you" in text
+    assert len(endpoint.requests) == 1
+    # Where each question fails by itself, the first reason is told.
+    endpoint.answers = [(400, {"error": {"message": "too large a picture"}})]
+    text = run_to_message("evaluate", capfd, *options, "steps=[score,report]")
+    assert "the judge judged no picture; the first failure, " in text
+    assert "too large a picture" in text
+
+
 def test_scores_stay_those_of_the_questions_that_were_asked(
     in_world: Path, endpoint: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,10 @@ class EmptyReplyError(JudgeError):
     """A judge had nothing to say, which is an answer only to a question such as what a picture says."""
 
 
+class JudgeRefusedError(ValueError):
+    """A judge answers no question at all until its user changes something: a key, a name, an option, or credit."""
+
+
 @dataclass(frozen=True)
 class Manner:
     """How a benchmark wants a judge to be asked; None leaves it to the judge.
@@ -101,6 +105,7 @@ class Judge(Protocol):
 
         Raises:
             JudgeError: when there is no reply.
+            JudgeRefusedError: when there will be none to any other question either.
         """
         ...
 

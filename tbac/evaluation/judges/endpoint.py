@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from tbac.evaluation.judges.base import JudgeError, JudgeFacts, Manner
+from tbac.evaluation.judges.base import JudgeError, JudgeFacts, JudgeRefusedError, Manner
+from tbac.evaluation.judges.failures import advise, is_temporary, read_requested_wait
 from tbac.evaluation.judges.first_tokens import compute_answer_probability, read_listed
 from tbac.evaluation.judges.thoughts import remove_thoughts
 from tbac.evaluation.protocol import OF_SERVICE, UNKNOWN
@@ -19,8 +21,9 @@ from tbac.pictures import to_upright_rgb
 from tbac.redaction import HIDDEN, hide_in_text
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between tries; each wait is twice the one before
-LONGEST_REQUEST = 60.0  # seconds that an endpoint may ask us to wait
-TEMPORARY = (408, 409, 429)  # statuses, besides 5xx, after which another try may succeed
+MAX_TOKENS = 1024  # of a reply, unless a benchmark or the user says otherwise
+LEAST_KEY = 8  # characters of a key that is looked for in replies; servers without keys take any word for one
+OTHER_NAME = "max_completion_tokens"
 MOST_TOKENS = 20  # whose probabilities an endpoint may be asked for
 
 
@@ -29,17 +32,21 @@ class CutReplyError(JudgeError):
 
 
 class EndpointJudge:
-    """A model behind an OpenAI-compatible endpoint, at temperature 0 unless a benchmark wants another one.
+    """A model behind an OpenAI-compatible endpoint, asked as a benchmark wants it, else at temperature 0.
 
     Address and key come from OPENAI_BASE_URL and OPENAI_API_KEY. A temporary failure (no connection, no answer in time,
-    status 408, 409, 429 or 5xx) is tried again, each time after a longer wait, and so is a reply without text. The
-    client of the openai package could retry as well, but it accepts replies without text, so that is turned off.
+    status 408, 409, 429 or 5xx) is tried again, each time after a longer wait, and so is a reply without text. What
+    would fail for every question, such as a wrong key, is told at once. The client of the openai package could retry as
+    well, but it accepts replies without text, so that is turned off.
 
     Args:
         model: name of the model, as the endpoint knows it.
         max_retries: how often it is tried again after the first time.
         timeout: seconds that each try may take.
-        max_tokens: length of the longest reply.
+        max_tokens: length of the longest reply, also where a benchmark wants another one; None leaves it to the
+            benchmark, and is 1024 where it says nothing.
+        temperature: of sampling, also where a benchmark wants another one; None leaves it to the benchmark, and is 0
+            where it says nothing.
 
     Attributes:
         reported: the name that the endpoint gave with its last reply.
@@ -50,17 +57,34 @@ class EndpointJudge:
 
     slow = True
 
-    def __init__(self, model: str, max_retries: int = 5, timeout: float = 120.0, max_tokens: int = 1024) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_retries: int = 5,
+        timeout: float = 120.0,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
         from openai import OpenAI  # takes a second to import
 
         missing = [name for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY") if not os.environ.get(name)]
         if missing:
             raise ValueError(f"judge=endpoint needs {' and '.join(missing)} in the environment")
+        # The client's HTTP library logs a line for every request.
+        for name in ("httpx", "httpx2"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._client = OpenAI(max_retries=0, timeout=timeout)
         self.model, self.max_retries, self.reported = model, max_retries, UNKNOWN
-        self._set_manner(Manner(temperature=0, max_tokens=max_tokens, whole=False))
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self._names = {"max_tokens": "max_tokens"}  # of fields, as the endpoint calls them; shared by all manners
+        self._set_manner(Manner(temperature=0, max_tokens=MAX_TOKENS, whole=False))
 
     def _set_manner(self, manner: Manner) -> None:
+        # What the user has set holds everywhere, and is stated; where the first token is asked for, it is the only one.
+        if self.temperature is not None:
+            manner = replace(manner, temperature=self.temperature)
+        if self.max_tokens is not None and manner.max_tokens != 1:
+            manner = replace(manner, max_tokens=self.max_tokens)
         self.manner = manner
         address = hide_in_text(str(self._client.base_url))
         settings = f"temperature {manner.temperature}, max_tokens {manner.max_tokens}"
@@ -71,7 +95,7 @@ class EndpointJudge:
         self.identity = f"{self.model} at {address} ({settings})"
 
     def in_manner(self, manner: Manner) -> "EndpointJudge":
-        """Return a judge at the same endpoint that is asked exactly in this manner."""
+        """Return a judge at the same endpoint that is asked in this manner, but for what the user has set."""
         judge = copy.copy(self)
         judge._set_manner(manner)
         return judge
@@ -85,10 +109,13 @@ class EndpointJudge:
 
         Raises:
             JudgeError: when no try brought a text.
+            JudgeRefusedError: when every other question would be refused too.
         """
 
         def read_text(answer: Any) -> str:
-            return read_reply(answer.choices[0], self.manner)
+            reply = read_reply(answer.choices[0], self.manner)
+            key = self._client.api_key
+            return reply.replace(key, HIDDEN) if len(key) >= LEAST_KEY else reply
 
         text: str = self._try(question, images, self.manner, read_text)
         return text
@@ -123,6 +150,7 @@ class EndpointJudge:
 
         Raises:
             JudgeError: when it never does.
+            JudgeRefusedError: when every other question would be refused too.
         """
         from openai import OpenAIError
 
@@ -148,30 +176,47 @@ class EndpointJudge:
                     break
             except OpenAIError as error:
                 problem = f"{type(error).__name__}: {error}"
-                # A wrong key or a bad request fails the next time too.
+                advice = advise(error)
+                if advice:
+                    raise JudgeRefusedError(
+                        self._hide_key(
+                            f"the endpoint answers no question of judge.model={self.model}; {advice} ({problem})"
+                        )
+                    ) from None
+                # A bad request fails the next time too.
                 if not is_temporary(error):
                     break
-                wait = read_requested_wait(error) or wait
+                wait = max(wait, read_requested_wait(error))
             except (AttributeError, IndexError, TypeError, ValueError) as error:
                 problem = f"the reply isn't a chat completion ({type(error).__name__}: {error})"
-        # A server may repeat the key that it was given.
-        raise JudgeError(
-            hide_in_text(problem.replace(self._client.api_key, HIDDEN)),
-            [reply.replace(self._client.api_key, HIDDEN) for reply in replies],
-        )
+        raise JudgeError(self._hide_key(problem), [self._hide_key(reply) for reply in replies])
+
+    def _hide_key(self, text: str) -> str:
+        """Hide the key in what a server says, which may repeat it."""
+        return hide_in_text(text.replace(self._client.api_key, HIDDEN))
 
     def _complete(self, content: list[dict[str, Any]], manner: Manner) -> Any:
         """Ask once; returns a chat completion if the endpoint keeps to the protocol."""
+        from openai import BadRequestError
+
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if manner.system:
             messages.insert(0, {"role": "system", "content": manner.system})
-        options: dict[str, Any] = {"temperature": manner.temperature, "max_tokens": manner.max_tokens}
-        return self._client.chat.completions.create(
-            model=self.model,
-            messages=messages,  # type: ignore[arg-type]
-            extra_body=dict(manner.extra) or None,
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        options: dict[str, Any] = {"temperature": manner.temperature}
+        options[self._names["max_tokens"]] = manner.max_tokens
+        try:
+            return self._client.chat.completions.create(
+                model=self.model,
+                messages=messages,  # type: ignore[arg-type]
+                extra_body=dict(manner.extra) or None,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+        except BadRequestError as error:
+            # Newer models take the limit by another name, which their refusal tells.
+            if OTHER_NAME not in str(error) or self._names["max_tokens"] == OTHER_NAME:
+                raise
+            self._names["max_tokens"] = OTHER_NAME
+        return self._complete(content, manner)
 
 
 def read_reply(choice: Any, manner: Manner) -> str:
@@ -181,8 +226,7 @@ def read_reply(choice: Any, manner: Manner) -> str:
         CutReplyError: when the longest length ended it in its thoughts, or at all where the manner wants it whole.
         JudgeError: when it holds no text.
     """
-    text = choice.message.content
-    text = text if isinstance(text, str) else ""
+    text = join_parts(choice.message.content)
     reply = remove_thoughts(text)
     is_cut = getattr(choice, "finish_reason", None) == "length"
     if reply is None:
@@ -196,23 +240,12 @@ def read_reply(choice: Any, manner: Manner) -> str:
     return reply
 
 
-def is_temporary(error: Exception) -> bool:
-    """Whether another try may succeed after this error of the client."""
-    from openai import APIConnectionError, APIStatusError
-
-    if isinstance(error, APIStatusError):
-        return error.status_code in TEMPORARY or error.status_code >= 500
-    return isinstance(error, APIConnectionError)  # also when there was no answer in time
-
-
-def read_requested_wait(error: Exception) -> float:
-    """Seconds that the endpoint asks us to wait by `Retry-After`; 0 when it doesn't, or asks for too much."""
-    response = getattr(error, "response", None)
-    try:
-        seconds = float(response.headers["retry-after"]) if response is not None else 0.0
-    except (KeyError, ValueError):
-        return 0.0
-    return seconds if 0 < seconds <= LONGEST_REQUEST else 0.0
+def join_parts(content: Any) -> str:
+    """Join the parts of a message that are text, as some endpoints send it; thoughts are parts of another kind."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def encode_png(image: Image.Image) -> bytes:

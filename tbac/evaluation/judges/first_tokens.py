@@ -14,8 +14,8 @@ NUMBERS = (
 )  # fmt: skip
 # With these a sentence begins, so as tokens they aren't the beginning of a longer word: "On" isn't that of "One".
 WORDS = {
-    "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of", "on", "or", "so", "the",
-    "to", "up", "us", "we",
+    "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of", "on", "or", "so",
+    "the", "to", "up", "us", "we",
 }  # fmt: skip
 LEAST_ANSWERED = 0.01  # probability of all answers, the wrong ones too, below which a reply doesn't begin with one
 

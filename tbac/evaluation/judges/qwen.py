@@ -14,6 +14,8 @@ from tbac.evaluation.protocol import compute_weights_digest
 from tbac.models.answering import AnswerOptions
 from tbac.models.prompt import ANSWER_SYSTEM, PromptInputs
 
+MAX_NEW_TOKENS = 512  # of a reply, unless a benchmark or the user says otherwise
+
 
 @dataclass(eq=False)
 class QwenJudge:
@@ -26,7 +28,8 @@ class QwenJudge:
         quantization: of the decoder layers: `nf4`, `int8`, or None.
         image_pixels: area that each picture is resized to.
         max_text_tokens: length of the longest question.
-        max_new_tokens: length of the longest reply.
+        max_new_tokens: length of the longest reply, also where a benchmark wants another one; None leaves it to the
+            benchmark, and is 512 where it says nothing.
 
     Raises:
         ValueError: when there are no such weights.
@@ -41,7 +44,7 @@ class QwenJudge:
     quantization: str | None = None
     image_pixels: int = 802816
     max_text_tokens: int = 2048
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         from tbac.models.prompt import PromptProcessor
@@ -54,21 +57,25 @@ class QwenJudge:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device)
-        self.system, self.longest = ANSWER_SYSTEM, self.max_new_tokens
+        self.system, self.usual = ANSWER_SYSTEM, self.max_new_tokens or MAX_NEW_TOKENS
+        self.longest = self.usual
         self._set_identity()
 
     def _set_identity(self) -> None:
         # Replies that were kept are used again only if everything that they depend on is the same.
-        names = ("dtype", "quantization", "image_pixels", "max_new_tokens")
-        self.identity = f"{self.mllm} ({ {name: getattr(self, name) for name in names} })"
-        if (self.system, self.longest) != (ANSWER_SYSTEM, self.max_new_tokens):
+        settings = {name: getattr(self, name) for name in ("dtype", "quantization", "image_pixels")}
+        self.identity = f"{self.mllm} ({settings | {'max_new_tokens': self.usual}})"
+        if (self.system, self.longest) != (ANSWER_SYSTEM, self.usual):
             self.identity += f", {self.describe_facts().settings}"
 
     def in_manner(self, manner: Manner) -> "QwenJudge":
-        """Return a judge with the manner's system message and length; it goes on to take the most likely token."""
+        """Return a judge with the manner's system message, and its length unless the user has set one.
+
+        It goes on to take the most likely token.
+        """
         judge = copy.copy(self)
         judge.system = ANSWER_SYSTEM if manner.system is None else manner.system
-        judge.longest = manner.max_tokens or self.max_new_tokens
+        judge.longest = self.max_new_tokens or manner.max_tokens or MAX_NEW_TOKENS
         judge._set_identity()
         return judge
 

@@ -1,13 +1,18 @@
 """The judge behind an endpoint: what is sent, and how often it is tried."""
 
+import logging
 import math
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tbac.evaluation.benchmarks.base import PictureBenchmark
 from tbac.evaluation.benchmarks.corebench import CoReBench
+from tbac.evaluation.benchmarks.dpg import DPG
 from tbac.evaluation.benchmarks.gedit import GEdit
 from tbac.evaluation.benchmarks.geneval2 import GenEval2
 from tbac.evaluation.benchmarks.imgedit import ImgEdit
@@ -15,7 +20,7 @@ from tbac.evaluation.benchmarks.longtext import LongText
 from tbac.evaluation.benchmarks.tiif import TIIF
 from tbac.evaluation.benchmarks.unigenbench import UniGenBench
 from tbac.evaluation.benchmarks.wise import WISE
-from tbac.evaluation.judges.base import JudgeError, Manner, use_manner
+from tbac.evaluation.judges.base import JudgeError, JudgeRefusedError, Manner, use_manner
 from tbac.evaluation.judges.endpoint import EndpointJudge
 from tests.helpers.endpoint import Server, make_completion, serve_endpoint
 from tests.helpers.pictures import make_noise_image
@@ -97,11 +102,119 @@ def test_waits_grow_and_the_endpoint_may_ask_for_its_own(monkeypatch: pytest.Mon
     assert waited == [0, 7]
 
 
-def test_a_wrong_key_is_not_tried_again(server: Server) -> None:
-    server.answers = [(401, {"error": {"message": "who are you"}})]
-    with pytest.raises(JudgeError, match="who are you"):
-        EndpointJudge("m", max_retries=2, timeout=2).ask("a cat?", [make_noise_image(1)])
+def make_refusal(status: int, message: str, code: str | None = None) -> tuple[int, dict]:
+    return status, {"error": {"message": message, "code": code, "type": code}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (make_refusal(401, "who are you"), r"check OPENAI_API_KEY \(AuthenticationError: .*401.*who are you"),
+        (make_refusal(402, "pay"), "no credit"),
+        (make_refusal(403, "not in your country"), "its key isn't allowed to"),
+        (make_refusal(404, "no such model"), r"judge\.model=m; check judge\.model and OPENAI_BASE_URL"),
+        (make_refusal(429, "You exceeded your current quota", "insufficient_quota"), "no credit .*current quota"),
+        (make_refusal(400, "'temperature' does not support 0", "unsupported_value"), r"judge\.temperature"),
+    ],
+)
+def test_what_fails_for_every_question_ends_all(server: Server, tmp_path: Path, answer: Any, said: str) -> None:
+    """DPG-Bench asks every question about every picture, whatever became of the others."""
+    server.answers = [answer]
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/a.txt").write_text("a cat")
+    rows = [f"a,{number},0,entity - whole (cat),Is there a cat?" for number in range(1, 4)]
+    columns = "item_id,proposition_id,dependency,tuple,question_natural_language"
+    (tmp_path / "questions.csv").write_text("\n".join([columns, *rows]))
+    dpg = DPG(name="dpg", file=str(tmp_path / "prompts"), questions=str(tmp_path / "questions.csv"))
+    judge = dpg.prepare_judge(EndpointJudge("m", max_retries=3, timeout=2))
+    with pytest.raises(JudgeRefusedError, match=said):
+        list(dpg.judge_pictures(lambda target: make_noise_image(1), judge))
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_what_is_wrong_with_one_picture_fails_it_alone(server: Server, status: int) -> None:
+    server.answers = [make_refusal(status, "your input was flagged by moderation"), make_completion("yes")]
+    judge = EndpointJudge("m", max_retries=2, timeout=2)
+    with pytest.raises(JudgeError, match="flagged"):
+        judge.ask("a cat?", [make_noise_image(1)])
+    assert judge.ask("a cat?", [make_noise_image(2)]) == "yes"
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Retry-After": "120"}, 120),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.01),  # past
+        ({"Retry-After": "0.001"}, 0.01),  # not sooner than we would
+        ({"Retry-After": "soon"}, 0.01),
+        ({"Retry-After": "nan"}, 0.01),
+        ({"Retry-After": "-1"}, 0.01),
+    ],
+)
+def test_the_wait_that_is_asked_for_is_waited(
+    monkeypatch: pytest.MonkeyPatch, server: Server, headers: dict[str, str], expected: float
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tbac.evaluation.judges.endpoint.time.sleep", waited.append)
+    server.answers, server.headers = [(429, "slow down"), make_completion("no")], headers
+    assert EndpointJudge("m", max_retries=1, timeout=2).ask("a cat?", [make_noise_image(1)]) == "no"
+    assert waited == [0, expected]
+
+
+def test_a_date_to_wait_for_is_read_and_a_long_wait_ends_all(server: Server) -> None:
+    server.answers = [(503, "busy")]
+    server.headers = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)}
+    with pytest.raises(JudgeRefusedError, match=r"it asks to wait 7\d\d\d seconds; go on later, all replies are kept"):
+        EndpointJudge("m", max_retries=1, timeout=2).ask("a cat?", [make_noise_image(1)])
+
+
+def test_models_that_call_the_limit_otherwise_are_asked_their_way(server: Server) -> None:
+    """As newer models refuse it; the first refusal teaches all judges at this endpoint."""
+    refusal = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
+    server.answers = [make_refusal(400, refusal, "unsupported_parameter"), make_completion("yes")]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    manner = judge.in_manner(Manner(max_tokens=7))
+    assert manner.ask("a cat?", [make_noise_image(1)]) == "yes"
+    assert judge.ask("a cat?", [make_noise_image(1)]) == "yes"
+    limits = [(row.get("max_tokens"), row.get("max_completion_tokens")) for row in server.requests]
+    assert limits == [(7, None), (None, 7), (None, 1024)]
+    server.answers = [make_refusal(400, refusal, "unsupported_parameter")]
+    with pytest.raises(JudgeRefusedError, match="max_completion_tokens"):
+        judge.ask("a cat?", [make_noise_image(1)])
+
+
+def test_what_the_user_sets_holds_against_a_benchmark_s_manner_and_is_stated(server: Server) -> None:
+    server.answers = [make_completion("yes", {"Yes": -0.1})]
+    judge = EndpointJudge("m", max_retries=0, timeout=2, max_tokens=9000, temperature=1).in_manner(
+        Manner(temperature=0, max_tokens=500)
+    )
+    judge.ask("a cat?", [make_noise_image(1)])
+    assert (server.requests[-1]["max_tokens"], server.requests[-1]["temperature"]) == (9000, 1)
+    assert judge.describe_facts().settings == "no system message, temperature 1, at most 9000 tokens"
+    judge.compute_probability("a cat?", [make_noise_image(1)], ["yes"])
+    assert server.requests[-1]["max_tokens"] == 1  # only the first token is of use
+
+
+def test_replies_in_parts_are_joined_and_show_no_key(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    parts = [
+        {"type": "thinking", "thinking": "no?"},
+        {"type": "text", "text": "yes, "},
+        {"type": "text", "text": "it is"},
+    ]
+    server.answers = [make_completion(parts), make_completion("yes (sk-secret-123)")]
+    judge = EndpointJudge("m", max_retries=0, timeout=2)
+    with caplog.at_level(logging.INFO):
+        assert judge.ask("a cat?", [make_noise_image(1)]) == "yes, it is"
+        assert judge.ask("a cat?", [make_noise_image(1)]) == "yes (***)"
+    assert not caplog.records  # not a line for each of thousands of requests
 
 
 def test_an_endpoint_that_says_nothing_or_isnt_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,8 @@ def test_a_local_model_tells_how_likely_its_reply_begins_so(in_world: Path) -> N
     facts = local.describe_facts()
     assert (facts.name, facts.weights[:7]) == ("mllm", "sha256:")
     assert local.in_manner(Manner(system="be strict")).identity != local.identity
+    # What the user has set holds against a benchmark's manner.
+    assert local.in_manner(Manner(max_tokens=9)).describe_facts().settings.endswith("at most 1 tokens")
+    local.max_new_tokens = None
+    assert local.in_manner(Manner(max_tokens=9)).describe_facts().settings.endswith("at most 9 tokens")
+    assert local.in_manner(Manner()).describe_facts().settings.endswith("at most 512 tokens")

@@ -153,7 +153,8 @@ def test_a_model_is_held_against_another_only_as_both_were_drawn_and_judged(
 
 
 def test_a_judge_that_refuses_is_named_with_its_reason(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    options = [
+    options = [*COMMON, "benchmark=wise", "benchmark.file=wise.json", "out=one", "judge=endpoint"]
+    options.append("judge.max_retries=0")
         *COMMON,
         "benchmark=wise",
         "benchmark.file=wise.json",

@@ -153,15 +153,8 @@ def test_a_model_is_held_against_another_only_as_both_were_drawn_and_judged(
 
 
 def test_a_judge_that_refuses_is_named_with_its_reason(endpoint: Server, capfd: pytest.CaptureFixture[str]) -> None:
-    options = [*COMMON, "benchmark=wise", "benchmark.file=wise.json", "out=one", "judge=endpoint"]
-    options.append("judge.max_retries=0")
-        *COMMON,
-        "benchmark=wise",
-        "benchmark.file=wise.json",
-        "judge=endpoint",
-        "judge.max_retries=0",
-        "out=one",
-    ]
+    options = [*COMMON, "benchmark=wise", "benchmark.file=wise.json", "judge=endpoint", "judge.max_retries=0"]
+    options.append("out=one")
     write_wise(Path("wise.json"))
     run_to_success("evaluate", capfd, *options, "steps=[generate]")
     # A wrong key is tried once, not for every picture.

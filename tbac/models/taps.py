@@ -53,7 +53,7 @@ def _apply_rule(rule: TapRule, num_layers: int, num_blocks: int) -> TapPlan:
     # One number where a list belongs is a list of one.
     if isinstance(rule, partial):
         single = {name: [value] for name, value in rule.keywords.items() if name in LISTS and is_index(value)}
-        rule = partial(rule, **single)
+        rule = partial(rule.func, *rule.args, **{**rule.keywords, **single})
     # `blocks` is taken from the rule's options, unless the rule has an option of its own with this name.
     blocks = None
     if (

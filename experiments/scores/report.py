@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.reports import format_table
 from experiments.scores.page import Card, Page, ShownPicture, render_page
-from tbac.evaluation.benchmarks.base import PictureBenchmark
+from tbac.evaluation.benchmarks.base import ABSENT, PictureBenchmark, list_extra_pictures
 from tbac.evaluation.benchmarks.published import PUBLISHED, REWRITTEN
 from tbac.evaluation.benchmarks.rows import Row, Summary
 from tbac.evaluation.intervals import Interval, compute_differences, compute_intervals
@@ -194,9 +194,18 @@ def describe_models(report: Report) -> str:
 
 def list_notes(report: Report) -> list[str]:
     """List what a reader must know besides the scores: intervals, notes of the benchmark, what is missing."""
-    notes = [*report.main.summary.notes, *list_gaps(report.main, "")]
+    models = [(report.main, "")]
     if report.other is not None:
-        notes += list_gaps(report.other, f"Of {report.other.checkpoint} (against), ")
+        models.append((report.other, f"Of {report.other.checkpoint} (against), "))
+    notes = [*report.main.summary.notes]
+    for evaluation, of_whom in models:
+        notes += list_gaps(evaluation, of_whom)
+        extra = list_extra_pictures(evaluation.root, report.benchmark)
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            notes.append(
+                f"{of_whom}pictures that the benchmark doesn't ask for lie in {evaluation.root.name}: {extra[0]}{more}"
+            )
     names = PUBLISHED.get(report.benchmark.name, {})
     if report.is_comparable and any(REWRITTEN in name for name in names):
         notes.append(f"{REWRITTEN} The prompts were rewritten by a language model before this model drew them.")
@@ -222,6 +231,9 @@ def list_gaps(evaluation: Evaluation, of_whom: str) -> list[str]:
         notes.append(f"It isn't known which model drew the pictures of {evaluation.checkpoint}.")
     if missing:
         notes.append(f"{of_whom}{len(missing)} of {len(rows)} pictures are missing: {', '.join(missing)}")
+    unusable = [row.reason for row in rows if row.state == "missing" and row.reason not in ("", ABSENT)]
+    if unusable:
+        notes.append(f"{of_whom}{len(unusable)} of these lie there and can't be used: {'; '.join(unusable)}")
     if failed:
         notes.append(
             f"{of_whom}{len(failed)} of {len(rows)} pictures have no usable reply of the judge: {', '.join(failed)}"

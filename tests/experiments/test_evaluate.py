@@ -56,7 +56,9 @@ def test_processes_share_the_work_and_the_steps_go_on(capfd: pytest.CaptureFixtu
     run_to_success("evaluate", capfd, *COMMON, "out=one", "steps=[score,report]")
     report = json.loads(Path("one/report.json").read_text())
     assert [f"one/geneval/{name}" for name in report["missing"]] == [str(gone), str(torn)]
-    assert "2 of " in Path("one/report.md").read_text()
+    text = Path("one/report.md").read_text()
+    assert "2 of 24 pictures are missing" in text
+    assert f"1 of these lie there and can't be used: {torn.relative_to('one/geneval')} is not a readable image" in text
     run_to_success("evaluate", capfd, *COMMON, "out=one")
     assert tree("one") == tree("three")
     assert [p for p in made if p.stat().st_mtime_ns != made[p]] == [gone, torn]

@@ -64,6 +64,16 @@ def test_two_models_stand_side_by_side_with_their_difference(report: Report, tmp
     assert page.count("data:image/jpeg") == 6 * 2 * 2
 
 
+def test_pictures_that_nobody_asked_for_are_named(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    assert "doesn't ask for" not in (tmp_path / "report.md").read_text()
+    for name in ("00077.png", "00000/samples/00000.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "theirs/geneval" / name)
+    write_report(report, tmp_path)
+    words = "Of model theirs (against), pictures that the benchmark doesn't ask for lie in geneval: "
+    assert f"{words}00000/samples/00000.jpg and 1 more" in (tmp_path / "report.md").read_text()
+
+
 def test_no_prompt_is_among_the_best_and_the_worst(report: Report) -> None:
     prompts = list_prompts(report.benchmark, report.main.rows)
     sheets = {file: [prompt.text for prompt in chosen] for _, file, chosen in choose_sheets(prompts)}

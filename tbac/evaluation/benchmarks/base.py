@@ -26,6 +26,8 @@ from tbac.redaction import hide_in_text
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")  # what may name a folder of ours
 Needs = Literal["detector", "questions", "probabilities", "text", "nothing"]
+ABSENT = "the picture is missing"
+ENDINGS = (".jpg", ".jpeg", ".webp", ".PNG", ".JPG")  # that a picture may have where `.png` is wanted
 OWN_WORDS = "The judge is asked in our own words; benchmark.script names the published script, to ask in its words."
 
 
@@ -233,6 +235,10 @@ class PictureBenchmark(ABC):
             sampling=drawn.sampling,
         )
 
+    def list_other_pictures(self) -> list[str]:
+        """List the paths of those pictures of the tree that `write_other_files` writes."""
+        return []
+
     def write_other_files(self, root: Path) -> None:
         """Write the files other than pictures that the benchmark's published scorer expects in the tree, if any."""
         return
@@ -272,13 +278,18 @@ class PictureBenchmark(ABC):
         """Judge every picture.
 
         Args:
-            find_picture: returns the picture of a target, or None where there is none.
+            find_picture: returns the picture of a target, or None where there is none; raises PictureError for one
+                that can't be used, which counts as missing.
             judge: a detector or a judge, whichever `needs` names.
         """
         for target in self.targets:
-            picture, group = find_picture(target), self.find_group(target)
+            group, lacking = self.find_group(target), ABSENT
+            try:
+                picture = find_picture(target)
+            except PictureError as error:
+                picture, lacking = None, str(error)
             if picture is None:
-                yield Row(target.path, group, target.prompt, "missing", None, "the picture is missing")
+                yield Row(target.path, group, target.prompt, "missing", None, lacking)
                 continue
             try:
                 verdict = self.judge_picture(target, picture, judge)
@@ -290,15 +301,28 @@ class PictureBenchmark(ABC):
 
 
 def make_picture_finder(root: Path) -> Callable[[Target], Image.Image | None]:
-    """Make a function that opens the picture of a target in a tree; None when it is absent or can't be decoded."""
+    """Make a function that opens the picture of a target in a tree; None when it is absent.
+
+    It raises PictureError for a picture that can't be decoded, and where only one with another ending lies there.
+    """
 
     def find_picture(target: Target) -> Image.Image | None:
-        try:
-            return open_picture(root / target.path)
-        except PictureError:
-            return None
+        path = root / target.path
+        if path.exists() or path.is_symlink():
+            return open_picture(path, target.path)
+        for ending in ENDINGS:
+            if path.with_suffix(ending).is_file():
+                raise PictureError(f"{target.path} is wanted, and {path.with_suffix(ending).name} lies there")
+        return None
 
     return find_picture
+
+
+def list_extra_pictures(root: Path, benchmark: PictureBenchmark) -> list[str]:
+    """List the pictures in a tree that the benchmark doesn't ask for, by their paths in it."""
+    known = {target.path for target in benchmark.targets} | set(benchmark.list_other_pictures())
+    found = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.suffix in (".png", *ENDINGS)]
+    return sorted(set(found) - known)
 
 
 def list_edit_targets(edits: Mapping[str, tuple[str, Path]]) -> list[Target]:

@@ -179,10 +179,14 @@ class GEdit(PictureBenchmark):
             targets.append(Target(path, name, item.instruction, (0,), (item.image,)))
         return targets
 
+    def list_other_pictures(self) -> list[str]:
+        """List the source picture beside each result, `<key>_SRCIMG.png`."""
+        return [target.path.replace(".png", "_SRCIMG.png") for target in self.targets]
+
     def write_other_files(self, root: Path) -> None:
-        """Write each source picture beside its result, as `<key>_SRCIMG.png`."""
-        for target in self.targets:
-            file = root / target.path.replace(".png", "_SRCIMG.png")
+        """Write each source picture beside its result."""
+        for target, name in zip(self.targets, self.list_other_pictures(), strict=True):
+            file = root / name
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self.edit_of[target.path].image.read_bytes(), name_records_folder(root))
 

@@ -195,3 +195,18 @@ def test_options_are_checked_as_on_the_command_line(
     for value in values:
         with pytest.raises(ValueError, match=f"benchmark.{option} must be {accepted}, got {value!r}"):
             GenEval(name="geneval", file=str(tmp_path / "x.jsonl"), **{option: value})
+
+
+def test_a_picture_that_lies_there_and_can_t_be_used_says_why(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(GOOD)] * 4))
+    benchmark = GenEval(name="geneval", file=str(tmp_path / "x.jsonl"))
+    paths = [tmp_path / target.path for target in benchmark.targets]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+    paths[0].write_bytes(b"no picture")
+    Image.new("RGB", (9000, 9000)).save(paths[1])
+    Image.new("RGB", (16, 16)).save(paths[2].with_suffix(".jpg"))
+    rows = list(benchmark.judge_pictures(make_picture_finder(tmp_path), None))
+    assert {row.state for row in rows} == {"missing"}
+    words = ("is not a readable image", "9000", "is wanted, and 00000.jpg lies there", "the picture is missing")
+    assert [word in row.reason for word, row in zip(words, rows, strict=True)] == [True] * 4

@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts
+from tbac.files import describe_error
 from tbac.pictures import to_upright_rgb
 
+LONGEST_SIDE = 4  # times the shorter one; the finder of lines enlarges by the shorter side, and would take minutes
 SAYS = re.compile(r'does it say "([^"]+)"\?')
 
 
@@ -69,12 +71,23 @@ class OcrJudge:
         return JudgeFacts("PP-OCR", f"rapidocr {version('rapidocr')}", f"min_score {self.min_score}")
 
     def read_lines(self, image: Image.Image) -> list[TextLine]:
-        """Read the lines of a picture, from top to bottom and in a row from left to right."""
-        image = to_upright_rgb(image)
+        """Read the lines of a picture, from top to bottom and in a row from left to right.
+
+        Raises:
+            JudgeError: when the models can't read it.
+        """
+        upright = to_upright_rgb(image)
+        image = pad_narrow(upright)
         scale = max(1, math.ceil(self.least_side / min(image.size)))
         if scale > 1:
             image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-        found = self._engine(np.asarray(image)[:, :, ::-1])  # it expects blue first
+        try:
+            found = self._engine(np.asarray(image)[:, :, ::-1])  # it expects blue first
+        except Exception as error:  # its packages raise errors of many kinds, without a common base
+            size = f"{upright.width} x {upright.height}"
+            raise JudgeError(
+                f"the reader of text failed at a picture of {size} pixels ({describe_error(error)})"
+            ) from error
         if found.txts is None:
             return []
         lines = []
@@ -104,6 +117,16 @@ class OcrJudge:
                 raise JudgeError(f"a reader of text can't answer {line!r}")
             answers.append("yes" if normalise(match[1]) == said else "no")
         return "\n".join(answers)
+
+
+def pad_narrow(image: Image.Image) -> Image.Image:
+    """Widen the shorter side of a very long or very wide picture at its right or lower edge, in the colour there."""
+    least = math.ceil(max(image.size) / LONGEST_SIDE)
+    if min(image.size) >= least:
+        return image
+    padded = Image.new("RGB", (max(image.width, least), max(image.height, least)), image.getpixel((-1, -1)))
+    padded.paste(image)
+    return padded
 
 
 def normalise(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from tbac.evaluation.judges.base import JudgeError
-from tbac.evaluation.judges.ocr import OcrJudge
+from tbac.evaluation.judges.ocr import OcrJudge, pad_narrow
 from tbac.evaluation.words import compute_edit_distance
 from tests.helpers.configs import ROOT
 
@@ -84,3 +84,29 @@ def test_a_picture_s_lines_are_read_with_their_places(reader: OcrJudge) -> None:
         reader.ask("is there a cat?", [picture])
     with pytest.raises(ValueError, match="min_score must be from 0 to 1"):
         OcrJudge(min_score=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (4000, 40)])
+def test_pictures_of_any_shape_are_read_in_bounded_time(size: tuple[int, int], reader: OcrJudge) -> None:
+    """Of a long picture the finder of lines made one a hundred times as large, and refused one of a single column."""
+    assert reader.read_lines(Image.new("RGB", size, "white")) == []
+    padded = pad_narrow(Image.new("RGB", size, "white"))
+    assert max(padded.size) <= 4 * min(padded.size)
+
+
+def test_a_line_in_a_very_wide_picture_keeps_its_place(reader: OcrJudge) -> None:
+    picture = Image.new("RGB", (1600, 60), "white")
+    font = ImageFont.truetype(str(FONTS[0]), 36)
+    ImageDraw.Draw(picture).text((900, 8), "FRESH BREWS", font=font, fill="black")
+    (line,) = reader.read_lines(picture)
+    assert line.text.replace(" ", "") == "FRESHBREWS"
+    assert line.corners[0] == pytest.approx((900, 13), abs=20)
+
+
+def test_an_error_of_the_models_is_the_judge_s(reader: OcrJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setitem(reader.__dict__, "_engine", fail)
+    with pytest.raises(JudgeError, match=r"failed at a picture of 30 x 20 pixels .*broken"):
+        reader.read_text_lines(Image.new("RGB", (30, 20)))

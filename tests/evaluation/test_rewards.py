@@ -131,6 +131,14 @@ def test_an_endpoint_that_is_down_may_be_asked_again_about_the_rest_alone(server
     assert len(server.requests) == asked + 2
 
 
+def test_an_endpoint_that_refuses_may_be_asked_again_too(server: Server) -> None:
+    """A key may be put right while a run waits."""
+    reward = JudgeReward(EndpointJudge("m", max_retries=0, timeout=2), probability=False)
+    server.answers = [(401, {"error": {"message": "who are you"}})]
+    with pytest.raises(RewardError, match="check OPENAI_API_KEY"):
+        reward.score([PicturePrompt("a cat")], [make_noise_image(1)])
+
+
 def test_a_picture_without_a_usable_reply_has_no_score(server: Server) -> None:
     reward = JudgeReward(EndpointJudge("m", max_retries=0, timeout=2), probability=False, tries=2)
     server.answers = [make_completion("maybe"), make_completion("perhaps"), make_completion("yes")]

@@ -7,13 +7,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from tbac.evaluation.judges.base import JudgeError, JudgeFacts, JudgeRefusedError, Manner
-from tbac.evaluation.judges.failures import advise, is_temporary, read_requested_wait
+from tbac.evaluation.judges.failures import advise, has_no_connection, is_temporary, read_requested_wait
 from tbac.evaluation.judges.first_tokens import compute_answer_probability, read_listed
 from tbac.evaluation.judges.thoughts import remove_thoughts
 from tbac.evaluation.protocol import OF_SERVICE, UNKNOWN
@@ -29,6 +29,14 @@ MOST_TOKENS = 20  # whose probabilities an endpoint may be asked for
 
 class CutReplyError(JudgeError):
     """The longest length ended a reply before it said what was asked."""
+
+
+@dataclass
+class Known:
+    """What has been learnt of an endpoint: how it calls the limit of length, and whether it was ever reached."""
+
+    limit_name: str = "max_tokens"
+    was_reached: bool = False
 
 
 class EndpointJudge:
@@ -76,7 +84,7 @@ class EndpointJudge:
         self._client = OpenAI(max_retries=0, timeout=timeout)
         self.model, self.max_retries, self.reported = model, max_retries, UNKNOWN
         self.max_tokens, self.temperature = max_tokens, temperature
-        self._names = {"max_tokens": "max_tokens"}  # of fields, as the endpoint calls them; shared by all manners
+        self._known = Known()  # shared by all manners
         self._set_manner(Manner(temperature=0, max_tokens=MAX_TOKENS, whole=False))
 
     def _set_manner(self, manner: Manner) -> None:
@@ -166,6 +174,7 @@ class EndpointJudge:
             wait = min(FIRST_WAIT * 2**number, LONGEST_WAIT)
             try:
                 answer = self._complete(content, manner)
+                self._known.was_reached = True
                 found = read(answer)
                 self.reported = answer.model if isinstance(answer.model, str) and answer.model else UNKNOWN
                 return found
@@ -176,13 +185,14 @@ class EndpointJudge:
                     break
             except OpenAIError as error:
                 problem = f"{type(error).__name__}: {error}"
-                advice = advise(error)
+                self._known.was_reached |= not has_no_connection(error)
+                if not self._known.was_reached and number == self.max_retries:
+                    advice = f"check OPENAI_BASE_URL={self._client.base_url}"
+                else:
+                    advice = advise(error)
                 if advice:
-                    raise JudgeRefusedError(
-                        self._hide_key(
-                            f"the endpoint answers no question of judge.model={self.model}; {advice} ({problem})"
-                        )
-                    ) from None
+                    said = f"the endpoint answers no question of judge.model={self.model}; {advice} ({problem})"
+                    raise JudgeRefusedError(self._hide_key(said)) from None
                 # A bad request fails the next time too.
                 if not is_temporary(error):
                     break
@@ -203,7 +213,7 @@ class EndpointJudge:
         if manner.system:
             messages.insert(0, {"role": "system", "content": manner.system})
         options: dict[str, Any] = {"temperature": manner.temperature}
-        options[self._names["max_tokens"]] = manner.max_tokens
+        options[self._known.limit_name] = manner.max_tokens
         try:
             return self._client.chat.completions.create(
                 model=self.model,
@@ -213,9 +223,9 @@ class EndpointJudge:
             )
         except BadRequestError as error:
             # Newer models take the limit by another name, which their refusal tells.
-            if OTHER_NAME not in str(error) or self._names["max_tokens"] == OTHER_NAME:
+            if OTHER_NAME not in str(error) or self._known.limit_name == OTHER_NAME:
                 raise
-            self._names["max_tokens"] = OTHER_NAME
+            self._known.limit_name = OTHER_NAME
         return self._complete(content, manner)
 
 

@@ -26,6 +26,13 @@ def is_temporary(error: Exception) -> bool:
     return isinstance(error, APIConnectionError)  # also when there was no answer in time
 
 
+def has_no_connection(error: Exception) -> bool:
+    """Whether the client didn't reach the endpoint; one that is slow was reached."""
+    from openai import APIConnectionError, APITimeoutError
+
+    return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+
+
 def advise(error: Exception) -> str:
     """Say what to do about an error that every other question would meet too; "" for other errors."""
     from openai import APIStatusError

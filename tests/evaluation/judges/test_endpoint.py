@@ -221,9 +221,17 @@ def test_an_endpoint_that_says_nothing_or_isnt_there(server: Server, monkeypatch
     server.answers = ["nothing"]
     with pytest.raises(JudgeError, match="timed out"):
         EndpointJudge("m", max_retries=1, timeout=0.2).ask("a cat?", [make_noise_image(1)])
+    # One that was never reached won't be for the next question; one that was may come back.
+    server.answers = [make_completion("yes")]
+    reached = EndpointJudge("m", max_retries=0, timeout=2)
+    assert reached.ask("a cat?", [make_noise_image(1)]) == "yes"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    absent = EndpointJudge("m", max_retries=1, timeout=1)
+    with pytest.raises(JudgeRefusedError, match=r"check OPENAI_BASE_URL=http://127.0.0.1:9/v1/ .*Connection error"):
+        absent.ask("a cat?", [make_noise_image(1)])
+    reached._client = absent._client
     with pytest.raises(JudgeError, match="Connection error"):
-        EndpointJudge("m", max_retries=1, timeout=1).ask("a cat?", [make_noise_image(1)])
+        reached.ask("a cat?", [make_noise_image(1)])
 
 
 def test_address_and_key_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

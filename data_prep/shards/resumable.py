@@ -55,7 +55,11 @@ class ResumableWork:
         kept = manifest.get(self.name)
         if not isinstance(kept, dict) or kept.get("recipe") != self.recipe:
             raise DataError(f"{self.out} holds shards that were made otherwise; give another folder with out=")
-        log.info("%s is there already", self.out)
+        log.info(
+            "%s is there already, and what follows is of the time when it was made; to read again what was changed "
+            "meanwhile, remove it or give another folder with out=",
+            self.out,
+        )
         return manifest
 
     def make_parts(

@@ -278,14 +278,21 @@ def check_config(command: str, cfg: DictConfig) -> None:
         ValueError: naming the option, its value and what is accepted; for a key that isn't an option, too.
     """
     fields = COMMANDS[command]
-    for group, accepted in fields.items():
-        if group in cfg or group in CHOSEN_LATER:
+    missing = []
+    for option, accepted in fields.items():
+        if option in cfg or option in CHOSEN_LATER:
             continue
         optional_group = isinstance(accepted, Parts) or (isinstance(accepted, Part) and not accepted.needed)
         if not optional_group:
-            raise ValueError(f"{group} is needed: choose one of the group, {group}=NAME, or give its options")
+            how = (
+                f"{option}=…, {accepted.accepted}" if isinstance(accepted, Kind) else f"{option}=NAME, one of conf/{option}/"
+            )
+            missing.append(f"{option} is needed: {how}")
+            continue
         with open_dict(cfg):
-            cfg[group] = None
+            cfg[option] = None
+    if missing:
+        raise ValueError("; ".join(missing))
     _check_fields(cfg, fields, "")
 
 

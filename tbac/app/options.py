@@ -284,9 +284,9 @@ def check_config(command: str, cfg: DictConfig) -> None:
             continue
         optional_group = isinstance(accepted, Parts) or (isinstance(accepted, Part) and not accepted.needed)
         if not optional_group:
-            how = (
-                f"{option}=…, {accepted.accepted}" if isinstance(accepted, Kind) else f"{option}=NAME, one of conf/{option}/"
-            )
+            how = f"{option}=NAME, one of conf/{option}/"
+            if isinstance(accepted, Kind):
+                how = f"{option}=…, {accepted.accepted}"
             missing.append(f"{option} is needed: {how}")
             continue
         with open_dict(cfg):

@@ -106,34 +106,27 @@ class Contender:
 
 def list_contenders(cfg: DictConfig, name: str, out: Path) -> list[Contender]:
     """List the model, and the one that it is held against."""
-    folders = [(str(cfg.checkpoint), digest_checkpoint("checkpoint", cfg.checkpoint), out)]
+    folders = [(str(cfg.checkpoint), compute_trained_digest(cfg.checkpoint), out)]
     if cfg.get("against") is not None:
-        folders.append((str(cfg.against), digest_checkpoint("against", cfg.against), out / "against"))
+        # The message about a checkpoint doesn't say which option named it.
+        try:
+            digest = compute_trained_digest(cfg.against)
+        except ValueError as error:
+            raise ValueError(f"against={cfg.against}: {error}") from None
+        folders.append((str(cfg.against), digest, out / "against"))
     return [
         Contender(checkpoint, digest, folder / name, folder / f"{name}.results.jsonl", folder / f"{name}.drawn.json")
         for checkpoint, digest, folder in folders
     ]
 
 
-def digest_checkpoint(option: str, path: str) -> str:
-    """Compute the digest of a checkpoint that an option names.
-
-    Raises:
-        ValueError: naming the option, when there is no checkpoint or it can't be read.
-    """
-    try:
-        return compute_trained_digest(path)
-    except ValueError as error:
-        raise ValueError(f"{option}={path}: {error}") from None
-
-
 def run_steps(cfg: DictConfig, benchmark: PictureBenchmark, out: Path) -> Mapping[str, float]:
     """Run the steps that are asked for, in their order; returns the scores if one of them is `report`."""
-    contenders = list_contenders(cfg, benchmark.name, out)
-    # The judge is made first, so that a wrong one is named before anything is drawn.
+    # Judge and checkpoints are looked at first, so that a wrong one is named before anything is drawn.
     judge = None
     if "score" in cfg.steps and benchmark.needs != "nothing":
         judge = make_judge(cfg, benchmark, out)
+    contenders = list_contenders(cfg, benchmark.name, out)
     if "generate" in cfg.steps:
         for contender in contenders:
             draw_tree(cfg, benchmark, contender)

@@ -1,5 +1,8 @@
 """Writes what the shapes world's model may learn from by reward: prompts with what is true of a right picture.
 
+GenEval's own rules don't mind objects that nobody asked for, and a model that learns from them soon fills its pictures
+with such. So here a picture is right only if it shows nothing else.
+
 They show scenes that aren't held out, and none of the prompts of the benchmark of GenEval's format is among them,
 whatever it begins with, so that scores on the benchmarks tell what was learnt.
 """
@@ -23,16 +26,20 @@ from data_prep.shapes.language import (
     write_word_caption,
 )
 from data_prep.shapes.samples import World, write_edits, write_rows, write_world_file
-from data_prep.shapes.scene import Item, Scene, draw_crowded_scene, draw_word_scene
+from data_prep.shapes.scene import GLYPHS, Item, Scene, draw_crowded_scene, draw_word_scene
 
 MOST_WORDS = 100  # prompts of words; there are only so many
 
 
 def write_reward_files(world: World, out: Path) -> None:
-    """Write `world.json` for the detector, `geneval.jsonl`, `edits.jsonl` with its pictures, `dense/` and `words/`."""
+    """Write `world.json` for the detector, `geneval.jsonl`, `edits.jsonl` with its pictures, `dense/` and `words/`.
+
+    `strict.jsonl` is for scores: the prompts of the benchmark of GenEval's format, judged as those to learn from are.
+    """
     count = world.sizes.rewards
     write_world_file(out)
     write_rows(out / "geneval.jsonl", list(islice(draw_geneval_rows(world), count)))
+    write_rows(out / "strict.jsonl", [make_strict(row) for row in sample_benchmark(world)])
     write_edits(list(islice(world.draw_training_edits("rewards"), count)), out)
     rng = Random(f"rewards dense/{world.seed}")
     crowded = (scene for scene in iter(lambda: draw_crowded_scene(rng), None) if not scene.held_out)
@@ -57,8 +64,7 @@ def list_word_questions(scene: Scene) -> list[Asked]:
 
 def draw_geneval_rows(world: World) -> Iterator[dict[str, Any]]:
     """Draw prompts in GenEval's format without end, each once, none of which the benchmark has."""
-    benchmark = sample_geneval_prompts(Random(f"benchmarks/{world.seed}"), world.sizes.prompts_per_tag)
-    taken = {strip_opening(row["prompt"]) for row in benchmark}
+    taken = {strip_opening(row["prompt"]) for row in sample_benchmark(world)}
     seen: set[str] = set()
     for rng, scene in world.draw_training_scenes("rewards"):
         described = describe_scene(rng, scene)
@@ -68,7 +74,20 @@ def draw_geneval_rows(world: World) -> Iterator[dict[str, Any]]:
         prompt = rng.choice(OPENINGS) + body
         if prompt not in seen:
             seen.add(prompt)
-            yield {**row, "prompt": prompt}
+            yield make_strict({**row, "prompt": prompt})
+
+
+def sample_benchmark(world: World) -> list[dict[str, Any]]:
+    """Draw the rows of the world's benchmark of GenEval's format, as it does itself."""
+    return sample_geneval_prompts(Random(f"benchmarks/{world.seed}"), world.sizes.prompts_per_tag)
+
+
+def make_strict(row: dict[str, Any]) -> dict[str, Any]:
+    """Exclude all objects that a row of GenEval's format doesn't ask for, and more of those that it does."""
+    counts: dict[str, int] = dict.fromkeys(GLYPHS, 0)
+    for wanted in row["include"]:
+        counts[wanted["class"]] += wanted["count"]
+    return {**row, "exclude": [{"class": name, "count": count + 1} for name, count in counts.items()]}
 
 
 def strip_opening(prompt: str) -> str:
@@ -90,8 +109,7 @@ def describe_scene(rng: Random, scene: Scene) -> tuple[str, dict[str, Any]] | No
     if len(items) > 1 and len(kinds) == 1:
         shape, color, count = items[0].shape, items[0].color, len(items)
         include = [{"class": shape, "count": count, "color": color}]
-        row = {"tag": "counting", "include": include, "exclude": [{"class": shape, "count": count + 1}]}
-        return f"{NUMBERS[count]} {color} {make_plural(shape)}", row
+        return f"{NUMBERS[count]} {color} {make_plural(shape)}", {"tag": "counting", "include": include}
     if len(items) != 2 or items[0].shape == items[1].shape:
         return None
     first, second = rng.sample(list(items), 2)

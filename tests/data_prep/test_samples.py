@@ -14,7 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.shapes.rewards import describe_scene, list_word_questions, strip_opening, write_reward_files
+from data_prep.shapes.rewards import (
+    describe_scene,
+    list_word_questions,
+    make_strict,
+    strip_opening,
+    write_reward_files,
+)
 from data_prep.shapes.samples import World, write_benchmarks, write_training_sets
 from data_prep.shapes.scene import draw_word_scene, render
 from data_prep.shards.writer import write_shards
@@ -142,7 +148,12 @@ def test_the_pictures_that_prompts_are_about_are_right_by_their_own_rules(tmp_pa
         described = describe_scene(rng, scene)
         if described is not None:
             seen += 1
-            assert judge_geneval(detector(render(scene)).detections, described[1]).correct, described
+            row, found = make_strict(described[1]), detector(render(scene)).detections
+            assert judge_geneval(found, row).correct, described
+            # One object more, or another one, makes it wrong.
+            for name in ("letter T", scene.items[0].shape):
+                more = replace(found[0], name=name)
+                assert not judge_geneval((*found, more), row).correct, described
     assert seen > 100
     judge = DetectorJudge(detector, detector.object_names, detector.color_names)
     for _ in range(20):

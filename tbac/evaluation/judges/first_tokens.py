@@ -31,15 +31,14 @@ def compute_answer_probability(listed: Mapping[str, float], answers: Sequence[st
         JudgeError: when the reply doesn't begin with an answer at all, right or wrong, or the probabilities are none.
     """
     words = {token: token.translate(SPACES).strip().casefold() for token in listed}
-    total = sum(listed.values())
-    if not 0 <= total < 1.01:
-        raise JudgeError(f"the probabilities of the reply add up to {total}")
     first = max(listed, key=lambda token: listed[token])
     if OPENING.fullmatch(words[first]):
         raise JudgeError(f"the reply begins with thoughts, {first!r}, so the probability of an answer can't be read")
     wanted = {answer.strip().casefold() for answer in answers}
     rivals = list_rivals(wanted)
     right = sum(listed[token] for token, word in words.items() if begins_answer(word, wanted))
+    if not 0 <= right < 1.01:
+        raise JudgeError(f"the probabilities of the reply add up to {right}")
     # What a wrong answer to a question of another kind looks like isn't known.
     if rivals:
         every = wanted | rivals

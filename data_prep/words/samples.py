@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.shapes.benchmarks import select_held_out, write_dense
 from data_prep.shapes.language import Edit, sample_edit
+from data_prep.shapes.rewards import make_strict
 from data_prep.shapes.samples import (
     Encode,
     make_edit_samples,
@@ -120,7 +121,8 @@ def write_benchmarks(world: World, out: Path) -> None:
 def write_reward_files(world: World, out: Path) -> None:
     """Write what a model may learn from by reward: `world.json`, `geneval.jsonl`, `dense/`, and `edits.jsonl`.
 
-    None shows a held-out scene or has words that training never sees, and no prompt of a suite is among them.
+    None shows a held-out scene or has words that training never sees, and no prompt of a suite is among them. A picture
+    is right only if nothing else is seen in it.
     """
     sizes, lexicon = world.sizes, world.lexicon
     write_world_file(out)
@@ -130,7 +132,7 @@ def write_reward_files(world: World, out: Path) -> None:
         taken.update(row["prompt"] for row in suite)
     per_tag = math.ceil(sizes.rewards / len(SUITES["seen_words"]))
     rows = sample_suite("seen_words", lexicon, Random(f"words rewards/{world.seed}"), per_tag)
-    write_rows(out / "geneval.jsonl", [row for row in rows if row["prompt"] not in taken])
+    write_rows(out / "geneval.jsonl", [make_strict(row) for row in rows if row["prompt"] not in taken])
     rng = Random(f"words rewards dense/{world.seed}")
     speaker = Speaker(lexicon, rng, (), PLAIN)
     crowded = (scene for scene in iter(lambda: draw_crowded_scene(rng), None) if not scene.held_out)

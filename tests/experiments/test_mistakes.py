@@ -145,7 +145,7 @@ REINFORCE = [
     ("reward.geneval.weight=0", "reward.geneval.weight must be positive, got 0"),
     ("reward.geneval.benchmark.file=nowhere.jsonl", "nowhere.jsonl"),
     ("reward.geneval.judge.path=nowhere.json", "nowhere.json"),
-    ("reward.geneval.judgement=3", "reward.geneval.judgement isn't an option; did you mean judge?"),
+    ("+reward.geneval.judgement=3", "reward.geneval.judgement isn't an option; did you mean judge?"),
     ("reward=endpoint", "OPENAI_BASE_URL"),
     ("+reward.mine={weight: 1}", "reward.mine._target_ must name a class"),
 ]

@@ -42,6 +42,14 @@ def tell_finished(configs: Sequence[DictConfig]) -> None:
         log.warning("it was trained with other options, and nothing of these is used now: %s", ", ".join(changes))
 
 
+def warn_of_other_validation(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Warn where a run has sources of its own, and the validation of the world's pictures."""
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if "stage.sources" in given and "stage.val_sources" not in given and cfg.stage.val_sources:
+        paths = ", ".join(str(source.path) for source in cfg.stage.val_sources)
+        log.warning("stage.sources was given without stage.val_sources: the validation loss is of %s", paths)
+
+
 @contextmanager
 def act_as_only_run() -> Iterator[None]:
     """Give this process the arguments of this run alone, and restore them afterwards.
@@ -73,6 +81,7 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     overrides = HydraConfig.get().overrides.task
     configs = compose_stages(cfg, overrides)
+    warn_of_other_validation(cfg, overrides)
     if "slurm" in cfg.machine and "SLURM_JOB_ID" not in os.environ:
         from experiments.submitting import submit_run
 

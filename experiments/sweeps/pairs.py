@@ -13,6 +13,8 @@ from experiments.sweeps.points import Point
 BASELINES = (("taps", "final"), ("experiment", "as_released"), ("experiment", "ladder/final"))
 SIZES = (0.05, 0.02)  # differences of a score for which the report says how many seeds tell them
 MOST_SEEDS = 1000
+LOSS = ("validation loss", "loss", False)  # label, score, whether higher is better
+OVERALL = ("GenEval rules, overall", "overall", True)
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,6 @@ def describe_verdict(comparison: Comparison, higher_is_better: bool) -> str:
     if interval[0] <= 0 <= interval[1]:
         return "open"
     return "better" if (interval[0] > 0) == higher_is_better else "worse"
-
-
-LOSS = ("validation loss", "loss", False)  # label, score, whether higher is better
-OVERALL = ("GenEval rules, overall", "overall", True)
 
 
 def tabulate_comparisons(points: Sequence[Point], scores: Sequence[tuple[str, str, bool]] = (OVERALL, LOSS)) -> str:

@@ -20,7 +20,17 @@ import pytest
 from hydra.utils import instantiate
 from PIL import Image
 
-from data_prep.shards.conversion import NAME, ConversionOptions, Dataset, clean_key, convert, format_counts
+from data_prep.datasets.image_folder import ImageFolder
+from data_prep.shards.conversion import (
+    NAME,
+    ConversionOptions,
+    Dataset,
+    Record,
+    Rejected,
+    clean_key,
+    convert,
+    format_counts,
+)
 from tbac.data.decoding import decode_sample
 from tbac.data.shards import DataError, Source, SourceShards
 from tbac.data.tars import TarReader
@@ -375,7 +385,10 @@ def test_keys_hold_nothing_that_splits_them(text: str, expected: str) -> None:
         (["dataset=sharegpt4o_t2i", "dataset.path=.", "dataset.half=video"], "dataset.half must be one of edit, t2i"),
         (["dataset=gpt_image_edit", "dataset.path=absent"], "holds neither archives nor */metadata/*.json"),
         (["dataset=gpt_image_edit", "dataset.path=.", "dataset.metadata=[x.json]"], "x.json doesn't exist"),
-        (["dataset=folder", "dataset.path=absent"], "dataset.path=absent holds no image"),
+        (
+            ["dataset=folder", "dataset.path=absent"],
+            "dataset.path=absent must be a folder of pictures, and doesn't exist",
+        ),
         (["dataset=table", "dataset.path=absent"], "dataset.path=absent holds no table"),
         (["dataset=folder", "dataset.path=raw", "options.samples_per_shard=0"], "samples_per_shard must be at least 1"),
         (["dataset=folder", "dataset.path=raw", "processes=0"], "processes must be at least 1, got 0"),
@@ -405,3 +418,22 @@ def test_the_layout_must_be_named_and_help_needs_none(capfd: pytest.CaptureFixtu
     status, text = run_app("data_prep.convert", capfd, "--help")
     assert status == 0, text
     assert "sharegpt4o_edit" in text
+
+
+def test_captions_and_formats_are_found_as_people_name_them(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    make_noise_image(1).save(picture, "PNG")
+    for name, caption in (("a.PNG", "a.TXT"), ("b.png", "b.png.txt"), ("c.png", "c.txt"), ("d.png", None)):
+        (tmp_path / name).write_bytes(picture.getvalue())
+        if caption:
+            (tmp_path / caption).write_text(f"caption of {name}")
+    make_noise_image(1).save(tmp_path / "e.gif")
+    (tmp_path / "e.txt").write_text("moves")
+    found = list(ImageFolder(str(tmp_path)).read("0:5", tmp_path))
+    captions = {str(record.fields["txt"]) for record in found if isinstance(record, Record)}
+    assert len(captions) == 3
+    assert all(f"caption of {name}" in " ".join(captions) for name in ("a.PNG", "b.png", "c.png"))
+    reasons = {str(other.name): other.reason for other in found if isinstance(other, Rejected)}
+    assert reasons == {"d.png": "no caption", "e.gif": "a format that isn't one of jpg, jpeg, png, webp"}
+    with pytest.raises(DataError, match="must be a folder of pictures, and is a file"):
+        ImageFolder(str(tmp_path / "c.png"))

@@ -11,6 +11,9 @@ OF_A_STAGE = (  # of a stage's config, by their own names
     "noise_samples_per_prompt", "image_size", "ema_decay", "trainable",
 )  # fmt: skip
 
+# Options of a model that change how it is computed, and not what it learns.
+OF_THE_COMPUTATION = ("denoiser_checkpointing", "query_checkpointing", "compile", "random_init")
+
 
 def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, str]:
     """Choose the parameters that an experiment turns, under short names.
@@ -30,9 +33,8 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
         "seed": first.get("seed"),
         "num_queries": model.get("num_queries"),
         "quantization": model.get("quantization"),
-        **{name: value for name, value in model.items() if isinstance(value, bool) and not name.startswith("_")},
+        **{name: value for name, value in model.items() if isinstance(value, bool) and name not in OF_THE_COMPUTATION},
         "optimizer": name_part(first.get("optim")),
-        "schedule": name_part(first.get("schedule")),
         "guard": name_part(first.get("guard")),
         "flow": (first.get("flow") or {}).get("scheme"),
         "precision": (first.get("machine") or {}).get("precision"),
@@ -44,7 +46,7 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
     if lora.get("rank") is not None:
         found |= {f"lora_{name}": value for name, value in lora.items()}
     found |= {name: Path(str(model[name])).name for name in ("mllm", "denoiser") if model.get(name)}
-    found |= {name: model.get(name) for name in ("dtype", "image_pixels", "max_text_tokens")}
+    found |= {name: model.get(name) for name in ("dtype", "image_pixels")}
     found["prompt_cache"] = (first.get("prompt_cache") or {}).get("keep")
     ladder = model.get("ladder") or {}
     found |= {

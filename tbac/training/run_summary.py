@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tbac.models.config import BEHAVIOUR
 from tbac.models.taps import TapPlan
 
 OF_A_STAGE = (  # of a stage's config, by their own names
     "steps", "samples", "lr", "min_lr", "warmup_steps", "weight_decay", "clip", "batch_size", "accumulate",
     "noise_samples_per_prompt", "image_size", "ema_decay", "trainable",
 )  # fmt: skip
-
-# Options of a model that change how it is computed, and not what it learns.
-OF_THE_COMPUTATION = ("denoiser_checkpointing", "query_checkpointing", "compile", "random_init")
 
 
 def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, str]:
@@ -33,7 +31,7 @@ def summarize(configs: Sequence[Mapping[str, Any]], plan: TapPlan) -> dict[str, 
         "seed": first.get("seed"),
         "num_queries": model.get("num_queries"),
         "quantization": model.get("quantization"),
-        **{name: value for name, value in model.items() if isinstance(value, bool) and name not in OF_THE_COMPUTATION},
+        **{name: value for name, value in model.items() if isinstance(value, bool) and name in BEHAVIOUR},
         "optimizer": name_part(first.get("optim")),
         "guard": name_part(first.get("guard")),
         "flow": (first.get("flow") or {}).get("scheme"),

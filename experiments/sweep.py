@@ -42,10 +42,12 @@ class Trained:
 
     Attributes:
         world: the choice of the group `world`.
+        stage: the choice of the group `stage`.
         mllm: folder of its MLLM.
     """
 
     world: str
+    stage: str
     mllm: Path
 
 
@@ -55,12 +57,13 @@ def read_trained(sweep: str) -> Trained:
     Raises:
         ValueError: for options that training can't be started with.
     """
-    train = compose("train", [f"sweep={sweep}", "run_dir=."], return_hydra_config=True)
-    world = train.hydra.runtime.choices["world"]
+    # Where a point begins may follow from the name of its own folder, which this command hasn't.
+    train = compose("train", [f"sweep={sweep}", "run_dir=.", "init=null"], return_hydra_config=True)
+    chosen = train.hydra.runtime.choices
     with open_dict(train):
         del train["hydra"]
     check("train", train)
-    return Trained(world, Path(train.model.mllm))
+    return Trained(chosen["world"], chosen["stage"], Path(train.model.mllm))
 
 
 def build_world_if_missing(cfg: DictConfig, mllm: Path) -> None:
@@ -107,15 +110,17 @@ def train_points(cfg: DictConfig, out: Path, parent_run_id: str | None) -> None:
         raise ValueError(f"the training of {cfg.name} ended with status {status}; the same command goes on from there")
 
 
-def choose_scoring(cfg: DictConfig, world: str) -> DictConfig:
-    """Compose the command's config again with the scoring of the sweep's world, unless the user has chosen one.
+def choose_scoring(cfg: DictConfig, trained: Trained) -> DictConfig:
+    """Compose the command's config again with the scoring of what the sweep trains, unless the user has chosen one.
 
-    What the user gave wins over what the scoring says.
+    A scoring that is named by world and stage comes before that of the world. What the user gave wins over what the
+    scoring says.
     """
     known = GlobalHydra.instance().config_loader().get_group_options("scoring")
-    if HydraConfig.get().runtime.choices.get("scoring") or world not in known:
+    fitting = [name for name in (f"{trained.world}_{trained.stage}", trained.world) if name in known]
+    if HydraConfig.get().runtime.choices.get("scoring") or not fitting:
         return cfg
-    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={world}"])
+    return compose_checked("sweep", [*HydraConfig.get().overrides.task, f"scoring={fitting[0]}"])
 
 
 @command("sweep")
@@ -123,7 +128,7 @@ def main(cfg: DictConfig) -> None:
     # A wrong name is an error before anything is built or trained.
     choices = read_choices(cfg.name)
     trained = read_trained(cfg.name)
-    cfg = choose_scoring(cfg, trained.world)
+    cfg = choose_scoring(cfg, trained)
     known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
     unknown = sorted(set(cfg.suites) - set(known))
     if unknown:

@@ -244,3 +244,30 @@ def test_an_option_that_no_point_has_is_one_message(capfd: pytest.CaptureFixture
     assert status == 1
     assert "foo isn't an option of this command" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("sweep", "suites"),
+    [
+        ("ladder", ["words_unseen", "words_compositions", "words_distractors", "words_riddles", "words_dense"]),
+        ("ladder_edits", ["words_edits", "words_edits_unseen", "words_unseen"]),
+        ("taps_x_lr", []),
+    ],
+)
+def test_a_sweep_is_scored_by_what_it_trains(
+    sweep: str, suites: list[str], in_world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from experiments import sweep as app
+
+    asked: list[list[str]] = []
+
+    def stop(cfg: DictConfig, mllm: Path) -> None:
+        asked.append(list(cfg.suites))
+        raise ValueError("no point is trained here")
+
+    monkeypatch.setattr(app, "build_world_if_missing", stop)
+    monkeypatch.setattr("sys.argv", ["sweep.py", f"name={sweep}", "out=x"])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert "no point is trained here" in capfd.readouterr().err
+    assert asked == [suites]

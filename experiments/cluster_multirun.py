@@ -51,9 +51,8 @@ class ClusterMultirun(PointsCallback):
         Raises:
             ValueError: for whatever would end its job.
         """
-        from experiments.submitting import (
-            check_before_submission,
-        )  # torch and Lightning, which no other machine needs yet
+        # Torch and Lightning are imported only where points are submitted.
+        from experiments.submitting import check_before_submission
 
         if not config.submit:
             raise ValueError("submit=false shows the job of a single run; leave -m and the lists of values out")

@@ -172,12 +172,14 @@ def name_judge(cfg: DictConfig, judge: Any) -> str:
 
 def draw_tree(cfg: DictConfig, benchmark: PictureBenchmark, contender: Contender) -> None:
     """Draw this process's share of a contender's pictures into its tree, and write how they are drawn beside it."""
+    # What is missing of the tree, of this process's share.
     pipeline = open_model(contender.checkpoint, **read_opening_options(cfg))
     options = benchmark.build_sampling_options()
     root = contender.root
     tree = Tree(root, describe_pictures(cfg, benchmark, pipeline.model), cfg.overwrite)
     work = list_pending(tree, benchmark.targets, cfg.rank, cfg.world_size)
     benchmark.write_other_files(root)
+    # How the pictures are drawn is written first, so that a drawing which is broken off has it too.
     drawn = Drawn(
         count_cut_prompts(benchmark, pipeline.model),
         {**options, "seed": benchmark.seed},

@@ -37,19 +37,18 @@ def describe_losses(points: Sequence["Point"]) -> list[str]:
     """
     from experiments.reports import format_table
     from experiments.sweeps.pairs import LOSS, tabulate_comparisons
+    from experiments.sweeps.points import group_by_choices
     from experiments.sweeps.report import describe_spread
 
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        loss = point.stages[-1].get("val_loss_last")
-        if loss is not None:
-            point.scores["loss"] = loss
-            groups.setdefault(point.group, []).append(point)
-    if not groups:
+    validated = [point for point in points if point.stages[-1].get("val_loss_last") is not None]
+    if not validated:
         return []
+    for point in validated:
+        point.scores["loss"] = point.stages[-1]["val_loss_last"]
+    # A row for each group, the lowest loss first.
     rows = []
-    for name, members in sorted(groups.items(), key=lambda item: mean(p.scores["loss"] for p in item[1])):
-        rows.append([name, len(members), describe_spread([point.scores["loss"] for point in members], 4)])
-    table = format_table(["point", "runs", "validation loss"], rows)
-    scored = [point for members in groups.values() for point in members]
-    return [table, *filter(None, [tabulate_comparisons(scored, [LOSS])])]
+    for name, of_group in group_by_choices(validated).items():
+        losses = [point.scores["loss"] for point in of_group]
+        rows.append((mean(losses), [name, len(losses), describe_spread(losses, 4)]))
+    table = format_table(["point", "runs", "validation loss"], [row for _, row in sorted(rows)])
+    return [table, *filter(None, [tabulate_comparisons(validated, [LOSS])])]

@@ -1,7 +1,7 @@
 """Reads the points of a sweep: their folders, what was varied, what they reported."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,14 @@ class Point:
     def checkpoint(self) -> Path:
         """The checkpoint from the end of its training."""
         return self.folder / "checkpoints" / Path(self.stages[-1]["checkpoint"]).name
+
+
+def group_by_choices(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Group the points that differ only in their seed, which orders them."""
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda p: p.seed):
+        groups.setdefault(point.group, []).append(point)
+    return groups
 
 
 def read_choices(name: str) -> dict[str, list[str]]:

@@ -9,17 +9,14 @@ from typing import Any
 from experiments.reports import format_table
 from experiments.sweeps import plots
 from experiments.sweeps.pairs import describe_layers, tabulate_comparisons
-from experiments.sweeps.points import SEED, Point
+from experiments.sweeps.points import SEED, Point, group_by_choices
 from experiments.sweeps.score import open_grid
 from tbac.sampling.grid import join_pictures
 
 
 def group_points(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Group the points that differ only in their seed; the best group comes first."""
-    groups: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda p: p.seed):
-        groups.setdefault(point.group, []).append(point)
-    return dict(sorted(groups.items(), key=lambda item: -_average_overall(item[1])))
+    return dict(sorted(group_by_choices(points).items(), key=lambda item: -_average_overall(item[1])))
 
 
 def _average_overall(points: Sequence[Point]) -> float:

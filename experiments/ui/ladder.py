@@ -12,6 +12,7 @@ from torch import Tensor
 from tbac.models import UniImage
 from tbac.pictures import decode_picture
 from tbac.sampling import Guidance, UniImagePipeline
+from tbac.sampling.conditions import encode_branches
 from tbac.sampling.recipe import Recipe
 
 
@@ -100,7 +101,7 @@ def compute_attention(pipeline: UniImagePipeline, recipe: Recipe, query: int) ->
     finally:
         for hook in hooks:
             hook.remove()
-    condition = pipeline.encode([recipe.prompt], [None], [""], Guidance(1.0))
+    condition = encode_branches(pipeline.model, [recipe.prompt], [None], [""], Guidance(1.0))
     patch = model.denoiser.transformer.config.patch_size
     rows, columns = (size // patch for size in latents.shape[-2:])
     maps = []

@@ -5,6 +5,7 @@ Each has the methods of `tbac.types.Reward`. One of your own is a class with the
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,7 @@ from tbac.types import PicturePrompt, RewardError
 QUESTION = 'Does this picture show exactly what this text asks for: "{prompt}"? Answer with yes or no.'
 
 
-class JudgedReward:
+class JudgedReward(ABC):
     """What rewards by a judge share: several pictures at once, and what happens when the judge fails.
 
     A picture whose replies can't be used has no score. When the judge gives no reply at all, the pictures that have a
@@ -41,13 +42,13 @@ class JudgedReward:
         self.judge, self.threads = judge, threads
         self._known: dict[tuple[PicturePrompt, bytes], float | None] = {}
 
+    @abstractmethod
     def judge_one(self, prompt: PicturePrompt, picture: Image.Image) -> float | None:
         """Score one picture; None where there is no score.
 
         Raises:
             JudgeError: when the judge gives no usable reply.
         """
-        raise NotImplementedError
 
     def score(self, prompts: Sequence[PicturePrompt], pictures: Sequence[Image.Image]) -> list[float | None]:
         """Score pictures.

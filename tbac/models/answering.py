@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
+
+from tbac.models.checks import check_flag, is_count, is_whole
 
 SEEDS = 2**63
 OF_DRAWING = ("temperature", "top_k", "top_p", "seed")
@@ -43,8 +45,7 @@ class AnswerOptions:
         check_count("max_new_tokens", self.max_new_tokens)
         if self.top_k is not None:
             check_count("top_k", self.top_k)
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample must be true or false, got {self.do_sample!r}")
+        check_flag("do_sample", self.do_sample)
         for name in ("temperature", "top_p", "repetition_penalty"):
             check_positive(name, getattr(self, name))
         if self.top_p is not None and self.top_p > 1:
@@ -74,14 +75,9 @@ class AnswerOptions:
             yield
 
 
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number; `True` isn't one."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def check_count(name: str, value: Any) -> None:
     """Raise ValueError unless the value is a whole number of at least 1."""
-    if not is_whole(value) or value < 1:
+    if not is_count(value):
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 

@@ -4,6 +4,7 @@ Like the options themselves these need neither torch nor a model library.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tbac.files import shorten
@@ -24,6 +25,16 @@ LARGEST_WHOLE = 2**63  # the integers of torch end before it
 def is_number(value: Any) -> bool:
     """Whether a value is a number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number of any library, and not true or false."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return is_whole(value) and int(value) >= 1
 
 
 def check_whole(name: str, value: Any, minimum: int) -> None:

@@ -1,12 +1,12 @@
 """Checks of what a call of the pipeline is given, apart from its images; each error names argument and value."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from tbac.files import is_valid_text, shorten
+from tbac.models.checks import is_count
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents",)
@@ -40,11 +40,6 @@ def check_counts(num_inference_steps: Any, num_images_per_prompt: Any) -> None:
             "num_inference_steps and num_images_per_prompt must be at least 1, whole numbers; got "
             f"{num_inference_steps} and {num_images_per_prompt}"
         )
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def list_texts(name: str, value: Any) -> list[str]:

@@ -11,11 +11,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
-from PIL import Image
 from torch import Tensor
 
 from tbac.models import UniImage
-from tbac.models.denoiser import ProjectedCondition
 from tbac.models.locks import CallLock, one_at_a_time
 from tbac.sampling.arguments import (
     CALLBACK_TENSORS,
@@ -243,17 +241,6 @@ class UniImagePipeline(DiffusionPipeline):
             return embeds, embeds_mask, None, None
         return embeds, embeds_mask, negative_embeds, negative_mask
 
-    def encode(
-        self,
-        prompts: list[str],
-        images: list[list[Image.Image] | None],
-        negatives: list[str],
-        guidance: Guidance,
-        size: tuple[int, int] | None = None,
-    ) -> ProjectedCondition:
-        """Encode the conditions of all guidance branches, as `encode_branches` does: rows (branch * prompt)."""
-        return encode_branches(self.model, prompts, images, negatives, guidance, size)
-
     @one_at_a_time
     @torch.no_grad()
     def __call__(
@@ -345,7 +332,8 @@ class UniImagePipeline(DiffusionPipeline):
         # The condition is encoded once, and read in every step.
         if prompt_embeds is None:
             factor = self.model.autoencoder.compression
-            condition = self.encode(prompts, images, negatives, guidance, (shape[2] * factor, shape[3] * factor))
+            size = (shape[2] * factor, shape[3] * factor)
+            condition = encode_branches(self.model, prompts, images, negatives, guidance, size)
         else:
             given = {
                 "prompt_embeds": prompt_embeds,

@@ -73,7 +73,8 @@ class Variety(PictureBenchmark):
             return PictureVerdict(None, "fewer than two pictures are right", details)
         size = cells[0].size
         views = [describe_scan(scan, names, size) for scan in right]
-        details |= {aspect: compute_difference([view[aspect] for view in views]) for aspect in ASPECTS}
+        for aspect in ASPECTS:
+            details[aspect] = compute_difference([view[aspect] for view in views])
         return PictureVerdict(mean(details[aspect] for aspect in ASPECTS), details=details)
 
     def count(self, row: Row) -> list[Count]:

@@ -5,7 +5,7 @@ import logging
 from urllib.parse import quote
 
 from tbac.training.delivery import describe_safely
-from tbac.training.tracking.store import look_up_experiment, open_store
+from tbac.training.tracking.store import look_up_name, open_store
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def get_runs_link(
         score: metric by which the highest is the best; None for the lowest validation loss.
     """
     client = open_store(tracking_uri)
-    experiment = look_up_experiment(client, experiment_name)
+    _, experiment = look_up_name(client, experiment_name)
     place = f"{get_address(tracking_uri) if address is None else address}/#/experiments"
     if experiment is None:
         return place
@@ -88,7 +88,7 @@ def list_links(tracking_uri: str, address: str) -> dict[str, str]:
     try:
         links["all runs"] = get_runs_link(tracking_uri, address)
         client = open_store(tracking_uri)
-        experiment = look_up_experiment(client, "tbac")
+        _, experiment = look_up_name(client, "tbac")
         if experiment is None:
             return links
         children = client.search_runs([experiment.experiment_id], "tags.mlflow.parentRunId != ''", max_results=1)

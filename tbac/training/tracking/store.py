@@ -120,12 +120,12 @@ def find_experiment(client: Any, name: str, tracking_uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     while True:
-        experiment = look_up_experiment(client, name)
+        current, experiment = look_up_name(client, name)
         if experiment is not None:
             found: str = experiment.experiment_id
             return found
         try:
-            created: str = client.create_experiment(list_names(client, name)[-1])
+            created: str = client.create_experiment(current)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -134,19 +134,18 @@ def find_experiment(client: Any, name: str, tracking_uri: str) -> str:
         return created
 
 
-def look_up_experiment(client: Any, name: str) -> Any:
-    """Look an experiment up by its name, or, where it was deleted, by that name with a number; None without any."""
-    return client.get_experiment_by_name(list_names(client, name)[-1])
+def look_up_name(client: Any, name: str) -> tuple[str, Any]:
+    """Look up the name that an experiment has now, and the experiment, or None where there is none of that name yet.
 
-
-def list_names(client: Any, name: str) -> list[str]:
-    """List the names that an experiment had, each but the last of a deleted one: `tbac`, `tbac-2`, and so on."""
-    names = [name]
+    Where `tbac` was deleted it is `tbac-2`, and so on.
+    """
+    number, current = 1, name
     while True:
-        experiment = client.get_experiment_by_name(names[-1])
+        experiment = client.get_experiment_by_name(current)
         if experiment is None or experiment.lifecycle_stage != "deleted":
-            return names
-        names.append(f"{name}-{len(names) + 1}")
+            return current, experiment
+        number += 1
+        current = f"{name}-{number}"
 
 
 def create_run(client: Any, experiment_id: str, run_name: str | None, parent_run_id: str | None) -> str:
